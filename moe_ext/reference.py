@@ -1,0 +1,363 @@
+"""Every op again in plain torch: same name, same arguments. This file is the specification, and in fp64 the oracle.
+
+Shapes, written as suffixes: T tokens, K choices per token, N = T*K copies, R rows given to the experts, P expert rows,
+E experts, D model width, F expert width, U = 2F if the activation is gated else F, V vocabulary, G scopes.
+
+Index contract (that of MegaBlocks). The flat id of a copy is f = token*K + slot. `order_N` holds the flat ids sorted by
+expert, stable; `bins_E` holds int32 inclusive ends, so that expert e owns order[bins[e-1] : bins[e]]. An expert id of
+-1 means "not here": such a copy has no row, and order ends in as many -1.
+
+Everything is written for the reader: loops over experts, no fused passes, gradients left to autograd. Arithmetic stays
+in the dtype of its input unless a line says `_real`, which is float64 for float64 and float32 for the rest.
+Bad input is the business of `ops`; here it may do anything.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+def _real(x):
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+# ---- index -----------------------------------------------------------------------------------------------------------
+
+
+class RouteIndex(NamedTuple):
+    """Where each copy goes. All int32."""
+
+    counts_E: torch.Tensor  # copies per expert
+    bins_E: torch.Tensor  # their inclusive sum
+    order_N: torch.Tensor  # flat ids sorted by expert, stable, then -1
+    inverse_TK: torch.Tensor  # sorted position of each flat id, -1 where the id is -1
+
+
+def route_index(ids_TK, num_experts):
+    ids_N = ids_TK.flatten().to(torch.int32)
+    counts_E = histogram(ids_N, num_experts)
+    bins_E = inclusive_cumsum(counts_E, 0)
+    absent = ids_N < 0
+    order_N = torch.where(absent, num_experts, ids_N).argsort(stable=True)
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(len(ids_N), device=ids_TK.device)
+    inverse_N[absent] = -1
+    order_N[len(ids_N) - int(absent.sum()) :] = -1
+    return RouteIndex(counts_E, bins_E, order_N.int(), inverse_N.int().view_as(ids_TK))
+
+
+def sort(x_n, end_bit=None):
+    """Stable ascending sort by the low `end_bit` bits as unsigned (by value if that is all of them)."""
+    bits = torch.iinfo(x_n.dtype).bits
+    key_n = x_n if end_bit is None or end_bit >= bits else x_n & ((1 << end_bit) - 1)
+    order_n = key_n.argsort(stable=True)
+    return x_n[order_n], order_n.to(x_n.dtype)
+
+
+def histogram(x, max_val):
+    """x [n] or [B,n] -> int32 [max_val] or [B,max_val]. Values outside [0, max_val) are ignored."""
+    return (x.unsqueeze(-1) == torch.arange(max_val, device=x.device)).sum(-2, dtype=torch.int32)
+
+
+def inclusive_cumsum(x, dim):
+    return x.cumsum(dim, dtype=x.dtype)
+
+
+def exclusive_cumsum(x, dim):
+    return x.cumsum(dim, dtype=x.dtype) - x
+
+
+def topology(padded_bins, block, rows, cols):
+    """Columns of the block-sparse [rows, E*cols] matrix: block row r of expert e holds e*cols .. e*cols + cols-1."""
+    expert_r = torch.searchsorted(padded_bins // block, torch.arange(rows, device=padded_bins.device), right=True)
+    return (expert_r[:, None] * cols + torch.arange(cols, device=padded_bins.device)).flatten().to(torch.int16)
+
+
+def replicate(x, bins, n):
+    """x [B,nb] -> y [B,n]: x[:,i] over columns bins[i-1] .. bins[i]; zeros from bins[-1] on."""
+    owner_n = torch.searchsorted(bins, torch.arange(n, device=x.device, dtype=bins.dtype), right=True)
+    return F.pad(x, (0, 1))[:, owner_n]
+
+
+def round_up(x, value):
+    return torch.div(x + value - 1, value, rounding_mode="trunc") * value
+
+
+def repeat(x, tiling):
+    return x if all(n == 1 for n in tiling) else x.repeat(tiling)
+
+
+def sum(x, dim=0):
+    return x.squeeze(dim) if x.shape[dim] == 1 else x.sum(dim=dim)
+
+
+# ---- movement --------------------------------------------------------------------------------------------------------
+
+
+def _rows(indices_N, bins_E, starts_E, capacity=None):
+    """The expert row of each flat id, -1 where it has none: an absent copy, or one beyond its expert's capacity."""
+    position = torch.arange(int(bins_E[-1]), device=bins_E.device)
+    expert = torch.searchsorted(bins_E, position, right=True)
+    place = position - _begins(bins_E)[expert]  # among the copies of its expert
+    row = starts_E[expert] + place
+    if capacity is not None:
+        row[place >= capacity] = -1
+    rows_N = torch.full(indices_N.shape, -1, device=bins_E.device)
+    rows_N[indices_N[: len(position)].long()] = row
+    return rows_N
+
+
+def _begins(bins_E):
+    return F.pad(bins_E[:-1], (1, 0)).long()
+
+
+def _copy(x_TD, rows_N, top_k, num_rows):
+    """y_PD[row of f] = x_TD[f // K]; rows that nobody has are zeros."""
+    flat = (rows_N >= 0).nonzero().squeeze(1)
+    return x_TD.new_zeros(num_rows, x_TD.shape[1]).index_copy(0, rows_N[flat], x_TD[flat // top_k])
+
+
+def _combine(x_PD, rows_N, weights_N, top_k):
+    """y_TD[t] = sum over slots of w[f] * x_PD[row of f]; a copy without a row counts as zeros."""
+    copies_ND = F.pad(x_PD, (0, 0, 0, 1))[rows_N]  # index -1 is the zero row
+    if weights_N is not None:
+        copies_ND = weights_N[:, None] * copies_ND
+    return copies_ND.view(-1, top_k, x_PD.shape[1]).sum(1).to(x_PD.dtype)
+
+
+def gather(x_TD, indices_N, bin_ids, bins_E, top_k):
+    """-> [N,D] rows sorted by expert; rows from bins[-1] on are zeros."""
+    return _copy(x_TD, _rows(indices_N, bins_E, _begins(bins_E)), top_k, len(indices_N))
+
+
+def scatter(x_ND, indices_N, bin_ids, weights_N, bins_E, top_k):
+    """-> [T,D], the weighted sum of each token's copies. weights None counts as ones."""
+    return _combine(x_ND, _rows(indices_N, bins_E, _begins(bins_E)), weights_N, top_k)
+
+
+def padded_gather(x_TD, indices_N, bin_ids, bins_E, padded_bins_E, top_k):
+    """-> [padded_bins[-1],D]; expert e starts at padded_bins[e-1], pad rows are zeros."""
+    return _copy(x_TD, _rows(indices_N, bins_E, _begins(padded_bins_E)), top_k, int(padded_bins_E[-1]))
+
+
+def padded_scatter(x_PD, indices_N, bin_ids, weights_N, bins_E, padded_bins_E, top_k):
+    return _combine(x_PD, _rows(indices_N, bins_E, _begins(padded_bins_E)), weights_N, top_k)
+
+
+def _bin_rows(indices_N, bins_E, bin_size):
+    return _rows(indices_N, bins_E, torch.arange(len(bins_E), device=bins_E.device) * bin_size, bin_size)
+
+
+def binned_gather(x_TD, indices_N, bins_E, bin_size, top_k):
+    """-> [E,bin_size,D]; copies beyond bin_size are dropped in flat order, free rows are zeros."""
+    y_PD = _copy(x_TD, _bin_rows(indices_N, bins_E, bin_size), top_k, len(bins_E) * bin_size)
+    return y_PD.view(len(bins_E), bin_size, -1)
+
+
+def binned_scatter(x_ECD, indices_N, weights_N, bins_E, top_k):
+    return _combine(x_ECD.flatten(0, 1), _bin_rows(indices_N, bins_E, x_ECD.shape[1]), weights_N, top_k)
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+def _segments(bins_E):
+    """(begin, end) of each expert's rows."""
+    ends = bins_E.tolist()
+    return list(zip([0] + ends[:-1], ends))
+
+
+def grouped_gemm(x_RI, w_EIO, bins_E):
+    """y[rows of e] = x[rows of e] @ w[e]; rows from bins[-1] on are zeros."""
+    parts = [x_RI[begin:end] @ w_IO for (begin, end), w_IO in zip(_segments(bins_E), w_EIO)]
+    tail = x_RI.new_zeros(x_RI.shape[0] - int(bins_E[-1]), w_EIO.shape[2])
+    return torch.cat(parts + [tail])
+
+
+def grouped_gemm_wgrad(x_RI, dy_RO, bins_E):
+    """dw[e] = x[rows of e]^T @ dy[rows of e]; zeros for an empty expert."""
+    return torch.stack([x_RI[begin:end].T @ dy_RO[begin:end] for begin, end in _segments(bins_E)])
+
+
+_act = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+_gate = {"swiglu": _act["silu"], "geglu": _act["gelu"], "geglu_tanh": _act["gelu_tanh"]}
+
+
+def activation(h_NU, act):
+    """act(h), or act(gate) * up of h = [gate | up]."""
+    if act in _act:
+        return _act[act](h_NU)
+    gate_NF, up_NF = h_NU.chunk(2, dim=-1)
+    return _gate[act](gate_NF) * up_NF
+
+
+def _linear(x_NI, w_EOI, bias_EO, index):
+    """The experts' linear layers on sorted rows: x_n w_e^T + b_e."""
+    y_NO = grouped_gemm(x_NI, w_EOI.transpose(1, 2), index.bins_E)
+    return y_NO if bias_EO is None else y_NO + bias_EO.repeat_interleave(index.counts_E, dim=0)
+
+
+def expert_mlp(x_RD, gate, up, down_EDF, weights_RK, index, *, act,
+               gate_bias=None, up_bias=None, down_bias=None, num_copies=None):  # fmt: skip
+    """y_r = sum_k s_rk (act([x_r Wg_e^T + bg_e | x_r Wu_e^T + bu_e]) Wd_e^T + bd_e) with e = ids[r,k].
+
+    gate_EFD and up_EFD, or gate = w13_E2FD = [gate | up] and up = None; without a gate only gate_EFD.
+    num_copies is the number of ids >= 0, which an op that must not look into `index` has to be told.
+    """
+    K = weights_RK.shape[1]
+    x_ND = gather(x_RD, index.order_N, None, index.bins_E, K)[: int(index.bins_E[-1])]
+    h_NU = _linear(x_ND, gate, gate_bias, index)
+    if up is not None:
+        h_NU = torch.cat([h_NU, _linear(x_ND, up, up_bias, index)], dim=1)
+    y_ND = _linear(activation(h_NU, act), down_EDF, down_bias, index)
+    return scatter(y_ND, index.order_N, None, weights_RK.flatten(), index.bins_E, K)
+
+
+# ---- router ----------------------------------------------------------------------------------------------------------
+
+
+def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=None, scale=1.0, balanced=False):
+    """-> weights_TK, ids_TK int32, scores_TE. The K largest in descending order; the lowest id wins a tie.
+
+    softmax_topk  scores = softmax(logits), chosen by scores + select_bias, weights = scores[ids]
+    sigmoid       the same with sigmoid
+    topk_softmax  chosen by logits, weights = softmax(logits[ids])
+    The weights are then divided by their p-norm (norm_p) and multiplied by scale. balanced replaces the choice by
+    ids[t,k] = (t*K + k) mod E.
+    """
+    T, E = logits_TE.shape
+    logits = _real(logits_TE)
+    scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    choice = logits if score == "topk_softmax" else scores if select_bias_E is None else scores + select_bias_E
+    ids_TK = choice.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    if balanced:
+        ids_TK = torch.arange(T * k, device=logits.device).view(T, k) % E
+    weights = logits.gather(1, ids_TK).softmax(-1) if score == "topk_softmax" else scores.gather(1, ids_TK)
+    if norm_p is not None:
+        weights = weights / torch.linalg.vector_norm(weights, ord=norm_p, dim=-1, keepdim=True)
+    return (weights * scale).to(logits_TE.dtype), ids_TK.int(), scores.to(logits_TE.dtype)
+
+
+def capacity_drop(ids_TK, num_experts, capacity, *, rows_per_scope=None, priority_TK=None):
+    """In each scope of rows an expert keeps `capacity` copies, the first by flat id or those of largest priority
+    (the lowest flat id wins a tie). The ids of the others become -1."""
+    ids_GN = ids_TK.reshape(_scopes(ids_TK, rows_per_scope), -1)
+    if priority_TK is None:
+        order_GN = torch.arange(ids_GN.shape[1], device=ids_TK.device).expand_as(ids_GN)
+    else:
+        order_GN = priority_TK.reshape(ids_GN.shape).argsort(dim=1, descending=True, stable=True)
+    sorted_GN = ids_GN.gather(1, order_GN)
+    is_GNE = sorted_GN[..., None] == torch.arange(num_experts, device=ids_TK.device)
+    rank_GN = (is_GNE.cumsum(1) * is_GNE).sum(-1)  # 1 for the first copy of its expert
+    kept_GN = torch.where(rank_GN <= capacity, sorted_GN, -1)
+    return torch.empty_like(ids_GN).scatter(1, order_GN, kept_GN).view_as(ids_TK).int()
+
+
+def _scopes(x, rows_per_scope):
+    return 1 if rows_per_scope is None else x.shape[0] // rows_per_scope
+
+
+def balance_counts(ids_TK, num_experts, rows_per_scope=None):
+    """-> int32 [G,E]: copies per expert in each scope."""
+    return histogram(ids_TK.reshape(_scopes(ids_TK, rows_per_scope), -1), num_experts)
+
+
+def balance_loss(scores_TE, counts_GE, top_k, *, form="switch"):
+    """The mean over scopes, of S = T/G rows each, of
+    switch  E / (S*K) * sum_e counts[g,e] * mean_t scores[t,e]   (Switch Transformer; MegaBlocks; 1.0 when balanced)
+    mse     mean_e (mean_t scores[t,e] - 1/E)^2
+    Zero without tokens."""
+    T, E = scores_TE.shape
+    G = len(counts_GE)
+    if T == 0:
+        return _real(scores_TE).sum()
+    mean_GE = _real(scores_TE).view(G, T // G, E).mean(1)
+    if form == "mse":
+        return (mean_GE - 1 / E).square().mean()
+    return E * G / (T * top_k) * (counts_GE.to(mean_GE.dtype) * mean_GE).sum(1).mean()
+
+
+def z_loss(logits_TE):
+    """mean_t logsumexp(logits[t])^2 (ST-MoE). Zero without tokens."""
+    return _real(logits_TE).logsumexp(-1).square().sum() / max(1, logits_TE.shape[0])
+
+
+def select_bias_update(bias_E, counts_E, rate):
+    """Towards balance, once per optimizer step: bias + rate * sign(mean(counts) - counts) (DeepSeek-V3)."""
+    counts = counts_E.double()
+    return bias_E + rate * (counts.mean() - counts).sign().to(bias_E.dtype)
+
+
+# ---- head ------------------------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(x_TD, w_VD, targets_T, *, ignore_index=-100, chunk=1024):
+    """-> the sum over tokens of logsumexp(x w^T) - (x w^T)[target]; `chunk` bounds the op's memory, not its value."""
+    return F.cross_entropy(_real(x_TD @ w_VD.T), targets_T, ignore_index=ignore_index, reduction="sum")
+
+
+# ---- random numbers that do not know the mesh ------------------------------------------------------------------------
+
+_low = 0xFFFFFFFF
+
+
+def _philox(rows, cols, seed, step, site, row0, device):
+    """Philox4x32-10 (Salmon et al., 2011) -> int64 words in [0, 2^32), [rows, cols rounded up to 4], a function of
+    (seed, step, site, row0 + row, col) alone: word col % 4 of counter {low row, high row, col / 4, step} under
+    key {low seed, high seed ^ site}."""
+    row, block = torch.meshgrid(
+        row0 + torch.arange(rows, device=device), torch.arange((cols + 3) // 4, device=device), indexing="ij"
+    )
+    c0, c1, c2, c3 = row & _low, row >> 32 & _low, block & _low, torch.full_like(row, step & _low)
+    k0, k1 = seed & _low, (seed >> 32 ^ site) & _low
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2^64, as it should
+        c0, c1, c2, c3 = (b >> 32 & _low) ^ c1 ^ k0, b & _low, (a >> 32 & _low) ^ c3 ^ k1, a & _low
+        k0, k1 = k0 + 0x9E3779B9 & _low, k1 + 0xBB67AE85 & _low
+    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)
+
+
+def _unit(words):
+    """The upper 24 bits as a number in [0, 1): exact in float32."""
+    return (words >> 8).double() * 2.0**-24
+
+
+def random_uniform(rows, cols, *, seed, step, site, row0=0, low=0.0, high=1.0, dtype=torch.float32, device=None):
+    """-> [rows,cols] in [low, high)."""
+    u = _unit(_philox(rows, cols, seed, step, site, row0, device)[:, :cols])
+    return (low + (high - low) * u).to(dtype)
+
+
+def random_normal(rows, cols, *, seed, step, site, row0=0, mean=0.0, std=1.0, dtype=torch.float32, device=None):
+    """-> [rows,cols] by Box-Muller: columns 2i and 2i+1 are the two results of the words 2i and 2i+1."""
+    words = _philox(rows, cols, seed, step, site, row0, device)
+    u, v = 1 - _unit(words[:, 0::2]), _unit(words[:, 1::2])  # u in (0, 1]
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :cols]
+    return (mean + std * z).to(dtype)
+
+
+def dropout(x, p, *, seed, step, site, row0=0):
+    """x * keep / (1-p), keep where the uniform number of the element is >= p."""
+    keep = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, device=x.device) >= p
+    return x * keep / (1 - p)
+
+
+def jitter(x, eps, *, seed, step, site, row0=0):
+    """x * U[1-eps, 1+eps)."""
+    return x * random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, low=1 - eps, high=1 + eps,
+                              dtype=x.dtype, device=x.device)  # fmt: skip
+
+
+def noisy(logits_TE, scale_E, *, seed, step, site, row0=0):
+    """logits + scale * N(0,1)."""
+    z = random_normal(*logits_TE.shape, seed=seed, step=step, site=site, row0=row0,
+                      dtype=logits_TE.dtype, device=logits_TE.device)  # fmt: skip
+    return logits_TE + scale_E * z
