@@ -1,0 +1,286 @@
+"""One tree of dataclasses describes a whole run: recipe (TOML) -> Config <- typed command line.
+
+    config = load("recipes/tiny.toml")              # unknown field or wrong type: ConfigError with a sentence
+    config = parse(["recipes/tiny.toml", "--train.steps", "100"])
+    open("config.toml", "w").write(dumps(config))   # load() of that file gives an equal Config
+
+Order of precedence: command line, recipe, the defaults below. Every field says its unit. Each class checks its own
+values in __post_init__ and Config what crosses sections, so an invalid Config cannot be built.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+GATED = ("swiglu", "geglu", "geglu_tanh")
+Act = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"]
+
+
+class ConfigError(ValueError):
+    """A recipe or a command line that describes no run; the message names the field, what it got and what it wants."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    experts: int = 0                    # experts per MoE layer; 0: every block is dense
+    top_k: int = 2                      # experts per token
+    hidden: int = 512                   # width F of one expert
+    dense_layers: int = 0               # the first blocks that keep a dense MLP
+    shared_hidden: int = 0              # width of the shared expert that sees every token; 0: none
+    score: Literal["softmax_topk", "topk_softmax", "sigmoid"] = "softmax_topk"  # logits -> weights
+    norm_p: float = 1.0                 # the K weights are divided by their p-norm; 0: left as they are
+    scale: float = 1.0                  # the weights are multiplied by this after the norm
+    select_bias_rate: float = 0.0       # step of the selection bias per optimizer step; 0: no bias
+    noise: bool = False                 # learned noise: logits + scale_E * N(0,1), scale_E starts at 0 (training only)
+    jitter: float = 0.0                 # router input times U[1-jitter, 1+jitter) (training only)
+    balanced: bool = False              # ignore the logits, spread tokens evenly (throughput tests)
+    capacity_factor: float = 0.0        # an expert keeps factor * K * tokens / E copies per scope; 0: dropless
+    drop_by: Literal["position", "probability"] = "position"    # which copies go when an expert is full
+    scope: Literal["sequence", "micro_batch"] = "sequence"      # tokens over which capacity and balance are taken
+    balance_form: Literal["switch", "mse"] = "switch"           # E*sum(f*p), 1 when balanced; or mean((p - 1/E)^2)
+    balance_weight: float = 0.01        # weight of the balance loss, averaged over layers; 0: none
+    z_weight: float = 0.0               # weight of mean(logsumexp(logits)^2), averaged over layers; 0: none
+
+    def __post_init__(self):
+        if self.experts == 0:
+            return
+        require(self.experts > 0 and self.hidden > 0, "model.moe.experts and model.moe.hidden must be positive")
+        require(1 <= self.top_k <= self.experts, f"model.moe.top_k is {self.top_k}, but there are {self.experts} "
+                f"experts (model.moe.experts): choose 1 to {self.experts}")
+        require(self.norm_p >= 0, f"model.moe.norm_p is {self.norm_p}; it must be 0 (no norm) or a positive p")
+        require(0 <= self.jitter < 1, f"model.moe.jitter is {self.jitter}; it must lie in [0, 1)")
+        require(self.capacity_factor >= 0, f"model.moe.capacity_factor is {self.capacity_factor}; 0 means dropless, "
+                "1.0 the even share")
+        require(not (self.balanced and self.select_bias_rate), "model.moe.balanced ignores the selection bias: set "
+                "model.moe.select_bias_rate to 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 4096              # rows of the embedding; at least the tokenizer's vocabulary
+    seq_len: int = 256                  # tokens per training sequence and the longest context
+    layers: int = 4                     # blocks
+    dim: int = 256                      # model width D
+    heads: int = 4                      # query heads
+    kv_heads: int = 0                   # key and value heads (GQA); 0: as many as heads
+    head_dim: int = 0                   # width of a head; 0: dim / heads
+    hidden: int = 1024                  # width of a dense MLP
+    act: Act = "swiglu"                 # activation of MLPs and experts
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"   # before attention, before the MLP and before the head
+    norm_eps: float = 1e-6              # added to the variance
+    bias: bool = False                  # biases in attention, MLPs, experts and LayerNorm
+    position: Literal["rope", "learned"] = "rope"       # queries and keys turned; or a table of seq_len rows added
+    rope_base: float = 10000.0          # wavelengths run from 2 pi to 2 pi * base tokens
+    qk_norm: bool = False               # RMSNorm of each head's query and key before RoPE
+    tied: bool = False                  # the head is the embedding transposed
+    dropout: float = 0.0                # probability, after the embedding, attention and MLP (training only)
+    init_std: float = 0.02              # of every matrix; residual outputs get init_std / sqrt(2 * layers)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self):
+        for name in ("vocab_size", "seq_len", "layers", "dim", "heads", "hidden"):
+            require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        require(self.head_dim > 0 or self.dim % self.heads == 0, f"model.dim {self.dim} is not a multiple of "
+                f"model.heads {self.heads}: change one or set model.head_dim")
+        require(self.kv_heads >= 0 and self.heads % (self.kv_heads or 1) == 0, f"model.heads {self.heads} is not a "
+                f"multiple of model.kv_heads {self.kv_heads}")
+        require(self.position != "rope" or (self.head_dim or self.dim // self.heads) % 2 == 0,
+                "RoPE turns pairs of columns: the head width (model.head_dim or dim / heads) must be even")
+        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
+        require(0 <= self.moe.dense_layers <= self.layers, f"model.moe.dense_layers is {self.moe.dense_layers}, but "
+                f"there are {self.layers} layers")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = "data/text/train"              # prefix of the training tokens: PREFIX.bin and PREFIX.idx
+    valid: str = "data/text/valid"              # prefix of the held-out tokens; "": no evaluation
+    tokenizer: str = "data/text/tokenizer.json" # of the `tokenizers` library; "": no text samples
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seed: int = 1234                    # of initial values, data order, dropout and router noise
+    steps: int = 1000                   # optimizer steps
+    micro_batch: int = 8                # sequences per forward on one rank
+    accumulation: int = 1               # forwards per optimizer step
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"     # activations (bf16: autocast over fp32 parameters)
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is one
+    recompute: bool = False             # activation checkpointing: keep only each block's input
+    eval_every: int = 250               # steps between evaluations; one more at the end; 0: only at the end
+    eval_batches: int = 32              # micro-batches per evaluation, the same ones each time
+    save_every: int = 500               # steps between checkpoints; one more at the end; 0: only at the end
+    keep_last: int = 2                  # checkpoints kept; 0: all
+    sample_tokens: int = 64             # tokens of text sampled at the end; 0: none
+    profile_steps: int = 0              # steps traced by torch.profiler from the third on, to RUN/profile
+    memory_snapshot: bool = False       # CUDA allocations of the profiled steps, for pytorch.org/memory_viz
+
+    def __post_init__(self):
+        for name in ("steps", "micro_batch", "accumulation", "eval_batches"):
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("eval_every", "save_every", "keep_last", "sample_tokens", "profile_steps"):
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it cannot be negative")
+        require(not self.memory_snapshot or self.profile_steps > 0, "train.memory_snapshot records the profiled "
+                "steps: set train.profile_steps too")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw"] = "adamw"    # decoupled weight decay, torch's fused step
+    lr: float = 1e-3                    # peak learning rate
+    min_lr: float = 1e-4                # learning rate of the last step
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"   # after the warm-up
+    warmup: int = 100                   # steps of linear warm-up
+    decay: int = 0                      # wsd: steps of the linear decay at the end; 0: a fifth of the run
+    beta1: float = 0.9                  # decay of the gradient's mean per step
+    beta2: float = 0.95                 # decay of its square's mean per step
+    eps: float = 1e-8                   # added to the root of the second moment
+    weight_decay: float = 0.1           # decoupled; matrices only, not norms and biases
+    clip: float = 1.0                   # largest global gradient norm; 0: no clipping
+
+    def __post_init__(self):
+        require(self.lr >= self.min_lr >= 0, f"optim.lr {self.lr} and optim.min_lr {self.min_lr}: need "
+                "lr >= min_lr >= 0")
+        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"optim.beta1 {self.beta1} and optim.beta2 "
+                f"{self.beta2} must lie in [0, 1)")
+        for name in ("warmup", "decay", "weight_decay", "clip"):
+            require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it cannot be negative")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    pp: int = 1                         # pipeline stages
+    rep: int = 1                        # replicas of the sharded model
+    fsdp: int = 1                       # ranks that shard parameters
+    sp: int = 1                         # ranks that share a sequence (Ulysses)
+    tp: int = 1                         # ranks that share a matrix
+    ep: int = 1                         # ranks that share the experts
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        require(all(size == 1 for size in sizes.values()), f"mesh is {sizes}: this version trains in one process, "
+                "so every size must be 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    folder: str = "runs"                # the run folder is FOLDER/NAME
+    name: str = ""                      # "": the recipe's file name
+    every: int = 10                     # steps between step lines
+    tensorboard: bool = True            # write FOLDER/NAME/tb
+    peak_tflops: float = 0.0            # of the device, for "mfu"; 0: not printed
+
+    def __post_init__(self):
+        require(self.every > 0, f"log.every is {self.every}; it must be positive")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        require(self.optim.warmup + self.optim.decay <= self.train.steps, f"optim.warmup {self.optim.warmup} + "
+                f"optim.decay {self.optim.decay} steps do not fit in train.steps {self.train.steps}")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.log.folder) / self.log.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.accumulation * self.train.micro_batch * self.model.seq_len
+
+
+def build(cls, table: dict, prefix: str = ""):
+    """Dataclass `cls` from a TOML table. ConfigError for an unknown field (with the nearest) or a wrong type."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in table.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
+            raise ConfigError(f"unknown field {prefix}{name}; {hint}")
+        values[name] = convert(hints[name], value, prefix + name)
+    return cls(**values)
+
+
+def convert(kind, value, name: str):
+    """`value` as `kind` (a dataclass, Literal, bool, int, float or str); an int is accepted where a float is wanted."""
+    if dataclasses.is_dataclass(kind):
+        require(isinstance(value, dict), f"{name}: got {value!r}, wanted a table [{name}]")
+        return build(kind, value, name + ".")
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        require(value in choices, f"{name}: got {value!r}, wanted one of {', '.join(choices)}"
+                + (f"; did you mean {near[0]}?" if near else ""))
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    require(type(value) is kind, f"{name}: got {value!r} ({type(value).__name__}), wanted {kind.__name__}")
+    return value
+
+
+def load(path: str | Path) -> Config:
+    """The Config of a recipe. log.name "" becomes the file's name. Errors: ConfigError naming the file."""
+    path = Path(path)
+    require(path.is_file(), f"no recipe {path}: give a .toml file, for example recipes/tiny.toml")
+    try:
+        config = build(Config, tomllib.loads(path.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not config.log.name:
+        config = dataclasses.replace(config, log=dataclasses.replace(config.log, name=path.stem))
+    return config
+
+
+def parse(args: list[str], cls=Config, prog: str = "moe_ext.train"):
+    """`RECIPE [--section.field value ...]` -> cls, a Config or a subclass of it with more command-line flags."""
+    import tyro
+    usage = f"usage: python -m {prog} RECIPE.toml [--train.steps 100 ...]   (--help after the recipe lists every field)"
+    require(bool(args) and not args[0].startswith("-"), usage)
+    recipe = load(args[0])
+    default = cls(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Config)})
+    return tyro.cli(cls, args=args[1:], default=default, prog=f"python -m {prog} {args[0]}")
+
+
+def dumps(config: Config) -> str:
+    """The config as TOML with every field, defaults included; load() of it gives an equal Config."""
+    lines = []
+
+    def table(node, name):
+        nested = [f.name for f in dataclasses.fields(node) if dataclasses.is_dataclass(getattr(node, f.name))]
+        if name:
+            lines.append(f"\n[{name}]")
+        for f in dataclasses.fields(node):
+            if f.name not in nested:
+                value = getattr(node, f.name)
+                lines.append(f"{f.name} = {repr(value) if type(value) is float else json.dumps(value)}")
+        for child in nested:
+            table(getattr(node, child), f"{name}.{child}" if name else child)
+
+    table(Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}), "")
+    return "\n".join(lines).strip() + "\n"
