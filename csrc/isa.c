@@ -1,0 +1,71 @@
+// isa.c: what is decided once per process: which kernel table runs (moe_k) and through which pool.
+//
+// The choice is the best table that this CPU can run, or the one that the environment's MOE_ISA names. A name that nobody
+// knows, or that this CPU cannot run, is MOE_NO_ISA: nothing is silently replaced. Only x86-64 has more than the base table.
+#include "kernels.h"
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+const moe_kernels *moe_k;
+static moe_pool    run_pool;
+static int       (*pool_threads)(void);
+
+const char *moe_status_text(int status) {
+    switch (status) {
+    case MOE_OK:        return "ok";
+    case MOE_BAD_DTYPE: return "this function does not take that dtype";
+    case MOE_BAD_SHAPE: return "a size is negative, does not fit the others, or a product of sizes overflows";
+    case MOE_BAD_INDEX: return "an id is out of range";
+    case MOE_BAD_BINS:  return "bins must be non-decreasing, start at 0 or above and end within the rows";
+    case MOE_BAD_VALUE: return "a value is NaN or not one of the known choices";
+    case MOE_NO_ISA:    return "MOE_ISA names an instruction set that this CPU lacks or that is none of base, avx2, avx512";
+    }
+    return "unknown status";
+}
+
+// Best first. __builtin_cpu_supports asks the CPU and, for the wide registers, the operating system.
+static bool can_run(const moe_kernels *k) {
+#ifdef __x86_64__
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (k == &moe_kernels_avx2) return avx2;
+    if (k == &moe_kernels_avx512)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+    return k == &moe_kernels_base;
+}
+
+static void choose(void) {
+    static const moe_kernels *const tables[] = {
+#ifdef __x86_64__
+        &moe_kernels_avx512, &moe_kernels_avx2,
+#endif
+        &moe_kernels_base,
+    };
+    const char *wanted = getenv("MOE_ISA");
+    for (size_t i = 0; i < sizeof tables / sizeof *tables && !moe_k; i++)
+        if (can_run(tables[i]) && (!wanted || !strcmp(wanted, tables[i]->isa))) moe_k = tables[i];
+}
+
+int moe_init(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, choose);
+    return moe_k ? MOE_OK : MOE_NO_ISA;
+}
+
+const char *moe_isa(void) { return moe_k ? moe_k->isa : NULL; }
+
+void moe_set_pool(moe_pool pool, int (*threads)(void)) {
+    run_pool     = pool;
+    pool_threads = threads;
+}
+
+int moe_threads(void) { return pool_threads ? pool_threads() : 1; }
+
+// The pool's status is not read: bodies are C functions that cannot fail, and so it has nothing to report.
+void moe_parallel(int64_t n, int64_t grain, moe_body body, void *arg) {
+    if (n <= 0) return;
+    if (!run_pool || n <= grain) body(0, n, arg);
+    else run_pool(0, n, grain < 1 ? 1 : grain, body, arg);
+}
