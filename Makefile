@@ -1,0 +1,75 @@
+# make train   a GPT with experts from real text to samples and a plot      make test    everything CI checks
+# make build   compile what changed     make bench   the benchmark table     make lint    ruff and clang-format
+# make sanitize   the core and the ops under ASan + UBSan, the core under TSan        make clean
+#
+# The first run creates .venv. Options: PYTHON=python3.12, MOE_TORCH="torch==2.11.0" (any pip arguments), TEXT=file or folder.
+PYTHON    ?= python3
+MOE_TORCH ?= torch==2.13.0
+RECIPE    ?= recipes/tiny.toml
+DATA      ?= data/tiny
+BIN       := .venv/bin
+PY        := $(BIN)/python
+comma     := ,
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+# ---- environment -----------------------------------------------------------------------------------------------------
+# torch first and by exact version: the build compiles against the one that it finds.
+.venv/installed: requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q $(MOE_TORCH) -r requirements-dev.txt
+	$(BIN)/pip install -q --no-build-isolation -e ".[plot]"
+	touch $@
+
+.venv/parity: requirements-parity.txt .venv/installed
+	$(BIN)/pip install -q --no-deps --no-build-isolation -r $<
+	touch $@
+
+.PHONY: build train test bench lint sanitize clean
+build: .venv/installed
+	$(PY) setup.py -q build_ext --inplace
+
+# ---- the two commands ------------------------------------------------------------------------------------------------
+train: build
+	$(PY) -m moe_ext.data prepare $(if $(TEXT),--text $(TEXT)) --out $(DATA)
+	$(BIN)/torchrun --standalone --nproc-per-node 1 -m moe_ext.train $(RECIPE)
+
+test: build lint test-c .venv/parity
+	$(PY) -m pytest
+
+# ---- C tests: each under every instruction set of this CPU ---------------------------------------------------------
+C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -D_GNU_SOURCE -ffp-contract=off -Icsrc
+C_TESTS := $(basename $(notdir $(wildcard tests/c/test_*.c)))
+ISAS    := base $(foreach isa,avx2 avx512,$(if $(shell grep -m1 -ow $(isa:avx512=avx512dq) /proc/cpuinfo),$(isa)))
+# $(call run-c-tests,build folder,extra flags)
+define run-c-tests
+	mkdir -p $(1)/tests
+	for t in $(C_TESTS); do \
+	    gcc $(C_FLAGS) $(2) -o $(1)/tests/$$t tests/c/$$t.c $$(ls $(1)/csrc/*.o | grep -v -e /ops.o -e /module.o) -lm -lpthread; \
+	    for isa in $(ISAS); do echo "$$t $$isa"; MOE_ISA=$$isa $(1)/tests/$$t; done; \
+	done
+endef
+.PHONY: test-c
+test-c: build
+	$(call run-c-tests,build/release)
+
+# ---- the same under sanitizers: a second build in build/address and build/thread -----------------------------------
+ASAN_PRELOAD := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so.6)
+sanitize: build
+	MOE_SANITIZE=address $(PY) setup.py -q build_ext
+	$(call run-c-tests,build/address,-fsanitize=address$(comma)undefined)
+	MOE_BINARY=build/address/moe_ext LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
+	    $(PY) -m pytest tests/test_ops.py
+	MOE_SANITIZE=thread $(PY) setup.py -q build_ext
+	$(call run-c-tests,build/thread,-fsanitize=thread)
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+bench: build
+	$(PY) -m benchmarks.ops
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build moe_ext/*.so *.egg-info compile_commands.json
