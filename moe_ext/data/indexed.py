@@ -1,0 +1,163 @@
+"""Token files: Megatron's PREFIX.bin + PREFIX.idx, read through a memory map; nanoGPT's flat uint16 .bin too.
+
+PREFIX.bin   the tokens of all sequences, end to end, uint16 or int32
+PREFIX.idx   little endian, no padding:
+    9 bytes       MMIDIDX\\0\\0
+    uint64        version, 1
+    uint8         dtype code: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 6 float64, 7 float32, 8 uint16
+    uint64        S sequences
+    uint64        D + 1 entries of the document index
+    int32 [S]     tokens of each sequence
+    int64 [S]     byte where each sequence begins in the .bin
+    int64 [D+1]   first sequence of each document; the last entry is S
+    int8  [S]     optional modes (multimodal data), accepted and not read
+
+A wrong or truncated file is a ValueError that names the file, what it holds, what was wanted and what to do.
+"""
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}    # token dtypes only
+FLAT_DOCUMENT = 2**20   # a flat file knows no documents: it is cut into pieces of this many tokens
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 below 65,500 ids (Megatron's rule), else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+class IndexedDataset:
+    """Documents of tokens on disk.
+
+    path: PREFIX of PREFIX.bin and PREFIX.idx, or a .bin file; a .bin without .idx beside it is flat uint16.
+    tokens  memory map [tokens]: all documents end to end
+    starts  int64 [D+1]: document d is tokens[starts[d]:starts[d+1]]
+    sizes   int32 [D]: tokens of each document
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        bin_path, idx_path = token_paths(path)
+        if not bin_path.is_file():
+            raise FileNotFoundError(f"no token file {bin_path}; make one with "
+                                    f"`python -m moe_ext.data prepare --out {bin_path.parent}`")
+        if idx_path.is_file():
+            dtype, self.starts = read_index(idx_path)
+            wanted = int(self.starts[-1]) * dtype.itemsize
+        elif Path(path).suffix == ".bin":
+            dtype = np.dtype(np.uint16)
+            tokens = bin_path.stat().st_size // 2
+            self.starts = np.append(np.arange(0, tokens, FLAT_DOCUMENT, dtype=np.int64), tokens)
+            wanted = 2 * tokens
+        else:
+            raise FileNotFoundError(f"{bin_path} has no index {idx_path}; prepare the data again, or name {bin_path} "
+                                    "itself if it is a flat file of uint16 tokens")
+        if bin_path.stat().st_size != wanted:
+            raise ValueError(f"{bin_path}: got {bin_path.stat().st_size} bytes, wanted {wanted} "
+                             f"({self.starts[-1]} tokens of {dtype}); truncated or of another index: prepare it again")
+        if wanted == 0:
+            raise ValueError(f"{bin_path}: got no tokens, wanted at least one; prepare it again")
+        self.path = bin_path
+        self.tokens = np.memmap(bin_path, dtype=dtype, mode="r")
+        self.sizes = np.diff(self.starts).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        """The tokens of one document: a view [sizes[document]] of the file's dtype."""
+        document = range(len(self))[document]
+        return self.tokens[self.starts[document]:self.starts[document + 1]]
+
+
+def token_paths(path: str | os.PathLike) -> tuple[Path, Path]:
+    """PREFIX, PREFIX.bin or PREFIX.idx -> (PREFIX.bin, PREFIX.idx)."""
+    text = os.fspath(path)
+    prefix = text[:-4] if text.endswith((".bin", ".idx")) else text
+    return Path(prefix + ".bin"), Path(prefix + ".idx")
+
+
+def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
+    """An .idx file -> (token dtype, first token of each document int64 [D+1], whose last entry is all tokens)."""
+    data = path.read_bytes()
+
+    def check(ok: bool, what: str, got, wanted) -> None:
+        if not ok:
+            raise ValueError(f"{path}: {what}: got {got}, wanted {wanted}; not a Megatron index or a damaged one: "
+                             "prepare the data again")
+
+    check(len(data) >= HEADER.size, "header", f"{len(data)} bytes", f"at least {HEADER.size}")
+    magic, version, code, sequences, documents = HEADER.unpack_from(data)
+    check(magic == MAGIC, "first bytes", magic, MAGIC)
+    check(version == 1, "version", version, 1)
+    check(code in DTYPES, "dtype code", code, f"an integer dtype, one of {sorted(DTYPES)}")
+    check(documents >= 1, "entries of the document index", documents, "at least 1")
+    wanted = HEADER.size + 12 * sequences + 8 * documents
+    check(len(data) in (wanted, wanted + sequences), "length", f"{len(data)} bytes",
+          f"{wanted} for {sequences} sequences and {documents - 1} documents")
+
+    # np.array copies: the file's arrays begin at byte 34 and are not aligned.
+    at = HEADER.size
+    sizes = np.array(np.frombuffer(data, "<i4", sequences, at))
+    pointers = np.array(np.frombuffer(data, "<i8", sequences, at + 4 * sequences))
+    documents = np.array(np.frombuffer(data, "<i8", documents, at + 12 * sequences))
+    check(sequences == 0 or sizes.min() >= 0, "shortest sequence", sizes.min(initial=0), "0 or more tokens")
+    dtype = np.dtype(DTYPES[code])
+    ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    check(np.array_equal(pointers, ends[:-1] * dtype.itemsize), "byte pointers", "gaps or overlaps",
+          "the running sum of the lengths")
+    check(documents[0] == 0 and documents[-1] == sequences and (np.diff(documents) >= 0).all(), "document index",
+          f"{documents[0]} to {documents[-1]}", f"a rising list from 0 to {sequences}")
+    starts = ends[documents]
+    check(np.diff(starts).max(initial=0) < 2**31, "longest document", f"{np.diff(starts).max(initial=0)} tokens",
+          "less than 2^31")
+    return dtype, starts
+
+
+class IndexedWriter:
+    """Writes PREFIX.bin document by document and PREFIX.idx at close; one sequence per document.
+
+        with IndexedWriter("out/train", vocab_size=4096) as writer:
+            writer.add([1, 2, 3])
+    """
+
+    def __init__(self, prefix: str | os.PathLike, vocab_size: int):
+        self.bin_path, self.idx_path = token_paths(prefix)
+        self.dtype = token_dtype(vocab_size)
+        self.sizes = []
+        self.file = open(self.bin_path, "wb")
+
+    def add(self, tokens) -> None:
+        """tokens: integers [n] in [0, vocab_size)."""
+        tokens = np.asarray(tokens, dtype=self.dtype)
+        self.file.write(tokens.tobytes())
+        self.sizes.append(len(tokens))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace) -> None:
+        self.file.close()
+        if kind is not None:
+            return      # no index: a half-written .bin must not look whole
+        sizes = np.asarray(self.sizes, dtype="<i4")
+        pointers = (np.cumsum(sizes, dtype="<i8") - sizes) * self.dtype.itemsize
+        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
+        with open(self.idx_path, "wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
+            file.write(sizes.tobytes())
+            file.write(pointers.astype("<i8").tobytes())
+            file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+
+
+def unigram_entropy(dataset: IndexedDataset) -> float:
+    """Entropy of the tokens' frequencies in nats: the loss of the best model that sees no context."""
+    counts = np.zeros(int(dataset.tokens.max()) + 1, dtype=np.int64)
+    for begin in range(0, len(dataset.tokens), 2**24):      # bincount works on an int64 copy: not of the whole file
+        counts += np.bincount(dataset.tokens[begin:begin + 2**24], minlength=len(counts))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
