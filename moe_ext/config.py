@@ -23,7 +23,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-GATED = ("swiglu", "geglu", "geglu_tanh")
 Act = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -67,6 +66,8 @@ class MoEConfig:
         require(0 <= self.jitter < 1, f"model.moe.jitter is {self.jitter}; it must lie in [0, 1)")
         require(self.capacity_factor >= 0, f"model.moe.capacity_factor is {self.capacity_factor}; 0 means dropless, "
                 "1.0 the even share")
+        require(self.score != "topk_softmax" or self.select_bias_rate == 0, "model.moe.select_bias_rate moves a bias "
+                "on scores, but topk_softmax chooses by logits: use sigmoid or softmax_topk, or set it to 0")
         require(not (self.balanced and self.select_bias_rate), "model.moe.balanced ignores the selection bias: set "
                 "model.moe.select_bias_rate to 0")
 
@@ -100,11 +101,19 @@ class ModelConfig:
                 f"model.heads {self.heads}: change one or set model.head_dim")
         require(self.kv_heads >= 0 and self.heads % (self.kv_heads or 1) == 0, f"model.heads {self.heads} is not a "
                 f"multiple of model.kv_heads {self.kv_heads}")
-        require(self.position != "rope" or (self.head_dim or self.dim // self.heads) % 2 == 0,
+        require(self.position != "rope" or self.head_width % 2 == 0,
                 "RoPE turns pairs of columns: the head width (model.head_dim or dim / heads) must be even")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         require(0 <= self.moe.dense_layers <= self.layers, f"model.moe.dense_layers is {self.moe.dense_layers}, but "
                 f"there are {self.layers} layers")
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def kv_groups(self) -> int:
+        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,240 @@
+"""The GPT: embeddings, blocks of attention and MLP or MoE, a norm, a head. One file, every variant by config.
+
+    x = embed(tokens)
+    x = x + attention(norm(x));  x = x + mlp(norm(x))          for each block
+    loss = sum over tokens of cross-entropy(norm(x) W_head^T)
+
+B sequences, S tokens, T = B*S, D model width, H query heads, G key/value heads, d head width, L layers, V vocabulary.
+Parameters are named as in Hugging Face's Qwen3-MoE (without its prefix "model."), RoPE turns halves as there, so export
+is a rename. Nothing is kept between calls: losses, counts and the key/value cache travel as arguments and results.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_ext import ops
+from moe_ext.config import ModelConfig
+from moe_ext.layers.fused import MLP, Draws, FusedMoE, site
+
+
+class Losses(NamedTuple):
+    """Results of one forward with targets."""
+    token_loss: torch.Tensor    # scalar, cross-entropy summed over the tokens (nats)
+    aux_loss: torch.Tensor      # scalar, balance and z-loss with their weights, mean over MoE layers; 0 in evaluation
+    counts_LE: torch.Tensor     # int32, copies per MoE layer and expert; [0,0] for a dense model
+    dropped: torch.Tensor       # int32 scalar, copies that capacity dropped, all layers
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far. `length` counts them; room for `max_len`."""
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, dtype=torch.float32, device=None):
+        shape = (config.layers, batch, config.kv_groups, max_len, config.head_width)
+        self.k_LBGSd = torch.empty(shape, dtype=dtype, device=device)
+        self.v_LBGSd = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer, k_BGSd, v_BGSd):
+        """Appends to one layer and returns all its keys and values; `length` moves after the last layer."""
+        end = self.length + k_BGSd.shape[2]
+        if end > self.k_LBGSd.shape[3]:
+            raise ValueError(f"KVCache: {end} tokens, room for {self.k_LBGSd.shape[3]}; make it with a larger max_len")
+        self.k_LBGSd[layer, :, :, self.length:end] = k_BGSd
+        self.v_LBGSd[layer, :, :, self.length:end] = v_BGSd
+        return self.k_LBGSd[layer, :, :, :end], self.v_LBGSd[layer, :, :, :end]
+
+
+def make_norm(c: ModelConfig, **options):
+    if c.norm == "rmsnorm":
+        return nn.RMSNorm(c.dim, eps=c.norm_eps, **options)
+    return nn.LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
+
+
+def rope_angles(positions_S, head_dim, base):
+    """-> cos, sin, fp64 [S, d/2]: position * base^(-2i/d) (Su et al., 2021)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_S.device) / head_dim)
+    angle = positions_S.double()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHSd, rope):
+    """Turns the pairs (x[i], x[i + d/2]) by their position's angles."""
+    cos, sin = (t.to(x_BHSd.dtype) for t in rope)
+    a, b = x_BHSd.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query and G key/value heads; query head h reads key/value head h // (H/G)."""
+    def __init__(self, c: ModelConfig, **options):
+        super().__init__()
+        self.head_width = c.head_width
+        q_width, kv_width = c.heads * c.head_width, c.kv_groups * c.head_width
+        self.q_proj = nn.Linear(c.dim, q_width, bias=c.bias, **options)
+        self.k_proj = nn.Linear(c.dim, kv_width, bias=c.bias, **options)
+        self.v_proj = nn.Linear(c.dim, kv_width, bias=c.bias, **options)
+        self.o_proj = nn.Linear(q_width, c.dim, bias=c.bias, **options)
+        self.q_norm = nn.RMSNorm(c.head_width, eps=c.norm_eps, **options) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(c.head_width, eps=c.norm_eps, **options) if c.qk_norm else None
+
+    def forward(self, x_BSD, rope, cache: KVCache | None = None, layer: int = 0):
+        B, S, _ = x_BSD.shape
+        q, k, v = (proj(x_BSD).view(B, S, -1, self.head_width) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # [B, H or G, S, d]
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            past = k.shape[2] - S
+            mask = torch.ones(S, past + S, dtype=torch.bool, device=q.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). `mlp` is dense in the first `dense_layers` blocks, else MoE."""
+    def __init__(self, c: ModelConfig, layer: int, **options):
+        super().__init__()
+        self.layer, self.dropout, self.name = layer, c.dropout, f"layers.{layer}"
+        self.input_layernorm = make_norm(c, **options)
+        self.self_attn = Attention(c, **options)
+        self.post_attention_layernorm = make_norm(c, **options)
+        m = c.moe
+        if m.experts == 0 or layer < m.dense_layers:
+            self.mlp = MLP(c.dim, c.hidden, act=c.act, bias=c.bias, **options)
+        else:
+            self.mlp = FusedMoE(
+                c.dim, m.hidden, m.experts, m.top_k, name=self.name + ".mlp", act=c.act, bias=c.bias,
+                score=m.score, norm_p=m.norm_p, scale=m.scale, select_bias=m.select_bias_rate > 0,
+                noise=m.noise, jitter=m.jitter, balanced=m.balanced, shared_hidden=m.shared_hidden,
+                capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
+                balance_form=m.balance_form, balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
+
+    def forward(self, x_BSD, rope, draws=None, cache=None):
+        """-> x_BSD, Routing (None for a dense block)."""
+        y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, cache, self.layer)
+        x_BSD = x_BSD + drop(y_BSD, self.dropout, draws, self.name + ".self_attn")
+        y_BSD, routing = self.post_attention_layernorm(x_BSD), None
+        if isinstance(self.mlp, FusedMoE):
+            y_BSD, routing = self.mlp(y_BSD, draws)
+        else:
+            y_BSD = self.mlp(y_BSD)
+        return x_BSD + drop(y_BSD, self.dropout, draws, self.name + ".mlp.dropout"), routing
+
+
+def drop(x_BSD, p, draws: Draws | None, name):
+    """Dropout by the counter-based generator; the identity without draws, i.e. outside training."""
+    if p == 0 or draws is None:
+        return x_BSD
+    return ops.dropout(x_BSD.flatten(0, 1), p, **draws.at(name)).view_as(x_BSD)
+
+
+class GPT(nn.Module):
+    """tokens_BS int64 -> losses or logits. Parameters are drawn by `init_weights`; dtype is theirs."""
+    def __init__(self, config: ModelConfig, *, seed: int = 0, dtype=torch.float32, device=None):
+        super().__init__()
+        self.config, c = config, config
+        options = dict(dtype=dtype, device=device)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim, **options)
+        self.embed_positions = nn.Embedding(c.seq_len, c.dim, **options) if c.position == "learned" else None
+        self.layers = nn.ModuleList(Block(c, i, **options) for i in range(c.layers))
+        self.norm = make_norm(c, **options)
+        self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False, **options)
+        if c.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.recompute = False      # keep only each block's input and run it again in the backward
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int):
+        """Every value is a function of (seed, parameter's name, index in the whole parameter), so no mesh changes it.
+        Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases and noise 0."""
+        for name, p in self.named_parameters():
+            kind = name.rpartition(".")[2] if p.ndim == 1 or name.endswith(("b13_E2F", "b2_ED")) else "matrix"
+            if kind == "weight":
+                p.fill_(1.0)
+            elif kind != "matrix":
+                p.zero_()
+            else:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2_EDF"))
+                std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
+                rows = p.view(-1, p.shape[-1])
+                rows.copy_(ops.random_normal(*rows.shape, seed=seed, step=0, site=site(name), std=std,
+                                             dtype=p.dtype, device=p.device))
+
+    def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None):
+        """-> the last norm's output [B,S,D], list of Routing. `draws` are used in training only."""
+        c, S = self.config, tokens_BS.shape[1]
+        past = 0 if cache is None else cache.length
+        if past + S > c.seq_len:
+            raise ValueError(f"GPT: {past + S} tokens, but model.seq_len is {c.seq_len}")
+        draws = draws if self.training else None
+        positions_S = torch.arange(past, past + S, device=tokens_BS.device)
+        x_BSD = self.embed_tokens(tokens_BS)
+        rope = None
+        if self.embed_positions is not None:
+            x_BSD = x_BSD + self.embed_positions(positions_S)
+        else:
+            rope = rope_angles(positions_S, c.head_width, c.rope_base)
+        x_BSD = drop(x_BSD, c.dropout, draws, "embed_tokens")
+        routings = []
+        for block in self.layers:
+            if self.recompute and self.training:
+                # Random numbers are keyed and losses are returned: there is no state to save or to count twice.
+                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BSD, routing = block(x_BSD, rope, draws, cache)
+            routings += [routing] if routing is not None else []
+        if cache is not None:
+            cache.length += S
+        return self.norm(x_BSD), routings
+
+    def forward(self, tokens_BS, targets_BS, draws: Draws | None = None) -> Losses:
+        """targets_BS int64, -100 where a token does not count."""
+        x_BSD, routings = self.hidden(tokens_BS, draws)
+        token_loss = ops.linear_cross_entropy(x_BSD.flatten(0, 1), self.lm_head.weight, targets_BS.flatten())
+        if not routings:
+            none = torch.zeros((), dtype=torch.int32, device=tokens_BS.device)
+            return Losses(token_loss, torch.zeros_like(token_loss), none.new_zeros(0, 0), none)
+        loss, counts, dropped = (torch.stack(column) for column in zip(*routings, strict=True))
+        return Losses(token_loss, loss.mean(), counts, dropped.sum())
+
+    def logits(self, tokens_BS, cache: KVCache | None = None):
+        """-> [B,S,V]. With a cache, tokens continue those that it holds."""
+        return self.lm_head(self.hidden(tokens_BS, cache=cache)[0])
+
+    def moe_layers(self) -> list[FusedMoE]:
+        return [block.mlp for block in self.layers if isinstance(block.mlp, FusedMoE)]
+
+    def update_select_bias(self, counts_LE):
+        """Once per optimizer step, with counts_LE int64 over all its tokens. Nothing without a selection bias."""
+        if self.config.moe.select_bias_rate:
+            for moe, counts_E in zip(self.moe_layers(), counts_LE, strict=True):
+                moe.update_select_bias(counts_E, self.config.moe.select_bias_rate)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(total, active per token): a tied table counts once, of E experts K are active, the whole router is."""
+        total = sum(p.numel() for p in self.parameters())
+        idle = 0
+        for moe in self.moe_layers():
+            experts = sum(p.numel() for p in (moe.w13_E2FD, moe.w2_EDF, moe.b13_E2F, moe.b2_ED) if p is not None)
+            idle += experts // moe.num_experts * (moe.num_experts - moe.top_k)
+        return total, total - idle
+
+    def flops_per_token(self) -> int:
+        """Forward and backward, recomputation not counted: 6 per active weight that multiplies (embeddings do not, the
+        head does) and 12 * S * H * d per layer for attention, counted without the causal half (PaLM, appendix B)."""
+        c = self.config
+        tables = [self.embed_positions] + ([] if c.tied else [self.embed_tokens])
+        looked_up = sum(table.weight.numel() for table in tables if table is not None)
+        attention = 12 * c.layers * c.seq_len * c.heads * c.head_width
+        return 6 * (self.num_parameters()[1] - looked_up) + attention
