@@ -129,52 +129,57 @@ typedef struct {
 size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a);
 int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe_expert_grads *g);
 
-// ---- route.c -------------------------------------------------------------------------------------------------------
+// ---- route.c, balance.c --------------------------------------------------------------------------------------------
+// All of it takes 1 <= E <= MOE_MAX_EXPERTS (else MOE_BAD_SHAPE), and scopes of S rows where S divides T; S = 0 only if T = 0.
+enum { MOE_MAX_EXPERTS = 4096 };
 typedef enum { MOE_SOFTMAX_TOPK, MOE_TOPK_SOFTMAX, MOE_SIGMOID } moe_score;
 // scores_TE = softmax(logits) (sigmoid(logits) for MOE_SIGMOID). ids = the K largest of: scores (+ select_bias_E) or, for
 // MOE_TOPK_SOFTMAX, logits; the lowest id wins a tie. weights = scores at ids, or the softmax over the K kept logits; then
 // divided by their p-norm if norm_p > 0 (INFINITY is the max norm), then multiplied by scale.
 // balanced != 0: ids[t,k] = (t*K + k) mod E instead of the K largest (throughput tests); weights follow those ids.
-// Outputs are of logits' dtype. A NaN logit is MOE_BAD_VALUE.
+// Outputs are of logits' dtype; ids and weights are taken before scores are rounded to it. A logit of -inf masks its expert
+// (score 0, never chosen) while K others remain; a row with fewer, any masked logit if balanced, NaN or +inf: MOE_BAD_VALUE.
 typedef struct { int dtype, score, balanced; int64_t T, E, K; double norm_p, scale; } moe_router_args;
 int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, void *weights_TK, int32_t *ids_TK, void *scores_TE);
 int moe_router_backward(const moe_router_args *a, const void *logits_TE, const void *scores_TE, const int32_t *ids_TK, const void *dweights_TK, const void *dscores_TE /* either may be NULL */, void *dlogits_TE);
 // Capacity: in each scope of S rows (T = G*S) an expert keeps `capacity` copies: the first by flat id, or the largest by
-// priority_TK (real dtype, lowest flat id wins a tie) if priority is not NULL. Dropped ids become -1.
+// priority_TK (real of dtype, lowest flat id wins a tie, NaN is MOE_BAD_VALUE) if priority is not NULL. Dropped ids become -1.
 size_t moe_capacity_workspace(int64_t S, int64_t K, int64_t E);
 int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, const int32_t *ids_TK, const void *priority_TK, void *workspace, int32_t *kept_TK);
 // Balance loss per scope g of S rows, then the mean over scopes. counts_GE: copies per expert, given (so that a mesh can sum them).
 //   MOE_BALANCE_SWITCH  E / (S*K) * sum_e counts[g,e] * mean_{t in g} scores[t,e]      (MegaBlocks; 1.0 when balanced)
-//   MOE_BALANCE_MSE     mean_e (mean_{t in g} scores[t,e] - 1/E)^2                     (seed 000)
+//   MOE_BALANCE_MSE     mean_e (mean_{t in g} scores[t,e] - 1/E)^2                     (seed 000; reads no counts)
 typedef enum { MOE_BALANCE_SWITCH, MOE_BALANCE_MSE } moe_balance;
 int moe_balance_counts(int64_t T, int64_t S, int64_t K, int64_t E, const int32_t *ids_TK, int32_t *counts_GE);
 int moe_balance_loss(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE, const int32_t *counts_GE, double *loss);
 int moe_balance_loss_backward(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE, const int32_t *counts_GE, double dloss, void *dscores_TE);
-// mean_t logsumexp(logits[t])^2; lse_T is kept for the backward (real).
+// mean_t logsumexp(logits[t])^2; lse_T is kept for the backward (real). NaN gives NaN.
 int moe_z_loss(int dtype, int64_t T, int64_t E, const void *logits_TE, void *lse_T, double *loss);
 int moe_z_loss_backward(int dtype, int64_t T, int64_t E, const void *logits_TE, const void *lse_T, double dloss, void *dlogits_TE);
 // Selection bias of sigmoid routing, once per optimizer step: bias += rate * sign(mean(counts) - counts).
 int moe_select_bias_update(int64_t E, double rate, const int64_t *counts_E, float *bias_E);
 
 // ---- xent.c: the softmax pass of a chunked linear + cross-entropy -----------------------------------------------------
-// Per row: loss = lse - logit[target] (0 where target == ignore_index); logits_MV is overwritten by
-// grad_scale * (softmax - onehot), zeros on ignored rows. A target outside [0,V) that is not ignore_index: MOE_BAD_INDEX.
+// Per row: loss = lse - logit[target] (0 where target == ignore_index, and lse too); logits_MV is overwritten by
+// grad_scale * (softmax - onehot), zeros on ignored rows. loss_M and lse_M are real. A target outside [0,V) that is not ignore_index: MOE_BAD_INDEX.
 int moe_xent(int dtype, int64_t M, int64_t V, int64_t ignore_index, double grad_scale, const int64_t *targets_M, void *logits_MV, void *loss_M, void *lse_M);
 
 // ---- random.c: numbers that do not know the mesh (Philox4x32-10) -----------------------------------------------------
 // Element (row, col) of a site is a pure function of (seed, step, site, row0 + row, col).
 //   counter = {low row, high row, col / 4, step}; key = {low seed, high seed ^ site}; word col % 4.
+// Numbers are computed in float whatever the dtype, so that MOE_F64 sees those of MOE_F32, and rounded once; philox.h says how.
 typedef struct { uint64_t seed; int64_t step, site, row0; } moe_random_key;
-int moe_uniform(int dtype, moe_random_key key, int64_t rows, int64_t cols, double low, double high, void *y);   // [low, high)
+int moe_uniform(int dtype, moe_random_key key, int64_t rows, int64_t cols, double low, double high, void *y);   // [low, high), before rounding to bf16 or fp16
 int moe_normal(int dtype, moe_random_key key, int64_t rows, int64_t cols, double mean, double std, void *y);    // Box-Muller on words (0,1), (2,3)
-// y = x * keep / (1-p); its backward is the same call on dy.
+// y = x * keep / (1-p), keep where the uniform number is >= p; p = 1 gives zeros. Its backward is the same call on dy.
 int moe_dropout(int dtype, moe_random_key key, int64_t rows, int64_t cols, double p, const void *x, void *y);
 
 // ---- dataset.c -------------------------------------------------------------------------------------------------------
 // Fisher-Yates by Philox, so that an epoch's order is a function of (seed, epoch) alone.
 int moe_shuffle(uint64_t seed, int64_t stream, int64_t n, int64_t *order_n);
 // Sample i of `samples` covers tokens [i*length, i*length + length + 1) of the documents laid end to end in `docs` order:
-// doc[i], offset[i] = where it begins. sizes are in tokens. Returns MOE_BAD_SHAPE if the documents are too short.
+// docs[doc[i]] at token offset[i] is where it begins (never at the end of a document). sizes are in tokens.
+// Returns MOE_BAD_SHAPE if the documents are too short.
 int moe_sample_index(int64_t docs_n, const int64_t *docs, int64_t sizes_n, const int32_t *sizes, int64_t length, int64_t samples, int64_t *doc, int64_t *offset);
 
 #ifdef __cplusplus

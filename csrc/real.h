@@ -1,0 +1,24 @@
+// real.h: one real (double for MOE_F64, else float) at a time, and rows over experts. For the ops around a softmax, whose
+// few scalars per row need no SIMD. Inside the core only.
+#ifndef MOE_REAL_H
+#define MOE_REAL_H
+#include "kernels.h"
+
+static inline double real_get(int dtype, const void *real, int64_t i) {
+    return dtype == MOE_F64 ? ((const double *)real)[i] : (double)((const float *)real)[i];
+}
+static inline void real_set(int dtype, void *real, int64_t i, double value) {
+    if (dtype == MOE_F64) ((double *)real)[i] = value;
+    else ((float *)real)[i] = (float)value;
+}
+
+// One row over experts, on the stack.
+typedef union { float f32[MOE_MAX_EXPERTS]; double f64[MOE_MAX_EXPERTS]; } real_row;
+
+// A matrix [T,E] of a floating dtype.
+static inline int check_rows(int dtype, int64_t T, int64_t E) {
+    if (!moe_is_float(dtype)) return MOE_BAD_DTYPE;
+    return T < 0 || E < 1 || E > MOE_MAX_EXPERTS || T > INT64_MAX / (8 * E) ? MOE_BAD_SHAPE : MOE_OK;
+}
+static inline int64_t row_grain(int64_t E) { return 16384 / E + 1; }      // rows that are worth a thread
+#endif
