@@ -153,7 +153,7 @@ def _bin_rows(indices_N, bins_E, bin_size):
 def binned_gather(x_TD, indices_N, bins_E, bin_size, top_k):
     """-> [E,bin_size,D]; copies beyond bin_size are dropped in flat order, free rows are zeros."""
     y_PD = _copy(x_TD, _bin_rows(indices_N, bins_E, bin_size), top_k, len(bins_E) * bin_size)
-    return y_PD.view(len(bins_E), bin_size, -1)
+    return y_PD.view(len(bins_E), bin_size, x_TD.shape[1])
 
 
 def binned_scatter(x_ECD, indices_N, weights_N, bins_E, top_k):
@@ -229,19 +229,21 @@ def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=Non
     softmax_topk  scores = softmax(logits), chosen by scores + select_bias, weights = scores[ids]
     sigmoid       the same with sigmoid
     topk_softmax  chosen by logits, weights = softmax(logits[ids])
-    The weights are then divided by their p-norm (norm_p) and multiplied by scale. balanced replaces the choice by
-    ids[t,k] = (t*K + k) mod E.
+    The weights are then divided by their p-norm (norm_p; weights that are all zero stay so) and multiplied by scale.
+    balanced replaces the choice by ids[t,k] = (t*K + k) mod E. A logit of -inf masks its expert, whatever its bias.
     """
     T, E = logits_TE.shape
     logits = _real(logits_TE)
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     choice = logits if score == "topk_softmax" else scores if select_bias_E is None else scores + select_bias_E
+    choice = choice.masked_fill(logits == -math.inf, -math.inf)
     ids_TK = choice.argsort(dim=-1, descending=True, stable=True)[:, :k]
     if balanced:
         ids_TK = torch.arange(T * k, device=logits.device).view(T, k) % E
     weights = logits.gather(1, ids_TK).softmax(-1) if score == "topk_softmax" else scores.gather(1, ids_TK)
     if norm_p is not None:
-        weights = weights / torch.linalg.vector_norm(weights, ord=norm_p, dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(weights, ord=norm_p, dim=-1, keepdim=True)
+        weights = weights / torch.where(norm > 0, norm, 1)
     return (weights * scale).to(logits_TE.dtype), ids_TK.int(), scores.to(logits_TE.dtype)
 
 
