@@ -1,0 +1,6 @@
+"""Mixture-of-Experts layers with MegaBlocks' names, arguments, state dict and random-number order."""
+
+from moe_ext.layers.dmoe import dMoE
+from moe_ext.layers.moe import MoE
+
+__all__ = ["MoE", "dMoE"]

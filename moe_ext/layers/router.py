@@ -1,0 +1,60 @@
+"""The learned router and its z-loss.
+
+scores_TE = softmax(x W^T), the K largest are chosen (the lowest expert id wins a tie), weights_TK = their scores,
+divided by their p-norm if asked.
+"""
+
+import warnings
+
+import torch
+
+from moe_ext import ops
+from moe_ext.layers import common
+from moe_ext.layers.arguments import Arguments
+
+_ROUTER_LOGITS = []
+
+
+def clear_router_zloss():
+    """Forget the logits; call it once per step."""
+    _ROUTER_LOGITS.clear()
+
+
+def batched_router_zloss(args: Arguments):
+    """moe_zloss_weight * mean_t logsumexp(logits[t])^2 for each router call since the last clear: a vector in at least
+    fp32."""
+    if args.moe_zloss_weight == 0:
+        warnings.warn("batched_router_zloss is 0 because moe_zloss_weight is 0")
+        return 0
+    return args.moe_zloss_weight * torch.stack([ops.z_loss(logits) for logits in _ROUTER_LOGITS])
+
+
+class LearnedRouter(torch.nn.Module):
+    """x [..., hidden_size] -> scores [T,E], weights [T,K], expert ids [T,K] int64. Every rank holds all of it."""
+
+    def __init__(self, args: Arguments):
+        super().__init__()
+        self.args = args
+        self.layer = torch.nn.Linear(args.hidden_size, args.moe_num_experts, bias=False,
+                                     dtype=common.dtype(args), device=args.device)
+        args.init_method(self.layer.weight)
+
+    def jitter(self, x):
+        """Uniform numbers of [1-eps, 1+eps), from torch's generator."""
+        low, high = 1.0 - self.args.moe_jitter_eps, 1.0 + self.args.moe_jitter_eps
+        return low + torch.rand(x.size(), dtype=x.dtype, device=x.device) * (high - low)
+
+    def forward(self, x):
+        args = self.args
+        if self.training and args.moe_jitter_eps is not None:
+            x = x * self.jitter(x)
+        logits_TE = self.layer(x.reshape(-1, x.shape[-1]))
+        if args.moe_zloss_weight != 0:
+            _ROUTER_LOGITS.append(logits_TE)
+        if torch.is_autocast_enabled(x.device.type):
+            logits_TE = logits_TE.float()  # autocast keeps softmax in fp32
+        norm_p = args.moe_normalize_expert_weights or None  # 0 means no normalisation
+        weights_TK, ids_TK, scores_TE = ops.router(logits_TE, args.moe_top_k, norm_p=norm_p)
+        if args.uniform_expert_assignment:
+            ids_TK = torch.arange(ids_TK.numel(), device=x.device).view_as(ids_TK) % args.moe_num_experts
+        return scores_TE, weights_TK, ids_TK.long()

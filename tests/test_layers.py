@@ -1,0 +1,451 @@
+"""The drop-in layers against a loop over experts in fp64: output and every gradient; losses, defects known of the layers
+they replace, expert parallelism on forked ranks, and torch.compile."""
+
+import dataclasses
+import os
+import types
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from moe_ext.layers import MoE, activation_fn, all_to_all, arguments, common, dMoE, gelu, mlp, moe, mpu, router
+from moe_ext.layers.arguments import Arguments
+
+D, HIDDEN, E, T = 6, 10, 5, 14
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """fp64 parameters by default, one seed, no statistics left over."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    moe.clear_load_balancing_loss()
+    router.clear_router_zloss()
+
+
+def arguments_(**changes):
+    wide = partial(torch.nn.init.normal_, std=0.5)  # away from ties and from zero
+    base = dict(hidden_size=D, ffn_hidden_size=HIDDEN, moe_num_experts=E, moe_top_k=2, fp16=False, device="cpu",
+                init_method=wide, output_layer_init_method=wide)  # fmt: skip
+    return Arguments(**base | changes)
+
+
+def layer_(cls, **changes):
+    layer = cls(arguments_(**changes))
+    if layer.experts.bias is not None:
+        torch.nn.init.normal_(layer.experts.bias)
+    return layer
+
+
+def expert_matrices(layer):
+    """w1_EDF, v1_EDF or None, w2_EFD of either layout."""
+    w = {name: p for name, p in layer.experts.mlp.named_parameters()}
+    if isinstance(layer, dMoE):
+        experts = layer.experts.args.moe_num_experts
+        w = {name: p.view(experts, -1, p.shape[1]) for name, p in w.items()}
+        return w["w1"].mT, w["v1"].mT if "v1" in w else None, w["w2"]
+    return w["w1"], None, w["w2"]
+
+
+def dense(layer, x):
+    """(y, scores_TE, counts_E): what the layer's configuration says, one token and one expert at a time."""
+    args = layer.experts.args
+    x_TD = x.reshape(-1, x.shape[-1])
+    scores_TE = (x_TD @ layer.router.layer.weight.T).softmax(-1)
+    weights_TK, ids_TK = scores_TE.topk(args.moe_top_k)
+    if args.moe_normalize_expert_weights:
+        weights_TK = weights_TK / weights_TK.norm(p=args.moe_normalize_expert_weights, dim=1, keepdim=True)
+    if args.uniform_expert_assignment:
+        ids_TK = torch.arange(ids_TK.numel()).view_as(ids_TK) % args.moe_num_experts
+    counts_E = ids_TK.flatten().bincount(minlength=args.moe_num_experts)
+    capacity = 0 if isinstance(layer, dMoE) else layer.experts.expert_capacity(len(x_TD))
+    room = [capacity or len(x_TD)] * args.moe_num_experts
+    w1_EDF, v1_EDF, w2_EFD = expert_matrices(layer)
+    rows = []
+    for x_D, ids, weights in zip(x_TD, ids_TK.tolist(), weights_TK):
+        y_D = torch.zeros_like(x_D)
+        for e, weight in zip(ids, weights):
+            if room[e]:
+                room[e] -= 1
+                h_F = args.activation_fn(x_D @ w1_EDF[e])
+                h_F = h_F if v1_EDF is None else h_F * (x_D @ v1_EDF[e])
+                y_D = y_D + weight * (h_F @ w2_EFD[e])
+        rows.append(y_D)
+    y = torch.stack(rows).view(x.shape)
+    bias = layer.experts.bias
+    y = y if bias is None else y + bias
+    if layer.shared_expert is not None:
+        s = layer.shared_expert
+        h = s.act(s.up_proj(x)) if args.mlp_type == "mlp" else s.act(s.gate_proj(x)) * s.up_proj(x)
+        k = args.moe_top_k
+        y = (s.down_proj(h) + k * y) / (k + 1) if args.shared_expert_weighted_sum else s.down_proj(h) + y
+    return y, scores_TE, counts_E
+
+
+def gradients(y, x, layer):
+    tensors = dict(layer.named_parameters(), x=x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), dy)))
+
+
+def assert_near(got, want, tolerance=1e-12):
+    assert got.keys() == want.keys()
+    for name in want:
+        error = (got[name] - want[name]).abs().max() / want[name].abs().max().clamp(min=1e-3)
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+def cube(x):
+    """An activation that no kernel knows."""
+    return x * x * x
+
+
+CASES = {
+    "plain": dict(),
+    "glu": dict(mlp_type="glu"),
+    "sparse": dict(mlp_impl="sparse"),
+    "sparse glu, memory-optimised": dict(mlp_impl="sparse", mlp_type="glu", memory_optimized_mlp=True),
+    "silu": dict(activation_fn=F.silu),
+    "swiglu": dict(activation_fn=torch.nn.SiLU(), mlp_type="glu"),
+    "exact gelu": dict(activation_fn=F.gelu),
+    "exact geglu": dict(activation_fn=torch.nn.GELU(), mlp_type="glu"),
+    "relu": dict(activation_fn=torch.relu),
+    "gated relu": dict(activation_fn=F.relu, mlp_type="glu"),
+    "unknown activation": dict(activation_fn=cube),
+    "unknown gate": dict(activation_fn=cube, mlp_type="glu"),
+    "top 1": dict(moe_top_k=1),
+    "every expert": dict(moe_top_k=E),
+    "one expert": dict(moe_num_experts=1, moe_top_k=1),
+    "p-norm 1": dict(moe_normalize_expert_weights=1),
+    "p-norm 2": dict(moe_normalize_expert_weights=2.0),
+    "uniform": dict(uniform_expert_assignment=True),
+    "no bias": dict(bias=False),
+    "bias apart": dict(return_bias=True),
+    "shared": dict(shared_expert=True, shared_expert_hidden_size=7),
+    "shared glu, bias apart": dict(shared_expert=True, mlp_type="glu", return_bias=True),
+    "shared, weighted, bias apart": dict(shared_expert=True, shared_expert_weighted_sum=True, return_bias=True),
+}
+LAYERS = [(dMoE, name, case) for name, case in CASES.items()]
+LAYERS += [(MoE, f"{name}, capacity {c}", case | {"moe_capacity_factor": c})
+           for name, case in CASES.items() for c in (0, 0.6, 1) if "glu" not in str(case)]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls, case", [pytest.param(c, k, id=f"{c.__name__}-{name}") for c, name, k in LAYERS])
+def test_layer_equals_loop(cls, case):
+    layer = layer_(cls, return_bias=False, **case) if "return_bias" not in case else layer_(cls, **case)
+    x = torch.randn(T // 2, 2, D, requires_grad=True)
+    y = layer(x)
+    y = y[0] + y[1] if layer.experts.args.return_bias and layer.experts.bias is not None else y
+    want, scores_TE, counts_E = dense(layer, x)
+    assert_near({"y": y} | gradients(y, x, layer), {"y": want} | gradients(want, x, layer))
+    (counts, scores), = moe.get_load_balancing_loss()
+    assert counts.tolist() == counts_E.tolist()
+    assert_near({"scores": scores}, {"scores": scores_TE})
+
+
+@pytest.mark.parametrize("cls", [MoE, dMoE])
+def test_grouped_and_sparse_give_the_same_bits(cls):
+    x = torch.randn(T, 1, D)
+    outputs = []
+    for impl in ("grouped", "sparse"):
+        torch.manual_seed(3)
+        outputs.append(cls(arguments_(mlp_impl=impl, bias=False))(x))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("cls", [MoE, dMoE])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
+def test_lower_precision(cls, dtype, tolerance):
+    """fp32, bf16 and fp16 layers stay near the loop in fp64 with the same (rounded) weights and choices."""
+    torch.set_default_dtype(torch.float32)
+    changes = dict(fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16, uniform_expert_assignment=True)
+    layer = layer_(cls, return_bias=False, **changes)
+    assert {p.dtype for p in layer.parameters()} == {dtype} == {common.dtype(layer.experts.args) or torch.float32}
+    x = torch.randn(T, 1, D).to(dtype).requires_grad_()
+    got = {"y": layer(x)}
+    got |= gradients(got["y"], x, layer)
+    assert {g.dtype for g in got.values()} == {dtype}
+    oracle, x64 = layer_(cls, **changes).double(), x.detach().double().requires_grad_()
+    oracle.load_state_dict(layer.state_dict())
+    want, _, _ = dense(oracle, x64)
+    assert_near(got, {"y": want} | gradients(want, x64, oracle), tolerance)
+
+
+@pytest.mark.parametrize("cls", [MoE, dMoE])
+def test_autocast(cls):
+    torch.set_default_dtype(torch.float32)
+    layer, x = layer_(cls, return_bias=False, uniform_expert_assignment=True), torch.randn(T, 1, D)
+    want = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+        assert layer.router(x)[0].dtype == torch.float32
+    assert_near({"y": got}, {"y": want}, 4e-2)
+
+
+@pytest.mark.parametrize("cls", [MoE, dMoE])
+def test_zero_tokens(cls):
+    layer = layer_(cls, return_bias=False, moe_zloss_weight=0.1, moe_capacity_factor=0)
+    x = torch.randn(0, 1, D, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    loss = moe.batched_load_balancing_loss(layer.experts.args) + router.batched_router_zloss(layer.experts.args).sum()
+    (y.sum() + loss).backward()
+    assert loss == 0
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_load_balancing_loss():
+    args = arguments_(num_layers=2, moe_loss_weight=0.3)
+    layers, x = [dMoE(args), MoE(args)], torch.randn(T, 1, D)
+    saved = [dense(layer, x)[1:] for layer in layers]
+    for layer in layers:
+        layer(x)
+    want = 0.3 * E / (2 * T * 2) * sum(scores_TE.mean(0) @ counts_E.double() for scores_TE, counts_E in saved)
+    got = moe.batched_load_balancing_loss(args)
+    weights = [layer.router.layer.weight for layer in layers]
+    assert_near({"loss": got, **dict(enumerate(torch.autograd.grad(got, weights, retain_graph=True)))},
+                {"loss": want, **dict(enumerate(torch.autograd.grad(want, weights)))})  # fmt: skip
+    each = [layer.experts.load_balancing_loss(c, s) for layer, (c, s) in zip(layers, moe.get_load_balancing_loss())]
+    assert_near({"sum": 0.3 / 2 * sum(each)}, {"sum": want})
+    with pytest.raises(ValueError, match="2 layers saved .* 1 were expected"):
+        moe.batched_load_balancing_loss(dataclasses.replace(args, num_layers=1))
+    stage = dataclasses.replace(args, num_layers=8, num_layers_per_virtual_pipeline_stage=2)
+    assert_near({"loss": moe.batched_load_balancing_loss(stage)}, {"loss": want / 4})
+    assert moe.batched_load_balancing_loss(dataclasses.replace(args, moe_loss_weight=0)) == 0
+    moe.clear_load_balancing_loss()
+    assert moe.get_load_balancing_loss() == []
+    layers[0].eval()(x)
+    assert moe.get_load_balancing_loss() == []
+
+
+def test_load_balancing_loss_counts_beyond_256_in_bf16():
+    """bf16 has no 257: a count must not pass through the scores' dtype."""
+    args = arguments_(moe_num_experts=2, moe_top_k=1, num_layers=1, moe_loss_weight=1.0)
+    scores_TE = torch.tensor([[0.75, 0.25]], dtype=torch.bfloat16).expand(514, 2)
+    moe.save_load_balancing_loss((torch.tensor([257, 257], dtype=torch.int32), scores_TE))
+    assert moe.batched_load_balancing_loss(args) == 1.0
+
+
+def test_router_zloss():
+    args = arguments_(moe_zloss_weight=0.01)
+    layers, x = [MoE(args), dMoE(args).eval()], torch.randn(T, 1, D)
+    for layer in layers:
+        layer(x)
+    logits = [x.view(T, D) @ layer.router.layer.weight.T for layer in layers]
+    want = torch.stack([0.01 * z.logsumexp(1).square().mean() for z in logits])
+    assert_near({"z": router.batched_router_zloss(args)}, {"z": want})
+    router.clear_router_zloss()
+    with pytest.warns(UserWarning, match="moe_zloss_weight is 0"):
+        assert router.batched_router_zloss(arguments_()) == 0
+
+
+def test_jitter_only_in_training():
+    layer = layer_(dMoE, moe_jitter_eps=0.3)
+    x = torch.randn(T, 1, D)
+    noise = layer.router.jitter(x)
+    assert 0.7 <= noise.min() < 0.8 and 1.2 < noise.max() < 1.3
+    torch.manual_seed(5)
+    got = layer.router(x)[0]
+    torch.manual_seed(5)
+    assert_near({"scores": got}, {"scores": layer.router.eval()(x * layer.router.jitter(x))[0]})
+
+
+# ---- the door --------------------------------------------------------------------------------------------------------
+
+
+def test_default_arguments_run_on_the_cpu():
+    layer = dMoE(Arguments(hidden_size=16, ffn_hidden_size=32, moe_num_experts=4, shared_expert=True, device="cpu"))
+    assert {p.dtype for p in layer.parameters()} == {torch.float16}
+    y, bias = layer(torch.randn(3, 2, 16).half())
+    assert y.dtype == bias.dtype == torch.float16 and y.isfinite().all()
+
+
+def test_wrong_dtype_says_what_to_do():
+    with pytest.raises(TypeError, match=r"dMoE: x is torch.float32, the layer torch.float16.*fp16=False"):
+        dMoE(arguments_(fp16=True))(torch.randn(T, 1, D, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(mlp_type="gul"), "Unsupported mlp type: 'gul'; use one of"),
+    (dict(mlp_impl="dense"), "mlp does not support mlp_impl='dense'; use one of"),
+])  # fmt: skip
+def test_unknown_mlp(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dMoE(arguments_(**changes))
+
+
+def test_top_k_beyond_experts():
+    with pytest.raises(ValueError, match="k"):
+        layer_(dMoE, moe_top_k=E + 1)(torch.randn(T, 1, D))
+
+
+def test_from_megatron():
+    theirs = types.SimpleNamespace(hidden_size=8, ffn_hidden_size=24, fp16=False, moe_top_k=3, sequence_parallel=True)
+    args = arguments.from_megatron(theirs)
+    assert (args.hidden_size, args.ffn_hidden_size, args.fp16, args.moe_top_k) == (8, 24, False, 3)
+    assert args.shared_expert_hidden_size == 24
+
+
+def test_gelu_and_act_fn():
+    x, dy = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    y, backward = activation_fn.act_fn(x, gelu.gelu, return_grad_fn=True)
+    backward(dy)
+    assert torch.equal(y, F.gelu(x, approximate="tanh"))
+    assert_near({"dx": gelu.gelu_backward_(dy.clone(), x.detach())}, {"dx": x.grad})
+
+
+def test_custom_linear_for_the_shared_expert():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    changes = dict(shared_expert=True, bias=False, activation_fn=F.relu)
+    plain, doubled = layer_(dMoE, **changes), layer_(dMoE, fc_cls=Doubled, **changes)
+    doubled.load_state_dict(plain.state_dict())
+    x = torch.randn(T, 1, D)
+    assert_near({"y": doubled.shared_expert(x)}, {"y": 4 * plain.shared_expert(x)})
+    assert plain.shared_expert.down_proj._is_residual
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mlp_type", ["mlp", "glu"])
+def test_compile_without_graph_breaks(mlp_type):
+    layer = layer_(dMoE, mlp_type=mlp_type, return_bias=False)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (T, T + 3):
+        x = torch.randn(tokens, 1, D, requires_grad=True)
+        want = layer(x)
+        got = compiled(x)
+        assert_near({"y": got} | gradients(got, x, layer), {"y": want} | gradients(want, x, layer))
+
+
+# ---- expert parallelism ----------------------------------------------------------------------------------------------
+
+
+def run_ranks(world, body, folder):
+    """Fork `world` gloo ranks, call body(rank) in each, and return their results in rank order."""
+    store, children = f"{folder}/store", []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                torch.set_num_threads(1)
+                dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+                torch.save(body(rank), f"{folder}/{rank}.pt")
+                dist.barrier()
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    assert statuses == [0] * world
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
+
+
+PARALLEL = {
+    "2 ranks": (2, dMoE, dict(moe_num_experts=4)),
+    "2 ranks, glu": (2, dMoE, dict(moe_num_experts=4, mlp_type="glu", mlp_impl="sparse")),
+    "2 ranks, unknown activation": (2, dMoE, dict(moe_num_experts=4, activation_fn=cube)),
+    "2 ranks, features of one expert": (2, dMoE, dict(moe_num_experts=1, moe_top_k=1, mlp_type="glu")),
+    "4 ranks, experts and features": (4, dMoE, dict(moe_num_experts=2, mlp_type="glu")),
+    "2 ranks, drops": (2, MoE, dict(moe_num_experts=4, moe_capacity_factor=0.5)),
+    "2 ranks, no drops": (2, MoE, dict(moe_num_experts=4, moe_capacity_factor=0)),
+    "4 ranks, features, drops": (4, MoE, dict(moe_num_experts=2, moe_capacity_factor=0.5)),
+}
+
+
+@pytest.mark.parametrize("case", PARALLEL)
+def test_expert_parallel_equals_one_process(case, tmp_path):
+    """Each rank computes its rows of one process; expert gradients are those of all tokens divided by the ranks."""
+    world, cls, changes = PARALLEL[case]
+    # Capacity knows the tokens of one rank, so they are equal; else rank 1 has none.
+    tokens = [6] * world if cls is MoE else [7, 0, 5, 2][:world]
+
+    def build(parallel):
+        torch.manual_seed(2)
+        return cls(arguments_(**changes, return_bias=False, moe_expert_model_parallelism=parallel))
+
+    one = build(False)
+    x = torch.randn(sum(tokens), 1, D, requires_grad=True)
+    dy = torch.randn_like(x)
+    want = one(x)
+    want.backward(dy)
+
+    def rank_body(rank):
+        layer = build(True)
+        mine = x.detach().split(tokens)[rank].requires_grad_()
+        y = layer(mine)
+        y.backward(dy.split(tokens)[rank])
+        counts = moe.get_load_balancing_loss()[-1][0]
+        return {"y": y.detach(), "x": mine.grad, "counts": counts} | {n: p.grad for n, p in layer.named_parameters()}
+
+    ranks = run_ranks(world, rank_body, tmp_path)
+    whole = {"y": torch.cat([r["y"] for r in ranks]), "x": torch.cat([r["x"] for r in ranks])}
+    whole |= {name: sum(r[name] for r in ranks) for name in ("router.layer.weight", "experts.bias")}
+    expected = {"y": want, "x": x.grad} | {n: p.grad for n, p in one.named_parameters()}
+    degree = min(world, changes["moe_num_experts"])
+    for name in [n for n in expected if ".mlp." in n]:
+        parts = [r[name] for r in ranks]
+        if cls is dMoE:  # [e*F,D] -> [e,F,D]
+            parts = [p.view(changes["moe_num_experts"] // degree, -1, D) for p in parts]
+        features = 2 if name.endswith("w1") and cls is MoE else 1
+        blocks = [torch.cat(parts[i : i + degree]) for i in range(0, world, degree)]
+        whole[name] = world * torch.cat(blocks, dim=features).view_as(expected[name])
+    assert_near(whole, expected)
+    counts = moe.get_load_balancing_loss()[0][0]
+    assert sum(r["counts"] for r in ranks).tolist() == counts.tolist()
+
+
+def test_uneven_sharing_is_refused(tmp_path):
+    def rank_body(rank):
+        errors = []
+        for changes in (dict(moe_num_experts=3), dict(moe_num_experts=1, ffn_hidden_size=5)):
+            try:
+                dMoE(arguments_(moe_top_k=1, moe_expert_model_parallelism=True, **changes))
+            except ValueError as error:
+                errors.append(str(error))
+        return errors
+
+    for errors in run_ranks(2, rank_body, tmp_path):
+        assert "moe_num_experts=3 among 2 ranks" in errors[0]
+        assert "ffn_hidden_size=5 among 2 ranks" in errors[1]
+
+
+def test_all_to_all(tmp_path):
+    splits = [[1, 3], [2, 0]]  # rows from rank p to rank q
+
+    def rank_body(rank):
+        x = (10.0 * rank + torch.arange(sum(splits[rank]))).unsqueeze(1).requires_grad_()
+        y, handle = all_to_all.all_to_all(x, [row[rank] for row in splits], splits[rank], None, async_op=True)
+        handle.wait()
+        y.backward((rank + 1.0) * torch.ones_like(y).expand(-1, 1))
+        return y.detach().flatten().tolist(), x.grad.flatten().tolist()
+
+    assert run_ranks(2, rank_body, tmp_path) == [([0, 10, 11], [1, 2, 2, 2]), ([1, 2, 3], [1, 1])]
+
+
+def test_expert_parameters_are_marked():
+    layer = dMoE(arguments_(mlp_type="glu"))
+    marked = [name for name, p in layer.named_parameters() if mpu.is_moe_param(p)]
+    assert marked == ["experts.mlp.w1", "experts.mlp.w2", "experts.mlp.v1"]
+    assert not mpu.param_is_expert_model_parallel(layer.experts.mlp.w1)
+    other = torch.nn.Parameter(torch.zeros(1))
+    mpu.copy_expert_model_parallel_attributes(other, layer.experts.mlp.w1)
+    assert mpu.is_moe_param(other)
+
+
+def test_scale_gradient():
+    x = torch.randn(3, requires_grad=True)
+    mlp.scale_gradient(x, 0.25).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 0.25))
