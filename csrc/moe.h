@@ -167,7 +167,7 @@ int moe_xent(int dtype, int64_t M, int64_t V, int64_t ignore_index, double grad_
 // ---- random.c: numbers that do not know the mesh (Philox4x32-10) -----------------------------------------------------
 // Element (row, col) of a site is a pure function of (seed, step, site, row0 + row, col).
 //   counter = {low row, high row, col / 4, step}; key = {low seed, high seed ^ site}; word col % 4.
-// Numbers are computed in float whatever the dtype, so that MOE_F64 sees those of MOE_F32, and rounded once; philox.h says how.
+// Numbers are computed in float whatever the dtype, so that MOE_F64 sees those of MOE_F32, and rounded once; philox.h says how. step, site < 2^32.
 typedef struct { uint64_t seed; int64_t step, site, row0; } moe_random_key;
 int moe_uniform(int dtype, moe_random_key key, int64_t rows, int64_t cols, double low, double high, void *y);   // [low, high), before rounding to bf16 or fp16
 int moe_normal(int dtype, moe_random_key key, int64_t rows, int64_t cols, double mean, double std, void *y);    // Box-Muller on words (0,1), (2,3)

@@ -3,10 +3,10 @@
 //   lse_m = logsumexp(logits[m])     loss_m = lse_m - logits[m, target_m]
 //   logits[m,v] := dlogits[m,v] = grad_scale * (exp(logits[m,v] - lse_m) - [v == target_m])
 //
-// logits_MV: row-major, any floating dtype, overwritten. loss_M, lse_M: real. A row whose target is ignore_index gets zeros
-// in all three. A row may mask logits with -inf; NaN, +inf or a row of nothing but -inf gives NaN.
-// A row passes twice through an L1-sized tile of reals: the softmax of a tile and its logsumexp are all that a row's needs,
-// whatever V is. Rows are independent.
+// logits_MV: row-major, any floating dtype, overwritten. loss_M, lse_M: real. A row whose target is ignore_index gets
+// zeros in all three. A row may mask logits with -inf; NaN, +inf or a row of nothing but -inf gives NaN.
+// A row of any length passes twice through an L1 tile of reals: its softmax is the tile's, times the tile's share of
+// the row. Rows are independent.
 #include "real.h"
 #include <math.h>
 #include <string.h>
@@ -56,7 +56,7 @@ static void xent_rows(int64_t begin, int64_t end, void *arg) {
         for (int64_t v = 0; v < V; v += TILE) {
             const int64_t n = V - v < TILE ? V - v : TILE, hit = target - v;
             moe_k->load(dtype, n, row + v * size, &tile);
-            const double share = exp(moe_k->softmax(dtype == MOE_F64, n, &tile, &tile) - lse);     // of this tile in the row's softmax
+            const double share = exp(moe_k->softmax(dtype == MOE_F64, n, &tile, &tile) - lse);
             moe_k->scale(real, n, share, &tile, &tile);
             if (hit >= 0 && hit < n) real_set(dtype, &tile, hit, real_get(dtype, &tile, hit) - 1);
             moe_k->scale(real, n, job->grad_scale, &tile, &tile);

@@ -1,0 +1,122 @@
+// module.c: moe_ext._C as Python sees it: what was built and what runs here, and the index arrays of a dataset. The torch
+// ops of the same binary register themselves; see ops.cpp. Plain C, limited API of Python 3.10, multi-phase init.
+//
+// Arrays come as addresses (numpy's array.ctypes.data), because the buffer protocol joined the limited API in 3.11. So
+// these functions are for moe_ext.data alone, which owns the arrays, knows their dtype and size, and keeps them alive.
+// Bad values raise ValueError with a sentence; a number that does not fit 64 bits raises OverflowError.
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+#include "moe.h"
+
+static PyObject *checked(int status, const char *function) {
+    if (status == MOE_OK) Py_RETURN_NONE;
+    return PyErr_Format(PyExc_ValueError, "%s: %s", function, moe_status_text(status));
+}
+
+// "O&" converters.
+static int to_u64(PyObject *object, void *out) {
+    *(uint64_t *)out = PyLong_AsUnsignedLongLong(object);
+    return !PyErr_Occurred();
+}
+static int to_address(PyObject *object, void *out) {
+    *(void **)out = PyLong_AsVoidPtr(object);
+    return !PyErr_Occurred();
+}
+
+PyDoc_STRVAR(versions_doc,
+    "versions() -> {'compiler', 'isa', 'api'}: the C compiler of this binary, the kernels that run on this CPU\n"
+    "(base, avx2, avx512; MOE_ISA in the environment forces one), the Python ABI.");
+static PyObject *versions(PyObject *module, PyObject *none) {
+    (void)module, (void)none;
+    return Py_BuildValue("{s:s,s:s,s:s}", "compiler", __VERSION__, "isa", moe_isa(), "api", "cp310-abi3");
+}
+
+PyDoc_STRVAR(cpu_features_doc,
+    "cpu_features() -> {name: bool}: the instruction sets that decide which kernels can run.");
+static PyObject *cpu_features(PyObject *module, PyObject *none) {
+    (void)module, (void)none;
+#ifdef __x86_64__
+    const struct { const char *name; int has; } features[] = {
+#define FEATURE(name) {name, __builtin_cpu_supports(name) != 0}
+        FEATURE("avx2"),     FEATURE("fma"),      FEATURE("f16c"),       FEATURE("avx512f"),  FEATURE("avx512bw"),
+        FEATURE("avx512vl"), FEATURE("avx512dq"), FEATURE("avx512bf16"), FEATURE("amx-tile"), FEATURE("amx-bf16"),
+#undef FEATURE
+    };
+    PyObject *dict = PyDict_New();
+    for (size_t i = 0; dict && i < sizeof features / sizeof *features; i++)
+        if (PyDict_SetItemString(dict, features[i].name, features[i].has ? Py_True : Py_False)) Py_CLEAR(dict);
+    return dict;
+#else
+    return PyDict_New();
+#endif
+}
+
+PyDoc_STRVAR(shuffle_doc,
+    "shuffle(seed, stream, n, order): writes a permutation of 0..n-1, a function of (seed, stream, n), to the int64\n"
+    "array of n elements at address order.");
+static PyObject *shuffle(PyObject *module, PyObject *args) {
+    (void)module;
+    uint64_t  seed;
+    long long stream, n;
+    void     *order;
+    int       status;
+    if (!PyArg_ParseTuple(args, "O&LLO&:shuffle", to_u64, &seed, &stream, &n, to_address, &order)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = moe_shuffle(seed, stream, n, order);
+    Py_END_ALLOW_THREADS
+    return checked(status, "shuffle");
+}
+
+PyDoc_STRVAR(sample_index_doc,
+    "sample_index(docs_n, docs, sizes_n, sizes, length, samples, doc, offset): the documents docs (int64, docs_n of\n"
+    "them, each an index into sizes) are laid end to end; sizes (int32, sizes_n) are in tokens. Sample i is the\n"
+    "length + 1 tokens from token i*length on, and begins in document docs[doc[i]] at token offset[i]: two int64\n"
+    "arrays of `samples` elements that this function writes. Arrays are given by address.");
+static PyObject *sample_index(PyObject *module, PyObject *args) {
+    (void)module;
+    long long docs_n, sizes_n, length, samples;
+    void     *docs, *sizes, *doc, *offset;
+    int       status;
+    if (!PyArg_ParseTuple(args, "LO&LO&LLO&O&:sample_index", &docs_n, to_address, &docs, &sizes_n, to_address, &sizes,
+                          &length, &samples, to_address, &doc, to_address, &offset)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = moe_sample_index(docs_n, docs, sizes_n, sizes, length, samples, doc, offset);
+    Py_END_ALLOW_THREADS
+    if (status == MOE_BAD_SHAPE)
+        return PyErr_Format(PyExc_ValueError,
+                            "sample_index: got %lld samples of length %lld, wanted samples >= 0, length >= 1 and "
+                            "samples * length + 1 tokens in the documents: ask for fewer samples or repeat the documents",
+                            samples, length);
+    return checked(status, "sample_index");
+}
+
+static PyMethodDef methods[] = {
+    {"versions", versions, METH_NOARGS, versions_doc},
+    {"cpu_features", cpu_features, METH_NOARGS, cpu_features_doc},
+    {"shuffle", shuffle, METH_VARARGS, shuffle_doc},
+    {"sample_index", sample_index, METH_VARARGS, sample_index_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+// Kernels are chosen at import, so that a wrong MOE_ISA ends there with a sentence.
+static int execute(PyObject *module) {
+    (void)module;
+    int status = moe_init();
+    if (status == MOE_OK) return 0;
+    PyErr_SetString(PyExc_ImportError, moe_status_text(status));
+    return -1;
+}
+
+// A slot holds a function as void *, which ISO C does not convert but POSIX promises: hence __extension__.
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, __extension__(void *)execute}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name    = "_C",
+    .m_doc     = "The C core of moe_ext.",
+    .m_methods = methods,
+    .m_slots   = slots,
+};
+
+PyMODINIT_FUNC PyInit__C(void);
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }
