@@ -22,7 +22,7 @@ def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], m
         return 0.0
     names, grads = zip(*named)
     norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]).tolist()
-    total = math.sqrt(math.fsum(norm * norm for norm in norms))
+    total = math.hypot(*norms)
     if not math.isfinite(total):
         bad, grad = next((name, grad) for name, grad, norm in zip(names, grads, norms) if not math.isfinite(norm))
         raise NonFiniteGradient(f"gradient of {bad}: {int(grad.isnan().sum())} NaN and {int(grad.isinf().sum())} "
