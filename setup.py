@@ -3,9 +3,9 @@
     pip install -e .                          also with --no-build-isolation
     python setup.py -q build_ext --inplace    what `make build` types: recompiles only what changed
 
-gcc compiles csrc/*.c, g++ the one C++ file, nvcc cuda/*.cu where there is such a folder. One binary serves Python >= 3.10
-and torch >= 2.11, because it uses only their stable ABIs. torch is found, never imported, and never installed from here:
-a build that fetches torch by itself fetches the wrong one.
+gcc compiles csrc/*.c, g++ the one C++ file, nvcc cuda/*.cu where there is such a folder. One binary serves Python >=
+3.10 and torch >= 2.11, because it uses only their stable ABIs. torch is found, never imported and never installed from
+here: a build that fetches torch by itself fetches the wrong one.
 
 Environment
     CC, CXX, NVCC, MAX_JOBS      compilers and parallel jobs
@@ -113,7 +113,7 @@ def compile_command(source: Path) -> list[str]:
     if source.suffix == ".c":
         compiler, flags = os.environ.get("CC", "gcc"), f"{C_FLAGS} {ISA_FLAGS.get(source.stem, '')} {SANITIZE_FLAGS}"
         if source.stem == "module":
-            flags += f" -DPy_LIMITED_API=0x030a0000 -isystem {shlex.quote(sysconfig.get_path('include'))}"
+            flags += f" -isystem {shlex.quote(sysconfig.get_path('include'))}"
     elif source.suffix == ".cpp":
         compiler, flags = os.environ.get("CXX", "g++"), f"{CXX_FLAGS} {SANITIZE_FLAGS}"
         flags += f" -isystem {shlex.quote(str(TORCH / 'include'))}"
@@ -135,7 +135,7 @@ def nvcc() -> str | None:
 
 def binaries() -> dict[str, tuple[list[Path], list[str]]]:
     """For each shared library: its sources and the command that links it, less the objects."""
-    sources = sorted(Path("csrc").glob("*.c")) + [Path("csrc/ops.cpp")]
+    sources = [*sorted(Path("csrc").glob("*.c")), Path("csrc/ops.cpp")]
     if platform.machine() not in ("x86_64", "AMD64"):
         sources = [s for s in sources if s.stem not in ISA_FLAGS]
     # No run path: `import moe_ext` imports torch first, so its libraries are already in the process.

@@ -1,0 +1,50 @@
+"""moe_ext: Mixture-of-Experts training in C and CUDA for PyTorch.
+
+    import moe_ext
+    layer = moe_ext.FusedMoE(dim=512, hidden=1024, num_experts=16, top_k=2)   # or moe_ext.dMoE(args), as in MegaBlocks
+    y = layer(x)
+
+`python -m moe_ext` says what was built and what runs. Importing needs only torch and
+numpy. The environment's MOE_ISA=base|avx2|avx512 forces a set of kernels.
+"""
+
+import os
+
+import torch  # first: the extension is linked to the libraries that torch has loaded
+
+__version__ = "0.1.0"
+
+if folder := os.environ.get("MOE_BINARY"):  # another build of _C, such as the one of `make sanitize`
+    __path__.insert(0, folder)
+try:
+    from moe_ext import _C  # noqa: F401
+except ImportError as error:
+    if "MOE_ISA" in str(error):
+        raise
+    raise ImportError(
+        f"moe_ext is not built for this Python and torch {torch.__version__} ({error}). "
+        "Type: pip install --no-build-isolation -e ."
+    ) from error
+
+from moe_ext import ops
+
+_LAYERS = {
+    "Arguments": "moe_ext.layers.arguments",
+    "FusedMoE": "moe_ext.layers.fused",
+    "LearnedRouter": "moe_ext.layers.router",
+    "MoE": "moe_ext.layers.moe",
+    "ParallelDroplessMLP": "moe_ext.layers.dmoe",
+    "ParallelMLP": "moe_ext.layers.moe",
+    "dMoE": "moe_ext.layers.dmoe",
+    "get_load_balancing_loss": "moe_ext.layers.moe",
+}
+__all__ = ["__version__", "ops", *_LAYERS]
+
+
+def __getattr__(name):
+    """The layers, imported when first asked for."""
+    if name not in _LAYERS:
+        raise AttributeError(f"module 'moe_ext' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_LAYERS[name]), name)

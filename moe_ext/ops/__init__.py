@@ -1,0 +1,68 @@
+"""The ops: torch.ops.moe_ext.* and the functions over them, by area. `moe_ext.reference` has them all in plain torch.
+
+Forward, shape function, gradient and autocast rule of an op stand together in one file; its kernel is the function of
+the same name in csrc/ops.cpp, which calls the C function moe_<name>.
+Bad input raises RuntimeError naming op, argument, got and wanted.
+"""
+
+from moe_ext.ops.expert import activation, expert_mlp, grouped_gemm, grouped_gemm_wgrad
+from moe_ext.ops.head import linear_cross_entropy
+from moe_ext.ops.index import (
+    RouteIndex,
+    exclusive_cumsum,
+    histogram,
+    inclusive_cumsum,
+    repeat,
+    replicate,
+    round_up,
+    route_index,
+    sort,
+    sum,
+    topology,
+)
+from moe_ext.ops.permute import binned_gather, binned_scatter, gather, padded_gather, padded_scatter, scatter
+from moe_ext.ops.random import dropout, jitter, noisy, random_normal, random_uniform
+from moe_ext.ops.route import (
+    balance_counts,
+    balance_loss,
+    capacity_drop,
+    router,
+    select_bias_update,
+    z_loss,
+)
+
+__all__ = [
+    "RouteIndex",
+    "activation",
+    "balance_counts",
+    "balance_loss",
+    "binned_gather",
+    "binned_scatter",
+    "capacity_drop",
+    "dropout",
+    "exclusive_cumsum",
+    "expert_mlp",
+    "gather",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "histogram",
+    "inclusive_cumsum",
+    "jitter",
+    "linear_cross_entropy",
+    "noisy",
+    "padded_gather",
+    "padded_scatter",
+    "random_normal",
+    "random_uniform",
+    "repeat",
+    "replicate",
+    "round_up",
+    "route_index",
+    "router",
+    "scatter",
+    "select_bias_update",
+    "sort",
+    "sum",
+    "topology",
+    "z_loss",
+]
