@@ -1,7 +1,8 @@
 // isa.c: what is decided once per process: which kernel table runs (moe_k) and through which pool.
 //
-// The choice is the best table that this CPU can run, or the one that the environment's MOE_ISA names. A name that nobody
-// knows, or that this CPU cannot run, is MOE_NO_ISA: nothing is silently replaced. Only x86-64 has more than the base table.
+// The choice is the best table that this CPU can run, or the one that the environment's MOE_ISA names. A name that
+// nobody knows, or that this CPU cannot run, is MOE_NO_ISA: nothing is silently replaced. Only x86-64 has more than the
+// base table.
 #include "kernels.h"
 #include <pthread.h>
 #include <stdlib.h>
@@ -19,7 +20,7 @@ const char *moe_status_text(int status) {
     case MOE_BAD_INDEX: return "an id is out of range";
     case MOE_BAD_BINS:  return "bins must be non-decreasing, start at 0 or above and end within the rows";
     case MOE_BAD_VALUE: return "a value is NaN or not one of the known choices";
-    case MOE_NO_ISA:    return "MOE_ISA names an instruction set that this CPU lacks or that is none of base, avx2, avx512";
+    case MOE_NO_ISA:    return "MOE_ISA must be base, avx2 or avx512, and one that this CPU has";
     }
     return "unknown status";
 }

@@ -1,5 +1,5 @@
-// isa_base.c: the table of kernels for one instruction set. isa_avx2.c and isa_avx512.c are this file under another name
-// and other compiler flags:
+// isa_base.c: the table of kernels for one instruction set. isa_avx2.c and isa_avx512.c are this file under another
+// name and other compiler flags:
 //   base     none                                                          any CPU; fma by libm
 //   avx2     -mavx2 -mfma -mf16c
 //   avx512   -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
