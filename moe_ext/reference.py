@@ -127,37 +127,38 @@ def _combine(x_PD, rows_N, weights_N, top_k):
     return copies_ND.view(-1, top_k, x_PD.shape[1]).sum(1).to(x_PD.dtype)
 
 
-def gather(x_TD, indices_N, bin_ids, bins_E, top_k):
-    """-> [N,D] rows sorted by expert; rows from bins[-1] on are zeros."""
-    return _copy(x_TD, _rows(indices_N, bins_E, _begins(bins_E)), top_k, len(indices_N))
+def gather(x, indices, bin_ids, bins, top_k):
+    """x [T,D] -> [N,D], rows sorted by expert; rows from bins[-1] on are zeros. `bin_ids` is never read."""
+    return _copy(x, _rows(indices, bins, _begins(bins)), top_k, len(indices))
 
 
-def scatter(x_ND, indices_N, bin_ids, weights_N, bins_E, top_k):
-    """-> [T,D], the weighted sum of each token's copies. weights None counts as ones."""
-    return _combine(x_ND, _rows(indices_N, bins_E, _begins(bins_E)), weights_N, top_k)
+def scatter(x, indices, bin_ids, weights, bins, top_k):
+    """x [N,D] -> [T,D], the weighted sum of each token's copies. weights [N], or None for ones."""
+    return _combine(x, _rows(indices, bins, _begins(bins)), weights, top_k)
 
 
-def padded_gather(x_TD, indices_N, bin_ids, bins_E, padded_bins_E, top_k):
+def padded_gather(x, indices, bin_ids, bins, padded_bins, top_k):
     """-> [padded_bins[-1],D]; expert e starts at padded_bins[e-1], pad rows are zeros."""
-    return _copy(x_TD, _rows(indices_N, bins_E, _begins(padded_bins_E)), top_k, int(padded_bins_E[-1]))
+    return _copy(x, _rows(indices, bins, _begins(padded_bins)), top_k, int(padded_bins[-1]))
 
 
-def padded_scatter(x_PD, indices_N, bin_ids, weights_N, bins_E, padded_bins_E, top_k):
-    return _combine(x_PD, _rows(indices_N, bins_E, _begins(padded_bins_E)), weights_N, top_k)
+def padded_scatter(x, indices, bin_ids, weights, bins, padded_bins, top_k):
+    return _combine(x, _rows(indices, bins, _begins(padded_bins)), weights, top_k)
 
 
-def _bin_rows(indices_N, bins_E, bin_size):
-    return _rows(indices_N, bins_E, torch.arange(len(bins_E), device=bins_E.device) * bin_size, bin_size)
+def _bin_rows(indices, bins, bin_size):
+    return _rows(indices, bins, torch.arange(len(bins), device=bins.device) * bin_size, bin_size)
 
 
-def binned_gather(x_TD, indices_N, bins_E, bin_size, top_k):
+def binned_gather(x, indices, bins, bin_size, top_k):
     """-> [E,bin_size,D]; copies beyond bin_size are dropped in flat order, free rows are zeros."""
-    y_PD = _copy(x_TD, _bin_rows(indices_N, bins_E, bin_size), top_k, len(bins_E) * bin_size)
-    return y_PD.view(len(bins_E), bin_size, x_TD.shape[1])
+    y_PD = _copy(x, _bin_rows(indices, bins, bin_size), top_k, len(bins) * bin_size)
+    return y_PD.view(len(bins), bin_size, x.shape[1])
 
 
-def binned_scatter(x_ECD, indices_N, weights_N, bins_E, top_k):
-    return _combine(x_ECD.flatten(0, 1), _bin_rows(indices_N, bins_E, x_ECD.shape[1]), weights_N, top_k)
+def binned_scatter(x, indices, weights, bins, top_k):
+    """x [E,C,D] -> [T,D]; a dropped copy counts as zeros."""
+    return _combine(x.flatten(0, 1), _bin_rows(indices, bins, x.shape[1]), weights, top_k)
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
@@ -166,14 +167,14 @@ def binned_scatter(x_ECD, indices_N, weights_N, bins_E, top_k):
 def _segments(bins_E):
     """(begin, end) of each expert's rows."""
     ends = bins_E.tolist()
-    return list(zip([0] + ends[:-1], ends))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def grouped_gemm(x_RI, w_EIO, bins_E):
     """y[rows of e] = x[rows of e] @ w[e]; rows from bins[-1] on are zeros."""
-    parts = [x_RI[begin:end] @ w_IO for (begin, end), w_IO in zip(_segments(bins_E), w_EIO)]
+    parts = [x_RI[begin:end] @ w_IO for (begin, end), w_IO in zip(_segments(bins_E), w_EIO, strict=True)]
     tail = x_RI.new_zeros(x_RI.shape[0] - int(bins_E[-1]), w_EIO.shape[2])
-    return torch.cat(parts + [tail])
+    return torch.cat([*parts, tail])
 
 
 def grouped_gemm_wgrad(x_RI, dy_RO, bins_E):
@@ -332,13 +333,15 @@ def _unit(words):
 
 
 def random_uniform(rows, cols, *, seed, step, site, row0=0, low=0.0, high=1.0, dtype=torch.float32, device=None):
-    """-> [rows,cols] in [low, high)."""
+    """-> [rows,cols] in [low, high), computed in float32 whatever the dtype; two-byte dtypes may round up to high."""
+    low, width, high = torch.tensor([low, high - low, high]).unbind()
     u = _unit(_philox(rows, cols, seed, step, site, row0, device)[:, :cols])
-    return (low + (high - low) * u).to(dtype)
+    below_high = high.nextafter(torch.tensor(-math.inf)).item()
+    return (low.item() + width.item() * u).float().clamp(max=below_high).to(dtype)
 
 
 def random_normal(rows, cols, *, seed, step, site, row0=0, mean=0.0, std=1.0, dtype=torch.float32, device=None):
-    """-> [rows,cols] by Box-Muller: columns 2i and 2i+1 are the two results of the words 2i and 2i+1."""
+    """-> [rows,cols] by Box-Muller: columns 2i and 2i+1 are the two numbers made of the words 2i and 2i+1."""
     words = _philox(rows, cols, seed, step, site, row0, device)
     u, v = 1 - _unit(words[:, 0::2]), _unit(words[:, 1::2])  # u in (0, 1]
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
@@ -347,15 +350,17 @@ def random_normal(rows, cols, *, seed, step, site, row0=0, mean=0.0, std=1.0, dt
 
 
 def dropout(x, p, *, seed, step, site, row0=0):
-    """x * keep / (1-p), keep where the uniform number of the element is >= p."""
-    keep = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, device=x.device) >= p
-    return x * keep / (1 - p)
+    """x / (1-p) where the element's uniform number is >= p, else 0. x [rows,cols]."""
+    u = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, dtype=torch.float64, device=x.device)
+    scale = torch.where(u >= p, 1 / (1 - p), 0.0)
+    return (x * scale).to(x.dtype)
 
 
 def jitter(x, eps, *, seed, step, site, row0=0):
     """x * U[1-eps, 1+eps)."""
-    return x * random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, low=1 - eps, high=1 + eps,
-                              dtype=x.dtype, device=x.device)  # fmt: skip
+    u = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, low=1 - eps, high=1 + eps,
+                       dtype=x.dtype, device=x.device)  # fmt: skip
+    return x * u
 
 
 def noisy(logits_TE, scale_E, *, seed, step, site, row0=0):

@@ -1,0 +1,161 @@
+"""The fused expert MLP: every way to store its weights, every bias and activation, and what it keeps for backward."""
+
+import itertools
+
+import pytest
+import torch
+from cases import CASES, SMALLEST, Case, Shape
+from compare import against_reference, gradcheck, same
+from drawn import drawn_case
+from hypothesis import given, settings
+from test_gemm import ACTIVATIONS, GATED
+
+from moe_ext import ops, reference
+
+# How the owner of the weights stores them. gate_EFD, up_EFD, down_EDF in; the op's arguments out.
+STORED = {
+    "separate": lambda gate, up, down: (gate, up, down),
+    "w13": lambda gate, up, down: (torch.cat([gate, up], 1), None, down),
+    "halves of w13": lambda gate, up, down: (*torch.cat([gate, up], 1).chunk(2, 1), down),
+    "megablocks": lambda gate, up, down: (gate, up, down.transpose(1, 2).contiguous().transpose(1, 2)),
+    "transposed": lambda *weights: tuple(w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights),
+}
+
+
+def mlp_inputs(case, dtype, device, gated, biases, weights_dtype=None):
+    """Random tensors of every argument. Weights are scaled so that activations stay near one."""
+    T, D, F, E, K = case.shape
+
+    def randn(*size, salt, scale=1.0):
+        return (scale * case.randn(*size, salt=salt)).to(dtype).to(device)
+
+    inputs = {"x_RD": randn(T, D, salt=1), "gate": randn(E, F, D, salt=2, scale=D**-0.5)}
+    if gated:
+        inputs["up"] = randn(E, F, D, salt=3, scale=D**-0.5)
+    inputs["down"] = randn(E, D, F, salt=4, scale=F**-0.5)
+    inputs["weights_RK"] = case.randn(T, K, salt=5, dtype=weights_dtype or dtype, device=device)
+    if "gate" in biases:
+        inputs["gate_bias"] = randn(E, F, salt=6)
+    if "up" in biases and gated:
+        inputs["up_bias"] = randn(E, F, salt=7)
+    if "down" in biases:
+        inputs["down_bias"] = randn(E, D, salt=8)
+    return inputs
+
+
+def mlp_call(case, act, device, stored="separate"):
+    index = reference.route_index(case.ids().to(device), case.shape.E)
+    copies = int(index.bins_E[-1])
+
+    def call(impl, x_RD, gate, down, weights_RK, up=None, gate_bias=None, up_bias=None, down_bias=None):
+        if act in GATED:
+            gate, up, down = STORED[stored](gate, up, down)
+            if up is None and gate_bias is not None:
+                gate_bias, up_bias = torch.cat([gate_bias, up_bias], 1), None
+        return impl.expert_mlp(x_RD, gate, up, down, weights_RK, index, act=act, gate_bias=gate_bias,
+                               up_bias=up_bias, down_bias=down_bias, num_copies=copies)  # fmt: skip
+
+    return call
+
+
+BIASES = ("gate", "up", "down")
+
+
+def check_expert_mlp(impl, case, dtype, device, act="swiglu", biases=(), stored="separate", weights_dtype=None):
+    inputs = mlp_inputs(case, dtype, device, act in GATED, biases, weights_dtype)
+    against_reference(impl, mlp_call(case, act, device, stored), inputs)
+
+
+@pytest.mark.parametrize("biases", [(), BIASES], ids=["plain", "biased"])
+def test_expert_mlp(case, dtype, device, biases):
+    check_expert_mlp(ops, case, dtype, device, biases=biases)
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("name", ["divides_nothing", "some_absent"])
+def test_stored_weights(stored, name, dtype, device):
+    case = next(c for c in CASES if c.name == name)
+    for biases in ((), BIASES):
+        check_expert_mlp(ops, case, dtype, device, biases=biases, stored=stored)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations(act, dtype, device):
+    check_expert_mlp(ops, CASES[1], dtype, device, act, BIASES)
+
+
+@pytest.mark.parametrize("act", ["swiglu", "gelu"])
+def test_every_subset_of_biases(act, device):
+    for n in range(4):
+        for biases in itertools.combinations(BIASES, n):
+            check_expert_mlp(ops, CASES[1], torch.float32, device, act, biases)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_routing_weights(case, dtype, device):
+    check_expert_mlp(ops, case, dtype, device, biases=BIASES, weights_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("biases", [(), BIASES], ids=["plain", "biased"])
+def test_gradcheck(act, biases, device):
+    inputs = mlp_inputs(SMALLEST, torch.float64, device, act in GATED, biases)
+    call = mlp_call(SMALLEST, act, device)
+    gradcheck(lambda **x: call(ops, **x), inputs)
+
+
+def test_absent_copies_have_zero_gradients(device):
+    case = next(c for c in CASES if c.name == "some_absent")
+    inputs = mlp_inputs(case, torch.float32, device, True, BIASES)
+    weights_RK = inputs["weights_RK"].requires_grad_()
+    mlp_call(case, "swiglu", device)(ops, **inputs).sum().backward()
+    assert weights_RK.grad[case.ids().to(device) < 0].eq(0).all()
+
+
+def test_num_copies_defaults_to_all(device):
+    case = CASES[0]
+    index = reference.route_index(case.ids().to(device), case.shape.E)
+    x = mlp_inputs(case, torch.float32, device, True, ())
+    arguments = (x["x_RD"], x["gate"], x["up"], x["down"], x["weights_RK"], index)
+    same(ops.expert_mlp(*arguments, act="swiglu"),
+         ops.expert_mlp(*arguments, act="swiglu", num_copies=x["weights_RK"].numel()))  # fmt: skip
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(drawn_case())
+def test_drawn_routings(case):
+    check_expert_mlp(ops, case, torch.float32, "cpu", biases=BIASES)
+
+
+# ---- what it keeps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["swiglu", "gelu"])
+@pytest.mark.parametrize("stored", ["separate", "w13", "halves of w13", "megablocks"])
+def test_saved_bytes(act, stored, dtype, device):
+    """Besides parameters, routing weights and the int32 index: exactly the R rows of x and the N rows of h."""
+    case = Case("saved", Shape(33, 16, 24, 4, 2), "some_absent")
+    T, D, F, _, _ = case.shape
+    inputs = mlp_inputs(case, dtype, device, act in GATED, BIASES)
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    weights = STORED[stored](inputs["gate"], inputs["up"], inputs["down"]) if act in GATED else ()
+    index = reference.route_index(case.ids().to(device), case.shape.E)
+    owned = {x.untyped_storage().data_ptr() for x in (*inputs.values(), *weights, *index) if x is not None}
+    owned.discard(inputs["x_RD"].untyped_storage().data_ptr())
+    kept = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in owned:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    gate, up, down = weights or (inputs["gate"], None, inputs["down"])
+    gate_bias, up_bias = inputs["gate_bias"], inputs.get("up_bias")
+    if act in GATED and up is None:
+        gate_bias, up_bias = torch.cat([gate_bias, up_bias], 1), None
+        owned.add(gate_bias.untyped_storage().data_ptr())
+    N, U = int(index.bins_E[-1]), F * (1 + (act in GATED))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        ops.expert_mlp(inputs["x_RD"], gate, up, down, inputs["weights_RK"], index, act=act, gate_bias=gate_bias,
+                       up_bias=up_bias, down_bias=inputs["down_bias"], num_copies=N)  # fmt: skip
+    assert sum(kept.values()) == dtype.itemsize * (T * D + N * U)

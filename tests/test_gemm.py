@@ -1,0 +1,90 @@
+"""Grouped GEMM in its three forms, and the activations."""
+
+import pytest
+import torch
+from cases import SMALLEST
+from compare import against_reference, close, gradcheck
+from drawn import drawn_case
+from hypothesis import given, settings
+
+from moe_ext import ops, reference
+
+ACTIVATIONS = ["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"]
+GATED = ACTIVATIONS[:3]
+
+# How the [E,I,O] weight of the op lies in the memory that its owner keeps.
+STRIDES = {
+    "contiguous": lambda w_EIO: w_EIO.contiguous(),
+    "transposed": lambda w_EIO: w_EIO.transpose(1, 2).contiguous().transpose(1, 2),
+    "half of a fused weight": lambda w_EIO: torch.cat([w_EIO, w_EIO], 2)[:, :, : w_EIO.shape[2]],
+    "no unit stride": lambda w_EIO: torch.stack([w_EIO, w_EIO], 3)[..., 0],
+}
+
+
+def gemm_inputs(case, dtype, device):
+    bins_E = reference.route_index(case.ids(), case.shape.E).bins_E.to(device)
+    R, (_, D, F, E, _) = case.shape.T * case.shape.k, case.shape
+    x_RI = case.randn(R, D, salt=1, dtype=dtype, device=device)
+    x_RI[int(bins_E[-1]) :] = torch.nan  # rows of nobody are never read
+    return bins_E, {"x_RI": x_RI, "w_EIO": case.randn(E, D, F, salt=2, dtype=dtype, device=device) / D**0.5}
+
+
+def check_grouped_gemm(impl, case, dtype, device, strides="contiguous"):
+    bins_E, inputs = gemm_inputs(case, dtype, device)
+    against_reference(impl, lambda ops, x_RI, w_EIO: ops.grouped_gemm(x_RI, STRIDES[strides](w_EIO), bins_E), inputs)
+
+
+def check_grouped_gemm_wgrad(impl, case, dtype, device):
+    bins_E, inputs = gemm_inputs(case, dtype, device)
+    x_RI, dy_RO = inputs["x_RI"], case.randn(len(inputs["x_RI"]), case.shape.h, salt=3, dtype=dtype, device=device)
+    got, plain = impl.grouped_gemm_wgrad(x_RI, dy_RO, bins_E), reference.grouped_gemm_wgrad(x_RI, dy_RO, bins_E)
+    close(got, plain, reference.grouped_gemm_wgrad(x_RI.double(), dy_RO.double(), bins_E))
+
+
+def check_activation(impl, act, dtype, device, shape=(37, 23)):
+    rows, F = shape
+    h_NU = 3 * torch.randn(rows, F * (1 + (act in GATED)), dtype=torch.float64)
+    h_NU[:1, :6] = torch.tensor([0.0, -0.0, 20.0, -20.0, 90.0, -90.0])[: h_NU.shape[1]]  # the flat ends
+    against_reference(impl, lambda ops, h_NU: ops.activation(h_NU, act), {"h_NU": h_NU.to(dtype).to(device)})
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_grouped_gemm(case, dtype, device, strides):
+    check_grouped_gemm(ops, case, dtype, device, strides)
+
+
+def test_grouped_gemm_wgrad(case, dtype, device):
+    check_grouped_gemm_wgrad(ops, case, dtype, device)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (37, 23), (5, 300)], ids=str)
+def test_activation(act, shape, dtype, device):
+    check_activation(ops, act, dtype, device, shape)
+
+
+def test_gradcheck(device):
+    bins_E, inputs = gemm_inputs(SMALLEST, torch.float64, device)
+    inputs["x_RI"] = inputs["x_RI"].nan_to_num()
+    gradcheck(lambda x, w: ops.grouped_gemm(x, w, bins_E), {"x": inputs["x_RI"], "w": inputs["w_EIO"]})
+    for act in ACTIVATIONS:
+        h_NU = SMALLEST.randn(4, 6, salt=5, device=device)
+        gradcheck(lambda h, act=act: ops.activation(h, act), {"h": h_NU})
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(drawn_case())
+def test_drawn_routings(case):
+    check_grouped_gemm(ops, case, torch.float32, "cpu")
+    check_grouped_gemm_wgrad(ops, case, torch.float32, "cpu")
+
+
+def test_each_expert_is_a_plain_product(case):
+    """Without the reference: the rows of an expert times its matrix."""
+    bins_E, inputs = gemm_inputs(case, torch.float64, "cpu")
+    y_RO = ops.grouped_gemm(**inputs, bins_E=bins_E)
+    begin = 0
+    for e, end in enumerate(bins_E.tolist()):
+        torch.testing.assert_close(y_RO[begin:end], inputs["x_RI"][begin:end] @ inputs["w_EIO"][e])
+        begin = end
+    assert y_RO[begin:].eq(0).all()

@@ -1,0 +1,143 @@
+"""Movement in its three forms: plain, padded and binned. Copies are bitwise, weighted sums obey the tolerance rule."""
+
+import pytest
+import torch
+from cases import CASES, SMALLEST
+from compare import against_reference, gradcheck, same
+from drawn import drawn_case
+from hypothesis import given, settings
+
+from moe_ext import ops, reference
+
+FORMS = ["plain", "padded", "binned"]
+BLOCK = 8
+
+
+class Layout:
+    """One form of movement for the routing of a case. x_T are token rows, x_P expert rows [P,D] whatever the form."""
+
+    def __init__(self, form, case, device):
+        ids_TK = case.ids().to(device)
+        self.form, self.T, self.K, self.E = form, *ids_TK.shape, case.shape.E
+        self.ids_N = ids_TK.flatten()
+        self.index = reference.route_index(ids_TK, self.E)
+        self.padded_bins = reference.round_up(self.index.counts_E, BLOCK).cumsum(0).int()
+        self.capacity = max(1, self.T * self.K // self.E)  # so that skewed routings drop copies
+        self.P = {
+            "plain": self.T * self.K,
+            "padded": int(self.padded_bins[-1]),
+            "binned": self.E * self.capacity,
+        }[form]
+
+    def gather(self, impl, x_TD):
+        order, bins = self.index.order_N, self.index.bins_E
+        if self.form == "plain":
+            return impl.gather(x_TD, order, None, bins, self.K)
+        if self.form == "padded":
+            return impl.padded_gather(x_TD, order, None, bins, self.padded_bins, self.K)
+        return impl.binned_gather(x_TD, order, bins, self.capacity, self.K).flatten(0, 1)
+
+    def scatter(self, impl, x_PD, weights_N):
+        order, bins = self.index.order_N, self.index.bins_E
+        if self.form == "plain":
+            return impl.scatter(x_PD, order, None, weights_N, bins, self.K)
+        if self.form == "padded":
+            return impl.padded_scatter(x_PD, order, None, weights_N, bins, self.padded_bins, self.K)
+        return impl.binned_scatter(x_PD.view(self.E, self.capacity, -1), order, weights_N, bins, self.K)
+
+    def rows(self):
+        """The expert row of each flat id, -1 where it has none, counted one by one."""
+        starts = {
+            "plain": [0, *self.index.bins_E.tolist()],
+            "padded": [0, *self.padded_bins.tolist()],
+            "binned": [e * self.capacity for e in range(self.E)],
+        }[self.form]
+        taken, rows = [0] * self.E, []
+        for e in self.ids_N.tolist():
+            fits = e >= 0 and (self.form != "binned" or taken[e] < self.capacity)
+            rows.append(starts[e] + taken[e] if fits else -1)
+            if fits:
+                taken[e] += 1
+        return rows
+
+
+def any_bits(dtype, *size):
+    """Random bit patterns: NaN payloads, infinities, denormals and negative zeros must survive a copy."""
+    return torch.randint(0, 256, (*size[:-1], size[-1] * dtype.itemsize), dtype=torch.uint8).view(dtype)
+
+
+def check_gather(impl, form, case, dtype, device):
+    layout = Layout(form, case, device)
+    x_TD = any_bits(dtype, layout.T, case.shape.d).to(device)
+    want = torch.zeros(layout.P, case.shape.d, dtype=dtype, device=device)
+    for f, row in enumerate(layout.rows()):
+        if row >= 0:
+            want[row] = x_TD[f // layout.K]
+    same(layout.gather(impl, x_TD), want)
+    x_TD = case.randn(layout.T, case.shape.d, salt=1, dtype=dtype, device=device)
+    against_reference(impl, layout.gather, {"x_TD": x_TD})
+
+
+def check_scatter(impl, form, case, dtype, device, weights_dtype=None):
+    layout = Layout(form, case, device)
+    D, rows = case.shape.d, torch.tensor(layout.rows(), dtype=torch.long)
+    x_PD = torch.full((layout.P, D), torch.nan, dtype=dtype, device=device)  # a row that nobody has is never read
+    owned = rows[rows >= 0]
+    x_PD[owned] = case.randn(len(owned), D, salt=2, dtype=dtype, device=device)
+    weights_N = case.randn(layout.T * layout.K, salt=3, dtype=weights_dtype or dtype, device=device)
+
+    # Without weights: the sum in slot order, in fp32 (fp64), rounded once. Bit for bit.
+    copies_NKD = torch.cat([x_PD, x_PD.new_zeros(1, D)])[rows].view(layout.T, layout.K, D)
+    total = torch.zeros(layout.T, D, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    for slot in range(layout.K):
+        total = total + copies_NKD[:, slot]
+    same(layout.scatter(impl, x_PD, None), total.to(dtype))
+
+    against_reference(impl, layout.scatter, {"x_PD": x_PD, "weights_N": weights_N})
+
+    weights_N.requires_grad_()
+    layout.scatter(impl, x_PD, weights_N).sum().backward()
+    assert weights_N.grad[rows < 0].eq(0).all(), "a copy without a row has a zero gradient"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gather(form, case, dtype, device):
+    check_gather(ops, form, case, dtype, device)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scatter(form, case, dtype, device):
+    check_scatter(ops, form, case, dtype, device)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scatter_with_fp32_weights(form, case, dtype, device):
+    check_scatter(ops, form, case, dtype, device, weights_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form, device):
+    layout = Layout(form, SMALLEST, device)
+    gradcheck(lambda x: layout.gather(ops, x), {"x": SMALLEST.randn(layout.T, 4, salt=1, device=device)})
+    x_PD, weights_N = SMALLEST.randn(layout.P, 4, salt=2, device=device), SMALLEST.randn(10, salt=3, device=device)
+    gradcheck(lambda x, w: layout.scatter(ops, x, w), {"x": x_PD, "w": weights_N})
+    gradcheck(lambda x: layout.scatter(ops, x, None), {"x": x_PD})
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(drawn_case())
+def test_drawn_routings(case):
+    for form in FORMS:
+        check_gather(ops, form, case, torch.float32, "cpu")
+        check_scatter(ops, form, case, torch.float32, "cpu")
+
+
+def test_strided_rows_are_copied_right():
+    """A transposed or sliced input gives the result of its contiguous twin, whether taken as it is or copied."""
+    case = CASES[0]
+    layout = Layout("plain", case, "cpu")
+    x_TD = case.randn(case.shape.d, case.shape.T, salt=1).T
+    same(layout.gather(ops, x_TD), layout.gather(reference, x_TD))
+    x_PD = case.randn(layout.P, 2 * case.shape.d, salt=2)[:, ::2]
+    same(layout.scatter(ops, x_PD, None), layout.scatter(reference, x_PD.contiguous(), None))

@@ -1,0 +1,92 @@
+"""Random numbers that do not know the mesh: the generator, its distributions, and the ops made of them."""
+
+import pytest
+import torch
+from compare import close, gradcheck, same
+
+from moe_ext import ops, reference
+
+KEY = dict(seed=1234567890123, step=17, site=5)
+
+
+def check_uniform(impl, rows, cols, dtype, device, **options):
+    got = impl.random_uniform(rows, cols, dtype=dtype, device=device, **KEY, **options)
+    same(got, reference.random_uniform(rows, cols, dtype=dtype, device=device, **KEY, **options))
+
+
+def check_normal(impl, rows, cols, dtype, device, mean=0.0, std=1.0):
+    options = dict(KEY, dtype=torch.float64, device=device)
+    want = reference.random_normal(rows, cols, mean=mean, std=std, **options)
+    got = impl.random_normal(rows, cols, mean=mean, std=std, **options)
+    error = (got - want).abs() / (want - mean).abs().clamp(min=std)
+    assert rows * cols == 0 or error.max() < 1e-6
+    same(impl.random_normal(rows, cols, mean=mean, std=std, **dict(options, dtype=dtype)), got.to(dtype))
+
+
+def check_dropout(impl, x, p):
+    got, want = impl.dropout(x, p, **KEY), reference.dropout(x, p, **KEY)
+    assert torch.equal(got == 0, want == 0)
+    close(got, want, reference.dropout(x.double(), p, **KEY))
+
+
+def test_known_answer():
+    """Random123's published answer of Philox4x32-10 to counter and key zero."""
+    u = ops.random_uniform(1, 4, seed=0, step=0, site=0, dtype=torch.float64)
+    assert [int(x * 2**24) for x in u[0].tolist()] == [0x6627E8, 0xE169C5, 0xBC57AC, 0x9B00DB]
+
+
+@pytest.mark.parametrize("size", [(0, 4), (1, 1), (3, 0), (7, 13), (33, 300)], ids=str)
+def test_uniform(size, dtype, device):
+    check_uniform(ops, *size, dtype, device)
+    check_uniform(ops, *size, dtype, device, low=-0.3, high=2.7, row0=1 << 33)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (1, 1), (7, 13), (100, 300)], ids=str)
+def test_normal(size, dtype, device):
+    check_normal(ops, *size, dtype, device)
+    check_normal(ops, *size, dtype, device, mean=-2.0, std=0.02)
+
+
+def test_distributions(device):
+    n = 512
+    u = ops.random_uniform(n, n, **KEY, dtype=torch.float64, device=device)
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 5 * (1 / 12) ** 0.5 / n and abs(u.var() - 1 / 12) < 1e-3
+    assert torch.histc(u, 16).sub(n * n / 16).abs().max() < 5 * n / 4
+    z = ops.random_normal(n, n, **KEY, dtype=torch.float64, device=device)
+    assert abs(z.mean()) < 5 / n and abs(z.var() - 1) < 5 * 2**0.5 / n and abs((z**4).mean() - 3) < 0.15
+    assert abs((z[:, 0::2] * z[:, 1::2]).mean()) < 10 / n, "the two numbers of a pair are independent"
+
+
+def test_an_element_is_a_function_of_its_place(device):
+    """Any part of the rows and any width give the numbers of the whole; every key gives others."""
+    whole = ops.random_normal(20, 31, **KEY, dtype=torch.float32, device=device)
+    same(ops.random_normal(7, 31, **KEY, row0=5, dtype=torch.float32, device=device), whole[5:12])
+    same(ops.random_normal(20, 9, **KEY, dtype=torch.float32, device=device), whole[:, :9])
+    for other in (dict(seed=2), dict(step=18), dict(site=6), dict(seed=KEY["seed"] + (1 << 40)), dict(row0=20)):
+        different = ops.random_normal(20, 31, **{**KEY, **other}, dtype=torch.float32, device=device)
+        assert (different == whole).float().mean() < 0.01, other
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99])
+def test_dropout(p, dtype, device):
+    x = torch.randn(64, 129).to(dtype).to(device)
+    check_dropout(ops, x, p)
+    kept = (ops.dropout(torch.ones(200, 200, device=device), p, **KEY) > 0).float().mean()
+    assert abs(kept - (1 - p)) < 0.02
+
+
+def test_gradients(device):
+    x = torch.randn(4, 6, dtype=torch.float64, device=device) + 3
+    gradcheck(lambda x: ops.dropout(x, 0.4, **KEY), {"x": x})
+    gradcheck(lambda x: ops.jitter(x, 0.1, **KEY), {"x": x})
+    gradcheck(lambda x, s: ops.noisy(x, s, **KEY), {"x": x, "s": torch.rand(6, dtype=torch.float64, device=device)})
+
+
+def test_jitter_and_noise(dtype, device):
+    x = torch.randn(33, 20).to(dtype).to(device)
+    close(ops.jitter(x, 0.1, **KEY), reference.jitter(x, 0.1, **KEY), reference.jitter(x.double(), 0.1, **KEY))
+    scale_E = torch.rand(20).to(dtype).to(device)
+    noise = reference.random_normal(33, 20, **KEY, dtype=torch.float64, device=device)
+    got, plain = ops.noisy(x, scale_E, **KEY), reference.noisy(x, scale_E, **KEY)
+    close(got, plain, x.double() + scale_E.double() * noise)

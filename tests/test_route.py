@@ -1,0 +1,216 @@
+"""Router, capacity, balance and z losses, selection bias."""
+
+import math
+
+import pytest
+import torch
+from cases import ROUTINGS
+from compare import against_reference, gradcheck, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_ext import ops, reference
+
+SCORES = ["softmax_topk", "topk_softmax", "sigmoid"]
+SIZES = [(37, 8, 2), (5, 1, 1), (1, 7, 7), (0, 4, 2), (64, 61, 6), (9, 128, 8)]  # T, E, k
+
+
+def logits_of(T, E, dtype, device="cpu"):
+    return (2 * torch.randn(T, E, dtype=torch.float64)).to(dtype).to(device)
+
+
+def check_router(impl, logits_TE, k, **options):
+    def call(ops, logits_TE):
+        weights, _, scores = ops.router(logits_TE, k, **options)
+        return weights, scores
+
+    same(impl.router(logits_TE, k, **options)[1], reference.router(logits_TE, k, **options)[1], "ids")
+    against_reference(impl, call, {"logits_TE": logits_TE})
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_router(score, size, dtype, device):
+    T, E, k = size
+    check_router(ops, logits_of(T, E, dtype, device), k, score=score)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("norm_p", [1.0, 2.0, 3.5, math.inf], ids=str)
+def test_norm_and_scale(score, norm_p, dtype, device):
+    check_router(ops, logits_of(37, 8, dtype, device), 3, score=score, norm_p=norm_p, scale=2.5)
+
+
+@pytest.mark.parametrize("score", ["softmax_topk", "sigmoid"])
+def test_selection_bias_chooses_but_does_not_weigh(score, dtype, device):
+    logits_TE, bias_E = logits_of(50, 6, dtype, device), torch.randn(6, device=device)
+    check_router(ops, logits_TE, 2, score=score, select_bias_E=bias_E)
+    weights_TK, ids_TK, scores_TE = ops.router(logits_TE, 2, score=score, select_bias_E=bias_E)
+    same(weights_TK, scores_TE.gather(1, ids_TK.long()))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_balanced(score, dtype, device):
+    check_router(ops, logits_of(37, 8, dtype, device), 3, score=score, norm_p=1.0, balanced=True)
+    ids_TK = ops.router(logits_of(8, 4, dtype, device), 3, score=score, balanced=True)[1]
+    assert ids_TK.flatten().tolist() == [n % 4 for n in range(24)]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("E", [4, 8, 33, 64])
+def test_lowest_id_wins_a_tie(score, E, dtype, device):
+    """Logits of few values: without the reference, the order is by (-logit, id)."""
+    logits_TE = torch.randint(-2, 3, (100, E)).to(dtype).to(device)
+    ids_TK = ops.router(logits_TE, 4, score=score)[1]
+    for row, ids in zip(logits_TE.tolist(), ids_TK.tolist(), strict=True):
+        assert ids == sorted(range(E), key=lambda e: (-row[e], e))[:4]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_masked_experts_are_never_chosen(score, dtype, device):
+    logits_TE = logits_of(37, 8, dtype, device)
+    logits_TE[:, 1::2] = -math.inf
+    bias_E = None if score == "topk_softmax" else torch.full((8,), 3.0, device=device)
+    weights_TK, ids_TK, scores_TE = ops.router(logits_TE, 4, score=score, select_bias_E=bias_E, norm_p=1.0)
+    assert ids_TK.remainder(2).eq(0).all() and scores_TE[:, 1::2].eq(0).all()
+    same(ids_TK, reference.router(logits_TE, 4, score=score, select_bias_E=bias_E, norm_p=1.0)[1])
+    assert weights_TK.isfinite().all()
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("norm_p", [None, 1.0, 2.0], ids=str)
+def test_router_gradcheck(score, norm_p, device):
+    logits = logits_of(4, 5, torch.float64, device)
+    gradcheck(lambda x: ops.router(x, 2, score=score, norm_p=norm_p, scale=1.5)[::2], {"x": logits})
+
+
+def test_router_gradient_through_one_output_alone(device):
+    """The gradient of the other output may be absent."""
+    for i in (0, 2):
+        inputs = {"logits": logits_of(9, 5, torch.float64, device)}
+        against_reference(ops, lambda ops, logits, i=i: ops.router(logits, 2, norm_p=1.0)[i], inputs)
+
+
+# ---- capacity --------------------------------------------------------------------------------------------------------
+
+
+def check_capacity_drop(impl, ids_TK, E, capacity, rows_per_scope=None, priority_TK=None):
+    options = dict(rows_per_scope=rows_per_scope, priority_TK=priority_TK)
+    got = impl.capacity_drop(ids_TK, E, capacity, **options)
+    same(got, reference.capacity_drop(ids_TK, E, capacity, **options))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("rows_per_scope", [None, 1, 4, 24], ids=str)
+@pytest.mark.parametrize("capacity", [0, 1, 3, 1000])
+def test_capacity_drop(routing, rows_per_scope, capacity, device):
+    ids_TK = ROUTINGS[routing](24, 2, 6, torch.Generator().manual_seed(0)).to(device)
+    check_capacity_drop(ops, ids_TK, 6, capacity, rows_per_scope)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        check_capacity_drop(ops, ids_TK, 6, capacity, rows_per_scope, torch.rand(24, 2).to(dtype).to(device))
+        ties = torch.randint(0, 2, (24, 2)).to(dtype).to(device)
+        check_capacity_drop(ops, ids_TK, 6, capacity, rows_per_scope, ties)
+
+
+def test_capacity_keeps_the_first_or_the_likeliest(device):
+    """Without the reference."""
+    ids_TK = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 2]], dtype=torch.int32, device=device)
+    priority = torch.tensor([[0.1, 0.9], [0.7, 0.9], [0.7, 0.9], [0.8, 0.9]], device=device)
+    assert ops.capacity_drop(ids_TK, 3, 1).tolist() == [[0, 1], [-1, 2], [-1, -1], [-1, -1]]
+    assert ops.capacity_drop(ids_TK, 3, 1, rows_per_scope=2).tolist() == [[0, 1], [-1, 2], [0, 1], [-1, 2]]
+    kept = ops.capacity_drop(ids_TK, 3, 2, priority_TK=priority)
+    assert kept.tolist() == [[-1, 1], [0, 2], [-1, 1], [0, 2]], "0.8, then the first 0.7"
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def check_balance(impl, ids_TK, scores_TE, rows_per_scope, form):
+    E, K = scores_TE.shape[1], ids_TK.shape[1]
+    counts_GE = impl.balance_counts(ids_TK, E, rows_per_scope)
+    same(counts_GE, reference.balance_counts(ids_TK, E, rows_per_scope))
+    against_reference(impl, lambda ops, s: ops.balance_loss(s, counts_GE, K, form=form), {"s": scores_TE})
+
+
+def check_z_loss(impl, logits_TE):
+    against_reference(impl, lambda ops, logits_TE: ops.z_loss(logits_TE), {"logits_TE": logits_TE})
+
+
+@pytest.mark.parametrize("form", ["switch", "mse"])
+@pytest.mark.parametrize("rows_per_scope", [None, 4, 24], ids=str)
+@pytest.mark.parametrize("routing", ["random", "one_takes_all", "some_absent"])
+def test_balance_loss(form, rows_per_scope, routing, dtype, device):
+    ids_TK = ROUTINGS[routing](24, 2, 6, torch.Generator().manual_seed(0)).to(device)
+    check_balance(ops, ids_TK, logits_of(24, 6, dtype, device).softmax(1), rows_per_scope, form)
+
+
+def test_balance_loss_of_known_routings(device):
+    """1 when all experts share alike, E when one takes all; scopes are averaged."""
+    T, E, K = 12, 6, 2
+    even = torch.full((T, E), 1 / E, device=device, dtype=torch.float64)
+    ids_TK = ROUTINGS["balanced"](T, K, E, None).to(device)
+    assert abs(float(ops.balance_loss(even, ops.balance_counts(ids_TK, E), K)) - 1) < 1e-12
+    assert abs(float(ops.balance_loss(even, ops.balance_counts(ids_TK, E), K, form="mse"))) < 1e-12
+    sure = torch.zeros(T, E, device=device, dtype=torch.float64)
+    sure[:, 3] = 1
+    threes = torch.full((T, K), 3, dtype=torch.int32, device=device)
+    assert abs(float(ops.balance_loss(sure, ops.balance_counts(threes, E), K)) - E) < 1e-12
+    mixed, ids = torch.cat([even, sure]), torch.cat([ids_TK, threes])
+    assert abs(float(ops.balance_loss(mixed, ops.balance_counts(ids, E, T), K)) - (1 + E) / 2) < 1e-12
+
+
+def test_counts_beyond_bf16(device):
+    """257 copies stay 257, whatever the dtype of the scores."""
+    ids_TK = torch.zeros(257, 1, dtype=torch.int32, device=device)
+    assert ops.balance_counts(ids_TK, 2).tolist() == [[257, 0]]
+    scores = torch.tensor([1.0, 0.0], dtype=torch.bfloat16, device=device).expand(257, 2).contiguous()
+    assert float(ops.balance_loss(scores, ops.balance_counts(ids_TK, 2), 1)) == 2.0
+
+
+@pytest.mark.parametrize("size", [(37, 8), (1, 1), (300, 61)], ids=str)
+def test_z_loss(size, dtype, device):
+    check_z_loss(ops, logits_of(*size, dtype, device))
+    check_z_loss(ops, logits_of(*size, dtype, device) + 60)  # exp overflows where fp16 or fp32 is used carelessly
+
+
+def test_no_tokens_have_no_loss(dtype, device):
+    scores = torch.empty(0, 4, dtype=dtype, device=device, requires_grad=True)
+    counts = torch.zeros(1, 4, dtype=torch.int32, device=device)
+    balance = [ops.balance_loss(scores, counts, 2, form=form) for form in ("switch", "mse")]
+    for loss in (*balance, ops.z_loss(scores)):
+        assert loss.item() == 0
+        (dscores,) = torch.autograd.grad(loss, scores)
+        assert dscores.shape == (0, 4)
+
+
+def test_losses_gradcheck(device):
+    scores_TE = logits_of(6, 4, torch.float64, device).softmax(1)
+    counts_GE = torch.tensor([[3, 1, 0, 2], [1, 1, 4, 0]], dtype=torch.int32, device=device)
+    gradcheck(lambda s: ops.balance_loss(s, counts_GE, 2), {"s": scores_TE})
+    gradcheck(lambda s: ops.balance_loss(s, counts_GE, 2, form="mse"), {"s": scores_TE})
+    gradcheck(lambda s: ops.z_loss(s), {"s": scores_TE})
+
+
+def check_select_bias_update(impl, bias_E, counts_E, rate):
+    same(impl.select_bias_update(bias_E, counts_E, rate), reference.select_bias_update(bias_E, counts_E, rate))
+
+
+def test_select_bias_update(device):
+    for counts in ([5, 5, 5], [0, 1, 8], [3, 2, 1], [0, 0, 0], [2**40, 2**40 + 1, 2**40 + 2]):
+        bias_E = torch.randn(3, device=device)
+        before = bias_E.clone()
+        check_select_bias_update(ops, bias_E, torch.tensor(counts, device=device), 1e-3)
+        same(bias_E, before)  # the op returns a new one
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.sampled_from(SCORES),
+       st.sampled_from([None, 1.0, 2.0]), st.integers(0, 5), st.integers(0, 2**31))  # fmt: skip
+def test_drawn_routers(T, E, k, score, norm_p, capacity, seed):
+    k = min(k, E)
+    logits_TE = 3 * torch.randn(T, E, generator=torch.Generator().manual_seed(seed))
+    check_router(ops, logits_TE, k, score=score, norm_p=norm_p)
+    weights_TK, ids_TK, scores_TE = ops.router(logits_TE, k, score=score)
+    check_capacity_drop(ops, ids_TK, E, capacity, priority_TK=weights_TK)
+    for form in ("switch", "mse"):
+        check_balance(ops, ids_TK, scores_TE, 1, form)
