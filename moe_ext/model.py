@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_ext import ops
-from moe_ext.config import ModelConfig
+from moe_ext.config import Config, ModelConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, site
 
 
@@ -32,21 +32,19 @@ class Losses(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far. `length` counts them; room for `max_len`."""
-    def __init__(self, config: ModelConfig, batch: int, max_len: int, dtype=torch.float32, device=None):
-        shape = (config.layers, batch, config.kv_groups, max_len, config.head_width)
-        self.k_LBGSd = torch.empty(shape, dtype=dtype, device=device)
-        self.v_LBGSd = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
+    """Keys and values of the `length` tokens seen so far, with room for the model's whole context."""
+    def __init__(self, config: ModelConfig):
+        self.room, self.layers, self.length = config.seq_len, [None] * config.layers, 0
 
     def extend(self, layer, k_BGSd, v_BGSd):
-        """Appends to one layer and returns all its keys and values; `length` moves after the last layer."""
+        """Appends to one layer and returns all its keys and values; the model moves `length` after the last layer."""
+        if self.layers[layer] is None:
+            B, G, _, d = k_BGSd.shape
+            self.layers[layer] = k_BGSd.new_empty(B, G, self.room, d), v_BGSd.new_empty(B, G, self.room, d)
         end = self.length + k_BGSd.shape[2]
-        if end > self.k_LBGSd.shape[3]:
-            raise ValueError(f"KVCache: {end} tokens, room for {self.k_LBGSd.shape[3]}; make it with a larger max_len")
-        self.k_LBGSd[layer, :, :, self.length:end] = k_BGSd
-        self.v_LBGSd[layer, :, :, self.length:end] = v_BGSd
-        return self.k_LBGSd[layer, :, :, :end], self.v_LBGSd[layer, :, :, :end]
+        for kept, new in zip(self.layers[layer], (k_BGSd, v_BGSd), strict=True):
+            kept[:, :, self.length:end] = new
+        return tuple(kept[:, :, :end] for kept in self.layers[layer])
 
 
 def make_norm(c: ModelConfig, **options):
@@ -86,7 +84,8 @@ class Attention(nn.Module):
         B, S, _ = x_BSD.shape
         q, k, v = (proj(x_BSD).view(B, S, -1, self.head_width) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            real = self.q_norm.weight.dtype     # not autocast's
+            q, k = self.q_norm(q.to(real)).to(v.dtype), self.k_norm(k.to(real)).to(v.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # [B, H or G, S, d]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
@@ -152,18 +151,18 @@ class GPT(nn.Module):
         if c.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
-        self.init_weights(seed)
+        if not self.norm.weight.is_meta:    # shapes alone: whoever gives them memory calls init_weights
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int):
         """Every value is a function of (seed, parameter's name, index in the whole parameter), so no mesh changes it.
         Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases and noise 0."""
         for name, p in self.named_parameters():
-            kind = name.rpartition(".")[2] if p.ndim == 1 or name.endswith(("b13_E2F", "b2_ED")) else "matrix"
-            if kind == "weight":
-                p.fill_(1.0)
-            elif kind != "matrix":
+            if name.endswith(("bias", "noise_E")):
                 p.zero_()
+            elif p.ndim == 1:
+                p.fill_(1.0)
             else:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2_EDF"))
                 std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
@@ -226,7 +225,7 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         idle = 0
         for moe in self.moe_layers():
-            experts = sum(p.numel() for p in (moe.w13_E2FD, moe.w2_EDF, moe.b13_E2F, moe.b2_ED) if p is not None)
+            experts = sum(p.numel() for p in (moe.w13_E2FD, moe.w2_EDF, moe.w13_bias, moe.w2_bias) if p is not None)
             idle += experts // moe.num_experts * (moe.num_experts - moe.top_k)
         return total, total - idle
 
@@ -238,3 +237,23 @@ class GPT(nn.Module):
         looked_up = sum(table.weight.numel() for table in tables if table is not None)
         attention = 12 * c.layers * c.seq_len * c.heads * c.head_width
         return 6 * (self.num_parameters()[1] - looked_up) + attention
+
+
+def pick_device(config: Config) -> torch.device:
+    """train.device, "auto" being CUDA if there is one. ConfigError if CUDA is wanted and absent."""
+    cuda = torch.cuda.is_available()
+    require(cuda or config.train.device != "cuda", "train.device is cuda, but torch sees no CUDA device: use cpu")
+    return torch.device("cuda" if cuda and config.train.device != "cpu" else "cpu")
+
+
+def build(config: Config) -> GPT:
+    """The GPT of a run at its initial values, on its device; parameters fp32 (fp64 for train.dtype fp64)."""
+    dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
+    model = GPT(config.model, seed=config.train.seed, dtype=dtype, device=pick_device(config))
+    model.recompute = config.train.recompute
+    return model
+
+
+def precision(config: Config, device: torch.device):
+    """The context of a run's forwards: autocast to bf16 for train.dtype bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.dtype == "bf16")

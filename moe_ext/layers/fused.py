@@ -5,8 +5,8 @@
     y_t = sum_k weights_tk * down_e(act(gate_e x_t) * up_e x_t) + shared(x_t)        with e = ids_tk
 
 Shapes as in reference.py; B sequences of S tokens, T = B*S. Parameters, in Hugging Face's fused layout: gate.weight
-[E,D], w13_E2FD = [gate | up] ([E,F,D] if `act` has no gate), w2_EDF; with biases b13_E2F, b2_ED; noise_E;
-shared.*_proj. Buffer: select_bias_E.
+[E,D], w13_E2FD = [gate | up] ([E,F,D] if `act` has no gate), w2_EDF; with biases w13_bias [E,2F], w2_bias [E,D];
+noise_E; shared.*_proj. Buffer: select_bias_E.
 
 The layer keeps nothing between calls: losses and counts are returned, so a recomputed forward cannot count twice, and
 every random number is a function of (seed, step, name, global token), so it routes as the first did. Capacity, noise,
@@ -101,8 +101,8 @@ class FusedMoE(nn.Module):
         self.gate = nn.Linear(D, E, bias=False, dtype=dtype, device=device)
         self.w13_E2FD = parameter(E, U, D)
         self.w2_EDF = parameter(E, D, hidden)
-        self.b13_E2F = parameter(E, U) if bias else None
-        self.b2_ED = parameter(E, D) if bias else None
+        self.w13_bias = parameter(E, U) if bias else None
+        self.w2_bias = parameter(E, D) if bias else None
         self.noise_E = parameter(E) if noise else None
         self.shared = MLP(D, shared_hidden, act=act, bias=bias, dtype=dtype, device=device) if shared_hidden else None
         self.register_buffer("select_bias_E", torch.zeros(E, device=device) if select_bias else None)
@@ -112,7 +112,7 @@ class FusedMoE(nn.Module):
         """Matrices from U(-1/sqrt(in), 1/sqrt(in)) as in nn.Linear, biases and noise zero. The GPT draws its own."""
         for p in (self.w13_E2FD, self.w2_EDF):
             nn.init.uniform_(p, -p.shape[2] ** -0.5, p.shape[2] ** -0.5)
-        for p in (self.b13_E2F, self.b2_ED, self.noise_E):
+        for p in (self.w13_bias, self.w2_bias, self.noise_E):
             if p is not None:
                 nn.init.zeros_(p)
 
@@ -172,7 +172,7 @@ class FusedMoE(nn.Module):
         if num_copies is None and self.training and self.capacity_factor:
             num_copies = int(index.bins_E[-1])
         y_TD = ops.expert_mlp(x_TD, self.w13_E2FD, None, self.w2_EDF, weights_TK, index, act=self.act,
-                              gate_bias=self.b13_E2F, down_bias=self.b2_ED, num_copies=num_copies)
+                              gate_bias=self.w13_bias, down_bias=self.w2_bias, num_copies=num_copies)
         return y_TD if self.exchange is None else self.exchange.combine(y_TD, plan)
 
     @torch.no_grad()

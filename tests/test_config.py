@@ -1,0 +1,104 @@
+"""Recipes and the command line: what is accepted, and the sentence for everything else."""
+import dataclasses
+import inspect
+import re
+import typing
+
+import pytest
+
+from moe_ext import config as C
+
+
+def classes(cls=C.Config):
+    yield cls
+    for hint in typing.get_type_hints(cls).values():
+        if dataclasses.is_dataclass(hint):
+            yield from classes(hint)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_field_is_documented_and_they_are_few():
+    count = 0
+    for cls in classes():
+        if cls is C.Config:
+            continue
+        source = inspect.getsource(cls)
+        for f in dataclasses.fields(cls):
+            if f.name != "moe":
+                assert re.search(rf"^    {f.name}: .*= .*# \S", source, re.M), f"{cls.__name__}.{f.name} says no unit"
+                count += 1
+    assert 0 < count <= 80
+
+
+def test_round_trip(tmp_path):
+    text = '[model]\nlayers = 2\nmoe.experts = 4\n[optim]\nlr = 3e-5\nmin_lr = 0\n[data]\ntrain = "a \\"b\\" \\\\ c"\n'
+    config = C.load(write(tmp_path, text))
+    assert (config.model.layers, config.model.moe.experts, config.optim.lr, config.log.name) == (2, 4, 3e-5, "recipe")
+    again = tmp_path / "config.toml"
+    again.write_text(C.dumps(config))
+    assert C.load(again) == config
+
+
+def test_command_line_comes_last(tmp_path):
+    path = write(tmp_path, "[train]\nsteps = 500\nmicro_batch = 3\n")
+    config = C.parse([str(path), "--train.steps", "200", "--model.moe.score", "sigmoid", "--train.recompute"])
+    assert (config.train.steps, config.train.micro_batch, config.model.moe.score) == (200, 3, "sigmoid")
+    assert config.train.recompute and not config.model.qk_norm
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[model]\nlayer = 2\n", ["unknown field model.layer", "did you mean model.layers?"]),
+    ("[modle]\nlayers = 2\n", ["unknown field modle", "did you mean model?"]),
+    ("[model.moe]\ntopk = 2\n", ["unknown field model.moe.topk", "model.moe.top_k?"]),
+    ("[train]\nqqqqqq = 2\n", ["unknown field train.qqqqqq", "known: seed, steps"]),
+    ("[train]\nsteps = 'ten'\n", ["train.steps", "'ten' (str)", "wanted int"]),
+    ("[train]\nsteps = 1.5\n", ["train.steps", "1.5 (float)", "wanted int"]),
+    ("[train]\nsteps = true\n", ["train.steps", "True (bool)", "wanted int"]),
+    ("[model]\nqk_norm = 1\n", ["model.qk_norm", "1 (int)", "wanted bool"]),
+    ("model = 3\n", ["model: got 3", "wanted a table [model]"]),
+    ("[optim]\nschedule = 'cosin'\n", ["optim.schedule", "'cosin'", "cosine, wsd, constant", "did you mean cosine?"]),
+    ("[model.moe]\nexperts = 2\ntop_k = 3\n", ["model.moe.top_k is 3", "2 experts"]),
+    ("[model]\ndim = 250\n", ["model.dim 250", "model.heads 4"]),
+    ("[model]\nheads = 4\nkv_heads = 3\n", ["model.heads 4", "model.kv_heads 3"]),
+    ("[model]\ndim = 12\n", ["RoPE", "even"]),
+    ("[model]\ndropout = 1.0\n", ["model.dropout is 1.0"]),
+    ("[model.moe]\nexperts = 4\nscore = 'topk_softmax'\nselect_bias_rate = 0.1\n", ["select_bias_rate", "sigmoid"]),
+    ("[optim]\nmin_lr = 1.0\n", ["optim.lr 0.001", "optim.min_lr 1.0"]),
+    ("[train]\nsteps = 50\n", ["optim.warmup 100", "train.steps 50"]),
+    ("[train]\nmicro_batch = 0\n", ["train.micro_batch is 0"]),
+    ("[train]\nmemory_snapshot = true\n", ["set train.profile_steps"]),
+    ("[mesh]\ntp = 2\n", ["mesh is", "one process"]),
+    ("[model\n", ["is not TOML", "line 1"]),
+])
+def test_bad_recipes(tmp_path, text, words):
+    with pytest.raises(C.ConfigError) as error:
+        C.load(write(tmp_path, text))
+    assert "recipe.toml" in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_missing_recipe_and_missing_argument(tmp_path):
+    with pytest.raises(C.ConfigError, match=r"no recipe .*nowhere.toml: give a .toml file"):
+        C.load(tmp_path / "nowhere.toml")
+    with pytest.raises(C.ConfigError, match=r"usage: python -m moe_ext.train RECIPE"):
+        C.parse(["--train.steps", "3"])
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--train.steps", "ten"], ["--train.steps", "ten"]),
+    (["--train.stpes", "10"], ["--train.stpes", "--train.steps INT"]),
+    (["--model.heads", "3"], ["model.dim 256 is not a multiple of", "model.heads 3"]),
+])
+def test_bad_command_lines(tmp_path, capsys, args, words):
+    with pytest.raises(SystemExit) as error:
+        C.parse([str(write(tmp_path, "")), *args])
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said
