@@ -1,5 +1,5 @@
-// module.c: moe_ext._C as Python sees it: what was built and what runs here, and the index arrays of a dataset. The torch
-// ops of the same binary register themselves; see ops.cpp. Plain C, limited API of Python 3.10, multi-phase init.
+// module.c: moe_ext._C as Python sees it: what was built and what runs here, and the index arrays of a dataset. The
+// torch ops of the same binary register themselves; see ops.cpp. Plain C, limited API of Python 3.10, multi-phase init.
 //
 // Arrays come as addresses (numpy's array.ctypes.data), because the buffer protocol joined the limited API in 3.11. So
 // these functions are for moe_ext.data alone, which owns the arrays, knows their dtype and size, and keeps them alive.
@@ -85,7 +85,7 @@ static PyObject *sample_index(PyObject *module, PyObject *args) {
     if (status == MOE_BAD_SHAPE)
         return PyErr_Format(PyExc_ValueError,
                             "sample_index: got %lld samples of length %lld, wanted samples >= 0, length >= 1 and "
-                            "samples * length + 1 tokens in the documents: ask for fewer samples or repeat the documents",
+                            "samples * length + 1 tokens in the documents: ask for fewer samples or repeat documents",
                             samples, length);
     return checked(status, "sample_index");
 }
