@@ -1,172 +1,23 @@
-// ops.cpp: torch ops -> the C functions of moe.h, through torch's stable ABI. The only C++ file.
+// ops.cpp: torch ops -> the C functions of moe.h, through torch's stable ABI. With door.hpp, all the C++ there is.
 //
-// Each op does four things: check its arguments at the door, allocate outputs and workspace, call one C function, turn the
-// status into an exception. It computes nothing. Schemas, shape functions and gradients are in moe_ext/ops/, where an op has
-// the same name and the same order of arguments; shapes are spelled as in moe.h. The table at the end binds names to
-// functions for one device; another device is another table.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+// Each op checks its arguments at the door, allocates outputs and workspace, calls one C function and reports its
+// status. It computes nothing. Schemas, shape functions and gradients are in moe_ext/ops/, where an op has the same
+// name and order of arguments; shapes are spelled as in moe.h. The table at the end binds names to functions for one device;
+// another device is another table.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
-#include "moe.h"
+#include "door.hpp"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using Text = const std::string &;
 
-// ---- the door --------------------------------------------------------------------------------------------------------
+// ---- index ----------------------------------------------------------------------------------------------------------
 
-const struct { ScalarType scalar; const char *name; } DTYPES[] = {  // in the order of moe_dtype
-    {ScalarType::Double, "float64"}, {ScalarType::Float, "float32"}, {ScalarType::BFloat16, "bfloat16"},
-    {ScalarType::Half, "float16"},   {ScalarType::Short, "int16"},   {ScalarType::Int, "int32"},
-    {ScalarType::Long, "int64"},
-};
-constexpr int N_DTYPES = 7;
-
-constexpr unsigned only(int dtype) { return 1u << dtype; }  // sets of dtypes are bit masks
-constexpr unsigned FLOATS = only(MOE_F64) | only(MOE_F32) | only(MOE_BF16) | only(MOE_F16);
-constexpr unsigned INTS = only(MOE_I16) | only(MOE_I32) | only(MOE_I64);
-
-int dtype_of(ScalarType scalar) {  // N_DTYPES if the core does not know it
-    int i = 0;
-    while (i < N_DTYPES && DTYPES[i].scalar != scalar) i++;
-    return i;
-}
-int dtype_of(const Tensor &t) { return dtype_of(t.scalar_type()); }
-int real_of(int dtype) { return dtype == MOE_F64 ? MOE_F64 : MOE_F32; }
-
-// A size with a name. The first argument that has it sets it; all others must agree.
-struct Dim {
-    const char *name;
-    int64_t n = -1;
-    operator int64_t() const { return n; }
-};
-using Shape = std::initializer_list<Dim *>;
-enum Strides { CONTIGUOUS, ANY };
-
-struct Door {
-    const char *op;
-    std::optional<int32_t> device = {};  // of the first argument
-
-    template <class... Parts>
-    [[noreturn]] void fail(const Parts &...parts) const {
-        std::ostringstream s;
-        s << "moe_ext::" << op << ": ";
-        (s << ... << parts);
-        throw std::runtime_error(s.str());
-    }
-
-    // Checks one tensor and returns its data.
-    void *in(const char *arg, const Tensor &t, unsigned dtypes, Shape shape, Strides strides = CONTIGUOUS) {
-        const int32_t here = t.get_device_index();
-        if (device.value_or(here) != here) fail(arg, " is on device ", here, ", the first argument on ", *device);
-        device = here;
-        const int dtype = dtype_of(t);
-        if (dtype == N_DTYPES || !(dtypes & only(dtype))) bad_dtype(arg, dtype, dtypes);
-        const auto sizes = t.sizes();
-        bool fits = sizes.size() == shape.size();
-        for (size_t i = 0; fits && i < shape.size(); i++) {
-            Dim &d = *shape.begin()[i];
-            if (d.n < 0) d.n = sizes[i];
-            fits = d.n == sizes[i];
-        }
-        if (!fits) bad_shape(arg, t, shape);
-        if (strides == CONTIGUOUS && !t.is_contiguous())
-            fail(arg, " is not contiguous. Hint: ", arg, ".contiguous()");
-        return t.data_ptr();
-    }
-    void *in(const char *arg, const Maybe &t, unsigned dtypes, Shape shape, Strides strides = CONTIGUOUS) {
-        return t ? in(arg, *t, dtypes, shape, strides) : nullptr;
-    }
-
-    [[noreturn]] void bad_dtype(const char *arg, int dtype, unsigned wanted) const {
-        std::string names, first;
-        for (int i = 0; i < N_DTYPES; i++) {
-            if (!(wanted & only(i))) continue;
-            if (first.empty() || i == MOE_F32) first = DTYPES[i].name;
-            names += (names.empty() ? "" : " or ") + std::string(DTYPES[i].name);
-        }
-        fail(arg, " has dtype ", dtype == N_DTYPES ? "that the core does not know" : DTYPES[dtype].name, ", wanted ", names,
-             ". Hint: ", arg, ".to(torch.", first, ")");
-    }
-
-    [[noreturn]] void bad_shape(const char *arg, const Tensor &t, Shape shape) const {
-        std::ostringstream got, wanted;
-        for (int64_t n : t.sizes()) got << (got.tellp() ? ", " : "") << n;
-        for (const Dim *d : shape) {
-            wanted << (wanted.tellp() ? ", " : "") << d->name;
-            if (d->n >= 0) wanted << "=" << d->n;
-        }
-        fail(arg, " has shape [", got.str(), "], wanted [", wanted.str(), "]");
-    }
-
-    // Throws unless the C function succeeded; `wanted` says what the values of the arguments must obey.
-    template <class... Parts>
-    void done(int status, const Parts &...wanted) const {
-        if (status != MOE_OK) fail(moe_status_text(status), ". ", wanted...);
-    }
-
-    // The position of text among the choices of an enum.
-    template <size_t n>
-    int choice(const char *arg, const std::string &text, const char *const (&choices)[n]) const {
-        std::string all;
-        for (size_t i = 0; i < n; i++) {
-            if (text == choices[i]) return static_cast<int>(i);
-            all += (i ? ", " : "") + std::string(choices[i]);
-        }
-        fail(arg, " is \"", text, "\", wanted one of ", all);
-    }
-};
-
-// ---- memory ----------------------------------------------------------------------------------------------------------
-
-Tensor empty(const Tensor &like, int dtype, std::initializer_list<int64_t> shape) {
-    int64_t strides[4], stride = 1;
-    for (size_t i = shape.size(); i-- > 0; stride *= shape.begin()[i]) strides[i] = stride;
-    int32_t device_type;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-    AtenTensorHandle made;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(shape.size()), shape.begin(), strides,
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(DTYPES[dtype].scalar)), device_type,
-        like.get_device_index(), &made));
-    return Tensor(made);
-}
-
-// Bytes lent to one call of the core, for as long as the object lives.
-struct Workspace {
-    Tensor words;
-    void *p;
-    Workspace(const Tensor &like, size_t bytes)
-        : words(empty(like, MOE_I64, {static_cast<int64_t>((bytes + 7) / 8)})), p(words.data_ptr()) {}
-};
-
-// A 0-d tensor of the real dtype that belongs to `like`, and the value of such a tensor.
-Tensor scalar(const Tensor &like, double x) {
-    Tensor t = empty(like, real_of(dtype_of(like)), {});
-    if (dtype_of(t) == MOE_F64) *static_cast<double *>(t.data_ptr()) = x;
-    else *static_cast<float *>(t.data_ptr()) = static_cast<float>(x);
-    return t;
-}
-double value(Door &door, const char *arg, const Tensor &t) {
-    void *p = door.in(arg, t, only(MOE_F64) | only(MOE_F32), {});
-    return dtype_of(t) == MOE_F64 ? *static_cast<double *>(p) : *static_cast<float *>(p);
-}
-
-moe_mat matrix(void *p, const Tensor &t) { return {p, t.stride(0), t.stride(1), t.stride(2)}; }
-
-// ---- index -----------------------------------------------------------------------------------------------------------
-
-std::tuple<Tensor, Tensor> sort(const Tensor &x, int64_t end_bit) {
+std::tuple<Tensor, Tensor> sort(In x, int64_t end_bit) {
     Door door{"sort"};
     Dim n{"n"};
     void *x_n = door.in("x", x, INTS, {&n});
@@ -177,19 +28,19 @@ std::tuple<Tensor, Tensor> sort(const Tensor &x, int64_t end_bit) {
     return {sorted, indices};
 }
 
-Tensor histogram(const Tensor &x, int64_t max_val) {
+Tensor histogram(In x, int64_t max_val) {
     Door door{"histogram"};
     Dim rows{"B"}, n{"n"}, bins{"max_val", max_val};
     const bool flat = x.dim() == 1;
     void *x_rn = flat ? door.in("x", x, INTS, {&n}) : door.in("x", x, INTS, {&rows, &n});
     Tensor counts = flat ? empty(x, MOE_I32, {bins}) : empty(x, MOE_I32, {rows, bins});
-    door.done(moe_histogram(dtype_of(x), flat ? 1 : rows.n, n, bins, x_rn, static_cast<int32_t *>(counts.data_ptr())),
+    door.done(moe_histogram(dtype_of(x), flat ? 1 : rows.n, n, bins, x_rn, i32(counts)),
               "max_val=", max_val);
     return counts;
 }
 
 // Sums along the last dimension.
-Tensor cumsum(const Tensor &x, bool exclusive) {
+Tensor cumsum(In x, bool exclusive) {
     Door door{"cumsum"};
     Dim rows{"rows", 1}, n{"n"};
     void *x_rn = x.dim() == 1 ? door.in("x", x, INTS, {&n}) : door.in("x", x, INTS, {&(rows.n = -1, rows), &n});
@@ -198,10 +49,10 @@ Tensor cumsum(const Tensor &x, bool exclusive) {
     return y;
 }
 
-Tensor topology(const Tensor &padded_bins, int64_t block, int64_t rows, int64_t cols) {
+Tensor topology(In padded_bins, int64_t block, int64_t rows, int64_t cols) {
     Door door{"topology"};
     Dim E{"E"};
-    auto *bins_E = static_cast<int32_t *>(door.in("padded_bins", padded_bins, only(MOE_I32), {&E}));
+    auto *bins_E = door.i32("padded_bins", padded_bins, {&E});
     Tensor columns = empty(padded_bins, MOE_I16, {rows * cols});
     door.done(moe_topology(E, block, rows, cols, bins_E, static_cast<int16_t *>(columns.data_ptr())),
               "padded_bins must be multiples of block=", block, " that end at rows*block, rows=", rows,
@@ -209,58 +60,57 @@ Tensor topology(const Tensor &padded_bins, int64_t block, int64_t rows, int64_t 
     return columns;
 }
 
-Tensor replicate(const Tensor &x, const Tensor &bins, int64_t n) {
+Tensor replicate(In x, In bins, int64_t n) {
     Door door{"replicate"};
     Dim rows{"B"}, nb{"nb"};
     void *x_rb = door.in("x", x, FLOATS | INTS, {&rows, &nb});
-    auto *bins_b = static_cast<int32_t *>(door.in("bins", bins, only(MOE_I32), {&nb}));
+    auto *bins_b = door.i32("bins", bins, {&nb});
     Tensor y = empty(x, dtype_of(x), {rows, n});
     door.done(moe_replicate(dtype_of(x), rows, nb, n, x_rb, bins_b, y.data_ptr()), "bins must end within n=", n);
     return y;
 }
 
-Tensor replicate_backward(const Tensor &dy, const Tensor &bins) {
+Tensor replicate_backward(In dy, In bins) {
     Door door{"replicate_backward"};
     Dim rows{"B"}, n{"n"}, nb{"nb"};
     void *dy_rn = door.in("dy", dy, FLOATS | INTS, {&rows, &n});
-    auto *bins_b = static_cast<int32_t *>(door.in("bins", bins, only(MOE_I32), {&nb}));
+    auto *bins_b = door.i32("bins", bins, {&nb});
     Tensor dx = empty(dy, dtype_of(dy), {rows, nb});
     door.done(moe_replicate_backward(dtype_of(dy), rows, nb, n, dy_rn, bins_b, dx.data_ptr()));
     return dx;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> route_index(const Tensor &ids, int64_t num_experts) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_index(In ids, int64_t num_experts) {
     Door door{"route_index"};
     Dim T{"T"}, K{"K"};
-    auto *ids_N = static_cast<int32_t *>(door.in("ids", ids, only(MOE_I32), {&T, &K}));
+    auto *ids_N = door.i32("ids", ids, {&T, &K});
     const int64_t N = T * K, E = num_experts;
     Tensor counts = empty(ids, MOE_I32, {E}), bins = empty(ids, MOE_I32, {E});
     Tensor order = empty(ids, MOE_I32, {N}), inverse = empty(ids, MOE_I32, {T, K});
     Workspace work(ids, moe_route_index_workspace(N, E));
-    auto i32 = [](const Tensor &t) { return static_cast<int32_t *>(t.data_ptr()); };
-    door.done(moe_route_index(N, E, ids_N, work.p, i32(counts), i32(bins), i32(order), i32(inverse)),
-              "ids must lie in [-1, num_experts=", E, "); -1 means not here");
+    const int status = moe_route_index(N, E, ids_N, work.p, i32(counts), i32(bins), i32(order), i32(inverse));
+    if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_N, N, E, -1);
+    door.done(status, "num_experts=", E);
     return {counts, bins, order, inverse};
 }
 
-// ---- movement --------------------------------------------------------------------------------------------------------
+// ---- movement -------------------------------------------------------------------------------------------------------
 
-moe_layout layout(Door &door, Dim &N, Dim &P, const Tensor &order, const Tensor &bins, const Maybe &out_bins, int64_t top_k,
+moe_layout layout(Door &door, Dim &N, Dim &P, In order, In bins, MaybeIn out_bins, int64_t top_k,
                   int64_t capacity) {
     Dim E{"E"};
-    auto i32 = [](void *p) { return static_cast<const int32_t *>(p); };
-    const int32_t *order_N = i32(door.in("indices", order, only(MOE_I32), {&N}));
-    const int32_t *bins_E = i32(door.in("bins", bins, only(MOE_I32), {&E}));
-    const int32_t *out_bins_E = i32(door.in("padded_bins", out_bins, only(MOE_I32), {&E}));
+    const int32_t *order_N = door.i32("indices", order, {&N});
+    const int32_t *bins_E = door.i32("bins", bins, {&E});
+    const int32_t *out_bins_E = door.i32("padded_bins", out_bins, {&E});
     if (top_k < 1 || N % top_k) door.fail("indices has ", N.n, " entries, wanted a multiple of top_k=", top_k);
     return {N, top_k, E, P, capacity, order_N, bins_E, out_bins_E};
 }
 
-unsigned weight_dtypes(const Tensor &x) { return only(MOE_F32) | only(dtype_of(x)); }
-int dtype_of_weights(const Maybe &weights) { return weights ? dtype_of(*weights) : MOE_F32; }
-const char LAYOUT_RULE[] = "indices must hold flat ids below N, bins must not decrease and must end within the rows";
+unsigned weight_dtypes(In x) { return only(MOE_F32) | only(dtype_of(x)); }
+int dtype_of_weights(MaybeIn weights) { return weights ? dtype_of(*weights) : MOE_F32; }
+const char LAYOUT_RULE[] = "indices must hold flat ids 0 .. N-1, and bins must end within them and the rows of x or y";
 
-Tensor gather(const Tensor &x, const Maybe &weights, const Tensor &order, const Tensor &bins, const Maybe &out_bins,
+Tensor gather(In x, MaybeIn weights, In order, In bins, MaybeIn out_bins,
               int64_t rows, int64_t top_k, int64_t capacity) {
     Door door{"gather"};
     Dim T{"T"}, D{"D"}, N{"N"}, P{"rows", rows};
@@ -273,7 +123,7 @@ Tensor gather(const Tensor &x, const Maybe &weights, const Tensor &order, const 
     return y;
 }
 
-Tensor scatter(const Tensor &x, const Maybe &weights, const Tensor &order, const Tensor &bins, const Maybe &out_bins,
+Tensor scatter(In x, MaybeIn weights, In order, In bins, MaybeIn out_bins,
                int64_t top_k, int64_t capacity) {
     Door door{"scatter"};
     Dim D{"D"}, N{"N"}, P{"rows"};
@@ -282,11 +132,12 @@ Tensor scatter(const Tensor &x, const Maybe &weights, const Tensor &order, const
     void *weights_N = door.in("weights", weights, weight_dtypes(x), {&N});
     Tensor y = empty(x, dtype_of(x), {N / top_k, D});
     Workspace work(x, moe_scatter_workspace(&l));
-    door.done(moe_scatter(dtype_of(x), dtype_of_weights(weights), D, &l, x_PD, weights_N, work.p, y.data_ptr()), LAYOUT_RULE);
+    door.done(moe_scatter(dtype_of(x), dtype_of_weights(weights), D, &l, x_PD, weights_N, work.p, y.data_ptr()),
+              LAYOUT_RULE);
     return y;
 }
 
-Tensor scatter_dweights(const Tensor &x, const Tensor &dy, const Tensor &order, const Tensor &bins, const Maybe &out_bins,
+Tensor scatter_dweights(In x, In dy, In order, In bins, MaybeIn out_bins,
                         int64_t top_k, int64_t capacity, ScalarType dtype) {
     Door door{"scatter_dweights"};
     Dim T{"T"}, D{"D"}, N{"N"}, P{"rows"};
@@ -296,39 +147,43 @@ Tensor scatter_dweights(const Tensor &x, const Tensor &dy, const Tensor &order, 
     const moe_layout l = layout(door, N, P, order, bins, out_bins, top_k, capacity);
     Tensor dweights = empty(x, dtype_of(dtype), {N});
     Workspace work(x, moe_scatter_dweights_workspace(&l));
-    door.done(moe_scatter_dweights(dtype_of(x), dtype_of(dtype), D, &l, x_PD, dy_TD, work.p, dweights.data_ptr()), LAYOUT_RULE);
+    door.done(moe_scatter_dweights(dtype_of(x), dtype_of(dtype), D, &l, x_PD, dy_TD, work.p, dweights.data_ptr()),
+              LAYOUT_RULE);
     return dweights;
 }
 
-// ---- experts ---------------------------------------------------------------------------------------------------------
+// ---- experts --------------------------------------------------------------------------------------------------------
 
-Tensor grouped_gemm(const Tensor &x, const Tensor &w, const Tensor &bins) {
+Tensor grouped_gemm(In x, In w, In bins) {
     Door door{"grouped_gemm"};
     Dim R{"R"}, E{"E"}, I{"I"}, O{"O"};
     void *x_RI = door.in("x", x, FLOATS, {&R, &I});
     void *w_EIO = door.in("w", w, only(dtype_of(x)), {&E, &I, &O}, ANY);
-    auto *bins_E = static_cast<int32_t *>(door.in("bins", bins, only(MOE_I32), {&E}));
+    auto *bins_E = door.i32("bins", bins, {&E});
     Tensor y = empty(x, dtype_of(x), {R, O});
     Workspace work(x, moe_grouped_gemm_workspace(dtype_of(x), R, E, I, O));
-    door.done(moe_grouped_gemm(dtype_of(x), R, E, I, O, x_RI, matrix(w_EIO, w), bins_E, work.p, y.data_ptr()), "R=", R.n);
+    door.done(moe_grouped_gemm(dtype_of(x), R, E, I, O, x_RI, matrix(w_EIO, w), bins_E, work.p, y.data_ptr()),
+              "x has R=", R.n, " rows");
     return y;
 }
 
-Tensor grouped_gemm_wgrad(const Tensor &x, const Tensor &dy, const Tensor &bins) {
+Tensor grouped_gemm_wgrad(In x, In dy, In bins) {
     Door door{"grouped_gemm_wgrad"};
     Dim R{"R"}, E{"E"}, I{"I"}, O{"O"};
     void *x_RI = door.in("x", x, FLOATS, {&R, &I});
     void *dy_RO = door.in("dy", dy, only(dtype_of(x)), {&R, &O});
-    auto *bins_E = static_cast<int32_t *>(door.in("bins", bins, only(MOE_I32), {&E}));
+    auto *bins_E = door.i32("bins", bins, {&E});
     Tensor dw = empty(x, dtype_of(x), {E, I, O});
     Workspace work(x, moe_grouped_gemm_wgrad_workspace(dtype_of(x), R, E, I, O));
-    door.done(moe_grouped_gemm_wgrad(dtype_of(x), R, E, I, O, x_RI, dy_RO, bins_E, work.p, matrix(dw.data_ptr(), dw)), "R=", R.n);
+    const moe_mat dw_EIO = matrix(dw.data_ptr(), dw);
+    door.done(moe_grouped_gemm_wgrad(dtype_of(x), R, E, I, O, x_RI, dy_RO, bins_E, work.p, dw_EIO),
+              "x and dy have R=", R.n, " rows");
     return dw;
 }
 
 const char *const ACTS[] = {"swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"};  // as moe_act
 
-Tensor activation(const Tensor &h, const std::string &act) {
+Tensor activation(In h, Text act) {
     Door door{"activation"};
     Dim N{"N"}, U{"U"};
     void *h_NU = door.in("h", h, FLOATS, {&N, &U});
@@ -340,7 +195,7 @@ Tensor activation(const Tensor &h, const std::string &act) {
     return y;
 }
 
-Tensor activation_backward(const Tensor &h, const Tensor &da, const std::string &act) {
+Tensor activation_backward(In h, In da, Text act) {
     Door door{"activation_backward"};
     Dim N{"N"}, U{"U"}, F{"F"};
     void *h_NU = door.in("h", h, FLOATS, {&N, &U});
@@ -352,17 +207,17 @@ Tensor activation_backward(const Tensor &h, const Tensor &da, const std::string 
     return dh;
 }
 
-// gate and up of [gate | up] in one tensor: the same strides, up begins `offset` elements further.
+// Where up begins in one tensor [gate | up]: `offset` elements further, with the strides of gate.
 void *after(void *p, int64_t offset, int dtype) {
-    return p ? static_cast<char *>(p) + offset * static_cast<int64_t>(dtype == MOE_F64 ? 8 : dtype == MOE_F32 ? 4 : 2) : p;
+    const int64_t size = dtype == MOE_F64 ? 8 : dtype == MOE_F32 ? 4 : 2;
+    return p ? static_cast<char *>(p) + offset * size : nullptr;
 }
 
-moe_expert_args expert_args(Door &door, const Tensor &x, const Tensor &gate, const Maybe &up, const Tensor &down,
-                            const Tensor &weights, const Tensor &order, const Tensor &inverse, const Tensor &bins,
-                            const Maybe &gate_bias, const Maybe &up_bias, const Maybe &down_bias, const std::string &act,
+moe_expert_args expert_args(Door &door, In x, In gate, MaybeIn up, In down,
+                            In weights, In order, In inverse, In bins,
+                            MaybeIn gate_bias, MaybeIn up_bias, MaybeIn down_bias, Text act,
                             int64_t num_copies) {
     Dim R{"R"}, K{"K"}, N{"R*K"}, E{"E"}, D{"D"}, F{"F"}, G{"gate rows"};
-    auto i32 = [](void *p) { return static_cast<const int32_t *>(p); };
     const unsigned dtype = only(dtype_of(x));
     moe_expert_args a = {};
     a.dtype = dtype_of(x);
@@ -388,18 +243,18 @@ moe_expert_args expert_args(Door &door, const Tensor &x, const Tensor &gate, con
     a.weights_RK = door.in("weights", weights, weight_dtypes(x), {&R, &K});
     a.wdtype = dtype_of(weights);
     N.n = R * K;
-    a.order_RK = i32(door.in("index.order_N", order, only(MOE_I32), {&N}));
-    a.inverse_RK = i32(door.in("index.inverse_TK", inverse, only(MOE_I32), {&R, &K}));
-    a.bins_E = i32(door.in("index.bins_E", bins, only(MOE_I32), {&E}));
+    a.order_RK = door.i32("index.order_N", order, {&N});
+    a.inverse_RK = door.i32("index.inverse_TK", inverse, {&R, &K});
+    a.bins_E = door.i32("index.bins_E", bins, {&E});
     a.R = R, a.K = K, a.E = E, a.D = D, a.F = F, a.N = num_copies;
     return a;
 }
-const char EXPERT_RULE[] = "index must come from route_index of the same ids, and num_copies must be the number of ids >= 0";
+const char EXPERT_RULE[] = "wanted index = route_index of the ids, and num_copies = the number of ids >= 0";
 
-std::tuple<Tensor, Tensor> expert_mlp(const Tensor &x, const Tensor &gate, const Maybe &up, const Tensor &down,
-                                      const Tensor &weights, const Tensor &order, const Tensor &inverse, const Tensor &bins,
-                                      const Maybe &gate_bias, const Maybe &up_bias, const Maybe &down_bias,
-                                      const std::string &act, int64_t num_copies) {
+std::tuple<Tensor, Tensor> expert_mlp(In x, In gate, MaybeIn up, In down,
+                                      In weights, In order, In inverse, In bins,
+                                      MaybeIn gate_bias, MaybeIn up_bias, MaybeIn down_bias,
+                                      Text act, int64_t num_copies) {
     Door door{"expert_mlp"};
     const moe_expert_args a = expert_args(door, x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias,
                                           down_bias, act, num_copies);
@@ -411,10 +266,10 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor &x, const Tensor &gate, const
 
 // Gradients of x, gate, up, down, weights and the three biases; an absent argument's gradient is an empty tensor.
 using ExpertGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-ExpertGrads expert_mlp_backward(const Tensor &dy, const Tensor &h, const Tensor &x, const Tensor &gate, const Maybe &up,
-                                const Tensor &down, const Tensor &weights, const Tensor &order, const Tensor &inverse,
-                                const Tensor &bins, const Maybe &gate_bias, const Maybe &up_bias, const Maybe &down_bias,
-                                const std::string &act) {
+ExpertGrads expert_mlp_backward(In dy, In h, In x, In gate, MaybeIn up,
+                                In down, In weights, In order, In inverse,
+                                In bins, MaybeIn gate_bias, MaybeIn up_bias, MaybeIn down_bias,
+                                Text act) {
     Door door{"expert_mlp_backward"};
     const moe_expert_args a = expert_args(door, x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias,
                                           down_bias, act, h.size(0));
@@ -422,8 +277,8 @@ ExpertGrads expert_mlp_backward(const Tensor &dy, const Tensor &h, const Tensor 
     moe_expert_grads g = {};
     g.dy_RD = door.in("dy", dy, only(a.dtype), {&R, &D});
     g.h_NU = door.in("h", h, only(a.dtype), {&N, &U});
-    auto grad = [&](const Maybe &t) { return t ? torch::stable::empty_like(*t) : empty(x, a.dtype, {0}); };
-    auto data = [](const Tensor &dt, const Maybe &t) { return t ? dt.data_ptr() : nullptr; };
+    auto grad = [&](MaybeIn t) { return t ? torch::stable::empty_like(*t) : empty(x, a.dtype, {0}); };
+    auto data = [](In dt, MaybeIn t) { return t ? dt.data_ptr() : nullptr; };
     Tensor dx = grad(x), dgate = grad(gate), dup = grad(up), ddown = grad(down), dweights = grad(weights);
     Tensor dgate_bias = grad(gate_bias), dup_bias = grad(up_bias), ddown_bias = grad(down_bias);
     const bool adjacent = a.up_EFD.p && !up;
@@ -442,12 +297,12 @@ ExpertGrads expert_mlp_backward(const Tensor &dy, const Tensor &h, const Tensor 
     return {dx, dgate, dup, ddown, dweights, dgate_bias, dup_bias, ddown_bias};
 }
 
-// ---- router ----------------------------------------------------------------------------------------------------------
+// ---- router ---------------------------------------------------------------------------------------------------------
 
 const char *const SCORES[] = {"softmax_topk", "topk_softmax", "sigmoid"};  // as moe_score
 const char *const BALANCES[] = {"switch", "mse"};                           // as moe_balance
 
-std::tuple<Tensor, Tensor, Tensor> router(const Tensor &logits, const Maybe &select_bias, int64_t k, const std::string &score,
+std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, int64_t k, Text score,
                                           double norm_p, double scale, bool balanced) {
     Door door{"router"};
     Dim T{"T"}, E{"E"};
@@ -456,20 +311,21 @@ std::tuple<Tensor, Tensor, Tensor> router(const Tensor &logits, const Maybe &sel
     if (k < 1 || k > E) door.fail("k is ", k, ", wanted 1 .. E=", E.n);
     const int dtype = dtype_of(logits);
     const moe_router_args a = {dtype, door.choice("score", score, SCORES), balanced, T, E, k, norm_p, scale};
-    Tensor weights = empty(logits, dtype, {T, k}), ids = empty(logits, MOE_I32, {T, k}), scores = empty(logits, dtype, {T, E});
-    door.done(moe_router(&a, logits_TE, bias_E, weights.data_ptr(), static_cast<int32_t *>(ids.data_ptr()), scores.data_ptr()),
-              "logits must hold no NaN, and norm_p=", norm_p, " must not be negative. Hint: torch.isnan(logits).any(dim=1)");
+    Tensor weights = empty(logits, dtype, {T, k}), ids = empty(logits, MOE_I32, {T, k});
+    Tensor scores = empty(logits, dtype, {T, E});
+    door.done(moe_router(&a, logits_TE, bias_E, weights.data_ptr(), i32(ids), scores.data_ptr()),
+              "wanted no NaN in logits and norm_p=", norm_p, " >= 0. Hint: torch.isnan(logits).any(dim=1)");
     return {weights, ids, scores};
 }
 
-Tensor router_backward(const Tensor &logits, const Tensor &scores, const Tensor &ids, const Maybe &dweights,
-                       const Maybe &dscores, const std::string &score, double norm_p, double scale) {
+Tensor router_backward(In logits, In scores, In ids, MaybeIn dweights,
+                       MaybeIn dscores, Text score, double norm_p, double scale) {
     Door door{"router_backward"};
     Dim T{"T"}, E{"E"}, K{"K"};
     const int dtype = dtype_of(logits);
     void *logits_TE = door.in("logits", logits, FLOATS, {&T, &E});
     void *scores_TE = door.in("scores", scores, only(dtype), {&T, &E});
-    auto *ids_TK = static_cast<int32_t *>(door.in("ids", ids, only(MOE_I32), {&T, &K}));
+    auto *ids_TK = door.i32("ids", ids, {&T, &K});
     void *dweights_TK = door.in("dweights", dweights, only(dtype), {&T, &K});
     void *dscores_TE = door.in("dscores", dscores, only(dtype), {&T, &E});
     const moe_router_args a = {dtype, door.choice("score", score, SCORES), 0, T, E, K, norm_p, scale};
@@ -478,30 +334,31 @@ Tensor router_backward(const Tensor &logits, const Tensor &scores, const Tensor 
     return dlogits;
 }
 
-Tensor capacity_drop(const Tensor &ids, const Maybe &priority, int64_t num_experts, int64_t capacity, int64_t rows_per_scope) {
+Tensor capacity_drop(In ids, MaybeIn priority, int64_t num_experts, int64_t capacity, int64_t rows_per_scope) {
     Door door{"capacity_drop"};
     Dim T{"T"}, K{"K"};
-    auto *ids_TK = static_cast<int32_t *>(door.in("ids", ids, only(MOE_I32), {&T, &K}));
+    auto *ids_TK = door.i32("ids", ids, {&T, &K});
     void *priority_TK = door.in("priority", priority, FLOATS, {&T, &K});
     const int dtype = priority ? dtype_of(*priority) : MOE_F32;
     Tensor kept = empty(ids, MOE_I32, {T, K});
     Workspace work(ids, moe_capacity_workspace(rows_per_scope, K, num_experts));
-    door.done(moe_capacity(dtype, T, rows_per_scope, K, num_experts, capacity, ids_TK, priority_TK, work.p,
-                           static_cast<int32_t *>(kept.data_ptr())),
-              "ids must lie in [-1, num_experts=", num_experts, "), capacity=", capacity, " must not be negative and T=", T.n,
-              " must be a multiple of rows_per_scope=", rows_per_scope);
+    const int64_t S = rows_per_scope, E = num_experts;
+    const int status = moe_capacity(dtype, T, S, K, E, capacity, ids_TK, priority_TK, work.p, i32(kept));
+    if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, E, -1);
+    door.done(status, "wanted capacity=", capacity, " >= 0, and T=", T.n, " a multiple of rows_per_scope=", S);
     return kept;
 }
 
-Tensor balance_counts(const Tensor &ids, int64_t num_experts, int64_t rows_per_scope) {
+Tensor balance_counts(In ids, int64_t num_experts, int64_t rows_per_scope) {
     Door door{"balance_counts"};
     Dim T{"T"}, K{"K"};
-    auto *ids_TK = static_cast<int32_t *>(door.in("ids", ids, only(MOE_I32), {&T, &K}));
+    auto *ids_TK = door.i32("ids", ids, {&T, &K});
     const int64_t S = rows_per_scope;
     if (S < 1 || T % S) door.fail("T=", T.n, " is not a multiple of rows_per_scope=", S);
     Tensor counts = empty(ids, MOE_I32, {T / S, num_experts});
-    door.done(moe_balance_counts(T, S, K, num_experts, ids_TK, static_cast<int32_t *>(counts.data_ptr())),
-              "ids must lie in [-1, num_experts=", num_experts, ")");
+    const int status = moe_balance_counts(T, S, K, num_experts, ids_TK, i32(counts));
+    if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, num_experts, -1);
+    door.done(status, "num_experts=", num_experts);
     return counts;
 }
 
@@ -511,30 +368,33 @@ int64_t rows_of_scope(const Door &door, int64_t T, int64_t G) {
     return T / G;
 }
 
-Tensor balance_loss(const Tensor &scores, const Tensor &counts, int64_t top_k, const std::string &form) {
+Tensor balance_loss(In scores, In counts, int64_t top_k, Text form) {
     Door door{"balance_loss"};
     Dim T{"T"}, E{"E"}, G{"G"};
     void *scores_TE = door.in("scores", scores, FLOATS, {&T, &E});
-    auto *counts_GE = static_cast<int32_t *>(door.in("counts", counts, only(MOE_I32), {&G, &E}));
+    auto *counts_GE = door.i32("counts", counts, {&G, &E});
+    const int64_t S = rows_of_scope(door, T, G);
     double loss = 0;
-    door.done(moe_balance_loss(dtype_of(scores), door.choice("form", form, BALANCES), T, rows_of_scope(door, T, G), top_k, E,
-                               scores_TE, counts_GE, &loss), "top_k=", top_k);
+    const int f = door.choice("form", form, BALANCES);
+    door.done(moe_balance_loss(dtype_of(scores), f, T, S, top_k, E, scores_TE, counts_GE, &loss),
+              "wanted top_k=", top_k, " >= 1");
     return scalar(scores, loss);
 }
 
-Tensor balance_loss_backward(const Tensor &scores, const Tensor &counts, const Tensor &dloss, int64_t top_k,
-                             const std::string &form) {
+Tensor balance_loss_backward(In scores, In counts, In dloss, int64_t top_k,
+                             Text form) {
     Door door{"balance_loss_backward"};
     Dim T{"T"}, E{"E"}, G{"G"};
     void *scores_TE = door.in("scores", scores, FLOATS, {&T, &E});
-    auto *counts_GE = static_cast<int32_t *>(door.in("counts", counts, only(MOE_I32), {&G, &E}));
+    auto *counts_GE = door.i32("counts", counts, {&G, &E});
     Tensor dscores = empty(scores, dtype_of(scores), {T, E});
-    door.done(moe_balance_loss_backward(dtype_of(scores), door.choice("form", form, BALANCES), T, rows_of_scope(door, T, G),
-                                        top_k, E, scores_TE, counts_GE, value(door, "dloss", dloss), dscores.data_ptr()));
+    const int f = door.choice("form", form, BALANCES);
+    door.done(moe_balance_loss_backward(dtype_of(scores), f, T, rows_of_scope(door, T, G), top_k, E, scores_TE, counts_GE,
+                                        value(door, "dloss", dloss), dscores.data_ptr()));
     return dscores;
 }
 
-std::tuple<Tensor, Tensor> z_loss(const Tensor &logits) {
+std::tuple<Tensor, Tensor> z_loss(In logits) {
     Door door{"z_loss"};
     Dim T{"T"}, E{"E"};
     void *logits_TE = door.in("logits", logits, FLOATS, {&T, &E});
@@ -544,17 +404,18 @@ std::tuple<Tensor, Tensor> z_loss(const Tensor &logits) {
     return {scalar(logits, loss), lse};
 }
 
-Tensor z_loss_backward(const Tensor &logits, const Tensor &lse, const Tensor &dloss) {
+Tensor z_loss_backward(In logits, In lse, In dloss) {
     Door door{"z_loss_backward"};
     Dim T{"T"}, E{"E"};
     void *logits_TE = door.in("logits", logits, FLOATS, {&T, &E});
     void *lse_T = door.in("lse", lse, only(real_of(dtype_of(logits))), {&T});
     Tensor dlogits = empty(logits, dtype_of(logits), {T, E});
-    door.done(moe_z_loss_backward(dtype_of(logits), T, E, logits_TE, lse_T, value(door, "dloss", dloss), dlogits.data_ptr()));
+    door.done(moe_z_loss_backward(dtype_of(logits), T, E, logits_TE, lse_T, value(door, "dloss", dloss),
+                                  dlogits.data_ptr()));
     return dlogits;
 }
 
-Tensor select_bias_update(const Tensor &bias, const Tensor &counts, double rate) {
+Tensor select_bias_update(In bias, In counts, double rate) {
     Door door{"select_bias_update"};
     Dim E{"E"};
     door.in("bias", bias, only(MOE_F32), {&E});
@@ -564,10 +425,10 @@ Tensor select_bias_update(const Tensor &bias, const Tensor &counts, double rate)
     return moved;
 }
 
-// ---- head ------------------------------------------------------------------------------------------------------------
+// ---- head -----------------------------------------------------------------------------------------------------------
 
 // Overwrites logits by their gradient.
-Tensor xent_(const Tensor &logits, const Tensor &targets, int64_t ignore_index, double grad_scale) {
+Tensor xent_(In logits, In targets, int64_t ignore_index, double grad_scale) {
     Door door{"xent_"};
     Dim M{"M"}, V{"V"};
     void *logits_MV = door.in("logits", logits, FLOATS, {&M, &V});
@@ -575,12 +436,14 @@ Tensor xent_(const Tensor &logits, const Tensor &targets, int64_t ignore_index, 
     const int real = real_of(dtype_of(logits));
     Tensor loss = empty(logits, real, {M});
     Workspace lse(logits, static_cast<size_t>(M * 8));
-    door.done(moe_xent(dtype_of(logits), M, V, ignore_index, grad_scale, targets_M, logits_MV, loss.data_ptr(), lse.p),
-              "targets must lie in [0, V=", V.n, ") or be ignore_index=", ignore_index);
+    const int status = moe_xent(dtype_of(logits), M, V, ignore_index, grad_scale, targets_M, logits_MV,
+                                loss.data_ptr(), lse.p);
+    if (status == MOE_BAD_INDEX) door.bad_index("targets", targets_M, M, V, ignore_index);
+    door.done(status, "wanted no NaN in logits");
     return loss;
 }
 
-// ---- random numbers --------------------------------------------------------------------------------------------------
+// ---- random numbers -------------------------------------------------------------------------------------------------
 
 moe_random_key random_key(int64_t seed, int64_t step, int64_t site, int64_t row0) {
     return {static_cast<uint64_t>(seed), step, site, row0};
@@ -588,7 +451,7 @@ moe_random_key random_key(int64_t seed, int64_t step, int64_t site, int64_t row0
 
 // Random numbers of the shape, dtype and device of `like`, whose values are not read.
 template <int draw(int, moe_random_key, int64_t, int64_t, double, double, void *)>
-Tensor random(const char *op, const Tensor &like, double a, double b, moe_random_key key) {
+Tensor random(const char *op, In like, double a, double b, moe_random_key key) {
     Door door{op};
     Dim rows{"rows"}, cols{"cols"};
     door.in("like", like, FLOATS, {&rows, &cols}, ANY);
@@ -598,15 +461,15 @@ Tensor random(const char *op, const Tensor &like, double a, double b, moe_random
     return y;
 }
 
-Tensor random_uniform(const Tensor &like, double low, double high, int64_t seed, int64_t step, int64_t site, int64_t row0) {
+Tensor random_uniform(In like, double low, double high, int64_t seed, int64_t step, int64_t site, int64_t row0) {
     return random<moe_uniform>("random_uniform", like, low, high, random_key(seed, step, site, row0));
 }
 
-Tensor random_normal(const Tensor &like, double mean, double std, int64_t seed, int64_t step, int64_t site, int64_t row0) {
+Tensor random_normal(In like, double mean, double std, int64_t seed, int64_t step, int64_t site, int64_t row0) {
     return random<moe_normal>("random_normal", like, mean, std, random_key(seed, step, site, row0));
 }
 
-Tensor dropout(const Tensor &x, double p, int64_t seed, int64_t step, int64_t site, int64_t row0) {
+Tensor dropout(In x, double p, int64_t seed, int64_t step, int64_t site, int64_t row0) {
     Door door{"dropout"};
     Dim rows{"rows"}, cols{"cols"};
     void *x_rc = door.in("x", x, FLOATS, {&rows, &cols});
@@ -616,7 +479,7 @@ Tensor dropout(const Tensor &x, double p, int64_t seed, int64_t step, int64_t si
     return y;
 }
 
-// ---- the table -------------------------------------------------------------------------------------------------------
+// ---- the table ------------------------------------------------------------------------------------------------------
 
 #define OP(name) {#name, TORCH_BOX(&name)}
 const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_t); } CPU_OPS[] = {

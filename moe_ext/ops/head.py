@@ -53,6 +53,8 @@ def _save_linear_cross_entropy(ctx, inputs, output):
 
 
 def _backward_linear_cross_entropy(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 7
     grads = (d * dloss if need else None for d, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True))
     return *grads, None, None, None, None, None
 

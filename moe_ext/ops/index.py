@@ -21,7 +21,7 @@ def sort(x_n, end_bit=None):
 
     -> (sorted_n, indices_n), both in the dtype of x; n must fit it.
     """
-    return _sort(x_n, torch.iinfo(x_n.dtype).bits if end_bit is None else end_bit)
+    return _sort(x_n, 8 * x_n.element_size() if end_bit is None else end_bit)
 
 
 _histogram = define(

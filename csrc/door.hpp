@@ -1,0 +1,184 @@
+// door.hpp: what every torch op of ops.cpp does before and after it calls the core: check arguments, allocate, report.
+//
+// A Door belongs to one call of one op. `in` checks one tensor and returns its data; `done` turns a status of the core
+// into an exception. Messages name op, argument, got and wanted, and where possible what to type.
+#ifndef MOE_DOOR_HPP
+#define MOE_DOOR_HPP
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "moe.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using In = const Tensor &;
+using MaybeIn = const Maybe &;
+
+// ---- dtypes ---------------------------------------------------------------------------------------------------------
+
+struct Dtype {
+    ScalarType scalar;
+    const char *name;
+};
+inline const Dtype DTYPES[] = {  // in the order of moe_dtype
+    {ScalarType::Double, "float64"}, {ScalarType::Float, "float32"}, {ScalarType::BFloat16, "bfloat16"},
+    {ScalarType::Half, "float16"},   {ScalarType::Short, "int16"},   {ScalarType::Int, "int32"},
+    {ScalarType::Long, "int64"},
+};
+constexpr int N_DTYPES = sizeof DTYPES / sizeof *DTYPES;
+
+constexpr unsigned only(int dtype) { return 1u << dtype; }  // sets of dtypes are bit masks
+constexpr unsigned FLOATS = only(MOE_F64) | only(MOE_F32) | only(MOE_BF16) | only(MOE_F16);
+constexpr unsigned INTS = only(MOE_I16) | only(MOE_I32) | only(MOE_I64);
+
+inline int dtype_of(ScalarType scalar) {  // N_DTYPES if the core does not know it
+    int i = 0;
+    while (i < N_DTYPES && DTYPES[i].scalar != scalar) i++;
+    return i;
+}
+inline int dtype_of(In t) { return dtype_of(t.scalar_type()); }
+inline int real_of(int dtype) { return dtype == MOE_F64 ? MOE_F64 : MOE_F32; }
+
+// ---- the door -------------------------------------------------------------------------------------------------------
+
+// A size with a name. The first argument that has it sets it; all others must agree.
+struct Dim {
+    const char *name;
+    int64_t n = -1;
+    operator int64_t() const { return n; }
+};
+using Shape = std::initializer_list<Dim *>;
+enum Strides { CONTIGUOUS, ANY };
+
+struct Door {
+    const char *op;
+    std::optional<int32_t> device = {};  // of the first argument
+
+    template <class... Parts>
+    [[noreturn]] void fail(const Parts &...parts) const {
+        std::ostringstream s;
+        s << "moe_ext::" << op << ": ";
+        (s << ... << parts);
+        throw std::runtime_error(s.str());
+    }
+
+    // Checks one tensor and returns its data.
+    void *in(const char *arg, In t, unsigned dtypes, Shape shape, Strides strides = CONTIGUOUS) {
+        const int32_t here = t.get_device_index();
+        if (device.value_or(here) != here) fail(arg, " is on device ", here, ", the first argument on ", *device);
+        device = here;
+        const int dtype = dtype_of(t);
+        if (dtype == N_DTYPES || !(dtypes & only(dtype))) bad_dtype(arg, dtype, dtypes);
+        const auto sizes = t.sizes();
+        bool fits = sizes.size() == shape.size();
+        for (size_t i = 0; fits && i < shape.size(); i++) {
+            Dim &d = *shape.begin()[i];
+            if (d.n < 0) d.n = sizes[i];
+            fits = d.n == sizes[i];
+        }
+        if (!fits) bad_shape(arg, t, shape);
+        if (strides == CONTIGUOUS && !t.is_contiguous())
+            fail(arg, " is not contiguous. Hint: ", arg, ".contiguous()");
+        return t.data_ptr();
+    }
+    void *in(const char *arg, MaybeIn t, unsigned dtypes, Shape shape, Strides strides = CONTIGUOUS) {
+        return t ? in(arg, *t, dtypes, shape, strides) : nullptr;
+    }
+
+    int32_t *i32(const char *arg, In t, Shape shape) {
+        return static_cast<int32_t *>(in(arg, t, only(MOE_I32), shape));
+    }
+    int32_t *i32(const char *arg, MaybeIn t, Shape shape) { return t ? i32(arg, *t, shape) : nullptr; }
+
+    [[noreturn]] void bad_dtype(const char *arg, int dtype, unsigned wanted) const {
+        std::string names, first;
+        for (int i = 0; i < N_DTYPES; i++) {
+            if (!(wanted & only(i))) continue;
+            if (first.empty() || i == MOE_F32) first = DTYPES[i].name;
+            names += (names.empty() ? "" : " or ") + std::string(DTYPES[i].name);
+        }
+        const char *got = dtype == N_DTYPES ? "that the core does not know" : DTYPES[dtype].name;
+        fail(arg, " has dtype ", got, ", wanted ", names, ". Hint: ", arg, ".to(torch.", first, ")");
+    }
+
+    [[noreturn]] void bad_shape(const char *arg, In t, Shape shape) const {
+        std::ostringstream got, wanted;
+        for (int64_t n : t.sizes()) got << (got.tellp() ? ", " : "") << n;
+        for (const Dim *d : shape) {
+            wanted << (wanted.tellp() ? ", " : "") << d->name;
+            if (d->n >= 0) wanted << "=" << d->n;
+        }
+        fail(arg, " has shape [", got.str(), "], wanted [", wanted.str(), "]");
+    }
+
+    // Throws unless the C function succeeded; `wanted` says what the values of the arguments must obey.
+    template <class... Parts>
+    void done(int status, const Parts &...wanted) const {
+        if (status != MOE_OK) fail(moe_status_text(status), ". ", wanted...);
+    }
+
+    // After MOE_BAD_INDEX: says which of n ids is outside [0, end) and not `other`.
+    template <class Id>
+    [[noreturn]] void bad_index(const char *arg, const Id *ids, int64_t n, int64_t end, int64_t other) const {
+        int64_t i = 0;
+        while (i < n - 1 && ((ids[i] >= 0 && ids[i] < end) || ids[i] == other)) i++;
+        fail(arg, " has ", ids[i], " at flat position ", i, ", wanted 0 <= id < ", end, " or ", other);
+    }
+
+    // The position of text among the choices of an enum.
+    template <size_t n>
+    int choice(const char *arg, const std::string &text, const char *const (&choices)[n]) const {
+        std::string all;
+        for (size_t i = 0; i < n; i++) {
+            if (text == choices[i]) return static_cast<int>(i);
+            all += (i ? ", " : "") + std::string(choices[i]);
+        }
+        fail(arg, " is \"", text, "\", wanted one of ", all);
+    }
+};
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+inline Tensor empty(In like, int dtype, std::initializer_list<int64_t> shape) {
+    int64_t strides[4], stride = 1;
+    for (size_t i = shape.size(); i-- > 0; stride *= shape.begin()[i]) strides[i] = stride;
+    int32_t device_type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(shape.size()), shape.begin(), strides,
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(DTYPES[dtype].scalar)), device_type,
+        like.get_device_index(), &made));
+    return Tensor(made);
+}
+
+// Bytes lent to one call of the core, for as long as the object lives.
+struct Workspace {
+    Tensor words;
+    void *p;
+    Workspace(In like, size_t bytes)
+        : words(empty(like, MOE_I64, {static_cast<int64_t>((bytes + 7) / 8)})), p(words.data_ptr()) {}
+};
+
+// A 0-d tensor of the real dtype that belongs to `like`, and the value of such a tensor.
+inline Tensor scalar(In like, double x) {
+    Tensor t = empty(like, real_of(dtype_of(like)), {});
+    if (dtype_of(t) == MOE_F64) *static_cast<double *>(t.data_ptr()) = x;
+    else *static_cast<float *>(t.data_ptr()) = static_cast<float>(x);
+    return t;
+}
+inline double value(Door &door, const char *arg, In t) {
+    void *p = door.in(arg, t, only(MOE_F64) | only(MOE_F32), {});
+    return dtype_of(t) == MOE_F64 ? *static_cast<double *>(p) : *static_cast<float *>(p);
+}
+
+inline int32_t *i32(In t) { return static_cast<int32_t *>(t.data_ptr()); }
+inline moe_mat matrix(void *p, In t) { return {p, t.stride(0), t.stride(1), t.stride(2)}; }
+#endif
