@@ -136,7 +136,8 @@ class TrainConfig:
     eval_batches: int = 32              # micro-batches per evaluation, the same ones each time
     save_every: int = 500               # steps between checkpoints; one more at the end; 0: only at the end
     keep_last: int = 2                  # checkpoints kept; 0: all
-    sample_tokens: int = 64             # tokens of text sampled at the end; 0: none
+    sample_tokens: int = 64             # tokens of text sampled from the last checkpoint at the end; 0: none
+    sample_prompt: str = "def "         # text that the sample continues
     profile_steps: int = 0              # steps traced by torch.profiler from the third on, to RUN/profile
     memory_snapshot: bool = False       # CUDA allocations of the profiled steps, for pytorch.org/memory_viz
 
@@ -271,9 +272,13 @@ def parse(args: list[str], cls=Config, prog: str = "moe_ext.train"):
     import tyro
     usage = f"usage: python -m {prog} RECIPE.toml [--train.steps 100 ...]   (--help after the recipe lists every field)"
     require(bool(args) and not args[0].startswith("-"), usage)
-    recipe = load(args[0])
-    default = cls(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Config)})
+    default = cls(**vars(load(args[0])))
     return tyro.cli(cls, args=args[1:], default=default, prog=f"python -m {prog} {args[0]}")
+
+
+def plain(config: Config) -> Config:
+    """The Config in an object of a subclass."""
+    return Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)})
 
 
 def dumps(config: Config) -> str:
@@ -291,5 +296,5 @@ def dumps(config: Config) -> str:
         for child in nested:
             table(getattr(node, child), f"{name}.{child}" if name else child)
 
-    table(Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}), "")
+    table(config, "")
     return "\n".join(lines).strip() + "\n"

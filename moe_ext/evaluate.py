@@ -1,0 +1,85 @@
+"""Held-out loss of a run: `python -m moe_ext.evaluate RUN_DIR [--checkpoint RUN_DIR/ckpt/step-000500] [--batches 100]`.
+
+The mean cross-entropy, in nats per token, over rows of the held-out tokens in an order that is always the same; without
+dropout, router noise or capacity. Printed beside the unigram entropy of these tokens, the loss of the best model that
+sees no context.
+"""
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import tyro
+
+from moe_ext import checkpoint
+from moe_ext.config import Config, ConfigError, load, require
+from moe_ext.data import IndexedDataset, Loader, unigram_entropy
+from moe_ext.model import GPT, build, precision
+
+
+class Run(NamedTuple):
+    """A trained model and where it came from."""
+    config: Config
+    model: GPT          # in evaluation mode, on train.device
+    step: int           # optimizer steps behind it
+    folder: Path
+
+
+def load_run(folder: str | Path, path: str | Path | None = None) -> Run:
+    """The model of a run folder: of its newest checkpoint, or of the one at `path`. Errors: ConfigError,
+    FileNotFoundError, CheckpointError."""
+    folder = Path(folder)
+    require((folder / "config.toml").is_file(), f"{folder} is no run folder: it holds no config.toml")
+    config = load(folder / "config.toml")
+    path = path or checkpoint.latest(folder / "ckpt")
+    require(path is not None, f"{folder}/ckpt holds no checkpoint yet: train longer or set train.save_every")
+    model = build(config)
+    state = checkpoint.load(path, model=model)
+    return Run(config, model.eval(), state.step, folder)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int = 0) -> float:
+    """Mean loss in nats per token over `batches` micro-batches of `dataset`, always the same rows (0: all of them)."""
+    rows_per_batch, device = config.train.micro_batch, model.norm.weight.device
+    loader = Loader(dataset, seq_len=config.model.seq_len, batch_size=rows_per_batch,
+                    vocab_size=config.model.vocab_size)
+    rows = min(batches * rows_per_batch or loader.samples, loader.samples)
+    training, total = model.training, 0.0
+    model.eval()
+    for begin in range(0, rows, rows_per_batch):
+        batch = loader.batch(0, min(rows_per_batch, rows - begin))
+        with precision(config, device):
+            total += model(batch.tokens.to(device), batch.targets.to(device)).token_loss.item()
+        loader.advance()
+    model.train(training)
+    return total / (rows * config.model.seq_len)
+
+
+def main() -> None:
+    def command(run: tyro.conf.Positional[Path], /, checkpoint: Path | None = None, batches: int = 0) -> None:
+        """Held-out loss of a run.
+
+        Args:
+            run: the run folder
+            checkpoint: folder of one checkpoint; the newest of the run if not given
+            batches: micro-batches of held-out text; 0: all of it
+        """
+        loaded = load_run(run, checkpoint)
+        require(loaded.config.data.valid != "", f"{run} was trained without held-out text (data.valid)")
+        dataset = IndexedDataset(loaded.config.data.valid)
+        loss, entropy = evaluate(loaded.model, loaded.config, dataset, batches), unigram_entropy(dataset)
+        print(f"step {loaded.step} | valid loss {loss:.4f} | perplexity {math.exp(loss):.2f} | unigram entropy "
+              f"{entropy:.4f} | below it by {entropy - loss:.4f} nats")
+
+    tyro.cli(command, prog="python -m moe_ext.evaluate")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, checkpoint.CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
