@@ -32,9 +32,12 @@ _LAYERS = {
     "Arguments": "moe_ext.layers.arguments",
     "FusedMoE": "moe_ext.layers.fused",
     "LearnedRouter": "moe_ext.layers.router",
+    "MLP": "moe_ext.layers.mlp",
     "MoE": "moe_ext.layers.moe",
     "ParallelDroplessMLP": "moe_ext.layers.dmoe",
     "ParallelMLP": "moe_ext.layers.moe",
+    "SparseGLU": "moe_ext.layers.glu",
+    "SparseMLP": "moe_ext.layers.mlp",
     "dMoE": "moe_ext.layers.dmoe",
     "get_load_balancing_loss": "moe_ext.layers.moe",
 }

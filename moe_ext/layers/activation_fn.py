@@ -1,7 +1,7 @@
 """Activations: applied as they are, and recognised where a fused kernel exists."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ _MODULES = {torch.nn.GELU: "gelu", torch.nn.SiLU: "silu", torch.nn.ReLU: "relu"}
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 
-def kernel_name(function: Callable, gated: bool) -> Optional[str]:
+def kernel_name(function: Callable, gated: bool) -> str | None:
     """The `act` of ops.expert_mlp that computes `function` (times the second projection if gated), or None."""
     options = {}
     if isinstance(function, partial) and not function.args:

@@ -7,8 +7,9 @@ Fields that change nothing here are kept so that existing configurations load:
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, Optional, Union
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 InitFn = Callable[[torch.Tensor], Any]
 
 DEFAULT_ACTIVATION_FN = partial(F.gelu, approximate="tanh")
+DEFAULT_INIT_METHOD = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
 
 
 def current_device():
@@ -38,22 +40,22 @@ class Arguments:
     num_layers: int = 1  # the balance loss is divided by it
     bias: bool = True  # one output bias [hidden_size]; the experts themselves have none
     return_bias: bool = True  # return (y, bias) instead of y + bias
-    activation_fn: Optional[Callable] = DEFAULT_ACTIVATION_FN  # any elementwise one; GELU (both), SiLU, ReLU are fused
+    activation_fn: Callable | None = DEFAULT_ACTIVATION_FN  # any elementwise one; GELU (both), SiLU, ReLU are fused
 
     # mixture of experts
     moe_num_experts: int = 1
     moe_top_k: int = 1
-    moe_capacity_factor: Union[int, float] = 1  # MoE only; 0 drops nothing
-    moe_normalize_expert_weights: Optional[Union[int, float]] = None  # p: divide the weights of a token by their p-norm
+    moe_capacity_factor: int | float = 1  # MoE only; 0 drops nothing
+    moe_normalize_expert_weights: int | float | None = None  # p: divide the weights of a token by their p-norm
     moe_loss_weight: float = 0.1
-    moe_jitter_eps: Optional[float] = None
+    moe_jitter_eps: float | None = None
     moe_lbl_in_fp32: bool = False
 
     # parallelism
     moe_expert_model_parallelism: bool = False
-    expert_parallel_group: Optional[dist.ProcessGroup] = None  # None: all ranks
+    expert_parallel_group: dist.ProcessGroup | None = None  # None: all ranks
     pipeline_model_parallel_size: int = 1
-    num_layers_per_virtual_pipeline_stage: Optional[int] = None
+    num_layers_per_virtual_pipeline_stage: int | None = None
 
     # computation
     memory_optimized_mlp: bool = False
@@ -63,9 +65,9 @@ class Arguments:
     # initial values
     fp16: bool = True
     bf16: bool = False
-    device: Union[int, str, torch.device] = dataclasses.field(default_factory=current_device)
-    init_method: InitFn = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
-    output_layer_init_method: InitFn = init_method
+    device: int | str | torch.device = dataclasses.field(default_factory=current_device)
+    init_method: InitFn = DEFAULT_INIT_METHOD
+    output_layer_init_method: InitFn = DEFAULT_INIT_METHOD
 
     # benchmarks: token t, slot k goes to expert (t*top_k + k) mod num_experts, its weight stays
     uniform_expert_assignment: bool = False
@@ -75,7 +77,7 @@ class Arguments:
     fc_cls: Any = torch.nn.Linear
     fc_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     remat_act_fn: bool = True
-    shared_expert_hidden_size: Optional[int] = None  # None: ffn_hidden_size
+    shared_expert_hidden_size: int | None = None  # None: ffn_hidden_size
     shared_expert_weighted_sum: bool = False  # shared/(k+1) + experts*k/(k+1) instead of their sum
 
     # router z-loss

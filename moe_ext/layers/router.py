@@ -24,7 +24,7 @@ def batched_router_zloss(args: Arguments):
     """moe_zloss_weight * mean_t logsumexp(logits[t])^2 for each router call since the last clear: a vector in at least
     fp32."""
     if args.moe_zloss_weight == 0:
-        warnings.warn("batched_router_zloss is 0 because moe_zloss_weight is 0")
+        warnings.warn("batched_router_zloss is 0 because moe_zloss_weight is 0", stacklevel=2)
         return 0
     return args.moe_zloss_weight * torch.stack([ops.z_loss(logits) for logits in _ROUTER_LOGITS])
 
@@ -35,8 +35,9 @@ class LearnedRouter(torch.nn.Module):
     def __init__(self, args: Arguments):
         super().__init__()
         self.args = args
-        self.layer = torch.nn.Linear(args.hidden_size, args.moe_num_experts, bias=False,
-                                     dtype=common.dtype(args), device=args.device)
+        self.layer = torch.nn.Linear(
+            args.hidden_size, args.moe_num_experts, bias=False, dtype=common.dtype(args), device=args.device
+        )
         args.init_method(self.layer.weight)
 
     def jitter(self, x):
@@ -51,8 +52,6 @@ class LearnedRouter(torch.nn.Module):
         logits_TE = self.layer(x.reshape(-1, x.shape[-1]))
         if args.moe_zloss_weight != 0:
             _ROUTER_LOGITS.append(logits_TE)
-        if torch.is_autocast_enabled(x.device.type):
-            logits_TE = logits_TE.float()  # autocast keeps softmax in fp32
         norm_p = args.moe_normalize_expert_weights or None  # 0 means no normalisation
         weights_TK, ids_TK, scores_TE = ops.router(logits_TE, args.moe_top_k, norm_p=norm_p)
         if args.uniform_expert_assignment:
