@@ -40,7 +40,7 @@ class State(NamedTuple):
     best_loss: float | None     # lowest held-out loss so far, nats per token
     config: dict                # dataclasses.asdict of the run's Config
     loader: dict                # Loader.state_dict()
-    optimizer: dict             # {"class": "AdamW", "states": {NAME: [STATE, ...]}} of each parameter that it moves
+    optimizer: dict             # {"class": "AdamW", "states": {NAME: {STATE: shape}}} of each parameter that it moves
 
 
 def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader, step: int,
@@ -53,6 +53,9 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("step-*.tmp-*"):           # of a save that was killed
         shutil.rmtree(stale)
+    for old in folder.glob("step-*.old"):
+        if old.with_suffix("").exists():
+            discard(old)
     final = folder / f"step-{step:06d}"
     work = Path(tempfile.mkdtemp(prefix=final.name + ".tmp-", dir=folder))
     work.chmod(0o755)
@@ -64,8 +67,9 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     with one_process():
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True), no_dist=True)
     with open(work / "state.json", "w") as file:
-        optimizer_json = {"class": type(optimizer).__name__, "states": {name: list(of) for name, of in states.items()}}
-        state = State(step, best_loss, config, loader.state_dict(), optimizer_json)
+        shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
+        state = State(step, best_loss, config, loader.state_dict(),
+                      {"class": type(optimizer).__name__, "states": shapes})
         json.dump({"format": FORMAT, **state._asdict()}, file, indent=1)
     for path in [*work.iterdir(), work]:
         sync(path)
@@ -136,7 +140,11 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
         check(path, "model.", stored, tensors)
         if optimizer is not None:
             states = empty_states(path, model, optimizer, state.optimizer["states"], stored)
-            tensors |= flat(states) | {name: t for name, t in generator_tensors().items() if name in stored}
+            generators = {name: t for name, t in generator_tensors().items() if name == "rng.cpu" or name in stored}
+            check(path, "rng.cpu", stored, {"rng.cpu": generators["rng.cpu"]})
+            tensors |= flat(states) | generators
+        if loader is not None:
+            loader.load_state_dict(state.loader)
         with one_process():
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     except SafetensorError as error:
@@ -148,8 +156,6 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-    if loader is not None:
-        loader.load_state_dict(state.loader)
     return state
 
 
@@ -201,7 +207,7 @@ def generator_tensors() -> dict[str, torch.Tensor]:
 
 def empty_states(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, listed: dict,
                  stored: dict) -> dict[str, dict[str, torch.Tensor]]:
-    """Room for the optimizer's stored state, {NAME: {STATE: tensor}}; `listed` are the names in state.json.
+    """Room for the optimizer's stored state, {NAME: {STATE: tensor}}; `listed` has the shapes, from state.json.
 
     A state of the parameter's shape lies as the parameter does (device, strides, sharding). A scalar such as AdamW's
     step lies on the CPU unless the optimizer is fused or capturable, as torch wants it.
@@ -214,15 +220,17 @@ def empty_states(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     scalar = {id(parameter): "cpu" for group in optimizer.param_groups for parameter in group["params"]
               if not (group.get("fused") or group.get("capturable"))}
 
-    def room(parameter, like):
-        if like.size == parameter.shape:
-            return torch.empty_like(parameter, dtype=like.properties.dtype, requires_grad=False)
-        return torch.empty(like.size, dtype=like.properties.dtype, device=scalar.get(id(parameter), parameter.device))
+    check_names(path, "optim.", stored, {f"optim.{name}.{key}" for name, of in listed.items() for key in of})
 
-    wanted = {f"optim.{name}.{key}" for name, keys in listed.items() for key in keys}
-    check_names(path, "optim.", stored, wanted)
-    return {name: {key: room(moved[name], stored[f"optim.{name}.{key}"]) for key in keys}
-            for name, keys in listed.items()}
+    def room(name, key, shape):
+        parameter, dtype = moved[name], stored[f"optim.{name}.{key}"].properties.dtype
+        if shape == list(parameter.shape):
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.empty(shape, dtype=dtype, device=scalar.get(id(parameter), parameter.device))
+
+    states = {name: {key: room(name, key, shape) for key, shape in of.items()} for name, of in listed.items()}
+    check(path, "optim.", stored, flat(states))
+    return states
 
 
 def check(path: Path, section: str, stored: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -233,7 +241,7 @@ def check(path: Path, section: str, stored: dict, tensors: dict[str, torch.Tenso
         wanted = f"{tensor.dtype} {list(tensor.shape)}"
         if got != wanted:
             raise CheckpointError(f"{path}: {name}: got {got}, wanted {wanted}: build the model with the config of the "
-                                  "checkpoint")
+                                  "checkpoint, or use another checkpoint")
 
 
 def check_names(path: Path, section: str, stored: dict, wanted) -> None:

@@ -13,8 +13,7 @@ def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], m
     """Scale all gradients in place so that their global norm is at most max_norm; return the norm before.
 
     named_parameters: as from model.named_parameters(); those without a gradient are skipped. max_norm: 0 measures only.
-    Squares are summed in float64, so a float32 gradient of any finite size has an exact norm to about 1e-15 relative.
-    One host read. NonFiniteGradient names the first bad parameter; a driver that would rather skip the step catches it
+    Squares are summed in float64: a finite float32 gradient of any size neither overflows nor vanishes. One host read. NonFiniteGradient names the first bad parameter; a driver that would rather skip the step catches it
     and zeroes the gradients.
     """
     named = [(name, p.grad) for name, p in named_parameters if p.grad is not None]

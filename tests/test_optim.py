@@ -1,0 +1,169 @@
+"""Parameter groups, the schedules against published learning rates, and clipping against float64."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moe_ext.config import OptimConfig
+from moe_ext.optim import (
+    NonFiniteGradient,
+    adamw,
+    clip_grad_norm,
+    cosine,
+    learning_rate,
+    param_groups,
+    set_learning_rate,
+    wsd,
+)
+
+
+class Tiny(nn.Module):
+    """Every kind of parameter that a model has, under the names of layers/fused.py and model.py."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(7, 4)
+        self.norm = nn.RMSNorm(4)
+        self.gate = nn.Linear(4, 3)
+        self.w13_E2FD, self.b13_E2F = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 8))
+        self.w2_EDF, self.b2_ED = nn.Parameter(torch.randn(3, 4, 4)), nn.Parameter(torch.randn(3, 4))
+        self.noise_E = nn.Parameter(torch.randn(3))
+        self.expert_bias = nn.Parameter(torch.randn(3, 4))
+        self.frozen = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+        self.lm_head = nn.Linear(4, 7, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("decay_embeddings", [True, False])
+def test_only_matrices_decay(decay_embeddings):
+    groups = {group["name"]: group for group in param_groups(Tiny(), 0.1, decay_embeddings=decay_embeddings)}
+    table = {"embed_tokens.weight"}
+    matrices = {"gate.weight", "w13_E2FD", "w2_EDF"}
+    rest = {"norm.weight", "gate.bias", "b13_E2F", "b2_ED", "noise_E", "expert_bias"}
+    assert set(groups["decay"]["param_names"]) == matrices | (table if decay_embeddings else set())
+    assert set(groups["no_decay"]["param_names"]) == rest | (set() if decay_embeddings else table)
+    assert groups["decay"]["weight_decay"] == 0.1 and groups["no_decay"]["weight_decay"] == 0.0
+
+
+def test_each_parameter_is_in_one_group_under_its_name():
+    model = Tiny()
+    named = dict(model.named_parameters())
+    groups = param_groups(model, 0.1)
+    members = [(name, p) for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)]
+    assert all(named[name] is p for name, p in members)
+    assert len({id(p) for _, p in members}) == len(members) == sum(p.requires_grad for p in named.values())
+
+
+def test_an_empty_group_is_left_out():
+    assert [group["name"] for group in param_groups(nn.Linear(2, 2, bias=False), 0.1)] == ["decay"]
+
+
+def test_adamw_decays_what_it_should():
+    """With zero gradients a decaying parameter shrinks by lr * weight_decay and another does not move."""
+    model = Tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = adamw(model, OptimConfig(lr=0.5, weight_decay=0.1))
+    set_learning_rate(optimizer, 0.25)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        factor = 0.975 if name in ("embed_tokens.weight", "gate.weight", "w13_E2FD", "w2_EDF") else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor, rtol=1e-6, atol=0, msg=name)
+
+
+def test_adamw_takes_its_settings():
+    optimizer = adamw(Tiny(), OptimConfig(lr=0.5, beta1=0.8, beta2=0.7, eps=1e-3))
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.5, (0.8, 0.7), 1e-3, True)
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("step, rate", [
+    (20, "1.200000E-05"), (80, "4.800000E-05"), (300, "1.800000E-04"), (1040, "5.999984E-04"), (1060, "5.999965E-04"),
+    (1100, "5.999903E-04"), (1140, "5.999809E-04"), (39000, "6.000000E-05")])
+def test_cosine_gives_megatrons_log(step, rate):
+    """Learning rates printed by Megatron-LM: 6e-4 to 6e-5, 1000 steps of warm-up, 38000 to the floor."""
+    assert f"{cosine(step, peak=6e-4, floor=6e-5, warmup=1000, steps=38000):.6E}" == rate
+
+
+def test_wsd_is_three_straight_lines():
+    rates = [wsd(step, peak=1.0, floor=0.1, warmup=4, decay=5, steps=20) for step in range(1, 23)]
+    wanted = [0.25, 0.5, 0.75, 1.0] + [1.0] * 11 + [0.82, 0.64, 0.46, 0.28, 0.1, 0.1, 0.1]
+    assert rates == pytest.approx(wanted, abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_a_run_rises_to_the_peak_and_falls_to_the_floor(schedule, warmup):
+    config = OptimConfig(lr=1.0, min_lr=0.1, schedule=schedule, warmup=warmup)
+    rates = [learning_rate(step, config, steps=50) for step in range(1, 51)]
+    assert rates[:warmup] == pytest.approx([(i + 1) / warmup for i in range(warmup)])
+    after = rates[max(0, warmup - 1):]
+    assert max(rates) <= 1.0 and all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    middle = {"cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * (30 - warmup) / (50 - warmup))), "wsd": 1.0, "constant": 1.0}
+    assert rates[29] == pytest.approx(middle[schedule])
+
+
+def test_wsd_decays_over_a_fifth_unless_told():
+    for decay, first in ((0, 41), (25, 26)):
+        config = OptimConfig(lr=1.0, min_lr=0.0, schedule="wsd", warmup=5, decay=decay)
+        rates = [learning_rate(step, config, steps=50) for step in range(1, 51)]
+        assert next(step for step in range(5, 51) if rates[step - 1] < 1.0) == first
+
+
+# ---- clipping --------------------------------------------------------------------------------------------------------
+def parameters(*grads):
+    named = []
+    for i, grad in enumerate(grads):
+        p = nn.Parameter(torch.zeros_like(grad)) if grad is not None else nn.Parameter(torch.zeros(2))
+        p.grad = grad
+        named.append((f"layer.{i}.weight", p))
+    return named
+
+
+def test_norm_against_float64():
+    grads = [torch.randn(1000, 300), None, torch.randn(50, dtype=torch.float64), torch.randn(64).bfloat16()]
+    wanted = math.sqrt(math.fsum(float((g.double() ** 2).sum()) for g in grads if g is not None))
+    assert clip_grad_norm(parameters(*grads)) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30, 3e38])
+def test_norm_neither_overflows_nor_vanishes(size):
+    """Squares that float32 cannot hold."""
+    grads = [torch.full((100,), size), torch.full((44,), size)]
+    assert clip_grad_norm(parameters(*grads)) == pytest.approx(12 * float(torch.tensor(size)), rel=1e-14)
+
+
+def test_clipping_scales_every_gradient_alike():
+    grads = [torch.randn(30, 20, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    named = parameters(*[g.clone() for g in grads])
+    norm = clip_grad_norm(named, 0.5)
+    for (_, p), g in zip(named, grads, strict=True):
+        torch.testing.assert_close(p.grad, g * (0.5 / norm), rtol=1e-14, atol=0)
+    assert clip_grad_norm(named) == pytest.approx(0.5, rel=1e-14)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e9])
+def test_small_gradients_stay_bitwise(max_norm):
+    named = parameters(torch.randn(30, 20))
+    before = named[0][1].grad.clone()
+    clip_grad_norm(named, max_norm)
+    assert torch.equal(named[0][1].grad, before)
+
+
+def test_no_gradient_at_all():
+    assert clip_grad_norm(parameters(None), 1.0) == 0.0
+
+
+@pytest.mark.parametrize("bad, count", [(math.nan, "2 NaN and 0 infinite"), (-math.inf, "0 NaN and 2 infinite")])
+def test_a_bad_gradient_is_named_before_anything_moves(bad, count):
+    broken = torch.randn(5, 5)
+    broken[1, :2] = bad
+    named = parameters(torch.full((4,), 7.0), broken, torch.full((2,), math.nan))
+    with pytest.raises(NonFiniteGradient, match=rf"layer.1.weight: {count} of 25 values: lower optim.lr"):
+        clip_grad_norm(named, 1.0)
+    assert torch.equal(named[0][1].grad, torch.full((4,), 7.0))
