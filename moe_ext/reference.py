@@ -121,9 +121,9 @@ def _copy(x_TD, rows_N, top_k, num_rows):
 
 def _combine(x_PD, rows_N, weights_N, top_k):
     """y_TD[t] = sum over slots of w[f] * x_PD[row of f]; a copy without a row counts as zeros."""
-    copies_ND = F.pad(x_PD, (0, 0, 0, 1))[rows_N]  # index -1 is the zero row
+    copies_ND = _real(F.pad(x_PD, (0, 0, 0, 1))[rows_N])  # index -1 is the zero row
     if weights_N is not None:
-        copies_ND = weights_N[:, None] * copies_ND
+        copies_ND = _real(weights_N)[:, None] * copies_ND
     return copies_ND.view(-1, top_k, x_PD.shape[1]).sum(1).to(x_PD.dtype)
 
 

@@ -1,0 +1,78 @@
+"""Same inputs, same bits: for any number of threads, run after run, and for movement on every instruction set."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cases import Case, Shape
+from checks import CHECKS, Tapped
+
+LARGE = Case("large", Shape(1500, 96, 130, 6, 2), "skewed")  # enough rows for every op to be cut into pieces
+
+# Whose bits may differ between instruction sets: sums whose order follows the width of a register.
+ARITHMETIC = {"grouped_gemm", "grouped_gemm_wgrad", "activation", "expert_mlp", "router", "balance_loss", "z_loss",
+              "linear_cross_entropy"}  # fmt: skip
+
+
+def fingerprint(name, dtype):
+    """One hash of all results and gradients of the op's check, which passes on the way."""
+    digest = hashlib.sha256()
+
+    def record(place, x):
+        if not place.startswith("argument"):
+            digest.update(place.encode() + x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return x
+
+    CHECKS[name](Tapped(name, record), LARGE, dtype)
+    return digest.hexdigest()
+
+
+def fingerprints():
+    return {f"{name} {dtype}": fingerprint(name, dtype) for name in CHECKS for dtype in (torch.float32, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_threads_and_runs(name, dtype):
+    threads = torch.get_num_threads()
+    try:
+        seen = set()
+        for n in (1, 2, 3, 1):
+            torch.set_num_threads(n)
+            torch.manual_seed(0)
+            seen.add(fingerprint(name, dtype))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
+
+
+def run_with(isa):
+    command = "import json, test_determinism; print(json.dumps(test_determinism.fingerprints()))"
+    environment = os.environ | {"MOE_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+
+
+def test_instruction_sets():
+    """Every check passes on every set of kernels that this CPU runs, and movement has the same bits on all of them."""
+    from moe_ext import _C
+
+    best = _C.versions()["isa"]
+    isas = ["base", "avx2", "avx512"]
+    runs = {isa: run_with(isa) for isa in isas[: isas.index(best) + 1]}
+    for isa, done in runs.items():
+        assert done.returncode == 0, f"{isa}: {done.stderr}"
+    prints = {isa: json.loads(done.stdout) for isa, done in runs.items()}
+    for key, want in prints["base"].items():
+        if key.split()[0] not in ARITHMETIC:
+            assert all(got[key] == want for got in prints.values()), key
+
+
+@pytest.mark.parametrize("isa", ["avx1024", "BASE", " "])
+def test_an_unknown_instruction_set_is_refused(isa):
+    done = run_with(isa)
+    assert done.returncode != 0 and "MOE_ISA" in done.stderr.splitlines()[-1]
