@@ -2,8 +2,8 @@
 //
 // Each op checks its arguments at the door, allocates outputs and workspace, calls one C function and reports its
 // status. It computes nothing. Schemas, shape functions and gradients are in moe_ext/ops/, where an op has the same
-// name and order of arguments; shapes are spelled as in moe.h. The table at the end binds names to functions for one device;
-// another device is another table.
+// name and order of arguments; shapes are spelled as in moe.h. The table at the end binds names to functions for one
+// device; another device is another table.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -389,7 +389,8 @@ Tensor balance_loss_backward(In scores, In counts, In dloss, int64_t top_k,
     auto *counts_GE = door.i32("counts", counts, {&G, &E});
     Tensor dscores = empty(scores, dtype_of(scores), {T, E});
     const int f = door.choice("form", form, BALANCES);
-    door.done(moe_balance_loss_backward(dtype_of(scores), f, T, rows_of_scope(door, T, G), top_k, E, scores_TE, counts_GE,
+    const int64_t S = rows_of_scope(door, T, G);
+    door.done(moe_balance_loss_backward(dtype_of(scores), f, T, S, top_k, E, scores_TE, counts_GE,
                                         value(door, "dloss", dloss), dscores.data_ptr()));
     return dscores;
 }

@@ -2,7 +2,8 @@
 
 Forward, shape function, gradient and autocast rule of an op stand together in one file; its kernel is the function of
 the same name in csrc/ops.cpp, which calls the C function moe_<name>.
-Bad input raises RuntimeError naming op, argument, got and wanted.
+Bad input raises RuntimeError naming op, argument, got and wanted. The functions copy data that is not contiguous; the
+ops below them, and all indices and bins, want it contiguous.
 """
 
 from moe_ext.ops.expert import activation, expert_mlp, grouped_gemm, grouped_gemm_wgrad

@@ -56,15 +56,15 @@ _grouped_gemm_wgrad = define(
 def grouped_gemm(x_RI, w_EIO, bins_E):
     """y[rows of e] = x[rows of e] @ w[e] for rows sorted by expert; rows from bins[-1] on are zeros.
 
-    x_RI [R,I] contiguous; w_EIO [E,I,O] of x's dtype and any strides (w.transpose(1, 2) costs nothing); bins_E int32
+    x_RI [R,I]; w_EIO [E,I,O] of x's dtype and any strides (w.transpose(1, 2) costs nothing); bins_E int32
     inclusive ends. -> [R,O]. Differentiable in x and w; follows autocast.
     """
-    return _grouped_gemm(x_RI, w_EIO, bins_E)
+    return _grouped_gemm(x_RI.contiguous(), w_EIO, bins_E)
 
 
 def grouped_gemm_wgrad(x_RI, dy_RO, bins_E):
     """dw[e] = x[rows of e]^T @ dy[rows of e] -> [E,I,O]; zeros for an empty expert. Differentiable in x and dy."""
-    return _grouped_gemm_wgrad(x_RI, dy_RO, bins_E)
+    return _grouped_gemm_wgrad(x_RI.contiguous(), dy_RO.contiguous(), bins_E)
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ _activation_backward = define(
 def activation(h_NU, act):
     """a [N,F] = act(gate) * up of h = [gate | up] for "swiglu" (silu), "geglu" (erf) and "geglu_tanh", U = 2F;
     act(h) for "silu", "gelu", "gelu_tanh" and "relu", U = F. Computed in float32 (float64 for float64)."""
-    return _activation(h_NU, act)
+    return _activation(h_NU.contiguous(), act)
 
 
 # ---- the fused expert MLP --------------------------------------------------------------------------------------------
@@ -151,18 +151,19 @@ def expert_mlp(x_RD, gate, up, down_EDF, weights_RK, index, *, act,
     """y_r = sum_k s_rk (act([x_r Wg_e^T + bg_e | x_r Wu_e^T + bu_e]) Wd_e^T + bd_e),
     e = ids[r,k]; an id of -1 is skipped.
 
-    x_RD        [R,D] contiguous
+    x_RD        [R,D]
     gate, up    [E,F,D] each, or gate = w13 [E,2F,D] = [gate | up] and up = None; without a gate only gate [E,F,D]
     down_EDF    [E,D,F]; the three weights have x's dtype and any strides
     weights_RK  [R,K] in float32 or x's dtype
     index       RouteIndex of the ids [R,K]
     act         see `activation`
-    biases      [E,F], [E,F] (or gate_bias [E,2F] with up = None) and [E,D], in x's dtype
+    biases      [E,F], [E,F] (or gate_bias [E,2F] with up = None) and [E,D], in x's dtype, contiguous
     num_copies  number of ids >= 0, if some are -1; None means all R*K
     -> [R,D]. Differentiable in x, weights_RK, all weights and biases; follows autocast. Keeps x and the N*U values
     before the activation for the backward, nothing else.
     """
     copies = weights_RK.numel() if num_copies is None else num_copies
-    y_RD, _ = _expert_mlp(x_RD, gate, up, down_EDF, weights_RK, index.order_N, index.inverse_TK, index.bins_E,
+    y_RD, _ = _expert_mlp(x_RD.contiguous(), gate, up, down_EDF, weights_RK.contiguous(),
+                          index.order_N, index.inverse_TK, index.bins_E,
                           gate_bias, up_bias, down_bias, act, copies)  # fmt: skip
     return y_RD

@@ -21,7 +21,7 @@ def sort(x_n, end_bit=None):
 
     -> (sorted_n, indices_n), both in the dtype of x; n must fit it.
     """
-    return _sort(x_n, 8 * x_n.element_size() if end_bit is None else end_bit)
+    return _sort(x_n.contiguous(), 8 * x_n.element_size() if end_bit is None else end_bit)
 
 
 _histogram = define(
@@ -32,7 +32,7 @@ _histogram = define(
 
 def histogram(x, max_val):
     """x [n] or [B,n] integers -> int32 [max_val] or [B,max_val]. Values outside [0, max_val) are ignored."""
-    return _histogram(x, max_val)
+    return _histogram(x.contiguous(), max_val)
 
 
 _cumsum = define("cumsum(Tensor x, bool exclusive) -> Tensor", fake=lambda x, exclusive: torch.empty_like(x))
@@ -89,7 +89,7 @@ _replicate_backward = define(
 
 def replicate(x, bins, n):
     """x [B,nb] of any dtype -> y [B,n]: y[:, bins[i-1]:bins[i]] = x[:, i], zeros from bins[-1] on. bins int32 [nb]."""
-    return _replicate(x, bins, n)
+    return _replicate(x.contiguous(), bins, n)
 
 
 class RouteIndex(NamedTuple):
@@ -119,7 +119,7 @@ def route_index(ids_TK, num_experts):
     """
     if ids_TK.dtype == torch.int64:  # an id out of range must not wrap into it
         ids_TK = ids_TK.clamp(-2, num_experts).int()
-    return RouteIndex(*_route_index(ids_TK, num_experts))
+    return RouteIndex(*_route_index(ids_TK.contiguous(), num_experts))
 
 
 def round_up(x, value):

@@ -84,7 +84,7 @@ _scatter_dweights = define(
 
 def gather(x, indices, bin_ids, bins, top_k):
     """x [T,D], indices int32 [N=T*top_k], bins int32 [E] -> [N,D], rows sorted by expert; zeros from bins[-1] on."""
-    return _gather(x, None, indices, bins, None, indices.shape[0], top_k, 0)
+    return _gather(x.contiguous(), None, indices, bins, None, indices.shape[0], top_k, 0)
 
 
 def scatter(x, indices, bin_ids, weights, bins, top_k):
@@ -92,7 +92,7 @@ def scatter(x, indices, bin_ids, weights, bins, top_k):
 
     Differentiable in x and weights.
     """
-    return _scatter(x, weights, indices, bins, None, top_k, 0)
+    return _scatter(x.contiguous(), weights, indices, bins, None, top_k, 0)
 
 
 def padded_gather(x, indices, bin_ids, bins, padded_bins, top_k):
@@ -101,20 +101,20 @@ def padded_gather(x, indices, bin_ids, bins, padded_bins, top_k):
     Reads padded_bins[-1] on the host.
     """
     rows = padded_bins[-1].item() if padded_bins.numel() else 0
-    return _gather(x, None, indices, bins, padded_bins, rows, top_k, 0)
+    return _gather(x.contiguous(), None, indices, bins, padded_bins, rows, top_k, 0)
 
 
 def padded_scatter(x, indices, bin_ids, weights, bins, padded_bins, top_k):
     """The inverse of padded_gather: x [padded_bins[-1],D] -> [T,D]. Differentiable in x and weights."""
-    return _scatter(x, weights, indices, bins, padded_bins, top_k, 0)
+    return _scatter(x.contiguous(), weights, indices, bins, padded_bins, top_k, 0)
 
 
 def binned_gather(x, indices, bins, bin_size, top_k):
     """x [T,D] -> [E,bin_size,D]; an expert's copies beyond bin_size are dropped in flat order, free rows are zeros."""
-    E = bins.shape[0]
-    return _gather(x, None, indices, bins, None, E * bin_size, top_k, bin_size).view(E, bin_size, x.shape[1])
+    E, C = bins.shape[0], bin_size
+    return _gather(x.contiguous(), None, indices, bins, None, E * C, top_k, C).view(E, C, x.shape[1])
 
 
 def binned_scatter(x, indices, weights, bins, top_k):
     """x [E,C,D] -> [T,D]; a dropped copy counts as zeros. Differentiable in x and weights."""
-    return _scatter(x.flatten(0, 1), weights, indices, bins, None, top_k, x.shape[1])
+    return _scatter(x.flatten(0, 1).contiguous(), weights, indices, bins, None, top_k, x.shape[1])

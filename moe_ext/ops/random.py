@@ -47,7 +47,7 @@ _dropout = define(
 def dropout(x, p, *, seed, step, site, row0=0):
     """x [rows,cols] -> x * keep / (1-p), keep where the uniform number of the element is >= p. Saves nothing: the
     backward draws the same numbers again."""
-    return _dropout(x, p, seed, step, site, row0)
+    return _dropout(x.contiguous(), p, seed, step, site, row0)
 
 
 def jitter(x, eps, *, seed, step, site, row0=0):

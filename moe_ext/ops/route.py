@@ -56,7 +56,7 @@ def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=Non
     select_bias_E is float32 [E]. balanced replaces the choice by ids[t,k] = (t*K + k) mod E, for throughput tests.
     Differentiable in logits. Raises RuntimeError on a NaN logit and unless 1 <= k <= E.
     """
-    return _router(logits_TE, select_bias_E, k, score, 0.0 if norm_p is None else norm_p, scale, balanced)
+    return _router(logits_TE.contiguous(), select_bias_E, k, score, 0.0 if norm_p is None else norm_p, scale, balanced)
 
 
 # ---- capacity and counts ---------------------------------------------------------------------------------------------
@@ -70,8 +70,8 @@ _capacity_drop = define(
 def capacity_drop(ids_TK, num_experts, capacity, *, rows_per_scope=None, priority_TK=None):
     """In each scope of `rows_per_scope` rows (None: all) an expert keeps `capacity` copies: the first by flat id, or
     those of largest priority_TK (float; the lowest flat id wins a tie). ids_TK int32 -> the same, -1 for the others."""
-    priority_TK = None if priority_TK is None else priority_TK.detach().to(real(priority_TK.dtype))
-    return _capacity_drop(ids_TK, priority_TK, num_experts, capacity, _scope(ids_TK, rows_per_scope))
+    priority_TK = None if priority_TK is None else priority_TK.detach().to(real(priority_TK.dtype)).contiguous()
+    return _capacity_drop(ids_TK.contiguous(), priority_TK, num_experts, capacity, _scope(ids_TK, rows_per_scope))
 
 
 def _scope(x_T, rows_per_scope):
@@ -86,7 +86,7 @@ _balance_counts = define(
 
 def balance_counts(ids_TK, num_experts, rows_per_scope=None):
     """Copies per expert in each scope of `rows_per_scope` rows (None: all). ids_TK int32 [T,K] -> int32 [G,E]."""
-    return _balance_counts(ids_TK, num_experts, _scope(ids_TK, rows_per_scope))
+    return _balance_counts(ids_TK.contiguous(), num_experts, _scope(ids_TK, rows_per_scope))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def balance_loss(scores_TE, counts_GE, top_k, *, form="switch"):
     counts_GE int32, from balance_counts (a mesh sums them first). -> 0-d float32 (float64 for float64), zero without
     tokens. Differentiable in scores.
     """
-    return _balance_loss(scores_TE, counts_GE, top_k, form)
+    return _balance_loss(scores_TE.contiguous(), counts_GE, top_k, form)
 
 
 def _save_z_loss(ctx, inputs, output):
@@ -146,7 +146,7 @@ _z_loss_backward = define(
 
 def z_loss(logits_TE):
     """mean_t logsumexp(logits[t])^2 (ST-MoE) -> 0-d float32 (float64 for float64), zero without tokens."""
-    return _z_loss(logits_TE)[0]
+    return _z_loss(logits_TE.contiguous())[0]
 
 
 # ---- selection bias --------------------------------------------------------------------------------------------------
