@@ -1,5 +1,5 @@
-// real.h: one real (double for MOE_F64, else float) at a time, and rows over experts. For the ops around a softmax, whose
-// few scalars per row need no SIMD. Inside the core only.
+// real.h: one real (double for MOE_F64, else float) at a time, and rows over experts. For the ops around a softmax,
+// whose few scalars per row need no SIMD. Inside the core only.
 #ifndef MOE_REAL_H
 #define MOE_REAL_H
 #include "kernels.h"

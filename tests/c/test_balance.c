@@ -3,19 +3,21 @@
 #include "check.h"
 
 static const int all_dtypes[] = {MOE_F64, MOE_F32, MOE_BF16, MOE_F16};
-static const int64_t shape[][4] = {     // T, S, K, E
-    {0, 0, 1, 3}, {0, 16, 2, 4}, {1, 1, 1, 1}, {6, 3, 2, 4}, {6, 1, 2, 5}, {130, 13, 3, 7}, {3000, 3000, 2, 8}, {40, 20, 5, 300},
+static const int64_t shape[][4] = {  // T, S, K, E
+    {0, 0, 1, 3}, {0, 16, 2, 4}, {1, 1, 1, 1}, {6, 3, 2, 4}, {6, 1, 2, 5}, {130, 13, 3, 7},
+    {3000, 3000, 2, 8}, {40, 20, 5, 300},
 };
 enum { SHAPES = sizeof shape / sizeof *shape };
 
 static int32_t *make_ids(int64_t T, int64_t K, int64_t E) {
     uint64_t seed = (uint64_t)(T + E);
     int32_t *ids = check_alloc(4 * T * K);
-    for (int64_t i = 0; i < T * K; i++) ids[i] = (int32_t)(check_below(&seed, E + 1) * check_below(&seed, 3) / 2 % (E + 1)) - 1;
+    for (int64_t i = 0; i < T * K; i++)
+        ids[i] = (int32_t)(check_below(&seed, E + 1) * check_below(&seed, 3) / 2 % (E + 1)) - 1;
     return ids;
 }
 
-// ---- capacity ------------------------------------------------------------------------------------------------------------
+// ---- capacity -------------------------------------------------------------------------------------------------------
 static void check_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, bool by_priority) {
     uint64_t seed = 5;
     int32_t *ids = make_ids(T, K, E), *kept = check_alloc(4 * T * K);
@@ -57,7 +59,7 @@ static void test_capacity(void) {
     check_capacity(MOE_F32, 4000, 4000, 2, 3, 700, false);
 }
 
-// ---- balance losses --------------------------------------------------------------------------------------------------------
+// ---- balance losses -------------------------------------------------------------------------------------------------
 static double define_loss(int form, const int64_t *n, const double *scores, const int32_t *counts) {
     const int64_t T = n[0], S = n[1], K = n[2], E = n[3];
     double total = 0;
@@ -66,7 +68,8 @@ static double define_loss(int form, const int64_t *n, const double *scores, cons
             double mean = 0;
             for (int64_t t = g * S; t < (g + 1) * S; t++) mean += scores[t * E + e] / (double)S;
             const double off = mean - 1.0 / (double)E;
-            total += form == MOE_BALANCE_MSE ? off * off / (double)E : (double)E / (double)(S * K) * counts[g * E + e] * mean;
+            total += form == MOE_BALANCE_MSE ? off * off / (double)E
+                                             : (double)E / (double)(S * K) * counts[g * E + e] * mean;
         }
     return T ? total / (double)(T / S) : 0;
 }
@@ -77,7 +80,8 @@ static void check_balance(int dtype, int form, const int64_t *n) {
     CHECK_OK(moe_balance_counts(T, S, K, E, ids, counts));
     for (int64_t f = 0; f < T * K; f++)
         if (ids[f] >= 0) want_counts[f / K / S * E + ids[f]]++;
-    for (int64_t i = 0; i < G * E; i++) CHECK(counts[i] == want_counts[i], "count %d: %d, want %d", (int)i, counts[i], want_counts[i]);
+    for (int64_t i = 0; i < G * E; i++)
+        CHECK(counts[i] == want_counts[i], "count %d: %d, want %d", (int)i, counts[i], want_counts[i]);
 
     void   *scores = check_floats(dtype, T * E, 9), *d = check_alloc(T * E * moe_size(dtype));
     double *wide = check_alloc(8 * T * E), loss[2] = {NAN, NAN};
@@ -88,7 +92,8 @@ static void check_balance(int dtype, int form, const int64_t *n) {
     }
     const double want = define_loss(form, n, wide, counts);
     CHECK(loss[0] == loss[1], "the loss knows the number of threads");
-    CHECK(check_near(loss[0], want, 1e-13, 1 + fabs(want)), "%s form %d: %g, want %g", check_dtype[dtype], form, loss[0], want);
+    CHECK(check_near(loss[0], want, 1e-13, 1 + fabs(want)), "%s form %d: %g, want %g", check_dtype[dtype], form,
+          loss[0], want);
 
     CHECK_OK(moe_balance_loss_backward(dtype, form, T, S, K, E, scores, counts, 3.0, d));
     for (int64_t i = 0; i < T * E; i += T * E / 100 + 1) {
@@ -98,7 +103,8 @@ static void check_balance(int dtype, int form, const int64_t *n) {
         wide[i] = x - h;
         slope = 3 * (slope - define_loss(form, n, wide, counts)) / (2 * h);
         wide[i] = x;
-        CHECK(check_near(check_get(dtype, d, i), slope, 1.01 * check_eps[dtype] + 1e-9, fabs(slope) + 1e-3 * (dtype == MOE_F16)),
+        CHECK(check_near(check_get(dtype, d, i), slope, 1.01 * check_eps[dtype] + 1e-9,
+                         fabs(slope) + 1e-3 * (dtype == MOE_F16)),
               "%s form %d: d[%d] = %g, want %g", check_dtype[dtype], form, (int)i, check_get(dtype, d, i), slope);
     }
     free(ids); free(counts); free(want_counts); free(scores); free(d); free(wide);
@@ -122,7 +128,7 @@ static void test_balance(void) {
     CHECK(loss == 0, "balanced: %g", loss);
 }
 
-// ---- z-loss ----------------------------------------------------------------------------------------------------------------
+// ---- z-loss ---------------------------------------------------------------------------------------------------------
 static double define_lse(const double *x, int64_t E) {
     double sum = 0;
     for (int64_t e = 0; e < E; e++) sum += exp(x[e]);
@@ -149,7 +155,8 @@ static void check_z(int dtype, int64_t T, int64_t E) {
         x[i] = keep + h, slope = pow(define_lse(row, E), 2);
         x[i] = keep - h, slope = 0.5 * (slope - pow(define_lse(row, E), 2)) / (2 * h) / (double)T;
         x[i] = keep;
-        CHECK(check_near(check_get(dtype, d[0], i), slope, 1.01 * check_eps[dtype] + 4 * near + 1e-7, fabs(slope) + 1e-3 / (double)T),
+        CHECK(check_near(check_get(dtype, d[0], i), slope, 1.01 * check_eps[dtype] + 4 * near + 1e-7,
+                         fabs(slope) + 1e-3 / (double)T),
               "%s d[%d] = %g, want %g", check_dtype[dtype], (int)i, check_get(dtype, d[0], i), slope);
     }
     free(logits); free(d[0]); free(d[1]); free(lse); free(x);
@@ -164,12 +171,13 @@ static void test_z(void) {
     }
 }
 
-// ---- selection bias, bad input -----------------------------------------------------------------------------------------------
+// ---- selection bias, bad input --------------------------------------------------------------------------------------
 static void test_select_bias(void) {
     float bias[4] = {0, 1, 2, 3};
     const int64_t counts[4] = {3, 5, 4, 4}, negative[4] = {1, -1, 0, 0};
     CHECK_OK(moe_select_bias_update(4, 0.25, counts, bias));
-    CHECK(bias[0] == 0.25f && bias[1] == 0.75f && bias[2] == 2 && bias[3] == 3, "%g %g %g %g", bias[0], bias[1], bias[2], bias[3]);
+    CHECK(bias[0] == 0.25f && bias[1] == 0.75f && bias[2] == 2 && bias[3] == 3, "%g %g %g %g", bias[0], bias[1],
+          bias[2], bias[3]);
     CHECK_STATUS(moe_select_bias_update(4, 0.25, negative, bias), MOE_BAD_VALUE);
     CHECK_STATUS(moe_select_bias_update(4, NAN, counts, bias), MOE_BAD_VALUE);
     CHECK_STATUS(moe_select_bias_update(-1, 0.25, counts, bias), MOE_BAD_SHAPE);

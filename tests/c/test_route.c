@@ -1,5 +1,5 @@
-// test_route.c: the router against its definition in double, its gradient against finite differences, and the promises that
-// a formula does not show: ties, masks, threads, bad input.
+// test_route.c: the router against its definition in double, its gradient against finite differences, and the promises
+// that a formula does not show: ties, masks, threads, bad input.
 #include "check.h"
 
 static const int all_dtypes[] = {MOE_F64, MOE_F32, MOE_BF16, MOE_F16};
@@ -18,7 +18,8 @@ static void define_row(const moe_router_args *a, const double *logit, const floa
     }
 }
 
-static void define_weights(const moe_router_args *a, const double *logit, const double *score, const int32_t *ids, double *w) {
+static void define_weights(const moe_router_args *a, const double *logit, const double *score, const int32_t *ids,
+                           double *w) {
     double total = 0, norm = 0;
     for (int64_t k = 0; k < a->K; k++) total += exp(logit[ids[k]] - logit[ids[0]]);
     for (int64_t k = 0; k < a->K; k++) {
@@ -37,7 +38,8 @@ static void *make_logits(const moe_router_args *a, bool masked) {
         double d = 8 * check_unit(&seed) - 4;
         if (masked && i % 5 == 0) d = -INFINITY;
         float f = (float)d;
-        moe_k->store(a->dtype, 1, a->dtype == MOE_F64 ? (void *)&d : (void *)&f, (char *)logits + i * moe_size(a->dtype));
+        moe_k->store(a->dtype, 1, a->dtype == MOE_F64 ? (void *)&d : (void *)&f,
+                     (char *)logits + i * moe_size(a->dtype));
     }
     return logits;
 }
@@ -47,7 +49,8 @@ static void check_router(moe_router_args a, bool with_bias, bool masked) {
     uint64_t seed = 11;
     float *bias = with_bias ? check_alloc(4 * E) : NULL;
     for (int64_t e = 0; e < E && bias; e++) bias[e] = (float)check_unit(&seed);
-    double *logit = check_alloc(8 * E), *score = check_alloc(8 * E), *key = check_alloc(8 * E), *want = check_alloc(8 * K);
+    double *logit = check_alloc(8 * E), *score = check_alloc(8 * E), *key = check_alloc(8 * E),
+           *want = check_alloc(8 * K);
     void *logits = make_logits(&a, masked);
     void *weights[2], *scores[2];
     int32_t *ids[2];
@@ -56,8 +59,9 @@ static void check_router(moe_router_args a, bool with_bias, bool masked) {
         weights[i] = check_alloc(T * K * size), scores[i] = check_alloc(T * E * size), ids[i] = check_alloc(T * K * 4);
         CHECK_OK(moe_router(&a, logits, bias, weights[i], ids[i], scores[i]));
     }
-    CHECK(!memcmp(weights[0], weights[1], (size_t)(T * K * size)) && !memcmp(scores[0], scores[1], (size_t)(T * E * size)) &&
-          !memcmp(ids[0], ids[1], (size_t)(T * K * 4)), "results know the number of threads");
+    CHECK(!memcmp(weights[0], weights[1], (size_t)(T * K * size)) &&
+              !memcmp(scores[0], scores[1], (size_t)(T * E * size)) && !memcmp(ids[0], ids[1], (size_t)(T * K * 4)),
+          "results know the number of threads");
     const double near = a.dtype == MOE_F64 ? 1e-14 : 1e-6;                     // of real arithmetic
     for (int64_t t = 0; t < T; t++) {
         const int32_t *id = ids[0] + t * K;
@@ -65,7 +69,8 @@ static void check_router(moe_router_args a, bool with_bias, bool masked) {
         for (int64_t e = 0; e < E; e++) logit[e] = check_get(a.dtype, logits, t * E + e);
         define_row(&a, logit, bias, score, key);
         for (int64_t e = 0; e < E; e++)
-            CHECK(check_near(check_get(a.dtype, scores[0], t * E + e), score[e], near + 1.01 * check_eps[a.dtype], score[e] + smallest_normal(a.dtype)),
+            CHECK(check_near(check_get(a.dtype, scores[0], t * E + e), score[e], near + 1.01 * check_eps[a.dtype],
+                             score[e] + smallest_normal(a.dtype)),
                   "%s score[%d,%d] = %g, want %g", check_dtype[a.dtype], (int)t, (int)e,
                   check_get(a.dtype, scores[0], t * E + e), score[e]);
         for (int64_t k = 0; k < K; k++) {
@@ -77,12 +82,14 @@ static void check_router(moe_router_args a, bool with_bias, bool masked) {
         for (int64_t k = 0; k < K && a.balanced; k++) CHECK(id[k] == (t * K + k) % E, "id %d", id[k]);
         for (int64_t e = 0; e < E && !a.balanced; e++)
             CHECK(kept[e] || !(key[e] > key[id[K - 1]] + near), "%g of %d beats %g", key[e], (int)e, key[id[K - 1]]);
-        for (int64_t k = 1; k < K && !a.balanced; k++) CHECK(!(key[id[k]] > key[id[k - 1]] + near), "order of token %d", (int)t);
+        for (int64_t k = 1; k < K && !a.balanced; k++)
+            CHECK(!(key[id[k]] > key[id[k - 1]] + near), "order of token %d", (int)t);
         define_weights(&a, logit, score, id, want);
         for (int64_t k = 0; k < K; k++)
-            CHECK(check_near(check_get(a.dtype, weights[0], t * K + k), want[k], 8 * near + 1.01 * check_eps[a.dtype], want[k] + smallest_normal(a.dtype)),
-                  "%s score %d p %g: weight[%d,%d] = %g, want %g", check_dtype[a.dtype], a.score, a.norm_p, (int)t, (int)k,
-                  check_get(a.dtype, weights[0], t * K + k), want[k]);
+            CHECK(check_near(check_get(a.dtype, weights[0], t * K + k), want[k], 8 * near + 1.01 * check_eps[a.dtype],
+                             want[k] + smallest_normal(a.dtype)),
+                  "%s score %d p %g: weight[%d,%d] = %g, want %g", check_dtype[a.dtype], a.score, a.norm_p, (int)t,
+                  (int)k, check_get(a.dtype, weights[0], t * K + k), want[k]);
     }
     for (int i = 0; i < 2; i++) { free(weights[i]); free(scores[i]); free(ids[i]); }
     free(bias); free(logit); free(score); free(key); free(want); free(logits);
@@ -105,9 +112,10 @@ static void test_router(void) {
                 }
 }
 
-// ---- gradient ------------------------------------------------------------------------------------------------------------
+// ---- gradient -------------------------------------------------------------------------------------------------------
 // L = sum of cw * weights + cs * scores, at fixed ids, in fp64.
-static double objective(const moe_router_args *a, const double *logits, const int32_t *ids, const double *cw, const double *cs) {
+static double objective(const moe_router_args *a, const double *logits, const int32_t *ids, const double *cw,
+                        const double *cs) {
     double L = 0, score[64], key[64], w[64];
     for (int64_t t = 0; t < a->T; t++) {
         define_row(a, logits + t * a->E, NULL, score, key);
@@ -120,8 +128,10 @@ static double objective(const moe_router_args *a, const double *logits, const in
 
 static void check_gradient(moe_router_args a, bool use_weights, bool use_scores) {
     const int64_t n = a.T * a.E, m = a.T * a.K;
-    double *logits = make_logits(&a, false), *w = check_alloc(8 * m), *scores = check_alloc(8 * n), *d = check_alloc(8 * n);
-    double *cw = use_weights ? check_floats(MOE_F64, m, 3) : NULL, *cs = use_scores ? check_floats(MOE_F64, n, 4) : NULL;
+    double *logits = make_logits(&a, false), *w = check_alloc(8 * m), *scores = check_alloc(8 * n),
+           *d = check_alloc(8 * n);
+    double *cw = use_weights ? check_floats(MOE_F64, m, 3) : NULL,
+           *cs = use_scores ? check_floats(MOE_F64, n, 4) : NULL;
     int32_t *ids = check_alloc(4 * m);
     check_threads = 3;
     CHECK_OK(moe_router(&a, logits, NULL, w, ids, scores));
@@ -133,10 +143,11 @@ static void check_gradient(moe_router_args a, bool use_weights, bool use_scores)
         logits[i] = x - h;
         double down = objective(&a, logits, ids, cw, cs);
         logits[i] = x;
-        CHECK(check_near(d[i], (up - down) / (2 * h), 1e-7, 1), "score %d p %g K %d balanced %d: dlogits[%d] = %g, want %g",
-              a.score, a.norm_p, (int)a.K, a.balanced, (int)i, d[i], (up - down) / (2 * h));
+        CHECK(check_near(d[i], (up - down) / (2 * h), 1e-7, 1),
+              "score %d p %g K %d balanced %d: dlogits[%d] = %g, want %g", a.score, a.norm_p, (int)a.K, a.balanced,
+              (int)i, d[i], (up - down) / (2 * h));
     }
-    // other dtypes, from the same numbers rounded: the fp64 gradient of the rounded numbers, to the precision of storage
+    // the other dtypes: the fp64 gradient of the rounded numbers, to the precision of storage
     for (int dt = 1; dt < 4; dt++) {
         const int dtype = all_dtypes[dt];
         const int64_t size = moe_size(dtype);
@@ -147,13 +158,14 @@ static void check_gradient(moe_router_args a, bool use_weights, bool use_scores)
         void *low_cs = use_scores ? check_floats(dtype, n, 4) : NULL;
         CHECK_OK(moe_router(&b, low_logits, NULL, low_w, ids, low_scores));
         CHECK_OK(moe_router_backward(&b, low_logits, low_scores, ids, low_cw, low_cs, low_d));
-        for (int64_t i = 0; i < n; i++) logits[i] = check_get(dtype, low_logits, i), scores[i] = check_get(dtype, low_scores, i);
+        for (int64_t i = 0; i < n; i++)
+            logits[i] = check_get(dtype, low_logits, i), scores[i] = check_get(dtype, low_scores, i);
         for (int64_t i = 0; i < m && cw; i++) cw[i] = check_get(dtype, low_cw, i);
         for (int64_t i = 0; i < n && cs; i++) cs[i] = check_get(dtype, low_cs, i);
         CHECK_OK(moe_router_backward(&a, logits, scores, ids, cw, cs, d));
         for (int64_t i = 0; i < n; i++)
-            CHECK(check_near(check_get(dtype, low_d, i), d[i], 1.01 * check_eps[dtype], fabs(d[i]) + 1e-4), "%s dlogits[%d] = %g, want %g",
-                  check_dtype[dtype], (int)i, check_get(dtype, low_d, i), d[i]);
+            CHECK(check_near(check_get(dtype, low_d, i), d[i], 1.01 * check_eps[dtype], fabs(d[i]) + 1e-4),
+                  "%s dlogits[%d] = %g, want %g", check_dtype[dtype], (int)i, check_get(dtype, low_d, i), d[i]);
         free(low_logits); free(low_scores); free(low_w); free(low_d); free(low_cw); free(low_cs);
     }
     free(logits); free(w); free(scores); free(d); free(cw); free(cs); free(ids);
@@ -173,7 +185,7 @@ static void test_gradient(void) {
                 }
 }
 
-// ---- ties, masks, bad input ------------------------------------------------------------------------------------------------
+// ---- ties, masks, bad input -----------------------------------------------------------------------------------------
 static void test_ties(void) {
     for (int d = 0; d < 4; d++)
         for (int score = MOE_SOFTMAX_TOPK; score <= MOE_SIGMOID; score++) {
@@ -191,7 +203,8 @@ static void test_ties(void) {
             CHECK_OK(moe_router(&a, logits, NULL, weights, ids, scores));
             for (int k = 0; k < K; k++) {
                 CHECK(ids[k] == k, "all equal: slot %d holds %d", k, ids[k]);
-                CHECK(ids[K + k] == want[k] && ids[2 * K + k] == want[k], "slot %d holds %d, want %d", k, ids[K + k], want[k]);
+                CHECK(ids[K + k] == want[k] && ids[2 * K + k] == want[k], "slot %d holds %d, want %d", k, ids[K + k],
+                      want[k]);
             }
         }
 }
@@ -227,7 +240,8 @@ static void expect_bad(int want, moe_router_args a, const float *logits, const f
     memset(scores, 0xff, sizeof scores);
     memset(ids, 0xff, sizeof ids);
     CHECK_STATUS(moe_router(&a, logits, bias, weights, ids, scores), want);
-    for (int i = 0; i < 8; i++) CHECK(isnan(weights[i]) && isnan(scores[i]) && ids[i] == -1, "output %d was touched", i);
+    for (int i = 0; i < 8; i++)
+        CHECK(isnan(weights[i]) && isnan(scores[i]) && ids[i] == -1, "output %d was touched", i);
 }
 
 static void test_bad_input(void) {
