@@ -246,11 +246,11 @@ def check(path: Path, section: str, stored: dict, tensors: dict[str, torch.Tenso
 
 def check_names(path: Path, section: str, stored: dict, wanted) -> None:
     got = {name for name in stored if name.startswith(section)}
-    for problem, names in (("missing from the checkpoint", wanted - got), ("unexpected in the checkpoint", got - wanted)):
+    for problem, names in (("missing from", sorted(wanted - got)), ("unexpected in", sorted(got - wanted))):
         if names:
-            raise CheckpointError(f"{path}: {len(names)} of {len(wanted)} tensors {problem}: {', '.join(sorted(names)[:4])}"
-                                  f"{', ...' if len(names) > 4 else ''}: build the model with the config of the "
-                                  "checkpoint, or use another checkpoint")
+            listed = ", ".join([*names[:4], "..."] if len(names) > 4 else names)
+            raise CheckpointError(f"{path}: {len(names)} tensors {problem} the checkpoint: {listed}: build the model "
+                                  "with the config of the checkpoint, or use another checkpoint")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What a run tells: the step line, RUN/run.log, RUN/metrics.jsonl, RUN/tb (TensorBoard), and a plot of all of it.
 
-    step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 318k tok/s | load 1.31x dead 0 | eta 1h08m
+step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 318k tok/s | load 1.31x dead 0 | eta 1h08m
 
     ms, tok/s   of the steps since the last line, without evaluation and saving; the first step of a process, which
                 pays for warm-up, counts only in its own line
@@ -58,7 +58,7 @@ class Meter:
         begin = self.window
         if begin.steps == 0 and self.now.steps > 1:
             begin = self.first[0]
-        seconds, steps, tokens = (a - b for a, b in zip(self.now, begin))
+        seconds, steps, tokens = (a - b for a, b in zip(self.now, begin, strict=True))
         self.window = self.now
         return 1e3 * seconds / steps, tokens / seconds
 
@@ -282,7 +282,7 @@ def draw_load_lines(axes, routed: list[dict]) -> None:
     steps = [record["step"] for record in routed]
     loads_SL = [[max(row) * len(row) / max(sum(row), 1) for row in record["counts_LE"]] for record in routed]
     layers = len(loads_SL[0])
-    for layer, loads in enumerate(zip(*loads_SL)):
+    for layer, loads in enumerate(zip(*loads_SL, strict=True)):
         colour = colormaps["viridis"](0.9 * layer / max(1, layers - 1))
         axes.plot(steps, loads, color=colour, linewidth=1.2, label=f"MoE layer {layer}" if layers <= 8 else None)
     axes.axhline(1.0, color="#636363", linestyle="--", linewidth=1)
@@ -307,7 +307,8 @@ def draw_load_map(axes, routed: list[dict]):
                 load = load_LE[layer, expert].item()
                 axes.text(expert, layer, f"{load:.2f}", ha="center", va="center", fontsize=7,
                           color="white" if abs(image.norm(load) - 0.5) > 0.35 else "black")
-    axes.set(xlabel="expert", ylabel="MoE layer", title=f"Expert load, steps {recent[0]['step']} to {recent[-1]['step']}")
+    axes.set(xlabel="expert", ylabel="MoE layer",
+             title=f"Expert load, steps {recent[0]['step']} to {recent[-1]['step']}")
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
     axes.set_yticks(range(0, layers, max(1, layers // 12)))
     return image

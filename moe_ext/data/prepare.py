@@ -122,7 +122,8 @@ def read_meta(folder: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; a damaged file: delete {folder} and prepare it again") from None
     if meta.get("format") != FORMAT:
-        raise ValueError(f"{path}: format: got {meta.get('format')}, wanted {FORMAT}: delete {folder} and prepare again")
+        raise ValueError(f"{path}: format: got {meta.get('format')}, wanted {FORMAT}: delete {folder} and prepare it "
+                         "again")
     return meta
 
 
@@ -220,7 +221,7 @@ def tokenise(tokenizer, documents: list[Document]) -> Iterator[list[int]]:
     end = tokenizer.token_to_id(END_OF_TEXT)
     for begin in range(0, len(documents), BATCH):
         for encoding in tokenizer.encode_batch_fast(list(contents(documents[begin:begin + BATCH]))):
-            yield encoding.ids + [end]
+            yield [*encoding.ids, end]
 
 
 def replace(work: Path, out: Path) -> None:

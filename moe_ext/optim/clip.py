@@ -13,20 +13,21 @@ def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], m
     """Scale all gradients in place so that their global norm is at most max_norm; return the norm before.
 
     named_parameters: as from model.named_parameters(); those without a gradient are skipped. max_norm: 0 measures only.
-    Squares are summed in float64: a finite float32 gradient of any size neither overflows nor vanishes. One host read. NonFiniteGradient names the first bad parameter; a driver that would rather skip the step catches it
-    and zeroes the gradients.
+    Squares are summed in float64: a finite float32 gradient of any size neither overflows nor vanishes. One host read.
+    NonFiniteGradient names the first bad parameter; a driver that would rather skip the step catches it and zeroes the
+    gradients.
     """
     named = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
     if not named:
         return 0.0
-    names, grads = zip(*named)
+    grads = [grad for _, grad in named]
     norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]).tolist()
     total = math.hypot(*norms)
     if not math.isfinite(total):
-        bad, grad = next((name, grad) for name, grad, norm in zip(names, grads, norms) if not math.isfinite(norm))
+        bad, grad = next(pair for pair, norm in zip(named, norms, strict=True) if not math.isfinite(norm))
         raise NonFiniteGradient(f"gradient of {bad}: {int(grad.isnan().sum())} NaN and {int(grad.isinf().sum())} "
                                 f"infinite of {grad.numel()} values: lower optim.lr, lengthen optim.warmup, or look "
                                 "for a division by zero in the loss")
     if 0 < max_norm < total:
-        torch._foreach_mul_(list(grads), max_norm / total)
+        torch._foreach_mul_(grads, max_norm / total)
     return total

@@ -28,8 +28,8 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: boo
     for label, decay in (("decay", weight_decay), ("no_decay", 0.0)):
         members = [(name, p) for name, p in trainable if decays(name, p) == (label == "decay")]
         if members:
-            names, params = zip(*members)
-            groups.append({"name": label, "params": list(params), "param_names": list(names), "weight_decay": decay})
+            groups.append({"name": label, "params": [p for _, p in members],
+                           "param_names": [name for name, _ in members], "weight_decay": decay})
     return groups
 
 
