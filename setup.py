@@ -63,8 +63,8 @@ def torch_folder() -> Path:
     if folder is None:
         sys.exit(
             f"\nmoe_ext needs PyTorch >= {MIN_TORCH[0]}.{MIN_TORCH[1]} in {sys.prefix}, and finds none. Type\n"
-            "    pip install torch                  (without a GPU: choose the CPU build on pytorch.org)\n"
-            "    pip install --no-build-isolation -e .\n"
+            "    pip install torch      (without a GPU: choose the CPU build on pytorch.org)\n"
+            "    pip install -e .\n"
         )
     version = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (folder / "version.py").read_text())
     if (int(version[2]), int(version[3])) < MIN_TORCH:

@@ -33,7 +33,7 @@ def main():
     features = [name for name, has in moe_ext._C.cpu_features().items() if has]
     print(f"moe_ext   {moe_ext.__version__} (compiler {versions['compiler']}, {versions['api']})")
     print(f"torch     {torch.__version__}, numpy {numpy.__version__}, Python {platform.python_version()}")
-    print(f"kernels   {versions['isa']}, {torch.get_num_threads()} threads; this CPU has {', '.join(features) or 'none'}")
+    print(f"kernels   {versions['isa']}, {torch.get_num_threads()} threads; this CPU has {', '.join(features)}")
     error = self_check()
     ok = error < 1e-4
     print(f"check     {'ok' if ok else 'WRONG'}: expert MLP and its gradients differ from plain torch by {error:.1e}")
