@@ -4,7 +4,7 @@
 //   avx2     -mavx2 -mfma -mf16c
 //   avx512   -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 // Each .inc looks at the compiler's own macros (__AVX2__, __FMA__, __F16C__, __AVX512F__) and defines, all static,
-//   rows.inc      rows_load rows_store rows_scale rows_axpy rows_dot
+//   rows.inc      rows_load rows_store rows_scale rows_axpy rows_sum rows_dot
 //   act.inc       act_fwd act_bwd
 //   softmax.inc   softmax_row
 //   gemm.inc      gemm_f32 gemm_f64 and the panel sizes GEMM_MR_F32 GEMM_NR_F32 GEMM_MR_F64 GEMM_NR_F64
@@ -27,6 +27,7 @@ const moe_kernels ISA_TABLE = {
     .store   = rows_store,
     .scale   = rows_scale,
     .axpy    = rows_axpy,
+    .sum     = rows_sum,
     .dot     = rows_dot,
     .act     = act_fwd,
     .dact    = act_bwd,

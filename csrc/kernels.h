@@ -14,6 +14,8 @@ typedef struct {
     void   (*store)(int dtype, int64_t n, const void *real, void *x);                     // x[i] = round(real[i])
     void   (*scale)(int dtype, int64_t n, double w, const void *x, void *y);              // y[i] = round(w * x[i])
     void   (*axpy )(int dtype, int64_t n, double w, const void *x, void *real);           // real[i] = fma(w, x[i], real[i])
+    // y[i] = round(sum over k of w[k] * x[k][i]), in the order of k; w is real. y overlaps no x
+    void   (*sum  )(int dtype, int64_t n, int64_t K, const void *w, const void *const *x, void *y);
     double (*dot  )(int dtype, int64_t n, const void *x, const void *y);                  // sum of x[i] * y[i]
     // act.inc: rows of real; up and dup are NULL if act is not gated
     void   (*act )(bool f64, int act, int64_t n, const void *gate, const void *up, void *a);

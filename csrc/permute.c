@@ -8,6 +8,7 @@
 // Each task owns whole output rows, so there are no atomics and the threads do not show. Without weights a row is moved
 // as bytes; a sum runs in slot order, fused, in real, and is rounded once. The three layouts are one here: expert e
 // owns a region of the expert rows, filled from its start with as many of its copies as fit.
+// Limits: N fits in int32, K <= MOE_MAX_EXPERTS.
 #include "kernels.h"
 #include <string.h>
 
@@ -62,7 +63,7 @@ static int check(const move_job *j) {
     if (!moe_is_float(j->dtype)) return MOE_BAD_DTYPE;
     if ((j->weights || j->dy) && j->wdtype != MOE_F32 && j->wdtype != j->dtype) return MOE_BAD_DTYPE;
     if (j->D < 0 || l->N < 0 || l->K < 1 || l->E < 0 || l->P < 0 || l->capacity < 0) return MOE_BAD_SHAPE;
-    if (l->N % l->K || l->N > INT32_MAX) return MOE_BAD_SHAPE;
+    if (l->K > MOE_MAX_EXPERTS || l->N % l->K || l->N > INT32_MAX) return MOE_BAD_SHAPE;
     if (overflows(l->N, j->D, j->dtype) || overflows(l->P, j->D, j->dtype)) return MOE_BAD_SHAPE;
     if (l->capacity && (l->out_bins_E || l->E > l->P / l->capacity || l->E * l->capacity != l->P)) return MOE_BAD_SHAPE;
     const int32_t *ends_E = l->out_bins_E ? l->out_bins_E : l->bins_E;
@@ -78,22 +79,30 @@ static int check(const move_job *j) {
 // At least 64 KB of output for a task.
 static int64_t row_grain(const move_job *j) { return 1 + 65536 / max64(1, j->D * moe_size(j->dtype)); }
 
+// The next row is known long before it is read. Its first 2 KB are asked for where the work on this row would hide the
+// wait; behind them the hardware has understood.
+static void prefetch_row(const char *x, int64_t bytes) {
+    for (int64_t i = 0; i < min64(bytes, 2048); i += 64) __builtin_prefetch(x + i);
+}
+
 // -- gather -----------------------------------------------------------------------------------------------------------
 static void gather_rows(int64_t begin, int64_t end, void *arg) {
     const move_job   *j = arg;
     const moe_layout *l = j->l;
-    size_t            bytes = (size_t)(j->D * moe_size(j->dtype));
+    int64_t           bytes = j->D * moe_size(j->dtype);
     for (int64_t e = expert_at(l, begin), row = begin; row < end; e++) {
         int64_t start  = e < l->E ? region_begin(l, e) : row;           // behind the last region all rows are free
         int64_t filled = e < l->E ? start + copies_kept(l, e) : row;
         int64_t stop   = e < l->E ? min64(end, region_end(l, e)) : end;
         for (; row < stop; row++) {
-            char *y_D = j->y + (size_t)row * bytes;
-            if (row >= filled) { memset(y_D, 0, bytes); continue; }
-            int64_t     f   = l->order_N[first_copy(l, e) + row - start];
-            const char *x_D = j->x + (size_t)(f / l->K) * bytes;
-            if (j->weights) moe_k->scale(j->dtype, j->D, weight(j, f), x_D, y_D);
-            else memcpy(y_D, x_D, bytes);
+            char          *y_D   = j->y + row * bytes;
+            const int32_t *order = l->order_N + first_copy(l, e) + row - start;
+            if (row >= filled) memset(y_D, 0, (size_t)bytes);
+            else if (!j->weights) memcpy(y_D, j->x + order[0] / l->K * bytes, (size_t)bytes);
+            else {
+                if (row + 1 < filled) prefetch_row(j->x + order[1] / l->K * bytes, bytes);
+                moe_k->scale(j->dtype, j->D, weight(j, order[0]), j->x + order[0] / l->K * bytes, y_D);
+            }
         }
     }
 }
@@ -121,34 +130,24 @@ static void invert(move_job *j) {
     moe_parallel(j->l->E, 1 + j->l->E / 16, invert_experts, j);
 }
 
-// Columns are summed a tile at a time: the tile stays in L1 while the K rows pass by.
-enum { TILE = 1024 };
-typedef union { double f64[TILE]; float f32[TILE]; } real_tile;
-
-static void scatter_row(const move_job *j, const int64_t *row_K, int64_t t, int64_t column, int64_t n) {
-    int64_t   size = moe_size(j->dtype), K = j->l->K, present = 0;
-    char     *y = j->y + (t * j->D + column) * size;
-    real_tile sum;
-    for (int64_t k = 0; k < K; k++) {
-        if (row_K[k] < 0) continue;
-        const char *x = j->x + (row_K[k] * j->D + column) * size;
-        if (present++ == 0 && !j->weights) {
-            memcpy(y, x, (size_t)(n * size));                       // all there is to do if it is the only one
-            moe_k->load(j->dtype, n, x, &sum);
-            continue;
-        }
-        if (present == 1) memset(&sum, 0, (size_t)(n * moe_real_size(j->dtype)));
-        moe_k->axpy(j->dtype, n, j->weights ? weight(j, t * K + k) : 1, x, &sum);
-    }
-    if (present == 0) memset(y, 0, (size_t)(n * size));
-    else if (present > 1 || j->weights) moe_k->store(j->dtype, n, &sum, y);
-}
-
 static void scatter_rows(int64_t begin, int64_t end, void *arg) {
     const move_job *j = arg;
-    for (int64_t t = begin; t < end; t++)
-        for (int64_t column = 0; column < j->D; column += TILE)
-            scatter_row(j, j->row_N + t * j->l->K, t, column, min64(TILE, j->D - column));
+    int64_t         bytes = j->D * moe_size(j->dtype), K = j->l->K;
+    const void     *x_K[MOE_MAX_EXPERTS];
+    union { double f64[MOE_MAX_EXPERTS]; float f32[MOE_MAX_EXPERTS]; } w_K;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t present = 0;
+        for (int64_t f = t * K; f < (t + 1) * K; f++) {
+            if (j->row_N[f] < 0) continue;
+            double w = j->weights ? weight(j, f) : 1;
+            if (j->dtype == MOE_F64) w_K.f64[present] = w;
+            else w_K.f32[present] = (float)w;
+            x_K[present++] = j->x + j->row_N[f] * bytes;
+        }
+        char *y_D = j->y + t * bytes;
+        if (present == 1 && !j->weights) memcpy(y_D, x_K[0], (size_t)bytes);
+        else moe_k->sum(j->dtype, j->D, present, &w_K, x_K, y_D);
+    }
 }
 
 size_t moe_scatter_workspace(const moe_layout *layout) { return (size_t)layout->N * sizeof(int64_t); }
@@ -170,6 +169,7 @@ static void dweights_rows(int64_t begin, int64_t end, void *arg) {
     int64_t bytes = j->D * moe_size(j->dtype), K = j->l->K;
     for (int64_t f = begin * K; f < end * K; f++) {
         double dw = 0;
+        if (f + 1 < end * K && j->row_N[f + 1] >= 0) prefetch_row(j->x + j->row_N[f + 1] * bytes, bytes);
         if (j->row_N[f] >= 0) dw = moe_k->dot(j->dtype, j->D, j->x + j->row_N[f] * bytes, j->dy + f / K * bytes);
         float real = (float)dw;
         moe_k->store(j->wdtype, 1, j->wdtype == MOE_F64 ? (void *)&dw : (void *)&real, j->y + f * moe_size(j->wdtype));

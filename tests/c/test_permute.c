@@ -48,7 +48,7 @@ static void test_row_arithmetic(void) {
         for (size_t c = 0; c < sizeof lengths / sizeof *lengths; c++) {
             int64_t  n = lengths[c], size = moe_size(dtype), real = moe_real_size(dtype);
             uint64_t seed = (uint64_t)n + 1;
-            double   w = (double)(float)check_unit(&seed), sum = 0, size_of_terms = 0;
+            double   w = (double)(float)check_unit(&seed), product_sum = 0, size_of_terms = 0;
             const char *name = check_dtype[dtype];
             char *x = check_floats(dtype, n, 1), *y = check_floats(dtype, n, 2), *got = check_alloc(n * size);
             char *acc = check_alloc(n * real), *raw = check_alloc(n * real), *want = check_alloc(n * size);
@@ -70,7 +70,7 @@ static void test_row_arithmetic(void) {
                 else CHECK(((float *)acc)[i] == fmaf((float)w, (float)a, (float)b), "axpy %s [%d]", name, (int)i);
                 lane64[i % 16] = fma(a, b, lane64[i % 16]);
                 lane32[i % 16] = fmaf((float)a, (float)b, lane32[i % 16]);
-                sum += a * b;
+                product_sum += a * b;
                 size_of_terms += fabs(a * b);
             }
             CHECK(!memcmp(got, want, (size_t)(n * size)), "scale %s, n = %d", check_dtype[dtype], (int)n);
@@ -79,12 +79,30 @@ static void test_row_arithmetic(void) {
             free(x);
             x = check_floats(dtype, n, 1);
 
+            const void *terms[3] = {x, y, x};
+            double w64[3] = {0.75, w, -0.3};
+            float  w32[3] = {0.75f, (float)w, -0.3f};
+            for (int K = 0; K <= 3; K++) {
+                moe_k->sum(dtype, n, K, dtype == MOE_F64 ? (void *)w64 : (void *)w32, terms, got);
+                for (int64_t i = 0; i < n; i++) {
+                    double sum64 = 0;
+                    float  sum32 = 0;
+                    for (int k = 0; k < K; k++) {
+                        sum64 = fma(w64[k], check_get(dtype, terms[k], i), sum64);
+                        sum32 = fmaf(w32[k], (float)check_get(dtype, terms[k], i), sum32);
+                    }
+                    moe_k->store(dtype, 1, dtype == MOE_F64 ? (void *)&sum64 : (void *)&sum32, want + i * size);
+                }
+                CHECK(!memcmp(got, want, (size_t)(n * size)), "sum of %d, %s, n = %d", K, name, (int)n);
+            }
+
             for (int half = 8; half; half /= 2)
                 for (int i = 0; i < half; i++) { lane64[i] += lane64[i + half]; lane32[i] += lane32[i + half]; }
             double dot = moe_k->dot(dtype, n, x, y);
             CHECK(dot == (dtype == MOE_F64 ? lane64[0] : (double)lane32[0]), "dot %s, n = %d", name, (int)n);
-            CHECK(check_near(dot, sum, (dtype == MOE_F64 ? 0x1p-53 : 0x1p-24) * (double)(4 + n / 16), size_of_terms),
-                  "dot %s: %g, want %g", check_dtype[dtype], dot, sum);
+            double eps = (dtype == MOE_F64 ? 0x1p-53 : 0x1p-24) * (double)(4 + n / 16);
+            CHECK(check_near(dot, product_sum, eps, size_of_terms),
+                  "dot %s: %g, want %g", name, dot, product_sum);
             free(x); free(y); free(got); free(want); free(acc); free(raw);
         }
 }
