@@ -24,8 +24,7 @@ typedef struct {
 
 // log(exp(a) + exp(b))
 static double log_add(double a, double b) {
-    if (a == -INFINITY) return b;
-    if (b == -INFINITY) return a;
+    if (a == -INFINITY) return b;               // else -inf twice would be NaN
     return fmax(a, b) + log1p(exp(-fabs(a - b)));
 }
 

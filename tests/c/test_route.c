@@ -185,6 +185,17 @@ static void test_gradient(void) {
                 }
 }
 
+// The maximum of the max norm is shared: u = (1/2, 1/2), du = dw/n - <dw,u>/n^2 (1/2, 1/2), sigmoid' = 1/4.
+static void test_shared_maximum(void) {
+    const double logits[2] = {0, 0}, dw[2] = {1, 0};
+    double  w[2], scores[2], d[2];
+    int32_t ids[2];
+    const moe_router_args a = {MOE_F64, MOE_SIGMOID, 0, 1, 2, 2, INFINITY, 1};
+    CHECK_OK(moe_router(&a, logits, NULL, w, ids, scores));
+    CHECK_OK(moe_router_backward(&a, logits, scores, ids, dw, NULL, d));
+    CHECK(d[0] == 0.25 && d[1] == -0.25, "%g %g", d[0], d[1]);
+}
+
 // ---- ties, masks, bad input -----------------------------------------------------------------------------------------
 static void test_ties(void) {
     for (int d = 0; d < 4; d++)
@@ -276,6 +287,7 @@ static void test_bad_input(void) {
 static void tests(void) {
     test_router();
     test_gradient();
+    test_shared_maximum();
     test_ties();
     test_masks();
     test_bad_input();
