@@ -13,6 +13,12 @@ static PyObject *checked(int status, const char *function) {
     return PyErr_Format(PyExc_ValueError, "%s: %s", function, moe_status_text(status));
 }
 
+#ifdef __clang__
+#define COMPILER __VERSION__
+#else
+#define COMPILER "gcc " __VERSION__
+#endif
+
 // "O&" converters.
 static int to_u64(PyObject *object, void *out) {
     *(uint64_t *)out = PyLong_AsUnsignedLongLong(object);
@@ -28,7 +34,7 @@ PyDoc_STRVAR(versions_doc,
     "(base, avx2, avx512; MOE_ISA in the environment forces one), the Python ABI.");
 static PyObject *versions(PyObject *module, PyObject *none) {
     (void)module, (void)none;
-    return Py_BuildValue("{s:s,s:s,s:s}", "compiler", __VERSION__, "isa", moe_isa(), "api", "cp310-abi3");
+    return Py_BuildValue("{s:s,s:s,s:s}", "compiler", COMPILER, "isa", moe_isa(), "api", "cp310-abi3");
 }
 
 PyDoc_STRVAR(cpu_features_doc,
