@@ -1,0 +1,335 @@
+// expert.c: the fused expert MLP, forward and backward (equations: moe.h). N copies sorted by expert, p their position, f =
+// order[p] their flat id, r = f / K their row, e their expert, s = weights[f].
+//
+//   forward    1  tile [p, F]:   [gate | up] = x[r] [Wg | Wu]_e^T + b    h_NU = it, rounded    a_NF = act(it)
+//              2  tile [p, D]:   y_ND = a Wd_e^T
+//              3  row r:         y_RD = sum over slots in order of s (y_ND[p] + bd_e)
+//   backward   1  tile [p, F]:   dA' = dy[r] Wd_e    A = act(h)    ds = <dA', A> in pieces    sA = s A    dh = s dA' act'(h)
+//              2  tiles of       dx_ND = dh [Wg ; Wu]_e    dWd_e = dy[r]^T sA    dWg_e, dWu_e = dh^T x[r]    and bias sums
+//              3  row r:         dx_RD = sum over slots in order of dx_ND[p]    dweights = sum of ds (+ <dy[r], bd_e>)
+//
+// Each step is one parallel region. Rows of x and dy are gathered while they are packed; no sorted copy of them exists.
+// Saved for the backward: h_NU in storage type, nothing else. a, y, dh, sA, dx per copy live in the caller's workspace, in
+// real and in full: a tile of y would need all of F, and with it the weights again for every tile of rows.
+#include "gemm.h"
+#include <string.h>
+
+typedef union { float f32[GEMM_COLUMNS]; double f64[GEMM_COLUMNS]; } tile;      // a piece of a row, on the stack
+
+typedef struct {                // one call: the arguments and what is derived from them
+    const moe_expert_args  *a;
+    const moe_expert_grads *g;
+    bool     f64, gated;
+    int      real_type;
+    int64_t  size, real, U, pieces;                     // pieces: column tiles of F, each with its part of ds
+    gemm_grid up, down;                                 // tiles [p, F] and [p, D]
+    gemm_grid ddown, dgate, dup;                        // tiles of the weight gradients
+    const void *h_in;
+    char    *h, *y;
+    char    *act, *out, *dh, *ds, *scratch;             // workspace: a or sA [N,F], y or dx [N,D], dh [N,U], ds [N,pieces]
+} call;
+
+static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
+    call c = {.a = a, .g = g, .f64 = a->dtype == MOE_F64, .gated = moe_act_gated(a->act), .size = moe_size(a->dtype)};
+    c.real_type = c.f64 ? MOE_F64 : MOE_F32;
+    c.real      = moe_real_size(a->dtype);
+    c.U         = c.gated ? 2 * a->F : a->F;
+    const int64_t first_sum = a->D, parts = c.gated && !g ? 2 : 1;
+    c.up     = (gemm_grid){a->E, a->F, gemm_columns(c.f64, a->F, first_sum, (int)parts), -1, a->bins_E};
+    c.down   = (gemm_grid){a->E, a->D, gemm_columns(c.f64, a->D, a->F, 1), -1, a->bins_E};
+    c.pieces = (a->F + c.up.columns - 1) / c.up.columns;
+    if (g) {
+        c.ddown = gemm_wgrad_grid(c.f64, a->E, a->D, a->F, a->bins_E, g->ddown_EDF);
+        c.dgate = gemm_wgrad_grid(c.f64, a->E, a->F, a->D, a->bins_E, g->dgate_EFD);
+        if (c.gated) c.dup = gemm_wgrad_grid(c.f64, a->E, a->F, a->D, a->bins_E, g->dup_EFD);
+    }
+    return c;
+}
+// The workspace: one list of pieces gives both their places and the size of all. workspace = NULL: only the size.
+static char *take(void *workspace, int64_t *used, int64_t bytes) {
+    char *piece = workspace ? (char *)workspace + *used : NULL;
+    *used += gemm_align(bytes);
+    return piece;
+}
+static int64_t carve(call *c, bool backward, void *workspace) {
+    const moe_expert_args *a = c->a;
+    int64_t used = 0;
+    c->act = take(workspace, &used, a->N * a->F * c->real);
+    c->out = take(workspace, &used, a->N * a->D * c->real);
+    c->dh  = take(workspace, &used, backward ? a->N * c->U * c->real : 0);
+    c->ds  = take(workspace, &used, backward ? a->N * c->pieces * c->real : 0);
+    c->scratch = take(workspace, &used, moe_threads() * gemm_scratch_size(c->f64));
+    return used;
+}
+
+// -- small things -----------------------------------------------------------------------------------------------------
+static double get(int dtype, const void *x, int64_t i) {
+    tile t;
+    moe_k->load(dtype, 1, (const char *)x + i * moe_size(dtype), &t);
+    return dtype == MOE_F64 ? t.f64[0] : (double)t.f32[0];
+}
+static const char *bias_of(const call *c, const void *bias, int64_t se, int64_t e, int64_t j) {
+    return (const char *)bias + (e * se + j) * c->size;
+}
+static const char *matrix_at(const call *c, moe_mat w, int64_t e, int64_t row, int64_t column) {
+    return (const char *)w.p + (e * w.se + row * w.sr + column * w.sc) * c->size;
+}
+static int64_t expert_at(const moe_expert_args *a, int64_t p) {         // the first e with p < bins[e]
+    int64_t low = 0, high = a->E - 1;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (p < a->bins_E[middle]) high = middle;
+        else low = middle + 1;
+    }
+    return low;
+}
+// x[r] or dy[r] of the copies from `begin` on; the axis of copies is i for an activation and k for a weight gradient.
+static gemm_factor gathered(const call *c, const void *rows, int64_t begin, bool on_k) {
+    const moe_expert_args *a = c->a;
+    return (gemm_factor){a->dtype, rows, on_k ? 1 : a->D, on_k ? a->D : 1, a->order_RK + begin, a->K, on_k};
+}
+
+static int check(const moe_expert_args *a) {
+    if (!moe_is_float(a->dtype) || (a->wdtype != MOE_F32 && a->wdtype != a->dtype)) return MOE_BAD_DTYPE;
+    if (a->act < MOE_SWIGLU || a->act > MOE_RELU) return MOE_BAD_VALUE;
+    if (moe_act_gated(a->act) && !a->up_EFD.p && a->E * a->F * a->D != 0) return MOE_BAD_VALUE;
+    if (a->R < 0 || a->K < 1 || a->E < 1 || a->K > a->E || a->D < 0 || a->F < 0 || a->N < 0) return MOE_BAD_SHAPE;
+    const int64_t most = INT32_MAX, widest = INT64_MAX / 64 / most;      // flat ids are int32
+    if (a->R > most / a->K || a->N > a->R * a->K || a->D > widest || a->F > widest) return MOE_BAD_SHAPE;
+    const int status = moe_check_bins(a->E, a->N, a->bins_E);
+    if (status != MOE_OK) return status;
+    if (a->bins_E[a->E - 1] != a->N) return MOE_BAD_BINS;
+    for (int64_t p = 0; p < a->N; p++)
+        if (a->order_RK[p] < 0 || a->order_RK[p] >= a->R * a->K) return MOE_BAD_INDEX;
+    for (int64_t f = 0; f < a->R * a->K; f++)
+        if (a->inverse_RK[f] < -1 || a->inverse_RK[f] >= a->N) return MOE_BAD_INDEX;
+    return MOE_OK;
+}
+
+// -- forward 1: h = x [Wg | Wu]^T + b, a = act(h) ---------------------------------------------------------------------
+static void emit_up(const gemm_product *g, int64_t i0, int64_t rows, void *tile_c, int64_t ldc, int64_t part) {
+    const call *c = g->job;
+    const moe_expert_args *a = c->a;
+    const gemm_task *t = g->task;
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t p = t->begin + t->i + i0 + i;
+        char *gate = (char *)tile_c + i * ldc * c->real, *up = c->gated ? gate + part * c->real : NULL;
+        char *h = c->h + (p * c->U + t->j) * c->size;
+        if (a->gate_bias_EF) moe_k->axpy(a->dtype, t->n, 1.0, bias_of(c, a->gate_bias_EF, a->gate_bias_se, t->e, t->j), gate);
+        moe_k->store(a->dtype, t->n, gate, h);
+        if (up) {
+            if (a->up_bias_EF) moe_k->axpy(a->dtype, t->n, 1.0, bias_of(c, a->up_bias_EF, a->up_bias_se, t->e, t->j), up);
+            moe_k->store(a->dtype, t->n, up, h + a->F * c->size);
+        }
+        moe_k->act(c->f64, a->act, t->n, gate, up, c->act + (p * a->F + t->j) * c->real);
+    }
+}
+static void up_tile(const void *arg, int64_t task, void *scratch) {
+    const call *c = arg;
+    const moe_expert_args *a = c->a;
+    const gemm_task t = gemm_grid_task(&c->up, task);
+    const gemm_product g = {
+        .f64 = c->f64, .m = t.m, .n = t.n, .k = a->D, .parts = c->gated ? 2 : 1,
+        .a = gathered(c, a->x_RD, t.begin + t.i, false),
+        .b = {{a->dtype, matrix_at(c, a->gate_EFD, t.e, t.j, 0), .si = a->gate_EFD.sr, .sk = a->gate_EFD.sc},
+              {a->dtype, matrix_at(c, a->up_EFD, t.e, t.j, 0), .si = a->up_EFD.sr, .sk = a->up_EFD.sc}},
+        .emit = emit_up, .job = c, .task = &t,
+    };
+    gemm_multiply(&g, scratch);
+}
+
+// -- forward 2: y = a Wd^T --------------------------------------------------------------------------------------------
+static void down_tile(const void *arg, int64_t task, void *scratch) {
+    const call *c = arg;
+    const moe_expert_args *a = c->a;
+    const gemm_task t = gemm_grid_task(&c->down, task);
+    const int64_t p = t.begin + t.i;
+    const gemm_product g = {
+        .f64 = c->f64, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
+        .a = {c->real_type, c->act + p * a->F * c->real, .si = a->F, .sk = 1},
+        .b = {{a->dtype, matrix_at(c, a->down_EDF, t.e, t.j, 0), .si = a->down_EDF.sr, .sk = a->down_EDF.sc}},
+        .c = c->out + (p * a->D + t.j) * c->real, .ldc = a->D,
+    };
+    gemm_multiply(&g, scratch);
+}
+
+// -- forward 3: y[r] = sum_k s (y[p] + bd) ----------------------------------------------------------------------------
+static void sum_slots(int64_t begin, int64_t end, void *arg) {
+    const call *c = arg;
+    const moe_expert_args *a = c->a;
+    for (int64_t r = begin; r < end; r++)
+        for (int64_t j = 0; j < a->D; j += GEMM_COLUMNS) {
+            const int64_t n = a->D - j < GEMM_COLUMNS ? a->D - j : GEMM_COLUMNS;
+            tile sum;
+            memset(&sum, 0, (size_t)(n * c->real));
+            for (int64_t f = r * a->K; f < (r + 1) * a->K; f++) {
+                const int64_t p = a->inverse_RK[f];
+                if (p < 0) continue;
+                const double s = c->g ? 1.0 : get(a->wdtype, a->weights_RK, f);         // the backward's s is in dh
+                moe_k->axpy(c->real_type, n, s, c->out + (p * a->D + j) * c->real, &sum);
+                if (a->down_bias_ED && !c->g)
+                    moe_k->axpy(a->dtype, n, s, bias_of(c, a->down_bias_ED, a->down_bias_se, expert_at(a, p), j), &sum);
+            }
+            moe_k->store(a->dtype, n, &sum, c->y + (r * a->D + j) * c->size);
+        }
+}
+static int64_t row_grain(const moe_expert_args *a) { return 16384 / (a->K * a->D + 1) + 1; }
+
+size_t moe_expert_mlp_workspace(const moe_expert_args *a) {
+    call c = call_of(a, NULL);
+    return (size_t)carve(&c, false, NULL);
+}
+int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *h_NU) {
+    const int status = check(a);
+    if (status != MOE_OK) return status;
+    call c = call_of(a, NULL);
+    carve(&c, false, workspace);
+    c.y = y_RD, c.h = h_NU;
+    gemm_run(gemm_grid_tasks(&c.up), up_tile, &c, c.scratch, gemm_scratch_size(c.f64));
+    gemm_run(gemm_grid_tasks(&c.down), down_tile, &c, c.scratch, gemm_scratch_size(c.f64));
+    moe_parallel(a->R, row_grain(a), sum_slots, &c);
+    return MOE_OK;
+}
+
+// -- backward 1: dA' = dy Wd, then all that its tile gives ------------------------------------------------------------
+static void emit_dact(const gemm_product *g, int64_t i0, int64_t rows, void *tile_c, int64_t ldc, int64_t part) {
+    (void)part;
+    const call *c = g->job;
+    const moe_expert_args *a = c->a;
+    const gemm_task *t = g->task;
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t p = t->begin + t->i + i0 + i;
+        const double s = get(a->wdtype, a->weights_RK, a->order_RK[p]);
+        const char *h = (const char *)c->h_in + (p * c->U + t->j) * c->size;
+        char *da = (char *)tile_c + i * ldc * c->real, *sa = c->act + (p * a->F + t->j) * c->real;
+        char *dgate = c->dh + (p * c->U + t->j) * c->real, *dup = c->gated ? dgate + a->F * c->real : NULL;
+        tile gate, up;
+        moe_k->load(a->dtype, t->n, h, &gate);
+        if (c->gated) moe_k->load(a->dtype, t->n, h + a->F * c->size, &up);
+        moe_k->act(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, sa);             // A = act(h)
+        const double ds = moe_k->dot(c->real_type, t->n, da, sa);                       // ds = <dA', A>
+        moe_k->scale(c->real_type, t->n, s, sa, sa);
+        moe_k->scale(c->real_type, t->n, s, da, da);
+        moe_k->dact(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, da, dgate, dup);
+        const int64_t at = p * c->pieces + t->j / c->up.columns;
+        if (c->f64) ((double *)c->ds)[at] = ds;
+        else        ((float *)c->ds)[at] = (float)ds;
+    }
+}
+static void dact_tile(const void *arg, int64_t task, void *scratch) {
+    const call *c = arg;
+    const moe_expert_args *a = c->a;
+    const gemm_task t = gemm_grid_task(&c->up, task);
+    const gemm_product g = {
+        .f64 = c->f64, .m = t.m, .n = t.n, .k = a->D, .parts = 1,
+        .a = gathered(c, c->g->dy_RD, t.begin + t.i, false),
+        .b = {{a->dtype, matrix_at(c, a->down_EDF, t.e, 0, t.j), .si = a->down_EDF.sc, .sk = a->down_EDF.sr}},
+        .emit = emit_dact, .job = c, .task = &t,
+    };
+    gemm_multiply(&g, scratch);
+}
+
+// -- backward 2: dx per copy, the weight gradients, the bias sums -----------------------------------------------------
+static void dx_tile(const call *c, int64_t task, void *scratch) {
+    const moe_expert_args *a = c->a;
+    const gemm_task t = gemm_grid_task(&c->down, task);
+    const int64_t p = t.begin + t.i;
+    gemm_product g = {
+        .f64 = c->f64, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
+        .a = {c->real_type, c->dh + p * c->U * c->real, .si = c->U, .sk = 1},
+        .b = {{a->dtype, matrix_at(c, a->gate_EFD, t.e, 0, t.j), .si = a->gate_EFD.sc, .sk = a->gate_EFD.sr}},
+        .c = c->out + (p * a->D + t.j) * c->real, .ldc = a->D,
+    };
+    gemm_multiply(&g, scratch);
+    if (!c->gated) return;
+    g.a.p += a->F * c->real;
+    g.b[0] = (gemm_factor){a->dtype, matrix_at(c, a->up_EFD, t.e, 0, t.j), .si = a->up_EFD.sc, .sk = a->up_EFD.sr};
+    g.accumulate = true;
+    gemm_multiply(&g, scratch);
+}
+static void ddown_tile(const call *c, int64_t task, void *scratch) {
+    const moe_expert_args *a = c->a;
+    const gemm_task t = gemm_grid_task(&c->ddown, task);
+    const gemm_factor sa = {c->real_type, c->act + t.begin * a->F * c->real, .si = 1, .sk = a->F};
+    gemm_wgrad(a->dtype, t, gathered(c, c->g->dy_RD, t.begin, true), sa, c->g->ddown_EDF, scratch);
+}
+static void dgate_tile(const call *c, const gemm_grid *grid, moe_mat dw, int64_t column, int64_t task, void *scratch) {
+    const moe_expert_args *a = c->a;
+    const gemm_task t = gemm_grid_task(grid, task);
+    const gemm_factor dh = {c->real_type, c->dh + (t.begin * c->U + column) * c->real, .si = 1, .sk = c->U};
+    gemm_wgrad(a->dtype, t, dh, gathered(c, a->x_RD, t.begin, true), dw, scratch);
+}
+// out[j] = sum over the copies of e, in order, of weight * row[j].
+static void bias_sum(const call *c, int64_t e, int64_t n, int dtype, const char *rows, int64_t stride, bool of_dy, char *out) {
+    const moe_expert_args *a = c->a;
+    for (int64_t j = 0; j < n; j += GEMM_COLUMNS) {
+        const int64_t some = n - j < GEMM_COLUMNS ? n - j : GEMM_COLUMNS;
+        tile sum;
+        memset(&sum, 0, (size_t)(some * c->real));
+        for (int64_t p = e ? a->bins_E[e - 1] : 0; p < a->bins_E[e]; p++) {
+            const int64_t f = a->order_RK[p], row = of_dy ? f / a->K : p;
+            const double s = of_dy ? get(a->wdtype, a->weights_RK, f) : 1.0;
+            moe_k->axpy(dtype, some, s, rows + (row * stride + j) * moe_size(dtype), &sum);
+        }
+        moe_k->store(a->dtype, some, &sum, out + j * c->size);
+    }
+}
+static void dbias(const call *c, int64_t e) {
+    const moe_expert_args *a = c->a;
+    const moe_expert_grads *g = c->g;
+    if (g->dgate_bias_EF)
+        bias_sum(c, e, a->F, c->real_type, c->dh, c->U, false, (char *)g->dgate_bias_EF + e * g->dgate_bias_se * c->size);
+    if (g->dup_bias_EF)
+        bias_sum(c, e, a->F, c->real_type, c->dh + a->F * c->real, c->U, false,
+                 (char *)g->dup_bias_EF + e * g->dup_bias_se * c->size);
+    if (g->ddown_bias_ED)
+        bias_sum(c, e, a->D, a->dtype, g->dy_RD, a->D, true, (char *)g->ddown_bias_ED + e * g->ddown_bias_se * c->size);
+}
+static void second_tile(const void *arg, int64_t task, void *scratch) {
+    const call *c = arg;
+    const int64_t dx = gemm_grid_tasks(&c->down), ddown = gemm_grid_tasks(&c->ddown), dgate = gemm_grid_tasks(&c->dgate);
+    const int64_t dup = c->gated ? gemm_grid_tasks(&c->dup) : 0;
+    if (task < dx)              dx_tile(c, task, scratch);
+    else if ((task -= dx) < ddown)    ddown_tile(c, task, scratch);
+    else if ((task -= ddown) < dgate) dgate_tile(c, &c->dgate, c->g->dgate_EFD, 0, task, scratch);
+    else if ((task -= dgate) < dup)   dgate_tile(c, &c->dup, c->g->dup_EFD, c->a->F, task, scratch);
+    else                              dbias(c, task - dup);
+}
+
+// -- backward 3: dx as the forward's sum, and dweights ----------------------------------------------------------------
+static void sum_dslots(int64_t begin, int64_t end, void *arg) {
+    const call *c = arg;
+    const moe_expert_args *a = c->a;
+    sum_slots(begin, end, arg);
+    for (int64_t f = begin * a->K; f < end * a->K; f++) {
+        const int64_t p = a->inverse_RK[f];
+        double ds = 0;
+        for (int64_t piece = 0; p >= 0 && piece < c->pieces; piece++) ds += get(c->real_type, c->ds, p * c->pieces + piece);
+        if (p >= 0 && a->down_bias_ED)
+            ds += moe_k->dot(a->dtype, a->D, (const char *)c->g->dy_RD + f / a->K * a->D * c->size,
+                             bias_of(c, a->down_bias_ED, a->down_bias_se, expert_at(a, p), 0));
+        const float narrow = (float)ds;
+        moe_k->store(a->wdtype, 1, a->wdtype == MOE_F64 ? (const void *)&ds : &narrow,
+                     (char *)c->g->dweights_RK + f * moe_size(a->wdtype));
+    }
+}
+
+size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a) {
+    static const moe_expert_grads backward;             // the sizes do not depend on where the gradients go
+    call c = call_of(a, &backward);
+    return (size_t)carve(&c, true, NULL);
+}
+int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe_expert_grads *g) {
+    const int status = check(a);
+    if (status != MOE_OK) return status;
+    call c = call_of(a, g);
+    carve(&c, true, workspace);
+    c.h_in = g->h_NU, c.y = g->dx_RD;
+    const int64_t scratch_size = gemm_scratch_size(c.f64);
+    const int64_t second = gemm_grid_tasks(&c.down) + gemm_grid_tasks(&c.ddown) + gemm_grid_tasks(&c.dgate) +
+                           (c.gated ? gemm_grid_tasks(&c.dup) : 0) + a->E;
+    gemm_run(gemm_grid_tasks(&c.up), dact_tile, &c, c.scratch, scratch_size);
+    gemm_run(second, second_tile, &c, c.scratch, scratch_size);
+    moe_parallel(a->R, row_grain(a), sum_dslots, &c);
+    return MOE_OK;
+}

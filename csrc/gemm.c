@@ -1,0 +1,398 @@
+// gemm.c: grouped matrix products. Rows sorted by expert, one weight per expert, sizes known only at run time.
+//
+//   moe_grouped_gemm         y_RO[bin e] = x_RI[bin e] w_EIO[e]           ragged rows
+//   moe_grouped_gemm_wgrad   dw_EIO[e]   = x_RI[bin e]^T dy_RO[bin e]     ragged sum
+//
+// The contract of a packed panel (everything in `real`; MR and NR belong to the micro-kernel, moe_k->gemm):
+//
+//             NR columns                   a panel of A holds MR rows, k after k:     A[p*MR + i] = a(i, p)
+//         k  +----------+                  a panel of B holds NR columns likewise:    B[p*NR + j] = b(j, p)
+//            | B panel  |  in L1           run(k, A, B, C):   C[i,j] (+)= sum_p A[p*MR + i] B[p*NR + j]
+//            +----------+
+//      k          |                        Rows and columns that a panel has too many of are zeros, and their sums go
+//    +-----+ +----v-----+                  to a tile that is thrown away: a run never writes outside C.
+//    | A   |>| C tile   |  MR rows,
+//    |panel| | registers|                  Packing also gathers rows by index, widens 16-bit storage, and turns
+//    +-----+ +----------+                  whichever stride is 1 into consecutive loads.
+//     in L2
+//
+// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 256]. Its loops, outside in:
+//   row tiles of <= 192 > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
+// and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,
+// whatever the number of threads. Tasks come from a queue; no task waits for another.
+#include "gemm.h"
+#include <stdatomic.h>
+#include <string.h>
+
+enum {
+    TASK_ROWS = 768,            // packing B costs a row's worth of work per ~10 rows: amortised; yet enough tasks to share out
+    TILE_ROWS = 192,            // [192 x 256] of A and as much of C fill half of a 512 KiB L2
+    CHUNK     = 256,            // a panel of B, [256 x NR] floats, is half of L1 (avx2)
+    BYTES_B   = 2 << 20,
+    MAX_MR    = 16, MAX_NR = 32,
+    STAGE     = 16,             // sum indices that are packed together: their rows stay in L1
+};
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// The size of n cut into as few pieces of at most `most` as possible, evenly, in multiples of `unit`.
+static int64_t even(int64_t n, int64_t most, int64_t unit) {
+    return n > 0 ? round_up(ceil_div(n, ceil_div(n, most)), unit) : unit;
+}
+
+// -- scratch of one thread: sizes and carving in one struct -----------------------------------------------------------
+typedef struct { int64_t a, b, c, edge, stage, size; } scratch_map;
+static scratch_map scratch_layout(bool f64) {
+    const int64_t real = f64 ? 8 : 4, columns = 2 * (GEMM_COLUMNS + MAX_NR);
+    scratch_map s = {0};
+    s.b     = s.a     + real * (TILE_ROWS + MAX_MR) * CHUNK;
+    s.c     = s.b     + BYTES_B + real * CHUNK * columns;
+    s.edge  = s.c     + real * (TILE_ROWS + MAX_MR) * columns;
+    s.stage = s.edge  + real * MAX_MR * MAX_NR;
+    s.size  = s.stage + real * STAGE * columns;
+    return s;
+}
+int64_t gemm_scratch_size(bool f64) { return gemm_align(scratch_layout(f64).size); }
+
+// Fewer columns for a long sum, as long as that keeps B packed over the row tiles.
+int64_t gemm_columns(bool f64, int64_t n, int64_t k, int parts) {
+    const int64_t nr = moe_k->gemm[f64].nr, fit = BYTES_B / ((f64 ? 8 : 4) * (k > 0 ? k : 1));
+    const int64_t most = GEMM_COLUMNS / parts / nr * nr, least = most / 2 / nr * nr;
+    return even(n, fit >= most * parts || fit < least * parts ? most : round_up(fit / parts - nr + 1, nr), nr);
+}
+
+// -- packing ----------------------------------------------------------------------------------------------------------
+typedef float v4 __attribute__((vector_size(16)));
+typedef int   i4 __attribute__((vector_size(16)));
+
+static const char *factor_at(const gemm_factor *f, int64_t i, int64_t k) {
+    if (f->index) {
+        if (f->index_on_k) k = f->index[k] / f->index_div;
+        else               i = f->index[i] / f->index_div;
+    }
+    return f->p + (i * f->si + k * f->sk) * moe_size(f->dtype);
+}
+
+// dst[k*width + r] = row[r][k] for r < rows, k < n; the rest of the width is left.
+static void transpose_f32(int64_t rows, int64_t n, const float *const *row, int64_t width, float *dst) {
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += r + 4 <= rows ? 4 : 2) {
+        const bool four = r + 4 <= rows;
+        const float *r0 = row[r], *r1 = row[r + 1], *r2 = four ? row[r + 2] : r0, *r3 = four ? row[r + 3] : r1;
+        int64_t k = 0;
+        for (; k + 4 <= n; k += 4) {
+            v4 x0, x1, x2, x3;
+            memcpy(&x0, r0 + k, 16), memcpy(&x1, r1 + k, 16), memcpy(&x2, r2 + k, 16), memcpy(&x3, r3 + k, 16);
+            const v4 a = __builtin_shuffle(x0, x1, (i4){0, 4, 1, 5}), b = __builtin_shuffle(x0, x1, (i4){2, 6, 3, 7});
+            const v4 c = __builtin_shuffle(x2, x3, (i4){0, 4, 1, 5}), d = __builtin_shuffle(x2, x3, (i4){2, 6, 3, 7});
+            const v4 y[4] = {
+                __builtin_shuffle(a, c, (i4){0, 1, 4, 5}), __builtin_shuffle(a, c, (i4){2, 3, 6, 7}),
+                __builtin_shuffle(b, d, (i4){0, 1, 4, 5}), __builtin_shuffle(b, d, (i4){2, 3, 6, 7}),
+            };
+            float *to = dst + k * width + r;
+            if (four) for (int l = 0; l < 4; l++) memcpy(to + l * width, &y[l], 16);
+            else      for (int l = 0; l < 4; l++) memcpy(to + l * width, &y[l], 8);
+        }
+        for (; k < n; k++)
+            for (int l = 0; l < (four ? 4 : 2); l++) dst[k * width + r + l] = row[r + l][k];
+    }
+    if (r < rows) for (int64_t k = 0; k < n; k++) dst[k * width + r] = row[r][k];
+}
+static void transpose_f64(int64_t rows, int64_t n, const double *const *row, int64_t width, double *dst) {
+    for (int64_t k = 0; k < n; k++)
+        for (int64_t r = 0; r < rows; r++) dst[k * width + r] = row[r][k];
+}
+
+static inline __attribute__((always_inline))
+void copy_pieces(int64_t n, const char *const *src, int64_t offset, int64_t bytes, char *dst, int64_t width) {
+    for (int64_t k = 0; k < n; k++) memcpy(dst + k * width, src[k] + offset, (size_t)bytes);
+}
+// A constant size makes each memcpy a few instructions; these are the panels of the three instruction sets.
+static void copy_panel(int64_t n, const char *const *src, int64_t offset, int64_t bytes, char *dst, int64_t width) {
+    switch (bytes) {
+    case 16:  copy_pieces(n, src, offset, 16, dst, width); break;
+    case 24:  copy_pieces(n, src, offset, 24, dst, width); break;
+    case 32:  copy_pieces(n, src, offset, 32, dst, width); break;
+    case 48:  copy_pieces(n, src, offset, 48, dst, width); break;
+    case 56:  copy_pieces(n, src, offset, 56, dst, width); break;
+    case 64:  copy_pieces(n, src, offset, 64, dst, width); break;
+    case 112: copy_pieces(n, src, offset, 112, dst, width); break;
+    case 128: copy_pieces(n, src, offset, 128, dst, width); break;
+    default:  copy_pieces(n, src, offset, bytes, dst, width);
+    }
+}
+
+// Packs elements (i0 .. i0+m, k0 .. k0+n) into panels of `width`; panel s begins at dst + s*width*n.
+// si = 1: for each k the elements of all panels lie side by side: copied.
+static void pack_along_i(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
+                         char *stage, char *dst) {
+    const bool widen = moe_size(f->dtype) != real;
+    for (int64_t k = 0; k < n; k += STAGE) {
+        const int64_t some = min64(STAGE, n - k);
+        const char *src[STAGE];
+        for (int64_t l = 0; l < some; l++) {
+            src[l] = factor_at(f, i0, k0 + k + l);
+            if (widen) {
+                moe_k->load(f->dtype, m, src[l], stage + l * m * real);
+                src[l] = stage + l * m * real;
+            }
+        }
+        for (int64_t i = 0; i < m; i += width)
+            copy_panel(some, src, i * real, min64(width, m - i) * real, dst + (i * n + k * width) * real, width * real);
+    }
+}
+// sk = 1: each i is a row along the sum: transposed, 4 x 4 at a time.
+static void pack_along_k(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
+                         char *stage, char *dst) {
+    const bool widen = moe_size(f->dtype) != real;
+    for (int64_t i = 0; i < m; i += width) {
+        const int64_t rows = min64(width, m - i);
+        const void *row[MAX_NR];
+        for (int64_t r = 0; r < rows; r++) row[r] = factor_at(f, i0 + i + r, k0);
+        if (widen)
+            for (int64_t r = 0; r < rows; r++) {
+                moe_k->load(f->dtype, n, row[r], stage + r * n * real);
+                row[r] = stage + r * n * real;
+            }
+        if (real == 8) transpose_f64(rows, n, (const double *const *)row, width, (double *)dst + i * n);
+        else           transpose_f32(rows, n, (const float *const *)row, width, (float *)dst + i * n);
+    }
+}
+// No stride is 1: element by element.
+static void pack_strided(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
+                         char *dst) {
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t k = 0; k < n; k++)
+            moe_k->load(f->dtype, 1, factor_at(f, i0 + i, k0 + k), dst + ((i - i % width) * n + k * width + i % width) * real);
+}
+static void pack(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
+                 char *stage, char *dst) {
+    if (m % width) memset(dst + (m - m % width) * n * real, 0, (size_t)(width * n * real));
+    const bool rows_on_k = f->index && f->index_on_k, rows_on_i = f->index && !f->index_on_k;
+    if (f->si == 1 && !rows_on_i)      pack_along_i(f, real, i0, m, k0, n, width, stage, dst);
+    else if (f->sk == 1 && !rows_on_k) pack_along_k(f, real, i0, m, k0, n, width, stage, dst);
+    else                               pack_strided(f, real, i0, m, k0, n, width, dst);
+}
+
+// -- one task ---------------------------------------------------------------------------------------------------------
+// C[rows, n] (+)= A B over one chunk of the sum; panels of B outside, so that each is read from L1 by all panels of A.
+static void multiply_panels(bool f64, int64_t rows, int64_t n, int64_t k, const char *a, const char *b, char *c, int64_t ldc,
+                            bool accumulate, char *edge) {
+    const int64_t real = f64 ? 8 : 4, mr = moe_k->gemm[f64].mr, nr = moe_k->gemm[f64].nr;
+    for (int64_t j = 0; j < n; j += nr)
+        for (int64_t i = 0; i < rows; i += mr) {
+            char *to = c + (i * ldc + j) * real;
+            const int64_t height = min64(mr, rows - i), width = min64(nr, n - j);
+            if (height == mr && width == nr) {
+                moe_k->gemm[f64].run(k, a + i * k * real, b + j * k * real, to, ldc, accumulate);
+                continue;
+            }
+            for (int64_t r = 0; accumulate && r < height; r++)
+                memcpy(edge + r * nr * real, to + r * ldc * real, (size_t)(width * real));
+            moe_k->gemm[f64].run(k, a + i * k * real, b + j * k * real, edge, nr, accumulate);
+            for (int64_t r = 0; r < height; r++)
+                memcpy(to + r * ldc * real, edge + r * nr * real, (size_t)(width * real));
+        }
+}
+
+void gemm_multiply(const gemm_product *g, void *scratch) {
+    const int64_t real = g->f64 ? 8 : 4, mr = moe_k->gemm[g->f64].mr, nr = moe_k->gemm[g->f64].nr;
+    const scratch_map at = scratch_layout(g->f64);
+    char *const s = scratch, *const a = s + at.a, *const stage = s + at.stage, *const edge = s + at.edge;
+    const int64_t part = round_up(g->n, nr), columns = g->parts * part;
+    const bool keep_b = g->k * columns * real <= BYTES_B;
+    const int64_t tile = even(g->m, TILE_ROWS, mr), chunk = even(g->k, CHUNK, 8);
+    for (int64_t i = 0; i < g->m; i += tile) {
+        const int64_t rows = min64(tile, g->m - i), ldc = g->c ? g->ldc : columns;
+        char *const c = g->c ? (char *)g->c + i * ldc * real : s + at.c;
+        int64_t k = 0;
+        do {                                            // once even for an empty sum, which writes zeros
+            const int64_t n = min64(chunk, g->k - k);
+            char *const b = s + at.b + (keep_b ? k * columns * real : 0);
+            if (i == 0 || !keep_b)
+                for (int q = 0; q < g->parts; q++)
+                    pack(&g->b[q], real, 0, g->n, k, n, nr, stage, b + q * part * n * real);
+            pack(&g->a, real, i, rows, k, n, mr, stage, a);
+            for (int q = 0; q < g->parts; q++)
+                multiply_panels(g->f64, rows, g->n, n, a, b + q * part * n * real, c + q * part * real, ldc,
+                                k > 0 || g->accumulate, edge);
+            k += chunk;
+        } while (k < g->k);
+        if (!g->c) g->emit(g, i, rows, c, ldc, part);
+    }
+}
+
+// -- tasks ------------------------------------------------------------------------------------------------------------
+static int64_t grid_rows(const gemm_grid *grid, int64_t e, int64_t begin) {
+    return grid->fixed_rows < 0 ? grid->bins_E[e] - begin : grid->fixed_rows;
+}
+int64_t gemm_grid_tasks(const gemm_grid *grid) {
+    int64_t pieces = 0;
+    for (int64_t e = 0, begin = 0; e < grid->E; begin = grid->bins_E[e++])
+        pieces += ceil_div(grid_rows(grid, e, begin), TASK_ROWS);
+    return pieces * ceil_div(grid->n, grid->columns);
+}
+gemm_task gemm_grid_task(const gemm_grid *grid, int64_t task) {
+    const int64_t across = ceil_div(grid->n, grid->columns);
+    int64_t e = 0, begin = 0, piece = task / across;
+    while (piece >= ceil_div(grid_rows(grid, e, begin), TASK_ROWS)) {
+        piece -= ceil_div(grid_rows(grid, e, begin), TASK_ROWS);
+        begin = grid->bins_E[e++];
+    }
+    const int64_t rows = grid_rows(grid, e, begin), size = ceil_div(rows, ceil_div(rows, TASK_ROWS));
+    gemm_task t = {e, begin, grid->bins_E[e], piece * size, 0, task % across * grid->columns, 0};
+    t.m = min64(size, rows - t.i);
+    t.n = min64(grid->columns, grid->n - t.j);
+    return t;
+}
+
+typedef struct {
+    gemm_body      body;
+    const void    *arg;
+    char          *scratch;
+    int64_t        scratch_size, n;
+    _Atomic int64_t next;
+} queue;
+static void work(int64_t begin, int64_t end, void *arg) {
+    (void)end;                                          // one piece or several in one call: the first worker finds all the work
+    queue *q = arg;
+    for (int64_t task; (task = atomic_fetch_add(&q->next, 1)) < q->n;)
+        q->body(q->arg, task, q->scratch + begin * q->scratch_size);
+}
+void gemm_run(int64_t n, gemm_body body, const void *arg, void *scratch, int64_t scratch_size) {
+    queue q = {body, arg, scratch, scratch_size, n, 0};
+    moe_parallel(min64(n, moe_threads()), 1, work, &q);
+}
+
+// -- y = x w ----------------------------------------------------------------------------------------------------------
+typedef struct {
+    int         dtype;
+    gemm_grid   grid;
+    int64_t     I, O;
+    const char *x;
+    moe_mat     w;
+    char       *y;
+} forward_job;
+
+static void emit_rows(const gemm_product *g, int64_t i0, int64_t rows, void *c, int64_t ldc, int64_t part) {
+    (void)part;
+    const forward_job *job = g->job;
+    const gemm_task *t = g->task;
+    for (int64_t r = 0; r < rows; r++)
+        moe_k->store(job->dtype, t->n, (const char *)c + r * ldc * moe_real_size(job->dtype),
+                     job->y + ((t->begin + t->i + i0 + r) * job->O + t->j) * moe_size(job->dtype));
+}
+static void forward_tile(const void *arg, int64_t task, void *scratch) {
+    const forward_job *job = arg;
+    const gemm_task t = gemm_grid_task(&job->grid, task);
+    const int64_t size = moe_size(job->dtype), row = t.begin + t.i;
+    const moe_mat w = job->w;
+    gemm_product g = {
+        .f64 = job->dtype == MOE_F64, .m = t.m, .n = t.n, .k = job->I, .parts = 1,
+        .a = {job->dtype, job->x + row * job->I * size, .si = job->I, .sk = 1},
+        .b = {{job->dtype, (char *)w.p + (t.e * w.se + t.j * w.sc) * size, .si = w.sc, .sk = w.sr}},
+        .emit = emit_rows, .job = job, .task = &t,
+    };
+    if (size == moe_real_size(job->dtype)) {
+        g.c = job->y + (row * job->O + t.j) * size;
+        g.ldc = job->O;
+    }
+    gemm_multiply(&g, scratch);
+}
+
+static int check(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, const int32_t *bins_E) {
+    if (!moe_is_float(dtype)) return MOE_BAD_DTYPE;
+    const int64_t most = INT64_MAX / 64;
+    if (R < 0 || E < 1 || I < 0 || O < 0) return MOE_BAD_SHAPE;
+    if ((I && R > most / I) || (O && R > most / O) || (I && O && (I > most / O || E > most / (I * O)))) return MOE_BAD_SHAPE;
+    return moe_check_bins(E, R, bins_E);
+}
+
+size_t moe_grouped_gemm_workspace(int dtype, int64_t R, int64_t E, int64_t I, int64_t O) {
+    (void)R, (void)E, (void)I, (void)O;
+    return (size_t)(moe_threads() * gemm_scratch_size(dtype == MOE_F64));
+}
+int moe_grouped_gemm(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, const void *x_RI, moe_mat w_EIO,
+                     const int32_t *bins_E, void *workspace, void *y_RO) {
+    const int status = check(dtype, R, E, I, O, bins_E);
+    if (status != MOE_OK) return status;
+    const bool f64 = dtype == MOE_F64;
+    const forward_job job = {dtype, {E, O, gemm_columns(f64, O, I, 1), -1, bins_E}, I, O, x_RI, w_EIO, y_RO};
+    gemm_run(gemm_grid_tasks(&job.grid), forward_tile, &job, workspace, gemm_scratch_size(f64));
+    const int64_t used = bins_E[E - 1] * O * moe_size(dtype), all = R * O * moe_size(dtype);
+    if (all > used) memset((char *)y_RO + used, 0, (size_t)(all - used));
+    return MOE_OK;
+}
+
+// -- dw = x^T dy ------------------------------------------------------------------------------------------------------
+typedef struct { int dtype; gemm_task t; moe_mat dw; } wgrad_out;
+
+static void emit_matrix(const gemm_product *g, int64_t i0, int64_t rows, void *c, int64_t ldc, int64_t part) {
+    (void)part;
+    const wgrad_out *out = g->job;
+    const int64_t size = moe_size(out->dtype), real = moe_real_size(out->dtype), n = out->t.n;
+    const moe_mat dw = out->dw;
+    for (int64_t r = 0; r < rows; r++) {
+        const char *from = (const char *)c + r * ldc * real;
+        char *to = (char *)dw.p + (out->t.e * dw.se + (out->t.i + i0 + r) * dw.sr + out->t.j * dw.sc) * size;
+        if (dw.sc == 1) moe_k->store(out->dtype, n, from, to);
+        else for (int64_t j = 0; j < n; j++) moe_k->store(out->dtype, 1, from + j * real, to + j * dw.sc * size);
+    }
+}
+bool gemm_wgrad_swap(moe_mat dw) { return dw.sc != 1 && dw.sr == 1; }
+
+gemm_grid gemm_wgrad_grid(bool f64, int64_t E, int64_t I, int64_t O, const int32_t *bins_E, moe_mat dw) {
+    const bool swap = gemm_wgrad_swap(dw);
+    const int64_t rows = swap ? O : I, n = swap ? I : O;
+    return (gemm_grid){E, n, even(n, GEMM_COLUMNS, moe_k->gemm[f64].nr), rows, bins_E};
+}
+void gemm_wgrad(int dtype, gemm_task t, gemm_factor a, gemm_factor b, moe_mat dw, void *scratch) {
+    if (gemm_wgrad_swap(dw)) {                          // dw^T = b^T a has its rows in one piece
+        const gemm_factor f = a;
+        a = b, b = f;
+        dw = (moe_mat){dw.p, dw.se, dw.sc, dw.sr};
+    }
+    const int64_t size = moe_size(dtype);
+    a.p += t.i * a.si * moe_size(a.dtype);
+    b.p += t.j * b.si * moe_size(b.dtype);
+    const wgrad_out out = {dtype, t, dw};
+    gemm_product g = {
+        .f64 = dtype == MOE_F64, .m = t.m, .n = t.n, .k = t.end - t.begin, .parts = 1,
+        .a = a, .b = {b}, .emit = emit_matrix, .job = &out,
+    };
+    if (size == moe_real_size(dtype) && dw.sc == 1) {
+        g.c = (char *)dw.p + (t.e * dw.se + t.i * dw.sr + t.j) * size;
+        g.ldc = dw.sr;
+    }
+    gemm_multiply(&g, scratch);
+}
+
+typedef struct {
+    int         dtype;
+    gemm_grid   grid;
+    int64_t     I, O;
+    const char *x, *dy;
+    moe_mat     dw;
+} wgrad_job;
+
+static void wgrad_tile(const void *arg, int64_t task, void *scratch) {
+    const wgrad_job *job = arg;
+    const gemm_task t = gemm_grid_task(&job->grid, task);
+    const int64_t size = moe_size(job->dtype);
+    const gemm_factor x  = {job->dtype, job->x  + t.begin * job->I * size, .si = 1, .sk = job->I};
+    const gemm_factor dy = {job->dtype, job->dy + t.begin * job->O * size, .si = 1, .sk = job->O};
+    gemm_wgrad(job->dtype, t, x, dy, job->dw, scratch);
+}
+size_t moe_grouped_gemm_wgrad_workspace(int dtype, int64_t R, int64_t E, int64_t I, int64_t O) {
+    return moe_grouped_gemm_workspace(dtype, R, E, I, O);
+}
+int moe_grouped_gemm_wgrad(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, const void *x_RI, const void *dy_RO,
+                           const int32_t *bins_E, void *workspace, moe_mat dw_EIO) {
+    const int status = check(dtype, R, E, I, O, bins_E);
+    if (status != MOE_OK) return status;
+    const bool f64 = dtype == MOE_F64;
+    const wgrad_job job = {dtype, gemm_wgrad_grid(f64, E, I, O, bins_E, dw_EIO), I, O, x_RI, dy_RO, dw_EIO};
+    gemm_run(gemm_grid_tasks(&job.grid), wgrad_tile, &job, workspace, gemm_scratch_size(f64));
+    return MOE_OK;
+}
