@@ -6,10 +6,10 @@
 // Matrices [rows, cols], row-major. Numbers are computed in float whatever the dtype (MOE_F64 holds those of MOE_F32)
 // and rounded once, which in 16 bits may turn a value just below `high` into high; dropout scales in real.
 // cols <= 2^34; step and site in [0, 2^32); row0 >= 0.
-#include "philox.h"
 #include "real.h"
+#include <math.h>
 
-enum { TILE = 256 };        // columns at a time; a multiple of 4
+enum { TILE = 256 };        // columns at a time; a multiple of the 64 that moe_k->random draws at once
 
 typedef enum { UNIFORM, NORMAL, DROPOUT } draw;
 typedef struct {
@@ -17,46 +17,36 @@ typedef struct {
     int            dtype;
     moe_random_key key;
     int64_t        cols;
-    float          low, width, below_high;      // UNIFORM
-    float          mean, std;                   // NORMAL
-    double         p, keep_scale;               // DROPOUT
+    float          shift, scale, limit;         // UNIFORM, NORMAL: min(scale * u + shift, limit)
+    float          p;                           // DROPOUT: dropped below p
+    double         keep_scale;
     const char    *x;
     char          *y;
 } random_job;
-
-// u[0..n) are the uniform or normal numbers of columns col..col+n of a row, col a multiple of 4.
-static void draw_row(const random_job *job, int64_t row, int64_t col, int64_t n, float u[TILE]) {
-    const moe_random_key *key = &job->key;
-    for (int64_t i = 0; i < n; i += 4) {        // may fill up to 3 past n: TILE is a multiple of 4
-        const philox_block block = philox_at(key->seed, key->step, key->site, key->row0 + row, (col + i) / 4);
-        if (job->what == NORMAL) {
-            philox_normal(block.word[0], block.word[1], &u[i], &u[i + 1]);
-            philox_normal(block.word[2], block.word[3], &u[i + 2], &u[i + 3]);
-        } else {
-            for (int l = 0; l < 4; l++) u[i + l] = philox_uniform(block.word[l]);
-        }
-    }
-}
 
 static void random_rows(int64_t begin, int64_t end, void *arg) {
     const random_job *job = arg;
     const int dtype = job->dtype;
     const int64_t size = moe_size(dtype);
     float u[TILE];
-    union { float f32[TILE]; double f64[TILE]; } tile;
+    union { float f32[TILE]; double f64[TILE]; } y;
     for (int64_t row = begin; row < end; row++)
         for (int64_t col = 0; col < job->cols; col += TILE) {
             const int64_t n = job->cols - col < TILE ? job->cols - col : TILE, at = (row * job->cols + col) * size;
-            draw_row(job, row, col, n, u);
-            if (job->what == DROPOUT) moe_k->load(dtype, n, job->x + at, &tile);
-            for (int64_t i = 0; i < n; i++) {
-                double value;
-                if (job->what == DROPOUT) value = u[i] >= job->p ? job->keep_scale * real_get(dtype, &tile, i) : 0;
-                else if (job->what == NORMAL) value = fmaf(job->std, u[i], job->mean);
-                else value = fminf(fmaf(job->width, u[i], job->low), job->below_high);
-                real_set(dtype, &tile, i, value);
+            moe_k->random(job->what == NORMAL, &job->key, row, col, n, u);
+            if (job->what == DROPOUT) {
+                moe_k->load(dtype, n, job->x + at, &y);
+                for (int64_t i = 0; i < n; i++)
+                    if (dtype == MOE_F64) y.f64[i] = u[i] < job->p ? 0 : job->keep_scale * y.f64[i];
+                    else y.f32[i] = u[i] < job->p ? 0 : (float)job->keep_scale * y.f32[i];
+            } else {
+                for (int64_t i = 0; i < n; i++) {
+                    const float value = job->scale * u[i] + job->shift;
+                    u[i] = value < job->limit ? value : job->limit;
+                }
+                for (int64_t i = 0; i < n; i++) real_set(dtype, &y, i, u[i]);
             }
-            moe_k->store(dtype, n, &tile, job->y + at);
+            moe_k->store(dtype, n, &y, job->y + at);
         }
 }
 
@@ -72,23 +62,24 @@ static int fill(random_job *job, int64_t rows) {
 }
 
 int moe_uniform(int dtype, moe_random_key key, int64_t rows, int64_t cols, double low, double high, void *y) {
-    random_job job = {.what = UNIFORM, .dtype = dtype, .key = key, .cols = cols, .low = (float)low,
-                      .width = (float)(high - low), .below_high = nextafterf((float)high, -INFINITY), .y = y};
-    if (!(job.low < (float)high) || !isfinite(job.low) || !isfinite(job.width)) return MOE_BAD_VALUE;
+    random_job job = {.what = UNIFORM, .dtype = dtype, .key = key, .cols = cols, .shift = (float)low,
+                      .scale = (float)(high - low), .limit = nextafterf((float)high, -INFINITY), .y = y};
+    if (!(job.shift < (float)high) || !isfinite(job.shift) || !isfinite(job.scale)) return MOE_BAD_VALUE;
     return fill(&job, rows);
 }
 
 int moe_normal(int dtype, moe_random_key key, int64_t rows, int64_t cols, double mean, double std, void *y) {
     random_job job = {.what = NORMAL, .dtype = dtype, .key = key, .cols = cols,
-                      .mean = (float)mean, .std = (float)std, .y = y};
-    if (!isfinite(job.mean) || !isfinite(job.std) || std < 0) return MOE_BAD_VALUE;
+                      .shift = (float)mean, .scale = (float)std, .limit = INFINITY, .y = y};
+    if (!isfinite(job.shift) || !isfinite(job.scale) || std < 0) return MOE_BAD_VALUE;
     return fill(&job, rows);
 }
 
 int moe_dropout(int dtype, moe_random_key key, int64_t rows, int64_t cols, double p, const void *x, void *y) {
     if (!(p >= 0 && p <= 1)) return MOE_BAD_VALUE;
-    const double scale = 1 / (1 - p);
-    random_job job = {.what = DROPOUT, .dtype = dtype, .key = key, .cols = cols, .p = p,
-                      .keep_scale = dtype == MOE_F64 ? scale : (float)scale, .x = x, .y = y};
+    float threshold = (float)p;
+    if (threshold < p) threshold = nextafterf(threshold, 1);        // u < threshold is then u < p, for every float u
+    random_job job = {.what = DROPOUT, .dtype = dtype, .key = key, .cols = cols, .p = threshold,
+                      .keep_scale = 1 / (1 - p), .x = x, .y = y};
     return fill(&job, rows);
 }

@@ -100,6 +100,17 @@ static void test_keys(void) {
     }
 }
 
+// Every instruction set draws the same bits.
+static void test_tables(void) {
+    enum { N = 256 };
+    float x[N], y[N];
+    for (int normal = 0; normal < 2; normal++) {
+        moe_k->random(normal, &key0, 5, 12, N, x);
+        moe_kernels_base.random(normal, &key0, 5, 12, N, y);
+        CHECK(!memcmp(x, y, sizeof x), "normal %d: %g against %g", normal, x[0], y[0]);
+    }
+}
+
 static void test_moments(void) {
     const int64_t rows = 400, cols = 1000, n = rows * cols;
     float *u = check_alloc(4 * n), *z = check_alloc(4 * n);
@@ -231,6 +242,7 @@ static void tests(void) {
     test_functions();
     test_draws();
     test_keys();
+    test_tables();
     test_moments();
     test_dropout();
     test_bad_random();
