@@ -1,6 +1,8 @@
 """Token files byte for byte, the loader's order, and text to data; every damaged input is named."""
 import json
+import runpy
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -161,6 +163,14 @@ def test_order_depends_on_seed_and_epoch(dataset):
             for seed, epoch in ((3, 0), (3, 1), (4, 0), (2**63, 0))]
     assert all(a != b for i, a in enumerate(rows) for b in rows[:i])
     assert rows[1] == epoch_rows(Loader(dataset, seq_len=7, batch_size=9, seed=3), 1)
+
+
+def test_documents_and_samples_are_shuffled_apart(tmp_path):
+    """Two permutations of the same length, both of them new in each epoch."""
+    loader = Loader(write(tmp_path / "t", [[1] * 5] * 29 + [[1] * 6]), seq_len=5, batch_size=1, seed=3)
+    orders = [order for epoch in (0, 1) for order in (loader.plan(epoch).docs, loader.plan(epoch).order)]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert len({tuple(order) for order in orders} | {tuple(range(30))}) == 5
 
 
 def test_targets_follow_tokens(dataset):
@@ -359,3 +369,22 @@ def test_bad_input_says_what_to_do(tmp_path):
     (tmp_path / "damaged" / "meta.json").write_text("{")
     with pytest.raises(ValueError, match="damaged file"):
         read_meta(tmp_path / "damaged")
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["moe_ext.data", *map(str, args)])
+    runpy.run_module("moe_ext.data", run_name="__main__")
+
+
+def test_the_commands(tmp_path, monkeypatch, capsys):
+    source = text_folder(tmp_path / "source")
+    command(monkeypatch, "prepare", "--text", source, "--out", tmp_path / "out", "--vocab-size", 300,
+            "--valid-fraction", 0.2)
+    command(monkeypatch, "show", tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert "60 documents" in shown and "unigram entropy" in shown and "begins 'document" in shown
+    with pytest.raises(SystemExit, match=r"error: no .*meta.json; make it with"):
+        command(monkeypatch, "show", tmp_path / "nowhere")
+    (tmp_path / "out" / "train.bin").write_bytes(b"12")
+    with pytest.raises(SystemExit, match=r"error: .*train.bin: got 2 bytes"):
+        command(monkeypatch, "show", tmp_path / "out")

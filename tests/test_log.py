@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import runpy
 import sys
 
 import pytest
@@ -214,3 +215,15 @@ def test_plot_says_what_is_missing(tmp_path, clock, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RuntimeError, match="pip install matplotlib"):
         plot(run_folder(tmp_path, clock))
+
+
+def test_the_command(tmp_path, clock, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    run = run_folder(tmp_path, clock)
+    monkeypatch.setattr(sys, "argv", ["moe_ext.log", "plot", str(run), "-o", str(tmp_path / "curves.png")])
+    runpy.run_path(log_file.__file__, run_name="__main__")
+    assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sys, "argv", ["moe_ext.log", "plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: no .*metrics.jsonl"):
+        runpy.run_path(log_file.__file__, run_name="__main__")
