@@ -6,7 +6,6 @@
 PYTHON    ?= python3
 MOE_TORCH ?= torch==2.13.0
 RECIPE    ?= recipes/tiny.toml
-DATA      ?= data/tiny
 BIN       := .venv/bin
 PY        := $(BIN)/python
 comma     := ,
@@ -32,7 +31,7 @@ build: .venv/installed
 
 # ---- the two commands ------------------------------------------------------------------------------------------------
 train: build
-	$(PY) -m moe_ext.data prepare $(if $(TEXT),--text $(TEXT)) --out $(DATA)
+	$(PY) -m moe_ext.data prepare $(if $(TEXT),--text $(TEXT))
 	$(BIN)/torchrun --standalone --nproc-per-node 1 -m moe_ext.train $(RECIPE)
 
 test: build lint test-c .venv/parity
