@@ -51,11 +51,7 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("step-*.tmp-*"):           # of a save that was killed
-        shutil.rmtree(stale)
-    for old in folder.glob("step-*.old"):
-        if old.with_suffix("").exists():
-            discard(old)
+    clear(folder)
     final = folder / f"step-{step:06d}"
     work = Path(tempfile.mkdtemp(prefix=final.name + ".tmp-", dir=folder))
     work.chmod(0o755)
@@ -66,26 +62,30 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with one_process():
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True), no_dist=True)
-    with open(work / "state.json", "w") as file:
-        shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
-        state = State(step, best_loss, config, loader.state_dict(),
-                      {"class": type(optimizer).__name__, "states": shapes})
-        json.dump({"format": FORMAT, **state._asdict()}, file, indent=1)
+    shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
+    state = State(step, best_loss, config, loader.state_dict(), {"class": type(optimizer).__name__, "states": shapes})
+    (work / "state.json").write_text(json.dumps({"format": FORMAT, **state._asdict()}, indent=1))
+
     for path in [*work.iterdir(), work]:
         sync(path)
-
-    old = final.with_name(final.name + ".old")
     if final.exists():                                  # the same step again: whole under one name or the other
-        final.rename(old)
+        final.rename(final.with_name(final.name + ".old"))
     work.rename(final)
     sync(folder)
-    if old.exists():
-        discard(old)
-    if keep_last:
-        others = [path for path in whole(folder) if path != final]
-        for path in others[:max(0, len(others) + 1 - keep_last)]:
-            discard(path)
+    clear(folder)
+    others = [path for path in whole(folder) if path != final]
+    for path in others[:max(0, len(others) + 1 - keep_last)] if keep_last else []:
+        discard(path)
     return final
+
+
+def clear(folder: Path) -> None:
+    """Delete what killed saves left behind: unfinished folders, and old ones whose successor is in place."""
+    for path in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(path)
+    for path in folder.glob("step-*.old"):
+        if path.with_suffix("").exists():
+            discard(path)
 
 
 def whole(folder: str | Path) -> list[Path]:

@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from moe_ext import checkpoint
-from moe_ext.checkpoint import CheckpointError, latest, load, read_state, save
+from moe_ext.checkpoint import CheckpointError, latest, load, read_state, save, whole
 from moe_ext.config import OptimConfig
 from moe_ext.optim import adamw
 
@@ -234,7 +233,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, run, old_step,
         status = os.waitpid(child, 0)[1]
 
         survivor = Run(seed=8)
-        survivor.load(latest(folder))
+        for path in whole(folder):          # none of them in pieces, the newest last
+            survivor.load(path)
         found = [bits for bits in (old, new) if equal(survivor.bits(), bits)]
         assert len(found) == 1, f"killed at file operation {event}: neither the old nor the new checkpoint"
         outcomes.append(found[0] is new)
@@ -336,8 +336,8 @@ def test_damaged_and_missing_files(tmp_path, run):
         read_state(tmp_path / "nothing")
     path = run.save(tmp_path, 3)
     (file,) = path.glob("*.safetensors")
-    whole = file.read_bytes()
-    for data in (whole[:-1], whole[:100], b"", b"\xff" * 200):
+    intact = file.read_bytes()
+    for data in (intact[:-1], intact[:100], b"", b"\xff" * 200):
         file.write_bytes(data)
         with pytest.raises(CheckpointError, match="use an earlier checkpoint"):
             Run().load(path)
@@ -365,4 +365,4 @@ def test_a_failed_write_is_an_ordinary_error(tmp_path, run, monkeypatch):
         run.save(tmp_path, 3)
     monkeypatch.undo()
     assert latest(tmp_path) is None
-    assert run.save(tmp_path, 3) == latest(tmp_path) and checkpoint.whole(tmp_path) == [tmp_path / "step-000003"]
+    assert run.save(tmp_path, 3) == latest(tmp_path) and whole(tmp_path) == [tmp_path / "step-000003"]
