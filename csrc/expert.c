@@ -93,7 +93,8 @@ static int check(const moe_expert_args *a) {
     if (!moe_is_float(a->dtype) || (a->wdtype != MOE_F32 && a->wdtype != a->dtype)) return MOE_BAD_DTYPE;
     if (a->act < MOE_SWIGLU || a->act > MOE_RELU) return MOE_BAD_VALUE;
     if (moe_act_gated(a->act) && !a->up_EFD.p && a->E * a->F * a->D != 0) return MOE_BAD_VALUE;
-    if (a->R < 0 || a->K < 1 || a->E < 1 || a->K > a->E || a->D < 0 || a->F < 0 || a->N < 0) return MOE_BAD_SHAPE;
+    // K > E is fine: a rank may own fewer experts than a token chooses, with -1 for the rest
+    if (a->R < 0 || a->K < 1 || a->E < 1 || a->D < 0 || a->F < 0 || a->N < 0) return MOE_BAD_SHAPE;
     const int64_t most = INT32_MAX, widest = INT64_MAX / 64 / most;      // flat ids are int32
     if (a->R > most / a->K || a->N > a->R * a->K || a->D > widest || a->F > widest) return MOE_BAD_SHAPE;
     const int status = moe_check_bins(a->E, a->N, a->bins_E);
@@ -183,7 +184,8 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
     const int status = check(a);
     if (status != MOE_OK) return status;
     call c = call_of(a, NULL);
-    carve(&c, false, workspace);
+    gemm_huge_pages(workspace, carve(&c, false, workspace));
+    gemm_huge_pages(h_NU, a->N * c.U * c.size);
     c.y = y_RD, c.h = h_NU;
     gemm_run(gemm_grid_tasks(&c.up), up_tile, &c, c.scratch, gemm_scratch_size(c.f64));
     gemm_run(gemm_grid_tasks(&c.down), down_tile, &c, c.scratch, gemm_scratch_size(c.f64));
@@ -323,7 +325,10 @@ int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe
     const int status = check(a);
     if (status != MOE_OK) return status;
     call c = call_of(a, g);
-    carve(&c, true, workspace);
+    gemm_huge_pages(workspace, carve(&c, true, workspace));
+    gemm_huge_pages(g->ddown_EDF.p, gemm_extent(g->ddown_EDF, a->E, a->D, a->F) * c.size);
+    gemm_huge_pages(g->dgate_EFD.p, gemm_extent(g->dgate_EFD, a->E, a->F, a->D) * c.size);
+    if (c.gated) gemm_huge_pages(g->dup_EFD.p, gemm_extent(g->dup_EFD, a->E, a->F, a->D) * c.size);
     c.h_in = g->h_NU, c.y = g->dx_RD;
     const int64_t scratch_size = gemm_scratch_size(c.f64);
     const int64_t second = gemm_grid_tasks(&c.down) + gemm_grid_tasks(&c.ddown) + gemm_grid_tasks(&c.dgate) +

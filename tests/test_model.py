@@ -63,8 +63,9 @@ def losses_and_grads(model, tokens, targets, draws=DRAWS):
 
 
 def assert_close(got, want, tolerance=1e-11):
+    """Of each tensor's maximum, plus a floor for a gradient that is nothing but rounding (a key's bias has none)."""
     for name in want:
-        scale = want[name].abs().max().item() + 1e-6
+        scale = want[name].abs().max().item() + 1e-3
         assert (got[name] - want[name]).abs().max().item() <= tolerance * scale, name
 
 
@@ -79,8 +80,11 @@ def test_variant_equals_reference_ops(name, monkeypatch):
     monkeypatch.setattr(moe_ext.layers.fused, "ops", reference)
     want, want_grads = losses_and_grads(model, tokens, targets)
     assert torch.equal(got.counts_LE, want.counts_LE) and got.dropped == want.dropped
-    assert_close({"token": got.token_loss, "aux": got.aux_loss}, {"token": want.token_loss, "aux": want.aux_loss})
-    assert_close(got_grads, want_grads)
+    # the generator's own arithmetic is fp32 at heart, whatever the dtype of its numbers
+    tolerance = 1e-7 if config.moe.noise or config.moe.jitter or config.dropout else 1e-11
+    assert_close({"token": got.token_loss, "aux": got.aux_loss}, {"token": want.token_loss, "aux": want.aux_loss},
+                 tolerance)
+    assert_close(got_grads, want_grads, tolerance)
     if config.moe.experts:
         assert got.counts_LE.sum(1).tolist() == [tokens.numel() * config.moe.top_k] * len(model.moe_layers())
     assert (got.dropped > 0) == (config.moe.capacity_factor > 0)
