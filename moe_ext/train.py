@@ -50,6 +50,7 @@ def train(config: Config, resume: str = "") -> Path:
     loader = Loader(IndexedDataset(config.data.train), seq_len=config.model.seq_len, seed=t.seed,
                     batch_size=t.accumulation * t.micro_batch, vocab_size=config.model.vocab_size)
     valid = IndexedDataset(config.data.valid) if config.data.valid else None
+    torch.manual_seed(t.seed)
     model = build(config)
     optimizer = adamw(model, config.optim)
     done, best = 0, None
