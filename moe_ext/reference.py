@@ -352,8 +352,7 @@ def random_normal(rows, cols, *, seed, step, site, row0=0, mean=0.0, std=1.0, dt
 def dropout(x, p, *, seed, step, site, row0=0):
     """x / (1-p) where the element's uniform number is >= p, else 0. x [rows,cols]."""
     u = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, dtype=torch.float64, device=x.device)
-    scale = torch.where(u >= p, 1 / (1 - p), 0.0)
-    return (x * scale).to(x.dtype)
+    return (x * (u >= p).double() / (1 - p)).to(x.dtype)
 
 
 def jitter(x, eps, *, seed, step, site, row0=0):

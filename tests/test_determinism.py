@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from cases import Case, Shape
 from checks import CHECKS, Tapped
 

@@ -6,9 +6,9 @@ every stack of experts is swapped on its way in.
 
 import pytest
 import torch
-
 from cases import CASES
 from checks import CHECKS, Tapped
+
 from moe_ext import ops
 
 CASE = next(case for case in CASES if case.name == "divides_nothing")

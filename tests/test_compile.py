@@ -1,0 +1,175 @@
+"""How the ops behave inside torch: opcheck, autocast, torch.compile."""
+
+import pytest
+import torch
+from cases import CASES, SMALLEST, Case, Shape
+from checks import CHECKS
+from compare import same
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_ext import ops
+
+# ---- opcheck ---------------------------------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every call of an op of ours, one call per op and pattern of absent arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "moe_ext":
+            wants_grad = torch.is_grad_enabled()  # not in a backward
+            key = (op.name(), *(a is None for a in args))
+            self.calls.setdefault(key, (op, tuple(_copy(a, wants_grad) for a in args), kwargs))
+        return op(*args, **(kwargs or {}))
+
+
+def _copy(x, wants_grad):
+    return x.detach().clone().requires_grad_(x.requires_grad and wants_grad) if isinstance(x, torch.Tensor) else x
+
+
+def record():
+    recorder = Recorder()
+    with recorder:
+        for check in CHECKS.values():
+            check(ops, Case("recorded", Shape(8, 6, 4, 3, 2), "random"), torch.float32)
+        torch.ops.moe_ext.xent_(torch.randn(4, 5), torch.tensor([0, 4, -100, 2]), -100, 1.0)
+    return list(recorder.calls.values())
+
+
+CALLS = record()
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].name().removeprefix("moe_ext::"))
+def test_opcheck(call):
+    """Schema, autograd registration, shape function, and AOT dispatch with dynamic shapes."""
+    torch.library.opcheck(*call)
+
+
+def test_every_op_is_checked():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_ext::")}
+    assert {op.name() for op, *_ in CALLS} == registered
+
+
+# ---- autocast --------------------------------------------------------------------------------------------------------
+
+
+def expert_arguments(dtype=torch.float32):
+    case = CASES[1]
+    T, D, F, E, K = case.shape
+    weights = [case.randn(E, 2 * F, D, salt=2, dtype=dtype), None, case.randn(E, D, F, salt=3, dtype=dtype)]
+    index = ops.route_index(case.ids(), E)
+    return case.randn(T, D, salt=1, dtype=dtype), *weights, case.randn(T, K, salt=4, dtype=torch.float32), index
+
+
+def cast(arguments, dtype):
+    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+AUTOCAST = {  # op -> call, and fp32 arguments that the region casts
+    "grouped_gemm": lambda x, gate, up, down, s, index: (
+        lambda x, w: ops.grouped_gemm(x, w.transpose(1, 2), index.bins_E.clamp(max=len(x))), [x, gate]
+    ),
+    "expert_mlp": lambda x, gate, up, down, s, index: (
+        lambda x, gate, down: ops.expert_mlp(x, gate, up, down, s, index, act="swiglu"), [x, gate, down]
+    ),
+    "linear_cross_entropy": lambda x, gate, *_: (
+        lambda x, w: ops.linear_cross_entropy(x, w, torch.arange(len(x))), [x, gate[0]]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("region", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_products_follow_autocast(name, region):
+    """fp32 arguments count as their rounded selves, gradients come back in fp32."""
+    call, arguments = AUTOCAST[name](*expert_arguments())
+    with torch.autocast("cpu", region):
+        leaves = [a.clone().requires_grad_() for a in arguments]
+        got = call(*leaves)
+    got.float().sum().backward()
+    rounded = [a.to(region).requires_grad_() for a in arguments]
+    want = call(*rounded)
+    want.float().sum().backward()
+    same(got, want)
+    for leaf, twin in zip(leaves, rounded, strict=True):
+        same(leaf.grad, twin.grad.float())
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast_leaves_fp64_alone(name):
+    call, arguments = AUTOCAST[name](*expert_arguments(torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = call(*arguments)
+    same(inside, call(*arguments))
+
+
+def test_routing_stays_in_fp32_under_autocast():
+    logits_TE = torch.randn(9, 5).bfloat16()
+    want = ops.router(logits_TE.float(), 2)
+    counts_GE = ops.balance_counts(want[1], 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        for g, w in zip(ops.router(logits_TE, 2), want, strict=True):
+            same(g, w)
+        same(ops.z_loss(logits_TE), ops.z_loss(logits_TE.float()))
+        same(ops.balance_loss(logits_TE, counts_GE, 2), ops.balance_loss(logits_TE.float(), counts_GE, 2))
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def layer(x_TD, router_ED, w13_E2FD, w2_EDF, k):
+    """The dropless layer with its losses."""
+    logits_TE = x_TD @ router_ED.T
+    weights_TK, ids_TK, scores_TE = ops.router(logits_TE, k, norm_p=1.0)
+    index = ops.route_index(ids_TK, len(router_ED))
+    y_TD = ops.expert_mlp(x_TD, w13_E2FD, None, w2_EDF, weights_TK, index, act="swiglu")
+    loss = ops.balance_loss(scores_TE, ops.balance_counts(ids_TK, len(router_ED)), k) + ops.z_loss(logits_TE)
+    return y_TD, loss
+
+
+def layer_inputs(T):
+    case, sizes = Case("compiled", Shape(T, 16, 8, 4, 2), "random"), [(T, 16), (4, 16), (4, 16, 16), (4, 16, 8)]
+    return [case.randn(*size, salt=salt, dtype=torch.float32) for salt, size in enumerate(sizes)]
+
+
+def run(f, T):
+    leaves = [x.requires_grad_() for x in layer_inputs(T)]
+    y_TD, loss = f(*leaves, 2)
+    (y_TD.square().sum() + loss).backward()
+    return [y_TD, loss, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_dropless_layer_compiles_whole(backend):
+    """One graph, equal to eager, also for a number of tokens that it has not seen."""
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for T in (32, 45):
+        for got, want in zip(run(compiled, T), run(layer, T), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+MOVED = {
+    "gather": lambda x, w, i: ops.gather(x, i.order_N, None, i.bins_E, 2),
+    "scatter": lambda x, w, i: ops.scatter(x.repeat(2, 1), i.order_N, None, w, i.bins_E, 2),
+    "binned": lambda x, w, i: ops.binned_scatter(
+        ops.binned_gather(x, i.order_N, i.bins_E, 3, 2), i.order_N, w, i.bins_E, 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_movement_compiles_whole(name):
+    torch._dynamo.reset()
+    index = ops.route_index(SMALLEST.ids(), SMALLEST.shape.E)
+    leaves = [torch.randn(5, 4, requires_grad=True), torch.randn(10, requires_grad=True)]
+    compiled = torch.compile(MOVED[name], fullgraph=True, backend="aot_eager")
+    want = MOVED[name](*leaves, index)
+    got = compiled(*leaves, index)
+    same(got, want)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), leaves, allow_unused=True) for y in (got, want)), strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
