@@ -1,8 +1,10 @@
 """The expert layer and the movement ops, timed beside plain torch: `make bench`, or python -m benchmarks.ops --help.
 
 Layer: route_index + expert_mlp (SwiGLU), forward and forward + backward, on the shapes of tests/cases.py, against
-  sorted mm    tokens sorted by expert, torch.mm on each contiguous segment; experts are separate parameters
-  grouped_mm   the same with torch.nn.functional.grouped_mm on stacked weights
+  sorted-mm    tokens sorted by expert, torch.mm on each contiguous segment; experts are separate parameters
+  grouped-mm   the same with torch.nn.functional.grouped_mm on stacked weights
+  widened-mm   bf16 only: sorted-mm in fp32, the better form on a CPU without bf16 instructions, where the other two may
+               take minutes (leave them out with --peers widened-mm)
 Every round draws a new routing, and each contender runs once on it, so that all see the same load of the machine. A
 ratio is the median over rounds of (their time / our time): above 1 we are faster. With one thread the time is the
 process's CPU time, which a loaded machine disturbs least; with more it is wall time.
@@ -75,7 +77,13 @@ def grouped_mm(x_TD, w13_E2FD, w2_EDF, weights_TK, ids_TK, E):
     return combine(F.grouped_mm(swiglu(h_NU), w2_EDF.transpose(1, 2), offs=ends_E), inverse_N, weights_TK)
 
 
-PEERS = {"sorted mm": sorted_mm, "grouped_mm": grouped_mm}
+def widened_mm(x_TD, w13, w2, weights_TK, ids_TK, E):
+    wide = [[w_e.float() for w_e in w] for w in (w13, w2)]
+    return sorted_mm(x_TD.float(), *wide, weights_TK.float(), ids_TK, E).to(x_TD.dtype)
+
+
+PEERS = {"sorted-mm": sorted_mm, "grouped-mm": grouped_mm, "widened-mm": widened_mm}
+STACKED = ("ours", "grouped-mm")  # one tensor of weights for all experts; the others have one for each
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -91,7 +99,7 @@ def seconds(function, *args):
     return clock() - start, result
 
 
-def time_layer(name, dtype, backward, rounds):
+def time_layer(name, dtype, backward, rounds, peers):
     """-> one line of the table."""
     shape = LAYERS[name]
     T, D, width, E, K = shape
@@ -103,16 +111,18 @@ def time_layer(name, dtype, backward, rounds):
     x_TD, weights_TK = randn(T, D), randn(T, K)
     w13, w2 = randn(E, 2 * width, D, scale=D**-0.5), randn(E, D, width, scale=width**-0.5)
     dy_TD = torch.randn(T, D, generator=generator).to(dtype)
-    apart = [[w_e.detach().clone().requires_grad_(backward) for w_e in w] for w in (w13, w2)]
-    contenders = {"ours": (ours, w13, w2), "sorted mm": (sorted_mm, *apart), "grouped_mm": (grouped_mm, w13, w2)}
+    stacked = (w13, w2)
+    apart = tuple([w_e.detach().clone().requires_grad_(backward) for w_e in w] for w in stacked)
+    peers = [peer for peer in peers if peer != "widened-mm" or dtype == torch.bfloat16]
+    contenders = {"ours": ours, **{peer: PEERS[peer] for peer in peers}}
 
     def run(contender, ids_TK):
-        function, w13, w2 = contenders[contender]
-        for leaf in [x_TD, weights_TK, *w13, *w2] if contender == "sorted mm" else [x_TD, weights_TK, w13, w2]:
+        weights = stacked if contender in STACKED else apart
+        for leaf in (x_TD, weights_TK, *stacked, *apart[0], *apart[1]):
             leaf.grad = None
 
         def step():
-            y_TD = function(x_TD, w13, w2, weights_TK, ids_TK, E)
+            y_TD = contenders[contender](x_TD, *weights, weights_TK, ids_TK, E)
             if backward:
                 y_TD.backward(dy_TD)
             return y_TD
@@ -123,7 +133,7 @@ def time_layer(name, dtype, backward, rounds):
     times = {contender: [] for contender in contenders}
     for round in range(rounds + 1):  # the first warms up and compares
         ids_TK = random(T, K, E, generator)
-        ids = {"ours": ids_TK, **dict.fromkeys(PEERS, ids_TK.long())}
+        ids = {"ours": ids_TK, **dict.fromkeys(peers, ids_TK.long())}
         results = {contender: run(contender, ids[contender]) for contender in contenders}
         for contender, (took, *tensors) in results.items():
             if round > 0:
@@ -135,7 +145,7 @@ def time_layer(name, dtype, backward, rounds):
     line["pass"] = "F+B" if backward else "F"
     line["ms"] = {contender: 1e3 * statistics.median(took) for contender, took in times.items()}
     line["gflops"] = 6 * T * K * D * width * (3 if backward else 1) / line["ms"]["ours"] / 1e6
-    line["ratio"] = {peer: _ratio(times[peer], times["ours"]) for peer in PEERS}
+    line["ratio"] = {peer: _ratio(times[peer], times["ours"]) for peer in peers}
     line["ratio_of_best"] = min(line["ratio"].values())
     return line
 
@@ -186,12 +196,12 @@ def time_movement(dtype, rounds, D=512, K=2, E=16):
 
 
 def print_layers(lines):
-    print("| shape | dtype | threads | pass | ours ms | GFLOP/s | sorted mm ms | x | grouped_mm ms | x | x best |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    heads = " | ".join(f"{peer} ms | x" for peer in PEERS)
+    print(f"| shape | dtype | threads | pass | ours ms | GFLOP/s | {heads} | x best |\n" + "|---" * 13 + "|")
     for l in lines:
-        ours = f"{l['ms']['ours']:.1f} | {l['gflops']:.0f}"
-        peers = " | ".join(f"{l['ms'][p]:.1f} | {l['ratio'][p]:.2f}" for p in PEERS)
         case = f"{l['shape']} | {l['dtype']} | {l['threads']} | {l['pass']}"
+        ours = f"{l['ms']['ours']:.1f} | {l['gflops']:.0f}"
+        peers = " | ".join(f"{l['ms'][p]:.1f} | {l['ratio'][p]:.2f}" if p in l["ratio"] else "- | -" for p in PEERS)
         print(f"| {case} | {ours} | {peers} | {l['ratio_of_best']:.2f} |")
 
 
@@ -218,6 +228,7 @@ def main(
     shapes: tuple[str, ...] = tuple(LAYERS),
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16"),
     threads: tuple[int, ...] = (1, 2),
+    peers: tuple[Literal["sorted-mm", "grouped-mm", "widened-mm"], ...] = tuple(PEERS),
     rounds: int = 5,
     out: Path = Path("benchmarks/results"),
 ):
@@ -227,6 +238,7 @@ def main(
         shapes: names of layer shapes in tests/cases.py.
         dtypes: of activations and weights.
         threads: numbers of threads, each timed.
+        peers: the forms of plain torch to compare with; at least one that takes fp32, if fp32 is timed.
         rounds: timed rounds per line, after one that warms up.
         out: folder of the JSON file.
     """
@@ -236,7 +248,7 @@ def main(
         for dtype in (DTYPES[name] for name in dtypes):
             report["movement"] += time_movement(dtype, 2 * rounds)
             for name in shapes:
-                report["layers"] += [time_layer(name, dtype, backward, rounds) for backward in (False, True)]
+                report["layers"] += [time_layer(name, dtype, backward, rounds, peers) for backward in (False, True)]
     print(f"{report['cpu']}, {report['isa']}, torch {report['torch']}, commit {report['commit']}\n")
     print_layers(report["layers"])
     print_movement(report["movement"])
