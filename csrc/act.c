@@ -63,7 +63,8 @@ static void backward(int64_t begin, int64_t end, void *arg) {
         }
 }
 
-int moe_activation_backward(int dtype, int act, int64_t N, int64_t F, const void *h_NU, const void *da_NF, void *dh_NU) {
+int moe_activation_backward(int dtype, int act, int64_t N, int64_t F, const void *h_NU, const void *da_NF,
+                            void *dh_NU) {
     const int status = check(dtype, act, N, F);
     if (status != MOE_OK) return status;
     act_job j = {dtype, act, F, h_NU, da_NF, dh_NU};

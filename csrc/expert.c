@@ -1,16 +1,16 @@
-// expert.c: the fused expert MLP, forward and backward (equations: moe.h). N copies sorted by expert, p their position, f =
-// order[p] their flat id, r = f / K their row, e their expert, s = weights[f].
+// expert.c: the fused expert MLP, forward and backward (equations: moe.h). N copies sorted by expert; of one of them,
+// p is the position, f = order[p] the flat id, r = f / K the row, e the expert, s = weights[f].
 //
 //   forward    1  tile [p, F]:   [gate | up] = x[r] [Wg | Wu]_e^T + b    h_NU = it, rounded    a_NF = act(it)
 //              2  tile [p, D]:   y_ND = a Wd_e^T
 //              3  row r:         y_RD = sum over slots in order of s (y_ND[p] + bd_e)
-//   backward   1  tile [p, F]:   dA' = dy[r] Wd_e    A = act(h)    ds = <dA', A> in pieces    sA = s A    dh = s dA' act'(h)
-//              2  tiles of       dx_ND = dh [Wg ; Wu]_e    dWd_e = dy[r]^T sA    dWg_e, dWu_e = dh^T x[r]    and bias sums
+//   backward   1  tile [p, F]:   dA' = dy[r] Wd_e    A = act(h)    ds = <dA', A> in parts   sA = s A   dh = s dA' act'
+//              2  tiles of       dx_ND = dh [Wg ; Wu]_e    dWd_e = dy[r]^T sA    dW_e = dh^T x[r]    and bias sums
 //              3  row r:         dx_RD = sum over slots in order of dx_ND[p]    dweights = sum of ds (+ <dy[r], bd_e>)
 //
 // Each step is one parallel region. Rows of x and dy are gathered while they are packed; no sorted copy of them exists.
-// Saved for the backward: h_NU in storage type, nothing else. a, y, dh, sA, dx per copy live in the caller's workspace, in
-// real and in full: a tile of y would need all of F, and with it the weights again for every tile of rows.
+// Saved for the backward: h_NU in storage type, nothing else. a, y, dh, sA, dx per copy live in the caller's workspace,
+// in real and in full: a tile of y would need all of F, and with it the weights again for every tile of rows.
 #include "gemm.h"
 #include <string.h>
 
@@ -26,7 +26,7 @@ typedef struct {                // one call: the arguments and what is derived f
     gemm_grid ddown, dgate, dup;                        // tiles of the weight gradients
     const void *h_in;
     char    *h, *y;
-    char    *act, *out, *dh, *ds, *scratch;             // workspace: a or sA [N,F], y or dx [N,D], dh [N,U], ds [N,pieces]
+    char    *act, *out, *dh, *ds, *scratch;             // a or sA [N,F], y or dx [N,D], dh [N,U], ds [N,pieces]
 } call;
 
 static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
@@ -62,7 +62,7 @@ static int64_t carve(call *c, bool backward, void *workspace) {
     return used;
 }
 
-// -- small things -----------------------------------------------------------------------------------------------------
+// -- small things ----------------------------------------------------------------------------------------------------
 static double get(int dtype, const void *x, int64_t i) {
     tile t;
     moe_k->load(dtype, 1, (const char *)x + i * moe_size(dtype), &t);
@@ -107,7 +107,7 @@ static int check(const moe_expert_args *a) {
     return MOE_OK;
 }
 
-// -- forward 1: h = x [Wg | Wu]^T + b, a = act(h) ---------------------------------------------------------------------
+// -- forward 1: h = x [Wg | Wu]^T + b, a = act(h) --------------------------------------------------------------------
 static void emit_up(const gemm_product *g, int64_t i0, int64_t rows, void *tile_c, int64_t ldc, int64_t part) {
     const call *c = g->job;
     const moe_expert_args *a = c->a;
@@ -116,10 +116,12 @@ static void emit_up(const gemm_product *g, int64_t i0, int64_t rows, void *tile_
         const int64_t p = t->begin + t->i + i0 + i;
         char *gate = (char *)tile_c + i * ldc * c->real, *up = c->gated ? gate + part * c->real : NULL;
         char *h = c->h + (p * c->U + t->j) * c->size;
-        if (a->gate_bias_EF) moe_k->axpy(a->dtype, t->n, 1.0, bias_of(c, a->gate_bias_EF, a->gate_bias_se, t->e, t->j), gate);
+        if (a->gate_bias_EF)
+            moe_k->axpy(a->dtype, t->n, 1.0, bias_of(c, a->gate_bias_EF, a->gate_bias_se, t->e, t->j), gate);
         moe_k->store(a->dtype, t->n, gate, h);
         if (up) {
-            if (a->up_bias_EF) moe_k->axpy(a->dtype, t->n, 1.0, bias_of(c, a->up_bias_EF, a->up_bias_se, t->e, t->j), up);
+            if (a->up_bias_EF)
+                moe_k->axpy(a->dtype, t->n, 1.0, bias_of(c, a->up_bias_EF, a->up_bias_se, t->e, t->j), up);
             moe_k->store(a->dtype, t->n, up, h + a->F * c->size);
         }
         moe_k->act(c->f64, a->act, t->n, gate, up, c->act + (p * a->F + t->j) * c->real);
@@ -139,7 +141,7 @@ static void up_tile(const void *arg, int64_t task, void *scratch) {
     gemm_multiply(&g, scratch);
 }
 
-// -- forward 2: y = a Wd^T --------------------------------------------------------------------------------------------
+// -- forward 2: y = a Wd^T -------------------------------------------------------------------------------------------
 static void down_tile(const void *arg, int64_t task, void *scratch) {
     const call *c = arg;
     const moe_expert_args *a = c->a;
@@ -154,7 +156,7 @@ static void down_tile(const void *arg, int64_t task, void *scratch) {
     gemm_multiply(&g, scratch);
 }
 
-// -- forward 3: y[r] = sum_k s (y[p] + bd) ----------------------------------------------------------------------------
+// -- forward 3: y[r] = sum_k s (y[p] + bd) ---------------------------------------------------------------------------
 static void sum_slots(int64_t begin, int64_t end, void *arg) {
     const call *c = arg;
     const moe_expert_args *a = c->a;
@@ -193,7 +195,7 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
     return MOE_OK;
 }
 
-// -- backward 1: dA' = dy Wd, then all that its tile gives ------------------------------------------------------------
+// -- backward 1: dA' = dy Wd, then all that its tile gives -----------------------------------------------------------
 static void emit_dact(const gemm_product *g, int64_t i0, int64_t rows, void *tile_c, int64_t ldc, int64_t part) {
     (void)part;
     const call *c = g->job;
@@ -231,7 +233,7 @@ static void dact_tile(const void *arg, int64_t task, void *scratch) {
     gemm_multiply(&g, scratch);
 }
 
-// -- backward 2: dx per copy, the weight gradients, the bias sums -----------------------------------------------------
+// -- backward 2: dx per copy, the weight gradients, the bias sums ----------------------------------------------------
 static void dx_tile(const call *c, int64_t task, void *scratch) {
     const moe_expert_args *a = c->a;
     const gemm_task t = gemm_grid_task(&c->down, task);
@@ -262,7 +264,8 @@ static void dgate_tile(const call *c, const gemm_grid *grid, moe_mat dw, int64_t
     gemm_wgrad(a->dtype, t, dh, gathered(c, a->x_RD, t.begin, true), dw, scratch);
 }
 // out[j] = sum over the copies of e, in order, of weight * row[j].
-static void bias_sum(const call *c, int64_t e, int64_t n, int dtype, const char *rows, int64_t stride, bool of_dy, char *out) {
+static void bias_sum(const call *c, int64_t e, int64_t n, int dtype, const char *rows, int64_t stride, bool of_dy,
+                     char *out) {
     const moe_expert_args *a = c->a;
     for (int64_t j = 0; j < n; j += GEMM_COLUMNS) {
         const int64_t some = n - j < GEMM_COLUMNS ? n - j : GEMM_COLUMNS;
@@ -280,7 +283,8 @@ static void dbias(const call *c, int64_t e) {
     const moe_expert_args *a = c->a;
     const moe_expert_grads *g = c->g;
     if (g->dgate_bias_EF)
-        bias_sum(c, e, a->F, c->real_type, c->dh, c->U, false, (char *)g->dgate_bias_EF + e * g->dgate_bias_se * c->size);
+        bias_sum(c, e, a->F, c->real_type, c->dh, c->U, false,
+                 (char *)g->dgate_bias_EF + e * g->dgate_bias_se * c->size);
     if (g->dup_bias_EF)
         bias_sum(c, e, a->F, c->real_type, c->dh + a->F * c->real, c->U, false,
                  (char *)g->dup_bias_EF + e * g->dup_bias_se * c->size);
@@ -289,8 +293,8 @@ static void dbias(const call *c, int64_t e) {
 }
 static void second_tile(const void *arg, int64_t task, void *scratch) {
     const call *c = arg;
-    const int64_t dx = gemm_grid_tasks(&c->down), ddown = gemm_grid_tasks(&c->ddown), dgate = gemm_grid_tasks(&c->dgate);
-    const int64_t dup = c->gated ? gemm_grid_tasks(&c->dup) : 0;
+    const int64_t dx = gemm_grid_tasks(&c->down), ddown = gemm_grid_tasks(&c->ddown);
+    const int64_t dgate = gemm_grid_tasks(&c->dgate), dup = c->gated ? gemm_grid_tasks(&c->dup) : 0;
     if (task < dx)              dx_tile(c, task, scratch);
     else if ((task -= dx) < ddown)    ddown_tile(c, task, scratch);
     else if ((task -= ddown) < dgate) dgate_tile(c, &c->dgate, c->g->dgate_EFD, 0, task, scratch);
@@ -298,7 +302,7 @@ static void second_tile(const void *arg, int64_t task, void *scratch) {
     else                              dbias(c, task - dup);
 }
 
-// -- backward 3: dx as the forward's sum, and dweights ----------------------------------------------------------------
+// -- backward 3: dx as the forward's sum, and dweights ---------------------------------------------------------------
 static void sum_dslots(int64_t begin, int64_t end, void *arg) {
     const call *c = arg;
     const moe_expert_args *a = c->a;
@@ -306,7 +310,8 @@ static void sum_dslots(int64_t begin, int64_t end, void *arg) {
     for (int64_t f = begin * a->K; f < end * a->K; f++) {
         const int64_t p = a->inverse_RK[f];
         double ds = 0;
-        for (int64_t piece = 0; p >= 0 && piece < c->pieces; piece++) ds += get(c->real_type, c->ds, p * c->pieces + piece);
+        for (int64_t piece = 0; p >= 0 && piece < c->pieces; piece++)
+            ds += get(c->real_type, c->ds, p * c->pieces + piece);
         if (p >= 0 && a->down_bias_ED)
             ds += moe_k->dot(a->dtype, a->D, (const char *)c->g->dy_RD + f / a->K * a->D * c->size,
                              bias_of(c, a->down_bias_ED, a->down_bias_se, expert_at(a, p), 0));

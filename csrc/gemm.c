@@ -23,9 +23,12 @@
 #include "gemm.h"
 #include <stdatomic.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 enum {
-    TASK_ROWS = 768,            // packing B costs a row's worth of work per ~10 rows: amortised; yet enough tasks to share out
+    TASK_ROWS = 768,            // packing B is amortised, and there are still enough tasks to share out
     TILE_ROWS = 192,            // [192 x 256] of A and as much of C fill half of a 512 KiB L2
     CHUNK     = 256,            // a panel of B, [256 x NR] floats, is half of L1 (avx2)
     BYTES_B   = 2 << 20,
@@ -41,7 +44,7 @@ static int64_t even(int64_t n, int64_t most, int64_t unit) {
     return n > 0 ? round_up(ceil_div(n, ceil_div(n, most)), unit) : unit;
 }
 
-// -- scratch of one thread: sizes and carving in one struct -----------------------------------------------------------
+// -- scratch of one thread: sizes and carving in one struct ----------------------------------------------------------
 typedef struct { int64_t a, b, c, edge, stage, size; } scratch_map;
 static scratch_map scratch_layout(bool f64) {
     const int64_t real = f64 ? 8 : 4, columns = 2 * (GEMM_COLUMNS + MAX_NR);
@@ -62,7 +65,7 @@ int64_t gemm_columns(bool f64, int64_t n, int64_t k, int parts) {
     return even(n, fit >= most * parts || fit < least * parts ? most : round_up(fit / parts - nr + 1, nr), nr);
 }
 
-// -- packing ----------------------------------------------------------------------------------------------------------
+// -- packing ---------------------------------------------------------------------------------------------------------
 typedef float v4 __attribute__((vector_size(16)));
 typedef int   i4 __attribute__((vector_size(16)));
 
@@ -125,8 +128,8 @@ static void copy_panel(int64_t n, const char *const *src, int64_t offset, int64_
 
 // Packs elements (i0 .. i0+m, k0 .. k0+n) into panels of `width`; panel s begins at dst + s*width*n.
 // si = 1: for each k the elements of all panels lie side by side: copied.
-static void pack_along_i(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
-                         char *stage, char *dst) {
+static void pack_along_i(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n,
+                         int64_t width, char *stage, char *dst) {
     const bool widen = moe_size(f->dtype) != real;
     for (int64_t k = 0; k < n; k += STAGE) {
         const int64_t some = min64(STAGE, n - k);
@@ -143,8 +146,8 @@ static void pack_along_i(const gemm_factor *f, int64_t real, int64_t i0, int64_t
     }
 }
 // sk = 1: each i is a row along the sum: transposed, 4 x 4 at a time.
-static void pack_along_k(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
-                         char *stage, char *dst) {
+static void pack_along_k(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n,
+                         int64_t width, char *stage, char *dst) {
     const bool widen = moe_size(f->dtype) != real;
     for (int64_t i = 0; i < m; i += width) {
         const int64_t rows = min64(width, m - i);
@@ -160,11 +163,12 @@ static void pack_along_k(const gemm_factor *f, int64_t real, int64_t i0, int64_t
     }
 }
 // No stride is 1: element by element.
-static void pack_strided(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
-                         char *dst) {
+static void pack_strided(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n,
+                         int64_t width, char *dst) {
     for (int64_t i = 0; i < m; i++)
         for (int64_t k = 0; k < n; k++)
-            moe_k->load(f->dtype, 1, factor_at(f, i0 + i, k0 + k), dst + ((i - i % width) * n + k * width + i % width) * real);
+            moe_k->load(f->dtype, 1, factor_at(f, i0 + i, k0 + k),
+                        dst + ((i - i % width) * n + k * width + i % width) * real);
 }
 static void pack(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
                  char *stage, char *dst) {
@@ -175,10 +179,10 @@ static void pack(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int6
     else                               pack_strided(f, real, i0, m, k0, n, width, dst);
 }
 
-// -- one task ---------------------------------------------------------------------------------------------------------
+// -- one task --------------------------------------------------------------------------------------------------------
 // C[rows, n] (+)= A B over one chunk of the sum; panels of B outside, so that each is read from L1 by all panels of A.
-static void multiply_panels(bool f64, int64_t rows, int64_t n, int64_t k, const char *a, const char *b, char *c, int64_t ldc,
-                            bool accumulate, char *edge) {
+static void multiply_panels(bool f64, int64_t rows, int64_t n, int64_t k, const char *a, const char *b,
+                            char *c, int64_t ldc, bool accumulate, char *edge) {
     const int64_t real = f64 ? 8 : 4, mr = moe_k->gemm[f64].mr, nr = moe_k->gemm[f64].nr;
     for (int64_t j = 0; j < n; j += nr)
         for (int64_t i = 0; i < rows; i += mr) {
@@ -223,7 +227,7 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
     }
 }
 
-// -- tasks ------------------------------------------------------------------------------------------------------------
+// -- tasks -----------------------------------------------------------------------------------------------------------
 static int64_t grid_rows(const gemm_grid *grid, int64_t e, int64_t begin) {
     return grid->fixed_rows < 0 ? grid->bins_E[e] - begin : grid->fixed_rows;
 }
@@ -247,6 +251,16 @@ gemm_task gemm_grid_task(const gemm_grid *grid, int64_t task) {
     return t;
 }
 
+void gemm_huge_pages(const void *p, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 2 << 20, first = (uintptr_t)p;
+    const uintptr_t begin = (first + page - 1) & ~(page - 1), end = (first + (uintptr_t)bytes) & ~(page - 1);
+    if (bytes >= 4 << 20) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 typedef struct {
     gemm_body      body;
     const void    *arg;
@@ -255,7 +269,7 @@ typedef struct {
     _Atomic int64_t next;
 } queue;
 static void work(int64_t begin, int64_t end, void *arg) {
-    (void)end;                                          // one piece or several in one call: the first worker finds all the work
+    (void)end;                                          // serial pool: the first worker does all the work
     queue *q = arg;
     for (int64_t task; (task = atomic_fetch_add(&q->next, 1)) < q->n;)
         q->body(q->arg, task, q->scratch + begin * q->scratch_size);
@@ -265,7 +279,7 @@ void gemm_run(int64_t n, gemm_body body, const void *arg, void *scratch, int64_t
     moe_parallel(min64(n, moe_threads()), 1, work, &q);
 }
 
-// -- y = x w ----------------------------------------------------------------------------------------------------------
+// -- y = x w ---------------------------------------------------------------------------------------------------------
 typedef struct {
     int         dtype;
     gemm_grid   grid;
@@ -305,7 +319,8 @@ static int check(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, const in
     if (!moe_is_float(dtype)) return MOE_BAD_DTYPE;
     const int64_t most = INT64_MAX / 64;
     if (R < 0 || E < 1 || I < 0 || O < 0) return MOE_BAD_SHAPE;
-    if ((I && R > most / I) || (O && R > most / O) || (I && O && (I > most / O || E > most / (I * O)))) return MOE_BAD_SHAPE;
+    if ((I && R > most / I) || (O && R > most / O)) return MOE_BAD_SHAPE;
+    if (I && O && (I > most / O || E > most / (I * O))) return MOE_BAD_SHAPE;
     return moe_check_bins(E, R, bins_E);
 }
 
@@ -319,13 +334,14 @@ int moe_grouped_gemm(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, cons
     if (status != MOE_OK) return status;
     const bool f64 = dtype == MOE_F64;
     const forward_job job = {dtype, {E, O, gemm_columns(f64, O, I, 1), -1, bins_E}, I, O, x_RI, w_EIO, y_RO};
+    gemm_huge_pages(y_RO, R * O * moe_size(dtype));
     gemm_run(gemm_grid_tasks(&job.grid), forward_tile, &job, workspace, gemm_scratch_size(f64));
     const int64_t used = bins_E[E - 1] * O * moe_size(dtype), all = R * O * moe_size(dtype);
     if (all > used) memset((char *)y_RO + used, 0, (size_t)(all - used));
     return MOE_OK;
 }
 
-// -- dw = x^T dy ------------------------------------------------------------------------------------------------------
+// -- dw = x^T dy -----------------------------------------------------------------------------------------------------
 typedef struct { int dtype; gemm_task t; moe_mat dw; } wgrad_out;
 
 static void emit_matrix(const gemm_product *g, int64_t i0, int64_t rows, void *c, int64_t ldc, int64_t part) {
@@ -393,6 +409,7 @@ int moe_grouped_gemm_wgrad(int dtype, int64_t R, int64_t E, int64_t I, int64_t O
     if (status != MOE_OK) return status;
     const bool f64 = dtype == MOE_F64;
     const wgrad_job job = {dtype, gemm_wgrad_grid(f64, E, I, O, bins_E, dw_EIO), I, O, x_RI, dy_RO, dw_EIO};
+    gemm_huge_pages(dw_EIO.p, gemm_extent(dw_EIO, E, I, O) * moe_size(dtype));
     gemm_run(gemm_grid_tasks(&job.grid), wgrad_tile, &job, workspace, gemm_scratch_size(f64));
     return MOE_OK;
 }

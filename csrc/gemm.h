@@ -25,7 +25,7 @@ struct gemm_product {
     void       *c;              // real [m, n], row stride ldc, parts = 1; accumulated into if `accumulate`
     int64_t     ldc;
     bool        accumulate;
-    gemm_emit   emit;           // if c is NULL: takes finished rows i0 .. i0+rows and may spoil them; b[1] begins at column `part`
+    gemm_emit   emit;           // if c is NULL: takes rows i0 .. i0+rows, may spoil them; b[1] begins at column `part`
     const void *job, *task;     // for emit
 };
 enum { GEMM_COLUMNS = 256 };            // the most columns that one product may have, all parts together
@@ -33,7 +33,7 @@ int64_t gemm_scratch_size(bool f64);                    // bytes; 64-byte aligne
 void    gemm_multiply(const gemm_product *g, void *scratch);
 int64_t gemm_columns(bool f64, int64_t n, int64_t k, int parts);       // how many columns of b to give to one product
 
-// The tiles of one grouped product: of expert e, [rows x n] cut into pieces. rows is the size of its bin, or `fixed_rows`.
+// The tiles of one grouped product: of expert e, [rows x n] cut into pieces. rows: its bin's, or `fixed_rows`.
 typedef struct {
     int64_t        E, n, columns, fixed_rows;           // fixed_rows < 0: ragged rows
     const int32_t *bins_E;
@@ -46,6 +46,14 @@ gemm_task gemm_grid_task(const gemm_grid *grid, int64_t task);
 typedef void (*gemm_body)(const void *arg, int64_t task, void *scratch);
 void gemm_run(int64_t n, gemm_body body, const void *arg, void *scratch, int64_t scratch_size);
 static inline int64_t gemm_align(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+
+// Asks for huge pages under memory about to be written for the first time: a fresh 100 MB costs 25 thousand page
+// faults, as much time as the products themselves. Only a hint; where the system has none, nothing happens.
+void gemm_huge_pages(const void *p, int64_t bytes);
+// Elements from w.p to the last one.
+static inline int64_t gemm_extent(moe_mat w, int64_t E, int64_t rows, int64_t columns) {
+    return E && rows && columns ? (E - 1) * w.se + (rows - 1) * w.sr + (columns - 1) * w.sc + 1 : 0;
+}
 
 // dw = a^T b over the rows of one task's expert, written to `dw` (any strides): a(i,k) with i < I, b(j,k) with j < O.
 // The grid runs over the factor that is to be the rows of c: gemm_wgrad_swap says whether those are b's.
