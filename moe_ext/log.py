@@ -234,6 +234,8 @@ def plot(run: Path, out: Path | None = None) -> Path:
     figure = Figure(figsize=(10, 7.5 if routed else 4.5), dpi=130, layout="constrained")
     figure.suptitle(Path(run).resolve().name, fontweight="bold")
     axes = figure.subplot_mosaic([["loss", "loss"], ["lines", "heat"]] if routed else [["loss"]])
+    for panel in axes.values():
+        panel.xaxis.get_major_locator().set_params(integer=True)    # half a step is no place
     draw_loss(axes["loss"], train, valid)
     if routed:
         draw_load_lines(axes["lines"], routed)
@@ -286,14 +288,14 @@ def draw_load_lines(axes, routed: list[dict]) -> None:
         colour = colormaps["viridis"](0.9 * layer / max(1, layers - 1))
         axes.plot(steps, loads, color=colour, linewidth=1.2, label=f"MoE layer {layer}" if layers <= 8 else None)
     axes.axhline(1.0, color="#636363", linestyle="--", linewidth=1)
-    axes.set(xlabel="step", ylabel="fullest expert / mean", title="Expert load per layer (1 is balanced)")
+    axes.set(xlabel="step", ylabel="fullest expert / mean", title="Fullest expert per layer (1 is balanced)")
     axes.grid(alpha=0.3)
     if layers <= 8:
         axes.legend(frameon=False, fontsize="small")
 
 
 def draw_load_map(axes, routed: list[dict]):
-    """Layer x expert, summed over the last quarter of the lines, relative to the layer's mean."""
+    """Layer x expert, summed over the last quarter of the step lines, relative to the layer's mean."""
     from matplotlib.colors import TwoSlopeNorm
     recent = routed[-max(1, len(routed) // 4):]
     counts_LE = torch.tensor([record["counts_LE"] for record in recent], dtype=torch.float64).sum(dim=0)
@@ -306,9 +308,9 @@ def draw_load_map(axes, routed: list[dict]):
             for expert in range(experts):
                 load = load_LE[layer, expert].item()
                 axes.text(expert, layer, f"{load:.2f}", ha="center", va="center", fontsize=7,
-                          color="white" if abs(image.norm(load) - 0.5) > 0.35 else "black")
+                          color="white" if abs(image.norm(load) - 0.5) > 0.3 else "black")
     axes.set(xlabel="expert", ylabel="MoE layer",
-             title=f"Expert load, steps {recent[0]['step']} to {recent[-1]['step']}")
+             title=f"Expert load per layer, up to step {recent[-1]['step']}")
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
     axes.set_yticks(range(0, layers, max(1, layers // 12)))
     return image

@@ -186,6 +186,16 @@ def test_an_earlier_step_is_kept_when_it_was_just_saved(tmp_path, run):
     assert [file.name for file in tmp_path.iterdir()] == ["step-000003"]
 
 
+def test_the_same_step_again_takes_the_place_of_the_first(tmp_path, run):
+    run.save(tmp_path, 3)
+    run.train(1)
+    run.save(tmp_path, 3)
+    assert [file.name for file in tmp_path.iterdir()] == ["step-000003"]
+    other = Run(seed=1)
+    other.load(tmp_path / "step-000003")
+    assert equal(other.bits(), run.bits())
+
+
 def test_unfinished_folders_do_not_count_and_are_cleared(tmp_path, run):
     path = run.save(tmp_path, 3)
     (tmp_path / "step-000004.tmp-x").mkdir()
