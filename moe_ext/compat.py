@@ -27,6 +27,7 @@ Where the layers differ on purpose:
   from_megatron       an unset shared_expert_hidden_size follows ffn_hidden_size
   fp64                is fp64 throughout
   dtype of x          TypeError with advice if it is not the layer's
+  bad input of an op  RuntimeError, also where MegaBlocks raises ValueError, or reads out of bounds
 """
 
 import importlib

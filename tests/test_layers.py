@@ -198,6 +198,25 @@ def test_zero_tokens(cls):
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("memory_optimized_mlp", [False, True])
+def test_keeps_only_the_input_and_the_preactivation(memory_optimized_mlp):
+    """No copy of a weight, no activation: bytes * (T*D + N*2F) and what has T*E elements or fewer."""
+    layer = layer_(dMoE, mlp_type="glu", hidden_size=40, memory_optimized_mlp=memory_optimized_mlp, return_bias=False)
+    x, kept = torch.randn(T, 1, 40, requires_grad=True), {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    for parameter in layer.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    assert sorted(size for size in kept.values() if size > 8 * T * E) == [8 * T * 40, 8 * T * 2 * 2 * HIDDEN]
+    y.sum().backward()
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +289,14 @@ def test_default_arguments_run_on_the_cpu():
     assert y.dtype == bias.dtype == torch.float16 and y.isfinite().all()
 
 
+def test_default_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Arguments().device == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert Arguments().device == torch.device("cuda:3")
+
+
 def test_wrong_dtype_says_what_to_do():
     with pytest.raises(TypeError, match=r"dMoE: x is torch.float32, the layer torch.float16.*fp16=False"):
         dMoE(arguments_(fp16=True))(torch.randn(T, 1, D, dtype=torch.float32))
@@ -320,9 +347,8 @@ def test_custom_linear_for_the_shared_expert():
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mlp_type", ["mlp", "glu"])
-def test_compile_without_graph_breaks(mlp_type):
-    layer = layer_(dMoE, mlp_type=mlp_type, return_bias=False)
+def test_compile_without_graph_breaks():
+    layer = layer_(dMoE, mlp_type="glu", return_bias=False, moe_zloss_weight=0.1)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (T, T + 3):
         x = torch.randn(tokens, 1, D, requires_grad=True)

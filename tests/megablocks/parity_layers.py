@@ -38,6 +38,8 @@ def build(name, changes):
         layer = getattr(package, name)(configure(module, **changes))
         if layer.experts.bias is not None:
             torch.nn.init.normal_(layer.experts.bias)
+        for p in layer.parameters():
+            p.data *= 20  # from small initial values, whose gradients would be roundoff
         layers.append(layer)
     return layers
 
@@ -132,8 +134,6 @@ def test_layer(case):
     assert list(theirs.state_dict()) == list(ours.state_dict())
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), f"{name}: one seed, different numbers"
-    for p in (*theirs.parameters(), *ours.parameters()):
-        p.data *= 20  # initial values are small, and so would be errors
     x = torch.randn(4, 2, theirs.experts.args.hidden_size)
     assert clear_choice(theirs, x)
     got, want = run_both(theirs, ours, x)
