@@ -311,6 +311,11 @@ def test_unknown_mlp(changes, message):
         dMoE(arguments_(**changes))
 
 
+def test_wrong_width():
+    with pytest.raises(ValueError, match=r"MoE: x \(3, 1, 5\) must end in hidden_size=6"):
+        MoE(arguments_())(torch.randn(3, 1, 5))
+
+
 def test_top_k_beyond_experts():
     with pytest.raises(RuntimeError, match=r"router.*k"):
         layer_(dMoE, moe_top_k=E + 1)(torch.randn(T, 1, D))

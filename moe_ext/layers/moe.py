@@ -129,8 +129,8 @@ class ParallelMLP(torch.nn.Module):
 class MoE(torch.nn.Module):
     """A Mixture-of-Experts layer that drops the copies beyond an expert's capacity.
 
-    x [..., hidden_size] -> what ParallelMLP returns. TypeError if x has another dtype than the layer
-    and autocast is off.
+    x [..., hidden_size] -> what ParallelMLP returns. ValueError if x has another width, TypeError if it has another
+    dtype than the layer and autocast is off.
     """
 
     def __init__(self, args: Arguments):
@@ -144,7 +144,9 @@ class MoE(torch.nn.Module):
 
     def forward(self, x):
         x = common.cast_if_autocast_enabled(x)
-        dtype = self.router.layer.weight.dtype
+        width, dtype = self.router.layer.in_features, self.router.layer.weight.dtype
+        if x.shape[-1] != width:
+            raise ValueError(f"{type(self).__name__}: x {tuple(x.shape)} must end in hidden_size={width}")
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"{type(self).__name__}: x is {x.dtype}, the layer {dtype}. The default is Arguments(fp16=True): pass "
