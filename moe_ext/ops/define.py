@@ -14,7 +14,8 @@ def define(schema, *, fake, save=None, backward=None, autocast=(), autocast_dtyp
     """Declares moe_ext::<schema> and returns its OpOverload.
 
     fake            the shape function: takes the op's arguments, returns empty tensors like its results
-    save, backward  the gradient as torch.library.register_autograd wants it
+    save, backward  the gradient: save(ctx, inputs, output) and backward(ctx, *grads), as in torch.autograd.Function with
+                    a separate setup_context
     autocast        under torch.autocast the floating arguments at these positions are cast, float64 excepted ...
     autocast_dtype  ... to this dtype; None is the region's own dtype
     kernel          a Python implementation for all devices, for an op that is composed of others
@@ -24,13 +25,41 @@ def define(schema, *, fake, save=None, backward=None, autocast=(), autocast_dtyp
     op = getattr(torch.ops.moe_ext, name).default
     torch.library.register_fake(f"moe_ext::{name}", fake, lib=_library)
     if backward:
-        torch.library.register_autograd(f"moe_ext::{name}", backward, setup_context=save, lib=_library)
+        _library.impl(name, _autograd_kernel(op, save, backward), "Autograd", with_keyset=True)
     if kernel:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
     if autocast:
         for device in ("cpu", "cuda"):
             _library.impl(name, _autocast_kernel(op, device, autocast, autocast_dtype), f"Autocast{device.upper()}")
     return op
+
+
+def _autograd_kernel(op, save, backward):
+    """What torch.library.register_autograd makes, without its handling of default values: that takes 0.2 ms a call."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            *args, keyset = args
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op.redispatch(keyset, *args)
+                save(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None
+
+    Function.__name__ = Function.__qualname__ = op._opname
+
+    def kernel(keyset, *args):
+        keyset = keyset & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Function.apply(*args, keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset, *args)
+
+    return kernel
 
 
 def _autocast_kernel(op, device, positions, dtype):

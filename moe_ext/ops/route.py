@@ -134,7 +134,7 @@ _z_loss = define(
         logits.new_empty(logits.shape[0], dtype=real(logits.dtype)),
     ),
     save=_save_z_loss,
-    backward=lambda ctx, dloss, _: _z_loss_backward(*ctx.saved_tensors, dloss),
+    backward=lambda ctx, dloss, _: (_z_loss_backward(*ctx.saved_tensors, dloss),),
     autocast=(0,),
     autocast_dtype=torch.float32,
 )
