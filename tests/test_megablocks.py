@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted(Path(__file__).parent.glob("megablocks/parity_*.py"))
 
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_parity(file):
+@pytest.mark.parametrize("name", ["parity_ops", "parity_layers"])
+def test_parity(name):
+    file = Path(__file__).parent / "megablocks" / f"{name}.py"
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-                         capture_output=True, text=True, timeout=300)  # fmt: skip
+                         capture_output=True, text=True, timeout=600)  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
