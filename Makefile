@@ -43,8 +43,8 @@ C_TESTS := $(basename $(notdir $(wildcard tests/c/test_*.c)))
 ISAS    := base $(foreach isa,avx2 avx512,$(if $(shell grep -m1 -ow $(isa:avx512=avx512dq) /proc/cpuinfo),$(isa)))
 # $(call run-c-tests,build folder,extra flags)
 define run-c-tests
-	mkdir -p $(1)/tests
-	for t in $(C_TESTS); do \
+	@mkdir -p $(1)/tests
+	@for t in $(C_TESTS); do \
 	    gcc $(C_FLAGS) $(2) -o $(1)/tests/$$t tests/c/$$t.c $$(ls $(1)/csrc/*.o | grep -v -e /ops.o -e /module.o) -lm -lpthread; \
 	    for isa in $(ISAS); do echo "$$t $$isa"; MOE_ISA=$$isa $(1)/tests/$$t; done; \
 	done
@@ -55,11 +55,12 @@ test-c: build
 
 # ---- the same under sanitizers: a second build in build/address and build/thread -----------------------------------
 ASAN_PRELOAD := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so.6)
+OP_TESTS     := $(addprefix tests/test_,$(addsuffix .py,index permute gemm expert route head random))
 sanitize: build
 	MOE_SANITIZE=address $(PY) setup.py -q build_ext
 	$(call run-c-tests,build/address,-fsanitize=address$(comma)undefined)
 	MOE_BINARY=build/address/moe_ext LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
-	    $(PY) -m pytest tests/test_ops.py
+	    $(PY) -m pytest $(OP_TESTS)
 	MOE_SANITIZE=thread $(PY) setup.py -q build_ext
 	$(call run-c-tests,build/thread,-fsanitize=thread)
 

@@ -14,8 +14,8 @@ def define(schema, *, fake, save=None, backward=None, autocast=(), autocast_dtyp
     """Declares moe_ext::<schema> and returns its OpOverload.
 
     fake            the shape function: takes the op's arguments, returns empty tensors like its results
-    save, backward  the gradient: save(ctx, inputs, output) and backward(ctx, *grads), as in torch.autograd.Function with
-                    a separate setup_context
+    save, backward  the gradient: save(ctx, inputs, output) and backward(ctx, *grads), as in torch.autograd.Function
+                    with a setup_context of its own
     autocast        under torch.autocast the floating arguments at these positions are cast, float64 excepted ...
     autocast_dtype  ... to this dtype; None is the region's own dtype
     kernel          a Python implementation for all devices, for an op that is composed of others
