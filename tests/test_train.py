@@ -1,0 +1,303 @@
+"""The driver: it learns, repeats itself and resumes bit for bit, stops in good order and says what is wrong."""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import moe_ext.train
+from moe_ext import checkpoint, evaluate, generate
+from moe_ext.checkpoint import CheckpointError
+from moe_ext.config import ConfigError, load, parse
+from moe_ext.data import IndexedDataset, IndexedWriter, Loader
+from moe_ext.model import GPT, build
+
+RECIPE = str(Path(__file__).parent.parent / "recipes" / "debug.toml")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Sentences that mostly repeat a pattern, so that a small model learns in twenty steps; a tokenizer of 320 ids."""
+    folder = tmp_path_factory.mktemp("data")
+    words = "the quick brown fox jumps over the lazy dog and runs away from def return import".split()
+    rng = np.random.default_rng(0)
+    texts = [" ".join(words[i * j % 16] if rng.random() < 0.9 else rng.choice(words) for i in range(200))
+             for j in range(60)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, part in (("train", texts[:50]), ("valid", texts[50:])):
+        with IndexedWriter(folder / name, 320) as writer:
+            for text in part:
+                writer.add(tokenizer.encode(text).ids)
+    return folder
+
+
+def flags(data, folder, **options):
+    """Command-line arguments; options as section__field=value."""
+    options = {"data__train": data / "train", "data__valid": data / "valid", "data__tokenizer": data / "tokenizer.json",
+               "log__folder": folder} | options
+    return [RECIPE] + [word for name, value in options.items() for word in ("--" + name.replace("__", "."), str(value))]
+
+
+def run(data, folder, resume="", **options):
+    return moe_ext.train.train(parse(flags(data, folder, **options)), resume)
+
+
+def tensors(folder, step):
+    """All tensors of a checkpoint: parameters, optimizer state, random state."""
+    path = folder / "ckpt" / f"step-{step:06d}"
+    return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def assert_same_checkpoint(a, b, step):
+    first, second = tensors(a, step), tensors(b, step)
+    assert first.keys() == second.keys() and len(first) > 50
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (checkpoint.read_state(a / "ckpt" / f"step-{step:06d}").loader
+            == checkpoint.read_state(b / "ckpt" / f"step-{step:06d}").loader)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """Twenty steps without a stop; checkpoints at 7, 14, 20."""
+    return run(data, tmp_path_factory.mktemp("straight"), train__save_every=7, train__keep_last=0)
+
+
+def test_loss_falls_and_the_run_folder_is_whole(straight):
+    steps = [r for r in records(straight) if "loss" in r]
+    evaluations = [r for r in records(straight) if "valid_loss" in r]
+    assert [r["step"] for r in steps] == [1, 5, 10, 15, 20] and [r["step"] for r in evaluations] == [10, 20]
+    assert abs(steps[0]["loss"] - math.log(320)) < 0.2
+    assert evaluations[-1]["valid_loss"] < steps[0]["loss"] - 2.5
+    assert sum(steps[-1]["counts_LE"][0]) == 2 * 4 * 32 * 2          # accumulation x rows x tokens x K
+    assert {p.name for p in straight.iterdir()} == {"config.toml", "run.log", "metrics.jsonl", "ckpt", "tokenizer.json",
+                                                    "plot.png"}
+    said = (straight / "run.log").read_text()
+    assert "step 20/20 | loss" in said and "unigram entropy" in said and "sample: def " in said
+
+
+def test_config_of_the_run_folder_repeats_it_bit_for_bit(straight, tmp_path):
+    config = load(straight / "config.toml")
+    again = moe_ext.train.train(dataclasses.replace(config, log=dataclasses.replace(config.log, folder=str(tmp_path))))
+    assert_same_checkpoint(straight, again, 20)
+    losses = [[r["loss"] for r in records(folder) if "loss" in r] for folder in (straight, again)]
+    assert losses[0] == losses[1]
+
+
+def test_resume_continues_bit_for_bit(data, straight, tmp_path):
+    folder = tmp_path / "debug"
+    shutil.copytree(straight / "ckpt" / "step-000007", folder / "ckpt" / "step-000007")
+    with pytest.raises(ConfigError, match="holds step-000007 of an earlier run: continue it with --resume auto"):
+        run(data, tmp_path)
+    with pytest.raises(CheckpointError, match=r"model.heads: the checkpoint has 4, this run wants 2"):
+        run(data, tmp_path, resume="auto", model__heads=2)
+    run(data, tmp_path, resume="auto", train__save_every=7, train__keep_last=2)
+    assert_same_checkpoint(straight, folder, 20)
+    assert sorted(p.name for p in (folder / "ckpt").iterdir()) == ["step-000014", "step-000020"]
+    assert "continuing from" in (folder / "run.log").read_text()
+
+
+def test_sigterm_saves_and_the_rest_is_the_same(data, straight, tmp_path, monkeypatch):
+    schedule = moe_ext.train.learning_rate
+
+    def terminate_in_step_3(step, *rest):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(step, *rest)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(moe_ext.train, "learning_rate", terminate_in_step_3)
+    folder = run(data, tmp_path)
+    assert [p.name for p in (folder / "ckpt").iterdir()] == ["step-000003"]
+    assert "stopped by SIGTERM after step 3" in (folder / "run.log").read_text()
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    run(data, tmp_path, resume="auto")
+    assert_same_checkpoint(straight, folder, 20)
+
+
+def test_sigterm_ends_the_process_with_status_0(data, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "moe_ext.train", *flags(data, tmp_path, train__steps=100000)],
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 0
+    step = int(rest.rpartition("after step ")[2].split(";")[0])
+    assert checkpoint.latest(tmp_path / "debug" / "ckpt").name == f"step-{step:06d}"
+
+
+def test_accumulation_changes_nothing_in_fp64(data, tmp_path):
+    folders = [run(data, tmp_path / str(n), train__dtype="fp64", train__steps=4, train__accumulation=n, log__every=1,
+                   train__micro_batch=8 // n, data__tokenizer="", model__moe__capacity_factor=1.0) for n in (1, 2)]
+    one, two = ([(r["loss"], r["aux"], r["grad_norm"]) for r in records(f) if "loss" in r] for f in folders)
+    np.testing.assert_allclose(one, two, rtol=1e-12)
+    a, b = tensors(folders[0], 4), tensors(folders[1], 4)
+    for name in a:
+        if a[name].dtype == torch.float64:
+            assert (a[name] - b[name]).abs().max() <= 1e-11 * a[name].abs().max() + 1e-13, name
+
+
+def test_selection_bias_moves_once_per_step_from_all_counts(data, tmp_path):
+    folder = run(data, tmp_path, model__moe__score="sigmoid", model__moe__select_bias_rate=0.5, train__steps=1,
+                 optim__warmup=0, data__tokenizer="")
+    counts_LE = torch.tensor(next(r for r in records(folder) if "loss" in r)["counts_LE"]).double()
+    for layer, counts_E in enumerate(counts_LE):
+        want = 0.5 * (counts_E.mean() - counts_E).sign()
+        assert torch.equal(tensors(folder, 1)[f"model.layers.{layer}.mlp.select_bias_E"], want.float())
+
+
+@pytest.mark.parametrize("options", [
+    dict(train__dtype="bf16"),
+    dict(model__moe__experts=0, optim__schedule="wsd"),
+    dict(train__eval_every=0, data__valid="")], ids=["bf16", "dense_wsd", "no_evaluation"])
+def test_other_ways_to_train(data, tmp_path, options):
+    folder = run(data, tmp_path, train__steps=10, data__tokenizer="", **options)
+    losses = [r["loss"] for r in records(folder) if "loss" in r]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_recomputation_is_bitwise(data, straight, tmp_path):
+    arguments = flags(data, tmp_path, train__save_every=7, train__keep_last=0)
+    folder = moe_ext.train.train(parse([*arguments, "--train.recompute"]))
+    assert_same_checkpoint(straight, folder, 14)
+
+
+def test_profile(data, tmp_path):
+    folder = run(data, tmp_path, train__steps=4, train__profile_steps=1, optim__warmup=0, data__tokenizer="")
+    assert json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
+    assert "expert_mlp" in (folder / "profile" / "ops.txt").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_memory_snapshot_needs_cuda(data, tmp_path):
+    arguments = flags(data, tmp_path, train__profile_steps=1)
+    with pytest.raises(ConfigError, match=r"train.memory_snapshot records CUDA allocations, but train.device is cpu"):
+        moe_ext.train.train(parse([*arguments, "--train.memory-snapshot"]))
+
+
+def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
+    def broken(config):
+        model = build(config)
+        torch.nn.init.constant_(model.lm_head.weight, 1e38)
+        return model
+
+    monkeypatch.setattr(moe_ext.train, "build", broken)
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is (inf|nan): lower optim.lr.*no checkpoint has"):
+        run(data, tmp_path)
+
+
+def test_an_update_that_throws_the_weights_away(data, tmp_path):
+    """What follows it is not finite; it never reaches a checkpoint."""
+    with pytest.raises(FloatingPointError, match=r"lower optim.lr"):
+        run(data, tmp_path, model__moe__experts=0, optim__lr=1e30, optim__warmup=0, optim__clip=0, train__save_every=1)
+    saved = checkpoint.latest(tmp_path / "debug" / "ckpt")
+    assert all(t.isfinite().all() for t in tensors(tmp_path / "debug", int(saved.name[5:])).values())
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def main(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def test_dry_run(data, tmp_path, monkeypatch, capsys):
+    main(monkeypatch, moe_ext.train, *flags(data, tmp_path), "--dry-run")
+    said = capsys.readouterr().out
+    total, active = GPT(load(RECIPE).model, device="meta").num_parameters()
+    for words in (f"{total:,} in all, {active:,} active", "256 per step = 2 x 4 sequences of 32; 5,120 in 20", "MiB"):
+        assert words in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_of_the_plan_is_near_the_truth():
+    """Bytes that autograd keeps in one forward, against the estimate: within a third."""
+    config = parse([RECIPE, "--model.dim", "64", "--model.moe.hidden", "96", "--model.dropout", "0"])
+    model, kept = GPT(config.model), {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    tokens = torch.zeros(config.train.micro_batch, config.model.seq_len, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(tokens, tokens)
+    out.token_loss.backward()
+    state, activations = moe_ext.plan.memory(config, model.num_parameters()[0])
+    head = 2 * tokens.numel() * 320 * 4     # the estimate's chunk of logits, which the fused head does not keep
+    assert state == 16 * model.num_parameters()[0]
+    assert abs(activations - head - sum(kept.values())) < sum(kept.values()) / 3
+
+
+def test_several_processes_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="torchrun started 2 processes, but this version trains in one"):
+        main(monkeypatch, moe_ext.train, *flags(data, tmp_path))
+
+
+def test_missing_data_is_a_sentence(data, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: .*nowhere.bin"):
+        main(monkeypatch, moe_ext.train, *flags(data, tmp_path, data__train=tmp_path / "nowhere"))
+
+
+def test_evaluate(data, straight, monkeypatch, capsys):
+    main(monkeypatch, evaluate, straight)
+    said = capsys.readouterr().out
+    loaded = evaluate.load_run(straight)
+    loader = Loader(IndexedDataset(data / "valid"), seq_len=32, batch_size=1)
+    total = 0.0
+    for _ in range(loader.samples):
+        batch = loader.batch()
+        total += loaded.model(batch.tokens, batch.targets).token_loss.item() / 32
+        loader.advance()
+    assert f"step 20 | valid loss {total / loader.samples:.3f}" in said and "unigram entropy" in said
+    few = evaluate.evaluate(loaded.model, loaded.config, IndexedDataset(data / "valid"), 4)
+    assert few == [r for r in records(straight) if "valid_loss" in r][-1]["valid_loss"]
+    with pytest.raises(ConfigError, match=r"is no run folder: it holds no config.toml"):
+        evaluate.load_run(straight / "ckpt")
+
+
+def test_generate(straight, monkeypatch, capsys):
+    texts = []
+    for options in ([], ["--no-cache"], ["--seed", "1"], ["--temperature", "0"], ["--temperature", "0", "--no-cache"]):
+        main(monkeypatch, generate, straight, "--prompt", "the quick brown", "--max-tokens", "20", *options)
+        texts.append(capsys.readouterr().out)
+    assert all(text.startswith("the quick brown ") for text in texts)
+    assert texts[0] == texts[1] and texts[3] == texts[4] and len(set(texts)) == 3
+    with pytest.raises(ValueError, match=r"3 prompt tokens \+ 30 new ones, .* context is 32: at most 29 fit"):
+        list(generate.generate(evaluate.load_run(straight).model, [1, 2, 3], 30))
+
+
+def test_pick_cuts_the_tail():
+    logits_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    def drawn(**options):
+        options = dict(temperature=1.0, top_k=0, top_p=1.0) | options
+        generator = torch.Generator().manual_seed(0)
+        return [generate.pick(logits_V, generator=generator, **options) for _ in range(400)]
+    assert set(drawn()) == {0, 1, 2, 3}
+    assert set(drawn(top_k=2)) == {1, 3} == set(drawn(top_p=0.7)) and set(drawn(top_p=0.71)) == {1, 2, 3}
+    assert set(drawn(top_p=0.0)) == set(drawn(temperature=0)) == set(drawn(top_k=1)) == {1}
+    assert abs(drawn().count(1) / 400 - 0.4) < 0.1
