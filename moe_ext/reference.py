@@ -334,10 +334,9 @@ def _unit(words):
 
 def random_uniform(rows, cols, *, seed, step, site, row0=0, low=0.0, high=1.0, dtype=torch.float32, device=None):
     """-> [rows,cols] in [low, high), computed in float32 whatever the dtype; two-byte dtypes may round up to high."""
-    low, width, high = torch.tensor([low, high - low, high]).unbind()
-    u = _unit(_philox(rows, cols, seed, step, site, row0, device)[:, :cols])
-    below_high = high.nextafter(torch.tensor(-math.inf)).item()
-    return (low.item() + width.item() * u).float().clamp(max=below_high).to(dtype)
+    low, width, high = torch.tensor([low, high - low, high], device=device).unbind()
+    u = _unit(_philox(rows, cols, seed, step, site, row0, device)[:, :cols]).float()
+    return torch.minimum(width * u + low, high.nextafter(torch.full_like(high, -math.inf))).to(dtype)
 
 
 def random_normal(rows, cols, *, seed, step, site, row0=0, mean=0.0, std=1.0, dtype=torch.float32, device=None):
@@ -351,7 +350,7 @@ def random_normal(rows, cols, *, seed, step, site, row0=0, mean=0.0, std=1.0, dt
 
 def dropout(x, p, *, seed, step, site, row0=0):
     """x / (1-p) where the element's uniform number is >= p, else 0. x [rows,cols]."""
-    u = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, dtype=torch.float64, device=x.device)
+    u = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, device=x.device)
     return (x * (u >= p).double() / (1 - p)).to(x.dtype)
 
 

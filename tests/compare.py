@@ -34,7 +34,7 @@ def _bytes(x):
 
 
 def close(got, plain, oracle, what="result", floor=None):
-    """Error <= 2x that of plain torch in the same dtype, both against fp64, plus the floor (by default the result's)."""
+    """Error <= 2x that of plain torch in the same dtype, both against fp64, plus a floor (the dtype's by default)."""
     _alike(got, plain, what)
     if got.numel() == 0:
         return

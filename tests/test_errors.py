@@ -88,8 +88,8 @@ BAD = {
     "topology: padded_bins multiples of block=4": lambda: ops.topology(i32(3, 4), 4, 1, 2),
     "topology: E*cols=40000 int16": lambda: ops.topology(i32(4, 8), 4, 2, 20000),
     "replicate: bins within n=5": lambda: ops.replicate(X, i32(1, 2, 3, 9), 5),
-    "expert_mlp: num_copies number of ids >= 0": lambda: mlp(num_copies=11),
-    "expert_mlp: num_copies number of ids >= 0": lambda: mlp(num_copies=13),
+    "expert_mlp: bins num_copies number of ids >= 0": lambda: mlp(num_copies=11),
+    "expert_mlp: size num_copies number of ids >= 0": lambda: mlp(num_copies=13),
     # values
     "router: k is 4 wanted 1 .. E=3": lambda: ops.router(LOGITS, 4),
     "router: k is 0 wanted 1 .. E=3": lambda: ops.router(LOGITS, 0),
