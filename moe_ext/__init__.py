@@ -2,7 +2,7 @@
 
     import moe_ext
     layer = moe_ext.FusedMoE(dim=512, hidden=1024, num_experts=16, top_k=2)   # or moe_ext.dMoE(args), as in MegaBlocks
-    y = layer(x)
+    y, routing = layer(x)       # x [B,S,D]; routing.loss is to be added to the loss
 
 `python -m moe_ext` says what was built and what runs. Importing needs only torch and
 numpy. The environment's MOE_ISA=base|avx2|avx512 forces a set of kernels.

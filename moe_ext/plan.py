@@ -7,8 +7,8 @@ import torch
 
 import moe_ext
 from moe_ext.config import Config
-from moe_ext.layers.fused import GATED
 from moe_ext.model import GPT, pick_device
+from moe_ext.ops.expert import GATED
 
 
 def describe(config: Config, model: GPT) -> str:

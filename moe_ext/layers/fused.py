@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_ext import ops
-
-GATED = ("swiglu", "geglu", "geglu_tanh")
+from moe_ext.ops.expert import GATED
 
 
 def site(name: str) -> int:
