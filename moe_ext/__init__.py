@@ -9,6 +9,7 @@ numpy. The environment's MOE_ISA=base|avx2|avx512 forces a set of kernels.
 """
 
 import os
+from importlib import import_module
 
 import torch  # first: the extension is linked to the libraries that torch has loaded
 
@@ -17,7 +18,7 @@ __version__ = "0.1.0"
 if folder := os.environ.get("MOE_BINARY"):  # another build of _C, such as the one of `make sanitize`
     __path__.insert(0, folder)
 try:
-    from moe_ext import _C  # noqa: F401
+    _C = import_module("moe_ext._C")
 except ImportError as error:
     if "MOE_ISA" in str(error):
         raise
@@ -48,6 +49,4 @@ def __getattr__(name):
     """The layers, imported when first asked for."""
     if name not in _LAYERS:
         raise AttributeError(f"module 'moe_ext' has no attribute '{name}'")
-    from importlib import import_module
-
     return getattr(import_module(_LAYERS[name]), name)
