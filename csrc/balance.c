@@ -115,6 +115,7 @@ int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t 
 int moe_balance_counts(int64_t T, int64_t S, int64_t K, int64_t E, const int32_t *ids_TK, int32_t *counts_GE) {
     int status = check_scopes(T, S, K, E);
     if (status || (status = check_ids(T * K, E, ids_TK))) return status;
+    if (S == 0) memset(counts_GE, 0, (size_t)E * sizeof *counts_GE);     // no tokens: one empty scope
     for (int64_t t = 0; t < T; t++) {
         int32_t *counts_E = counts_GE + t / S * E;
         if (t % S == 0) memset(counts_E, 0, (size_t)E * sizeof *counts_E);

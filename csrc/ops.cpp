@@ -33,6 +33,7 @@ Tensor histogram(In x, int64_t max_val) {
     Dim rows{"B"}, n{"n"}, bins{"max_val", max_val};
     const bool flat = x.dim() == 1;
     void *x_rn = flat ? door.in("x", x, INTS, {&n}) : door.in("x", x, INTS, {&rows, &n});
+    if (max_val < 0) door.fail("max_val is ", max_val, ", wanted >= 0");
     Tensor counts = flat ? empty(x, MOE_I32, {bins}) : empty(x, MOE_I32, {rows, bins});
     door.done(moe_histogram(dtype_of(x), flat ? 1 : rows.n, n, bins, x_rn, i32(counts)),
               "max_val=", max_val);
@@ -85,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_index(In ids, int64_t num_exper
     Dim T{"T"}, K{"K"};
     auto *ids_N = door.i32("ids", ids, {&T, &K});
     const int64_t N = T * K, E = num_experts;
+    if (E < 0) door.fail("num_experts is ", E, ", wanted >= 0");
     Tensor counts = empty(ids, MOE_I32, {E}), bins = empty(ids, MOE_I32, {E});
     Tensor order = empty(ids, MOE_I32, {N}), inverse = empty(ids, MOE_I32, {T, K});
     Workspace work(ids, moe_route_index_workspace(N, E));
@@ -354,8 +356,8 @@ Tensor balance_counts(In ids, int64_t num_experts, int64_t rows_per_scope) {
     Dim T{"T"}, K{"K"};
     auto *ids_TK = door.i32("ids", ids, {&T, &K});
     const int64_t S = rows_per_scope;
-    if (S < 1 || T % S) door.fail("T=", T.n, " is not a multiple of rows_per_scope=", S);
-    Tensor counts = empty(ids, MOE_I32, {T / S, num_experts});
+    if (S < 0 || (S == 0 ? T != 0 : T % S)) door.fail("T=", T.n, " is not a multiple of rows_per_scope=", S);
+    Tensor counts = empty(ids, MOE_I32, {S ? T / S : 1, num_experts});
     const int status = moe_balance_counts(T, S, K, num_experts, ids_TK, i32(counts));
     if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, num_experts, -1);
     door.done(status, "num_experts=", num_experts);
@@ -364,6 +366,7 @@ Tensor balance_counts(In ids, int64_t num_experts, int64_t rows_per_scope) {
 
 // Number of rows in each of the scopes that counts_GE describes.
 int64_t rows_of_scope(const Door &door, int64_t T, int64_t G) {
+    if (T == 0) return 0;
     if (G < 1 || T % G) door.fail("counts has G=", G, " scopes, which do not divide T=", T, " rows of scores");
     return T / G;
 }
@@ -450,24 +453,26 @@ moe_random_key random_key(int64_t seed, int64_t step, int64_t site, int64_t row0
     return {static_cast<uint64_t>(seed), step, site, row0};
 }
 
+const char KEY_RULE[] = "step and site must lie in [0, 2^32) and row0 must not be negative, got ";
+
 // Random numbers of the shape, dtype and device of `like`, whose values are not read.
 template <int draw(int, moe_random_key, int64_t, int64_t, double, double, void *)>
-Tensor random(const char *op, In like, double a, double b, moe_random_key key) {
+Tensor random(const char *op, const char *range, In like, double a, double b, moe_random_key key) {
     Door door{op};
     Dim rows{"rows"}, cols{"cols"};
     door.in("like", like, FLOATS, {&rows, &cols}, ANY);
     Tensor y = empty(like, dtype_of(like), {rows, cols});
-    door.done(draw(dtype_of(like), key, rows, cols, a, b, y.data_ptr()), "step=", key.step, ", site=", key.site,
-              " and row0=", key.row0, " must not be negative");
+    door.done(draw(dtype_of(like), key, rows, cols, a, b, y.data_ptr()), "got ", a, " and ", b, ", wanted ", range, "; ",
+              KEY_RULE, key.step, ", ", key.site, " and ", key.row0);
     return y;
 }
 
 Tensor random_uniform(In like, double low, double high, int64_t seed, int64_t step, int64_t site, int64_t row0) {
-    return random<moe_uniform>("random_uniform", like, low, high, random_key(seed, step, site, row0));
+    return random<moe_uniform>("random_uniform", "low < high", like, low, high, random_key(seed, step, site, row0));
 }
 
 Tensor random_normal(In like, double mean, double std, int64_t seed, int64_t step, int64_t site, int64_t row0) {
-    return random<moe_normal>("random_normal", like, mean, std, random_key(seed, step, site, row0));
+    return random<moe_normal>("random_normal", "finite mean and std >= 0", like, mean, std, random_key(seed, step, site, row0));
 }
 
 Tensor dropout(In x, double p, int64_t seed, int64_t step, int64_t site, int64_t row0) {
@@ -476,7 +481,8 @@ Tensor dropout(In x, double p, int64_t seed, int64_t step, int64_t site, int64_t
     void *x_rc = door.in("x", x, FLOATS, {&rows, &cols});
     if (!(p >= 0 && p < 1)) door.fail("p is ", p, ", wanted 0 <= p < 1");
     Tensor y = empty(x, dtype_of(x), {rows, cols});
-    door.done(moe_dropout(dtype_of(x), random_key(seed, step, site, row0), rows, cols, p, x_rc, y.data_ptr()));
+    door.done(moe_dropout(dtype_of(x), random_key(seed, step, site, row0), rows, cols, p, x_rc, y.data_ptr()),
+              KEY_RULE, step, ", ", site, " and ", row0);
     return y;
 }
 

@@ -175,8 +175,12 @@ def test_z_loss(size, dtype, device):
 
 def test_no_tokens_have_no_loss(dtype, device):
     scores = torch.empty(0, 4, dtype=dtype, device=device, requires_grad=True)
-    counts = torch.zeros(1, 4, dtype=torch.int32, device=device)
-    balance = [ops.balance_loss(scores, counts, 2, form=form) for form in ("switch", "mse")]
+    ids_TK = torch.empty(0, 2, dtype=torch.int32, device=device)
+    balance = []
+    for rows_per_scope, scopes in ((None, 1), (8, 0)):
+        counts_GE = ops.balance_counts(ids_TK, 4, rows_per_scope)
+        same(counts_GE, torch.zeros(scopes, 4, dtype=torch.int32, device=device))
+        balance += [ops.balance_loss(scores, counts_GE, 2, form=form) for form in ("switch", "mse")]
     for loss in (*balance, ops.z_loss(scores)):
         assert loss.item() == 0
         (dscores,) = torch.autograd.grad(loss, scores)

@@ -20,6 +20,12 @@ def _linear_cross_entropy_kernel(x_TD, w_VD, targets_T, ignore_index, chunk, nee
             f"moe_ext::linear_cross_entropy: w has dtype {w_VD.dtype}, wanted that of x ({x_TD.dtype}). "
             f"Hint: w.to(x.dtype), or torch.autocast"
         )
+    if x_TD.shape[1] != w_VD.shape[1]:
+        raise RuntimeError(
+            f"moe_ext::linear_cross_entropy: w has shape {list(w_VD.shape)}, wanted [V, D={x_TD.shape[1]}]"
+        )
+    if chunk < 1:
+        raise RuntimeError(f"moe_ext::linear_cross_entropy: chunk is {chunk}, wanted >= 1 token")
     if x_TD.shape[0] != targets_T.shape[0]:
         raise RuntimeError(
             f"moe_ext::linear_cross_entropy: targets has shape {list(targets_T.shape)}, wanted [T={x_TD.shape[0]}]"

@@ -80,7 +80,7 @@ def _scope(x_T, rows_per_scope):
 
 _balance_counts = define(
     "balance_counts(Tensor ids, int num_experts, SymInt rows_per_scope) -> Tensor",
-    fake=lambda ids, num_experts, rows: ids.new_empty(ids.shape[0] // rows, num_experts),
+    fake=lambda ids, num_experts, rows: ids.new_empty(ids.shape[0] // rows if rows else 1, num_experts),
 )
 
 
