@@ -31,7 +31,7 @@ build: .venv/installed
 
 # ---- the two commands ------------------------------------------------------------------------------------------------
 train: build
-	$(PY) -m moe_ext.data prepare $(if $(TEXT),--text $(TEXT))
+	$(PY) -m moe_ext.data prepare --out data/tiny $(if $(TEXT),--text $(TEXT))
 	$(BIN)/torchrun --standalone --nproc-per-node 1 -m moe_ext.train $(RECIPE)
 
 test: build lint test-c .venv/parity
