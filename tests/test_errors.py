@@ -52,6 +52,10 @@ BAD = {
     "linear_cross_entropy: w float64 wanted float32": lambda: ops.linear_cross_entropy(X, W[0].T.double(), TARGETS),
     "sort: x float32 wanted int16 int32 int64": lambda: ops.sort(X[0]),
     "histogram: x float32 wanted": lambda: ops.histogram(X, E),
+    # device
+    "grouped_gemm: w on device meta first argument on cpu Hint": lambda: ops.grouped_gemm(ROWS, W.to("meta"), BINS),
+    "gather: order on device meta first argument on cpu": lambda: ops.gather(X, ORDER.to("meta"), None, BINS, K),
+    "expert_mlp: down on device meta first argument on cpu": lambda: mlp(down=DOWN.to("meta")),
     # shape
     "route_index: ids shape [2] wanted [T, K]": lambda: ops.route_index(IDS[0], E),
     "gather: x shape [1, 6, 4] wanted [T, D]": lambda: ops.gather(X[None], ORDER, None, BINS, K),

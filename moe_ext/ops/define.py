@@ -23,7 +23,7 @@ def define(schema, *, fake, save=None, backward=None, autocast=(), autocast_dtyp
     name = schema.partition("(")[0]
     _library.define(schema, tags=_tags)
     op = getattr(torch.ops.moe_ext, name).default
-    torch.library.register_fake(f"moe_ext::{name}", fake, lib=_library)
+    torch.library.register_fake(f"moe_ext::{name}", _on_one_device(op, fake), lib=_library)
     if backward:
         _library.impl(name, _autograd_kernel(op, save, backward), "Autograd", with_keyset=True)
     if kernel:
@@ -32,6 +32,22 @@ def define(schema, *, fake, save=None, backward=None, autocast=(), autocast_dtyp
         for device in ("cpu", "cuda"):
             _library.impl(name, _autocast_kernel(op, device, autocast, autocast_dtype), f"Autocast{device.upper()}")
     return op
+
+
+def _on_one_device(op, fake):
+    """Meta tensors beside real ones end here, which the kernels never see."""
+
+    def checked(*args):
+        tensors = [(a.name, x) for a, x in zip(op._schema.arguments, args, strict=True) if isinstance(x, torch.Tensor)]
+        for name, x in tensors:
+            if x.device != tensors[0][1].device:
+                raise RuntimeError(
+                    f"{op._schema.name}: {name} is on device {x.device}, the first argument on {tensors[0][1].device}. "
+                    f"Hint: {name}.to({tensors[0][0]}.device)"
+                )
+        return fake(*args)
+
+    return checked
 
 
 def _autograd_kernel(op, save, backward):
