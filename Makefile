@@ -1,5 +1,5 @@
 # make train   a GPT with experts from real text to samples and a plot      make test    everything CI checks
-# make build   compile what changed     make bench   the benchmark table     make lint    ruff and clang-format
+# make build   compile what changed     make bench   the benchmark table     make lint    ruff
 # make sanitize   the core and the ops under ASan + UBSan, the core under TSan        make clean
 #
 # The first run creates .venv. Options: PYTHON=python3.12, MOE_TORCH="torch==2.11.0" (any pip arguments), TEXT=file or folder.
@@ -32,37 +32,44 @@ build: .venv/installed
 # ---- the two commands ------------------------------------------------------------------------------------------------
 train: build
 	$(PY) -m moe_ext.data prepare --out data/tiny $(if $(TEXT),--text $(TEXT))
-	$(BIN)/torchrun --standalone --nproc-per-node 1 -m moe_ext.train $(RECIPE)
+	$(BIN)/torchrun --standalone --nproc-per-node 1 -m moe_ext.train $(RECIPE) --resume auto
 
 test: build lint test-c .venv/parity
 	$(PY) -m pytest
 
-# ---- C tests: each under every instruction set of this CPU ---------------------------------------------------------
+# ---- C tests: each under every instruction set of this CPU, and AVX-512's kernels lowered to AVX2 where that is the best ---
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -D_GNU_SOURCE -ffp-contract=off -Icsrc
 C_TESTS := $(basename $(notdir $(wildcard tests/c/test_*.c)))
 ISAS    := base $(foreach isa,avx2 avx512,$(if $(shell grep -m1 -ow $(isa:avx512=avx512dq) /proc/cpuinfo),$(isa)))
-# $(call run-c-tests,build folder,extra flags)
+# $(call run-c-tests,build folder,extra flags,instruction sets)
 define run-c-tests
 	@mkdir -p $(1)/tests
 	@for t in $(C_TESTS); do \
 	    gcc $(C_FLAGS) $(2) -o $(1)/tests/$$t tests/c/$$t.c $$(ls $(1)/csrc/*.o | grep -v -e /ops.o -e /module.o) -lm -lpthread; \
-	    for isa in $(ISAS); do echo "$$t $$isa"; MOE_ISA=$$isa $(1)/tests/$$t; done; \
+	    for isa in $(3); do echo "$$t $$isa $(2)"; MOE_ISA=$$isa $(1)/tests/$$t; done; \
 	done
 endef
+LOWERED := build/release/lowered
 .PHONY: test-c
 test-c: build
-	$(call run-c-tests,build/release)
+	$(call run-c-tests,build/release,,$(ISAS))
+ifeq ($(strip $(ISAS)),base avx2)
+	@mkdir -p $(LOWERED)/csrc
+	@cp build/release/csrc/*.o $(LOWERED)/csrc
+	gcc $(C_FLAGS) -O2 -mavx2 -mfma -mf16c -Wno-psabi -fPIC -c csrc/isa_avx512.c -o $(LOWERED)/csrc/isa_avx512.o
+	$(call run-c-tests,$(LOWERED),-DCHECK_LOWERED,avx2)
+endif
 
 # ---- the same under sanitizers: a second build in build/address and build/thread -----------------------------------
 ASAN_PRELOAD := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so.6)
 OP_TESTS     := $(addprefix tests/test_,$(addsuffix .py,index permute gemm expert route head random))
 sanitize: build
 	MOE_SANITIZE=address $(PY) setup.py -q build_ext
-	$(call run-c-tests,build/address,-fsanitize=address$(comma)undefined)
+	$(call run-c-tests,build/address,-fsanitize=address$(comma)undefined,$(ISAS))
 	MOE_BINARY=build/address/moe_ext LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
 	    $(PY) -m pytest $(OP_TESTS)
 	MOE_SANITIZE=thread $(PY) setup.py -q build_ext
-	$(call run-c-tests,build/thread,-fsanitize=thread)
+	$(call run-c-tests,build/thread,-fsanitize=thread,$(lastword $(ISAS)))
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
 bench: build
