@@ -8,10 +8,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "moe.h"
 
@@ -159,12 +163,36 @@ inline Tensor empty(In like, int dtype, std::initializer_list<int64_t> shape) {
     return Tensor(made);
 }
 
-// Bytes lent to one call of the core, for as long as the object lives.
-struct Workspace {
-    Tensor words;
+// Bytes lent to one call of the core, for as long as the object lives. Fresh memory costs a page fault for every 4 KB,
+// so the process keeps one spare piece, the largest that a call gave back. A call beside another allocates its own.
+class Workspace {
+    struct Piece {
+        std::unique_ptr<char[]> bytes;
+        size_t size;
+    };
+    static inline std::mutex lock;
+    static inline Piece spare{};
+    Piece piece{};
+
+   public:
     void *p;
-    Workspace(In like, size_t bytes)
-        : words(empty(like, MOE_I64, {static_cast<int64_t>((bytes + 7) / 8)})), p(words.data_ptr()) {}
+    explicit Workspace(size_t bytes) {
+        {
+            std::lock_guard<std::mutex> guard(lock);
+            std::swap(piece, spare);
+        }
+        if (piece.size < bytes + 63) {
+            piece = Piece();  // gone before its successor comes
+            piece = {std::unique_ptr<char[]>(new char[bytes + 63]), bytes + 63};
+        }
+        p = reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(piece.bytes.get()) + 63) & ~uintptr_t{63});
+    }
+    ~Workspace() {
+        std::lock_guard<std::mutex> guard(lock);
+        if (piece.size > spare.size) std::swap(piece, spare);
+    }
+    Workspace(const Workspace &) = delete;
+    Workspace &operator=(const Workspace &) = delete;
 };
 
 // A 0-d tensor of the real dtype that belongs to `like`, and the value of such a tensor.

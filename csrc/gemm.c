@@ -16,7 +16,7 @@
 //    +-----+ +----------+                  whichever stride is 1 into consecutive loads.
 //     in L2
 //
-// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 256]. Its loops, outside in:
+// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512]. Its loops, outside in:
 //   row tiles of <= 192 > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
 // and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,
 // whatever the number of threads. Tasks come from a queue; no task waits for another.
@@ -29,9 +29,9 @@
 
 enum {
     TASK_ROWS = 768,            // packing B is amortised, and there are still enough tasks to share out
-    TILE_ROWS = 192,            // [192 x 256] of A and as much of C fill half of a 512 KiB L2
+    TILE_ROWS = 192,            // [192 x 256] of A and as much of C and B pass through a 512 KiB L2
     CHUNK     = 256,            // a panel of B, [256 x NR] floats, is half of L1 (avx2)
-    BYTES_B   = 2 << 20,
+    BYTES_B   = 4 << 20,        // 512 columns of a sum of 2048 floats; [256 x NR] at a time comes from L3 to L1
     MAX_MR    = 16, MAX_NR = 32,
     STAGE     = 16,             // sum indices that are packed together: their rows stay in L1
 };
@@ -113,17 +113,12 @@ void copy_pieces(int64_t n, const char *const *src, int64_t offset, int64_t byte
 }
 // A constant size makes each memcpy a few instructions; these are the panels of the three instruction sets.
 static void copy_panel(int64_t n, const char *const *src, int64_t offset, int64_t bytes, char *dst, int64_t width) {
+#define PANEL(size) case size: copy_pieces(n, src, offset, size, dst, width); break;
     switch (bytes) {
-    case 16:  copy_pieces(n, src, offset, 16, dst, width); break;
-    case 24:  copy_pieces(n, src, offset, 24, dst, width); break;
-    case 32:  copy_pieces(n, src, offset, 32, dst, width); break;
-    case 48:  copy_pieces(n, src, offset, 48, dst, width); break;
-    case 56:  copy_pieces(n, src, offset, 56, dst, width); break;
-    case 64:  copy_pieces(n, src, offset, 64, dst, width); break;
-    case 112: copy_pieces(n, src, offset, 112, dst, width); break;
-    case 128: copy_pieces(n, src, offset, 128, dst, width); break;
-    default:  copy_pieces(n, src, offset, bytes, dst, width);
+    PANEL(16) PANEL(24) PANEL(32) PANEL(48) PANEL(56) PANEL(64) PANEL(112) PANEL(128)
+    default: copy_pieces(n, src, offset, bytes, dst, width);
     }
+#undef PANEL
 }
 
 // Packs elements (i0 .. i0+m, k0 .. k0+n) into panels of `width`; panel s begins at dst + s*width*n.
@@ -188,6 +183,7 @@ static void multiply_panels(bool f64, int64_t rows, int64_t n, int64_t k, const 
         for (int64_t i = 0; i < rows; i += mr) {
             char *to = c + (i * ldc + j) * real;
             const int64_t height = min64(mr, rows - i), width = min64(nr, n - j);
+            for (int64_t r = 0; r < height; r++) __builtin_prefetch(to + r * ldc * real, 1);    // needed after the sum
             if (height == mr && width == nr) {
                 moe_k->gemm[f64].run(k, a + i * k * real, b + j * k * real, to, ldc, accumulate);
                 continue;
@@ -280,14 +276,7 @@ void gemm_run(int64_t n, gemm_body body, const void *arg, void *scratch, int64_t
 }
 
 // -- y = x w ---------------------------------------------------------------------------------------------------------
-typedef struct {
-    int         dtype;
-    gemm_grid   grid;
-    int64_t     I, O;
-    const char *x;
-    moe_mat     w;
-    char       *y;
-} forward_job;
+typedef struct { int dtype; gemm_grid grid; int64_t I, O; const char *x; moe_mat w; char *y; } forward_job;
 
 static void emit_rows(const gemm_product *g, int64_t i0, int64_t rows, void *c, int64_t ldc, int64_t part) {
     (void)part;
@@ -384,13 +373,7 @@ void gemm_wgrad(int dtype, gemm_task t, gemm_factor a, gemm_factor b, moe_mat dw
     gemm_multiply(&g, scratch);
 }
 
-typedef struct {
-    int         dtype;
-    gemm_grid   grid;
-    int64_t     I, O;
-    const char *x, *dy;
-    moe_mat     dw;
-} wgrad_job;
+typedef struct { int dtype; gemm_grid grid; int64_t I, O; const char *x, *dy; moe_mat dw; } wgrad_job;
 
 static void wgrad_tile(const void *arg, int64_t task, void *scratch) {
     const wgrad_job *job = arg;

@@ -28,7 +28,7 @@ struct gemm_product {
     gemm_emit   emit;           // if c is NULL: takes rows i0 .. i0+rows, may spoil them; b[1] begins at column `part`
     const void *job, *task;     // for emit
 };
-enum { GEMM_COLUMNS = 256 };            // the most columns that one product may have, all parts together
+enum { GEMM_COLUMNS = 512 };            // the most columns that one product may have, all parts together
 int64_t gemm_scratch_size(bool f64);                    // bytes; 64-byte aligned
 void    gemm_multiply(const gemm_product *g, void *scratch);
 int64_t gemm_columns(bool f64, int64_t n, int64_t k, int parts);       // how many columns of b to give to one product

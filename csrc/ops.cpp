@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> sort(In x, int64_t end_bit) {
     Dim n{"n"};
     void *x_n = door.in("x", x, INTS, {&n});
     Tensor sorted = empty(x, dtype_of(x), {n}), indices = empty(x, dtype_of(x), {n});
-    Workspace work(x, moe_sort_workspace(n));
+    Workspace work(moe_sort_workspace(n));
     door.done(moe_sort(dtype_of(x), n, static_cast<int>(end_bit), x_n, work.p, sorted.data_ptr(), indices.data_ptr()),
               "n=", n.n, " indices must fit the dtype of x, and end_bit=", end_bit, " its bits");
     return {sorted, indices};
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_index(In ids, int64_t num_exper
     if (E < 0) door.fail("num_experts is ", E, ", wanted >= 0");
     Tensor counts = empty(ids, MOE_I32, {E}), bins = empty(ids, MOE_I32, {E});
     Tensor order = empty(ids, MOE_I32, {N}), inverse = empty(ids, MOE_I32, {T, K});
-    Workspace work(ids, moe_route_index_workspace(N, E));
+    Workspace work(moe_route_index_workspace(N, E));
     const int status = moe_route_index(N, E, ids_N, work.p, i32(counts), i32(bins), i32(order), i32(inverse));
     if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_N, N, E, -1);
     door.done(status, "num_experts=", E);
@@ -133,7 +133,7 @@ Tensor scatter(In x, MaybeIn weights, In order, In bins, MaybeIn out_bins,
     const moe_layout l = layout(door, N, P, order, bins, out_bins, top_k, capacity);
     void *weights_N = door.in("weights", weights, weight_dtypes(x), {&N});
     Tensor y = empty(x, dtype_of(x), {N / top_k, D});
-    Workspace work(x, moe_scatter_workspace(&l));
+    Workspace work(moe_scatter_workspace(&l));
     door.done(moe_scatter(dtype_of(x), dtype_of_weights(weights), D, &l, x_PD, weights_N, work.p, y.data_ptr()),
               LAYOUT_RULE);
     return y;
@@ -148,7 +148,7 @@ Tensor scatter_dweights(In x, In dy, In order, In bins, MaybeIn out_bins,
     N.n = T * top_k;
     const moe_layout l = layout(door, N, P, order, bins, out_bins, top_k, capacity);
     Tensor dweights = empty(x, dtype_of(dtype), {N});
-    Workspace work(x, moe_scatter_dweights_workspace(&l));
+    Workspace work(moe_scatter_dweights_workspace(&l));
     door.done(moe_scatter_dweights(dtype_of(x), dtype_of(dtype), D, &l, x_PD, dy_TD, work.p, dweights.data_ptr()),
               LAYOUT_RULE);
     return dweights;
@@ -163,7 +163,7 @@ Tensor grouped_gemm(In x, In w, In bins) {
     void *w_EIO = door.in("w", w, only(dtype_of(x)), {&E, &I, &O}, ANY);
     auto *bins_E = door.i32("bins", bins, {&E});
     Tensor y = empty(x, dtype_of(x), {R, O});
-    Workspace work(x, moe_grouped_gemm_workspace(dtype_of(x), R, E, I, O));
+    Workspace work(moe_grouped_gemm_workspace(dtype_of(x), R, E, I, O));
     door.done(moe_grouped_gemm(dtype_of(x), R, E, I, O, x_RI, matrix(w_EIO, w), bins_E, work.p, y.data_ptr()),
               "x has R=", R.n, " rows");
     return y;
@@ -176,7 +176,7 @@ Tensor grouped_gemm_wgrad(In x, In dy, In bins) {
     void *dy_RO = door.in("dy", dy, only(dtype_of(x)), {&R, &O});
     auto *bins_E = door.i32("bins", bins, {&E});
     Tensor dw = empty(x, dtype_of(x), {E, I, O});
-    Workspace work(x, moe_grouped_gemm_wgrad_workspace(dtype_of(x), R, E, I, O));
+    Workspace work(moe_grouped_gemm_wgrad_workspace(dtype_of(x), R, E, I, O));
     const moe_mat dw_EIO = matrix(dw.data_ptr(), dw);
     door.done(moe_grouped_gemm_wgrad(dtype_of(x), R, E, I, O, x_RI, dy_RO, bins_E, work.p, dw_EIO),
               "x and dy have R=", R.n, " rows");
@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor> expert_mlp(In x, In gate, MaybeIn up, In down,
     const moe_expert_args a = expert_args(door, x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias,
                                           down_bias, act, num_copies);
     Tensor y = empty(x, a.dtype, {a.R, a.D}), h = empty(x, a.dtype, {a.N, moe_act_gated(a.act) ? 2 * a.F : a.F});
-    Workspace work(x, moe_expert_mlp_workspace(&a));
+    Workspace work(moe_expert_mlp_workspace(&a));
     door.done(moe_expert_mlp(&a, work.p, y.data_ptr(), h.data_ptr()), EXPERT_RULE);
     return {y, h};
 }
@@ -294,7 +294,7 @@ ExpertGrads expert_mlp_backward(In dy, In h, In x, In gate, MaybeIn up,
     g.dup_bias_EF = adjacent ? after(g.dgate_bias_EF, a.F, a.dtype) : data(dup_bias, up_bias);
     g.ddown_bias_ED = data(ddown_bias, down_bias);
     g.dgate_bias_se = a.gate_bias_se, g.dup_bias_se = a.up_bias_se, g.ddown_bias_se = a.down_bias_se;
-    Workspace work(x, moe_expert_mlp_backward_workspace(&a));
+    Workspace work(moe_expert_mlp_backward_workspace(&a));
     door.done(moe_expert_mlp_backward(&a, work.p, &g), EXPERT_RULE);
     return {dx, dgate, dup, ddown, dweights, dgate_bias, dup_bias, ddown_bias};
 }
@@ -343,7 +343,7 @@ Tensor capacity_drop(In ids, MaybeIn priority, int64_t num_experts, int64_t capa
     void *priority_TK = door.in("priority", priority, FLOATS, {&T, &K});
     const int dtype = priority ? dtype_of(*priority) : MOE_F32;
     Tensor kept = empty(ids, MOE_I32, {T, K});
-    Workspace work(ids, moe_capacity_workspace(rows_per_scope, K, num_experts));
+    Workspace work(moe_capacity_workspace(rows_per_scope, K, num_experts));
     const int64_t S = rows_per_scope, E = num_experts;
     const int status = moe_capacity(dtype, T, S, K, E, capacity, ids_TK, priority_TK, work.p, i32(kept));
     if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, E, -1);
@@ -439,7 +439,7 @@ Tensor xent_(In logits, In targets, int64_t ignore_index, double grad_scale) {
     auto *targets_M = static_cast<int64_t *>(door.in("targets", targets, only(MOE_I64), {&M}));
     const int real = real_of(dtype_of(logits));
     Tensor loss = empty(logits, real, {M});
-    Workspace lse(logits, static_cast<size_t>(M * 8));
+    Workspace lse(static_cast<size_t>(M * 8));
     const int status = moe_xent(dtype_of(logits), M, V, ignore_index, grad_scale, targets_M, logits_MV,
                                 loss.data_ptr(), lse.p);
     if (status == MOE_BAD_INDEX) door.bad_index("targets", targets_M, M, V, ignore_index);
@@ -462,8 +462,8 @@ Tensor random(const char *op, const char *range, In like, double a, double b, mo
     Dim rows{"rows"}, cols{"cols"};
     door.in("like", like, FLOATS, {&rows, &cols}, ANY);
     Tensor y = empty(like, dtype_of(like), {rows, cols});
-    door.done(draw(dtype_of(like), key, rows, cols, a, b, y.data_ptr()), "got ", a, " and ", b, ", wanted ", range, "; ",
-              KEY_RULE, key.step, ", ", key.site, " and ", key.row0);
+    door.done(draw(dtype_of(like), key, rows, cols, a, b, y.data_ptr()), "got ", a, " and ", b, ", wanted ", range,
+              "; ", KEY_RULE, key.step, ", ", key.site, " and ", key.row0);
     return y;
 }
 
@@ -472,7 +472,8 @@ Tensor random_uniform(In like, double low, double high, int64_t seed, int64_t st
 }
 
 Tensor random_normal(In like, double mean, double std, int64_t seed, int64_t step, int64_t site, int64_t row0) {
-    return random<moe_normal>("random_normal", "finite mean and std >= 0", like, mean, std, random_key(seed, step, site, row0));
+    return random<moe_normal>("random_normal", "finite mean and std >= 0", like, mean, std,
+                              random_key(seed, step, site, row0));
 }
 
 Tensor dropout(In x, double p, int64_t seed, int64_t step, int64_t site, int64_t row0) {
