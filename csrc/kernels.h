@@ -9,17 +9,18 @@
 
 typedef struct {
     const char *isa;
-    // rows.inc: rows of storage <-> rows of real. w is exact in real; sums are fma in index order; dot uses 16 fixed lanes.
+    // rows.inc: rows of storage <-> rows of real. w is exact in real; sums are fma in index order; dot: 16 lanes.
     void   (*load )(int dtype, int64_t n, const void *x, void *real);                     // real[i] = x[i]
     void   (*store)(int dtype, int64_t n, const void *real, void *x);                     // x[i] = round(real[i])
     void   (*scale)(int dtype, int64_t n, double w, const void *x, void *y);              // y[i] = round(w * x[i])
-    void   (*axpy )(int dtype, int64_t n, double w, const void *x, void *real);           // real[i] = fma(w, x[i], real[i])
+    void   (*axpy )(int dtype, int64_t n, double w, const void *x, void *real);       // real[i] = fma(w, x[i], real[i])
     // y[i] = round(sum over k of w[k] * x[k][i]), in the order of k; w is real. y overlaps no x
     void   (*sum  )(int dtype, int64_t n, int64_t K, const void *w, const void *const *x, void *y);
     double (*dot  )(int dtype, int64_t n, const void *x, const void *y);                  // sum of x[i] * y[i]
     // act.inc: rows of real; up and dup are NULL if act is not gated
     void   (*act )(bool f64, int act, int64_t n, const void *gate, const void *up, void *a);
-    void   (*dact)(bool f64, int act, int64_t n, const void *gate, const void *up, const void *da, void *dgate, void *dup);
+    void   (*dact)(bool f64, int act, int64_t n, const void *gate, const void *up, const void *da, void *dgate,
+                   void *dup);
     // softmax.inc: p may be x. Returns logsumexp; NaN in x gives NaN
     double (*softmax)(bool f64, int64_t n, const void *x, void *p);
     // random.inc: u[0 .. n rounded up to 64) = uniform or normal numbers of columns col .. (a multiple of 4) of a row

@@ -9,10 +9,11 @@
 //   inverse_N sorted position of each flat id, -1 where the id is -1
 //   bins_E    int32 inclusive ends: the copies of expert e are order[bins[e-1] .. bins[e])
 //   An expert id of -1 means "not here" and is skipped everywhere.
-// Arithmetic: "real" is double for MOE_F64 and float for the rest. Sums run in real, in a fixed order that does not know
-//   the number of threads; results are rounded once, to nearest even. Gradients are written, never accumulated into.
+// Arithmetic: "real" is double for MOE_F64 and float for the rest. Sums run in real, in a fixed order whatever the
+//   number of threads; results are rounded once, to nearest even. Gradients are written, never accumulated into.
 // Errors: every function returns a moe_status and touches no output if it is not MOE_OK (index ops may have written
-//   part of theirs). Nothing exits, throws or allocates: `*_workspace` says how many bytes the caller lends (64-byte aligned).
+//   part of theirs). Nothing exits, throws or allocates: `*_workspace` says how many bytes the caller lends, 64-byte
+//   aligned; the number of threads must not change between that call and the next.
 // Order of arguments: sizes and options, inputs, workspace, outputs.
 #ifndef MOE_H
 #define MOE_H
@@ -22,7 +23,8 @@
 extern "C" {
 #endif
 
-typedef enum { MOE_F64, MOE_F32, MOE_BF16, MOE_F16, MOE_I16, MOE_I32, MOE_I64 } moe_dtype;  // the first four are floating
+// The first four are floating.
+typedef enum { MOE_F64, MOE_F32, MOE_BF16, MOE_F16, MOE_I16, MOE_I32, MOE_I64 } moe_dtype;
 
 typedef enum {
     MOE_OK,
@@ -36,7 +38,7 @@ typedef enum {
 const char *moe_status_text(int status);
 
 // ---- run time (isa.c) ----------------------------------------------------------------------------------------------
-// Kernels are picked once: the best of base, avx2, avx512 that the CPU has, or the one named by the environment's MOE_ISA.
+// Kernels are picked once: the best of base, avx2, avx512 that the CPU has, or what the environment's MOE_ISA names.
 int         moe_init(void);                 // MOE_OK or MOE_NO_ISA; later calls return the first answer
 const char *moe_isa(void);                  // "base", "avx2", "avx512"; NULL if moe_init failed
 // One parallel region: calls body(begin, end, arg) on disjoint pieces of [begin, end). Serial until a pool is set.
@@ -46,15 +48,21 @@ void moe_set_pool(moe_pool pool, int (*threads)(void));   // threads() bounds th
 int  moe_threads(void);
 
 // ---- index.c -------------------------------------------------------------------------------------------------------
-// Stable sort of x_n (I16, I32, I64) by its low `end_bit` bits as unsigned ... ascending; indices have x's dtype.
+// Stable ascending sort of x_n (I16, I32, I64) by value, or by its low `end_bit` bits as unsigned if they are not all
+// of them; indices have x's dtype.
 size_t moe_sort_workspace(int64_t n);
 int moe_sort(int dtype, int64_t n, int end_bit, const void *x_n, void *workspace, void *sorted_n, void *indices_n);
-int moe_histogram(int dtype, int64_t rows, int64_t n, int64_t bins, const void *x_rn, int32_t *counts_rb);   // values outside are ignored
-int moe_cumsum(int dtype, int64_t rows, int64_t n, int exclusive, const void *x_rn, void *y_rn);             // rows by rows
-int moe_topology(int64_t E, int64_t block, int64_t rows, int64_t cols, const int32_t *padded_bins_E, int16_t *columns_rc);
-// y[r, bins[i-1]..bins[i]) = x[r,i]; the tail past bins[nb-1] is zero. elem: any moe_dtype. Backward: segment sums in real (or int64).
+// Values outside [0, bins) are ignored.
+int moe_histogram(int dtype, int64_t rows, int64_t n, int64_t bins, const void *x_rn, int32_t *counts_rb);
+// Along each row.
+int moe_cumsum(int dtype, int64_t rows, int64_t n, int exclusive, const void *x_rn, void *y_rn);
+int moe_topology(int64_t E, int64_t block, int64_t rows, int64_t cols, const int32_t *padded_bins_E,
+                 int16_t *columns_rc);
+// y[r, bins[i-1]..bins[i]) = x[r,i]; the tail past bins[nb-1] is zero. Any dtype. Backward: segment sums in real (or
+// int64).
 int moe_replicate(int dtype, int64_t rows, int64_t nb, int64_t n, const void *x_rb, const int32_t *bins_b, void *y_rn);
-int moe_replicate_backward(int dtype, int64_t rows, int64_t nb, int64_t n, const void *dy_rn, const int32_t *bins_b, void *dx_rb);
+int moe_replicate_backward(int dtype, int64_t rows, int64_t nb, int64_t n, const void *dy_rn,
+                           const int32_t *bins_b, void *dx_rb);
 // The one-pass routing index: counts, bins, order and inverse from ids_N in [-1, E).
 size_t moe_route_index_workspace(int64_t N, int64_t E);
 int moe_route_index(int64_t N, int64_t E, const int32_t *ids_N, void *workspace,
@@ -65,8 +73,9 @@ int moe_check_bins(int64_t E, int64_t rows, const int32_t *bins_E);
 // ---- permute.c -----------------------------------------------------------------------------------------------------
 // Where sorted position p of expert e stands among the P expert rows:
 //   plain   p                                     out_bins = NULL, capacity = 0   P = N
-//   padded  out_bins[e-1] + (p - bins[e-1])       out_bins given                  P >= out_bins[E-1]; pad rows are zeros
-//   binned  e*C + (p - bins[e-1]), dropped if >= C    capacity = C               P = E*C;  free rows are zeros
+//   padded  out_bins[e-1] + (p - bins[e-1])       out_bins given                  P >= out_bins[E-1]
+//   binned  e*C + (p - bins[e-1]), dropped if >= C    capacity = C                P = E*C
+// Rows that no copy has are zeros.
 // order_N may end in -1; only the first bins[E-1] entries are read.
 typedef struct {
     int64_t        N, K, E, P;
@@ -74,16 +83,19 @@ typedef struct {
     const int32_t *order_N, *bins_E, *out_bins_E;
 } moe_layout;
 // y_PD[row(p)] = w[order[p]] * x_TD[order[p]/K]; weights NULL: a bitwise copy. wdtype: of weights_N, F32 or dtype.
-int moe_gather(int dtype, int wdtype, int64_t D, const moe_layout *layout, const void *x_TD, const void *weights_N, void *y_PD);
+int moe_gather(int dtype, int wdtype, int64_t D, const moe_layout *layout, const void *x_TD,
+               const void *weights_N, void *y_PD);
 // y_TD[t] = sum over slots of w[f] * x_PD[row(f)], in slot order, fma in real. T = N/K. Also the backward of gather.
 size_t moe_scatter_workspace(const moe_layout *layout);
-int moe_scatter(int dtype, int wdtype, int64_t D, const moe_layout *layout, const void *x_PD, const void *weights_N, void *workspace, void *y_TD);
+int moe_scatter(int dtype, int wdtype, int64_t D, const moe_layout *layout, const void *x_PD,
+                const void *weights_N, void *workspace, void *y_TD);
 // dweights_N[f] = <x_PD[row(f)], dy_TD[f/K]>, zero where f has no row.
 size_t moe_scatter_dweights_workspace(const moe_layout *layout);
-int moe_scatter_dweights(int dtype, int wdtype, int64_t D, const moe_layout *layout, const void *x_PD, const void *dy_TD, void *workspace, void *dweights_N);
+int moe_scatter_dweights(int dtype, int wdtype, int64_t D, const moe_layout *layout, const void *x_PD,
+                         const void *dy_TD, void *workspace, void *dweights_N);
 
 // ---- gemm.c --------------------------------------------------------------------------------------------------------
-// One matrix per expert: element (e, r, c) at p + (e*se + r*sr + c*sc) * size of dtype. Any strides; one of sr, sc is 1 on the fast path.
+// One matrix per expert: element (e, r, c) at p + (e*se + r*sr + c*sc) * size of dtype. Any strides; fast if one is 1.
 typedef struct { void *p; int64_t se, sr, sc; } moe_mat;
 // y_RO[rows of e] = x_RI[rows of e] @ w_EIO[e]. The other transposition is the same call with sr and sc exchanged.
 // Rows from bins[E-1] on are zeroed.
@@ -96,17 +108,19 @@ int moe_grouped_gemm_wgrad(int dtype, int64_t R, int64_t E, int64_t I, int64_t O
                            const int32_t *bins_E, void *workspace, moe_mat dw_EIO);
 
 // ---- act.c ---------------------------------------------------------------------------------------------------------
-typedef enum { MOE_SWIGLU, MOE_GEGLU, MOE_GEGLU_TANH, MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU } moe_act;  // the first three are gated: act(gate) * up
+// The first three are gated: act(gate) * up.
+typedef enum { MOE_SWIGLU, MOE_GEGLU, MOE_GEGLU_TANH, MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU } moe_act;
 int moe_act_gated(int act);
 // a_NF = act(h): gated h_NU = [gate | up] along a row, U = 2F.
 int moe_activation(int dtype, int act, int64_t N, int64_t F, const void *h_NU, void *a_NF);
 int moe_activation_backward(int dtype, int act, int64_t N, int64_t F, const void *h_NU, const void *da_NF, void *dh_NU);
 
-// ---- expert.c: the fused expert MLP ----------------------------------------------------------------------------------
+// ---- expert.c: the fused expert MLP --------------------------------------------------------------------------------
 // For each row r and slot k with expert e = ids[r,k] >= 0 (copy n at sorted position inverse[r*K+k]):
 //   h_n = [x_r Wg_e^T + bg_e | x_r Wu_e^T + bu_e]     a_n = act(h_n)     y_r = sum_k s_rk (a_n Wd_e^T + bd_e)
-// gate_EFD, up_EFD, down_EDF are [E, out, in] whatever their strides. up.p is NULL if act is not gated. Biases may be NULL:
-// biases are [E, out] with expert stride `*_se`. weights_RK in F32 or dtype (wdtype). h_NU holds N = bins[E-1] sorted copies.
+// gate_EFD, up_EFD, down_EDF are [E, out, in] whatever their strides. up.p is NULL if act is not gated. Biases may be
+// NULL; they are [E, out] with expert stride `*_se`. weights_RK in F32 or dtype (wdtype). h_NU holds N = bins[E-1]
+// sorted copies.
 typedef struct {
     int            dtype, wdtype, act;
     int64_t        R, K, E, D, F, N;
@@ -130,57 +144,74 @@ size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a);
 int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe_expert_grads *g);
 
 // ---- route.c, balance.c --------------------------------------------------------------------------------------------
-// All of it takes 1 <= E <= MOE_MAX_EXPERTS (else MOE_BAD_SHAPE), and scopes of S rows where S divides T; S = 0 only if T = 0.
+// All of it takes 1 <= E <= MOE_MAX_EXPERTS (else MOE_BAD_SHAPE), and scopes of S rows where S divides T; S = 0 only
+// if T = 0, and then there is one empty scope.
 enum { MOE_MAX_EXPERTS = 4096 };
 typedef enum { MOE_SOFTMAX_TOPK, MOE_TOPK_SOFTMAX, MOE_SIGMOID } moe_score;
-// scores_TE = softmax(logits) (sigmoid(logits) for MOE_SIGMOID). ids = the K largest of: scores (+ select_bias_E) or, for
-// MOE_TOPK_SOFTMAX, logits; the lowest id wins a tie. weights = scores at ids, or the softmax over the K kept logits; then
-// divided by their p-norm if norm_p > 0 (INFINITY is the max norm), then multiplied by scale.
+// scores_TE = softmax(logits) (sigmoid(logits) for MOE_SIGMOID). ids = the K largest of: scores (+ select_bias_E) or,
+// for MOE_TOPK_SOFTMAX, logits; the lowest id wins a tie. weights = scores at ids, or the softmax over the K kept
+// logits; then divided by their p-norm if norm_p > 0 (INFINITY is the max norm), then multiplied by scale.
 // balanced != 0: ids[t,k] = (t*K + k) mod E instead of the K largest (throughput tests); weights follow those ids.
-// Outputs are of logits' dtype; ids and weights are taken before scores are rounded to it. A logit of -inf masks its expert
-// (score 0, never chosen) while K others remain; a row with fewer, any masked logit if balanced, NaN or +inf: MOE_BAD_VALUE.
+// Outputs are of logits' dtype; ids and weights are taken before scores are rounded to it. A logit of -inf masks its
+// expert (score 0, never chosen) while K others remain; a row with fewer, any masked logit if balanced, NaN or +inf:
+// MOE_BAD_VALUE.
 typedef struct { int dtype, score, balanced; int64_t T, E, K; double norm_p, scale; } moe_router_args;
-int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, void *weights_TK, int32_t *ids_TK, void *scores_TE);
-int moe_router_backward(const moe_router_args *a, const void *logits_TE, const void *scores_TE, const int32_t *ids_TK, const void *dweights_TK, const void *dscores_TE /* either may be NULL */, void *dlogits_TE);
-// Capacity: in each scope of S rows (T = G*S) an expert keeps `capacity` copies: the first by flat id, or the largest by
-// priority_TK (real of dtype, lowest flat id wins a tie, NaN is MOE_BAD_VALUE) if priority is not NULL. Dropped ids become -1.
+int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, void *weights_TK,
+               int32_t *ids_TK, void *scores_TE);
+// Either of dweights and dscores may be NULL.
+int moe_router_backward(const moe_router_args *a, const void *logits_TE, const void *scores_TE,
+                        const int32_t *ids_TK, const void *dweights_TK, const void *dscores_TE, void *dlogits_TE);
+// Capacity: in each scope of S rows (T = G*S) an expert keeps `capacity` copies: the first by flat id, or the largest
+// by priority_TK (real of dtype, lowest flat id wins a tie, NaN is MOE_BAD_VALUE) if it is not NULL. Dropped ids become
+// -1.
 size_t moe_capacity_workspace(int64_t S, int64_t K, int64_t E);
-int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, const int32_t *ids_TK, const void *priority_TK, void *workspace, int32_t *kept_TK);
-// Balance loss per scope g of S rows, then the mean over scopes. counts_GE: copies per expert, given (so that a mesh can sum them).
+int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, const int32_t *ids_TK,
+                 const void *priority_TK, void *workspace, int32_t *kept_TK);
+// Balance loss per scope g of S rows, then the mean over scopes. counts_GE: copies per expert, given, so that a mesh
+// can sum them.
 //   MOE_BALANCE_SWITCH  E / (S*K) * sum_e counts[g,e] * mean_{t in g} scores[t,e]      (MegaBlocks; 1.0 when balanced)
 //   MOE_BALANCE_MSE     mean_e (mean_{t in g} scores[t,e] - 1/E)^2                     (seed 000; reads no counts)
 typedef enum { MOE_BALANCE_SWITCH, MOE_BALANCE_MSE } moe_balance;
 int moe_balance_counts(int64_t T, int64_t S, int64_t K, int64_t E, const int32_t *ids_TK, int32_t *counts_GE);
-int moe_balance_loss(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE, const int32_t *counts_GE, double *loss);
-int moe_balance_loss_backward(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE, const int32_t *counts_GE, double dloss, void *dscores_TE);
+int moe_balance_loss(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE,
+                     const int32_t *counts_GE, double *loss);
+int moe_balance_loss_backward(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E,
+                              const void *scores_TE, const int32_t *counts_GE, double dloss, void *dscores_TE);
 // mean_t logsumexp(logits[t])^2; lse_T is kept for the backward (real). NaN gives NaN.
 int moe_z_loss(int dtype, int64_t T, int64_t E, const void *logits_TE, void *lse_T, double *loss);
-int moe_z_loss_backward(int dtype, int64_t T, int64_t E, const void *logits_TE, const void *lse_T, double dloss, void *dlogits_TE);
+int moe_z_loss_backward(int dtype, int64_t T, int64_t E, const void *logits_TE, const void *lse_T, double dloss,
+                        void *dlogits_TE);
 // Selection bias of sigmoid routing, once per optimizer step: bias += rate * sign(mean(counts) - counts).
 int moe_select_bias_update(int64_t E, double rate, const int64_t *counts_E, float *bias_E);
 
-// ---- xent.c: the softmax pass of a chunked linear + cross-entropy -----------------------------------------------------
+// ---- xent.c: the softmax pass of a chunked linear + cross-entropy --------------------------------------------------
 // Per row: loss = lse - logit[target] (0 where target == ignore_index, and lse too); logits_MV is overwritten by
-// grad_scale * (softmax - onehot), zeros on ignored rows. loss_M and lse_M are real. A target outside [0,V) that is not ignore_index: MOE_BAD_INDEX.
-int moe_xent(int dtype, int64_t M, int64_t V, int64_t ignore_index, double grad_scale, const int64_t *targets_M, void *logits_MV, void *loss_M, void *lse_M);
+// grad_scale * (softmax - onehot), zeros on ignored rows. loss_M and lse_M are real. A target outside [0,V) that is
+// not ignore_index: MOE_BAD_INDEX.
+int moe_xent(int dtype, int64_t M, int64_t V, int64_t ignore_index, double grad_scale, const int64_t *targets_M,
+             void *logits_MV, void *loss_M, void *lse_M);
 
-// ---- random.c: numbers that do not know the mesh (Philox4x32-10) -----------------------------------------------------
+// ---- random.c: numbers that do not know the mesh (Philox4x32-10) ---------------------------------------------------
 // Element (row, col) of a site is a pure function of (seed, step, site, row0 + row, col).
 //   counter = {low row, high row, col / 4, step}; key = {low seed, high seed ^ site}; word col % 4.
-// Numbers are computed in float whatever the dtype, so that MOE_F64 sees those of MOE_F32, and rounded once; philox.h says how. step, site < 2^32.
+// Numbers are computed in float whatever the dtype, so that MOE_F64 sees those of MOE_F32, and rounded once; philox.h
+// says how. step, site < 2^32.
 typedef struct { uint64_t seed; int64_t step, site, row0; } moe_random_key;
-int moe_uniform(int dtype, moe_random_key key, int64_t rows, int64_t cols, double low, double high, void *y);   // [low, high), before rounding to bf16 or fp16
-int moe_normal(int dtype, moe_random_key key, int64_t rows, int64_t cols, double mean, double std, void *y);    // Box-Muller on words (0,1), (2,3)
+// In [low, high), before rounding to bf16 or fp16.
+int moe_uniform(int dtype, moe_random_key key, int64_t rows, int64_t cols, double low, double high, void *y);
+// Box-Muller on words (0,1), (2,3).
+int moe_normal(int dtype, moe_random_key key, int64_t rows, int64_t cols, double mean, double std, void *y);
 // y = x * keep / (1-p), keep where the uniform number is >= p; p = 1 gives zeros. Its backward is the same call on dy.
 int moe_dropout(int dtype, moe_random_key key, int64_t rows, int64_t cols, double p, const void *x, void *y);
 
-// ---- dataset.c -------------------------------------------------------------------------------------------------------
+// ---- dataset.c -----------------------------------------------------------------------------------------------------
 // Fisher-Yates by Philox, so that an epoch's order is a function of (seed, epoch) alone.
 int moe_shuffle(uint64_t seed, int64_t stream, int64_t n, int64_t *order_n);
-// Sample i of `samples` covers tokens [i*length, i*length + length + 1) of the documents laid end to end in `docs` order:
-// docs[doc[i]] at token offset[i] is where it begins (never at the end of a document). sizes are in tokens.
+// Sample i of `samples` covers tokens [i*length, i*length + length + 1) of the documents, laid end to end in the order
+// of `docs`: docs[doc[i]] at token offset[i] is where it begins (never at the end of a document). sizes are in tokens.
 // Returns MOE_BAD_SHAPE if the documents are too short.
-int moe_sample_index(int64_t docs_n, const int64_t *docs, int64_t sizes_n, const int32_t *sizes, int64_t length, int64_t samples, int64_t *doc, int64_t *offset);
+int moe_sample_index(int64_t docs_n, const int64_t *docs, int64_t sizes_n, const int32_t *sizes, int64_t length,
+                     int64_t samples, int64_t *doc, int64_t *offset);
 
 #ifdef __cplusplus
 }

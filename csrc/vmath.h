@@ -2,8 +2,8 @@
 //
 //   e^x = 2^n e^r,   n = round(x / ln 2),   |r| <= ln(2)/2,   e^r by its Taylor polynomial of degree 7 (rest < 2^-27)
 //
-// Within 1.1 ulp of e^x where the result is normal. Right at the ends: e^-inf = 0, e^inf = inf, NaN stays NaN, overflow is inf,
-// results below FLT_MIN are subnormal and then 0. double goes through libm: fp64 is for proofs, not for speed.
+// Within 1.1 ulp of e^x where the result is normal. Right at the ends: e^-inf = 0, e^inf = inf, NaN stays NaN, overflow
+// is inf, results below FLT_MIN are subnormal and then 0. double goes through libm: fp64 is for proofs, not for speed.
 #ifndef MOE_VMATH_H
 #define MOE_VMATH_H
 #include <stdint.h>
@@ -20,11 +20,11 @@ static inline double vfma_f64(double a, double b, double c) { return a * b + c; 
 static inline float vmath_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 
 static inline float vexp_f32(float x) {
-    x = x > 89.0f ? 89.0f : x;                                  // e^89 overflows, e^-104 rounds to 0; NaN passes both tests
+    x = x > 89.0f ? 89.0f : x;                              // e^89 overflows, e^-104 rounds to 0; NaN passes both tests
     x = x < -104.0f ? -104.0f : x;
     float shifted = vfma_f32(x, 0x1.715476p+0f, 0x1.8p23f);     // 1.5 * 2^23 + n: the addition rounds to an integer
     float n = shifted - 0x1.8p23f;
-    float r = vfma_f32(n, -0x1.62e4p-1f, x);                    // ln 2 in two parts; the upper has 15 bits, so n * it is exact
+    float r = vfma_f32(n, -0x1.62e4p-1f, x);                // ln 2 in two parts; the upper has 15 bits: exact
     r = vfma_f32(n, -0x1.7f7d1cp-20f, r);
     float p = 0x1.a01a02p-13f;
     p = vfma_f32(p, r, 0x1.6c16c2p-10f);

@@ -75,7 +75,7 @@ static double define_loss(int form, const int64_t *n, const double *scores, cons
 }
 
 static void check_balance(int dtype, int form, const int64_t *n) {
-    const int64_t T = n[0], S = n[1], K = n[2], E = n[3], G = T ? T / S : 0;
+    const int64_t T = n[0], S = n[1], K = n[2], E = n[3], G = S ? T / S : 1;
     int32_t *ids = make_ids(T, K, E), *counts = check_alloc(4 * G * E), *want_counts = calloc((size_t)(G * E + 1), 4);
     CHECK_OK(moe_balance_counts(T, S, K, E, ids, counts));
     for (int64_t f = 0; f < T * K; f++)
