@@ -3,8 +3,8 @@
 Layer: route_index + expert_mlp (SwiGLU), forward and forward + backward, on the shapes of tests/cases.py, against
   sorted-mm    tokens sorted by expert, torch.mm on each contiguous segment; experts are separate parameters
   grouped-mm   the same with torch.nn.functional.grouped_mm on stacked weights
-  widened-mm   bf16 only: sorted-mm in fp32, the better form on a CPU without bf16 instructions, where the other two may
-               take minutes (leave them out with --peers widened-mm)
+  widened-mm   bf16 only: sorted-mm in fp32, the better form on a CPU without bf16 instructions. There the other two take
+               minutes and are left out of bf16, which the report says; name them in --peers to time them all the same
 Every round draws a new routing, and each contender runs once on it, so that all see the same load of the machine. A
 ratio is the median over rounds of (their time / our time): above 1 we are faster. With one thread the time is the
 process's CPU time, which a loaded machine disturbs least; with more it is wall time.
@@ -83,7 +83,15 @@ def widened_mm(x_TD, w13, w2, weights_TK, ids_TK, E):
 
 
 PEERS = {"sorted-mm": sorted_mm, "grouped-mm": grouped_mm, "widened-mm": widened_mm}
+BF16_INSTRUCTIONS = any(moe_ext._C.cpu_features()[name] for name in ("avx512bf16", "amx-bf16"))
 STACKED = ("ours", "grouped-mm")  # one tensor of weights for all experts; the others have one for each
+
+
+def peers_of(dtype, named):
+    """The peers to time; named: those that the caller asked for, or None."""
+    if dtype != torch.bfloat16:
+        return [peer for peer in named or PEERS if peer != "widened-mm"]
+    return list(named or (PEERS if BF16_INSTRUCTIONS else ["widened-mm"]))
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -99,7 +107,7 @@ def seconds(function, *args):
     return clock() - start, result
 
 
-def time_layer(name, dtype, backward, rounds, peers):
+def time_layer(name, dtype, backward, rounds, named):
     """-> one line of the table."""
     shape = LAYERS[name]
     T, D, width, E, K = shape
@@ -113,7 +121,7 @@ def time_layer(name, dtype, backward, rounds, peers):
     dy_TD = torch.randn(T, D, generator=generator).to(dtype)
     stacked = (w13, w2)
     apart = tuple([w_e.detach().clone().requires_grad_(backward) for w_e in w] for w in stacked)
-    peers = [peer for peer in peers if peer != "widened-mm" or dtype == torch.bfloat16]
+    peers = peers_of(dtype, named)
     contenders = {"ours": ours, **{peer: PEERS[peer] for peer in peers}}
 
     def run(contender, ids_TK):
@@ -228,7 +236,7 @@ def main(
     shapes: tuple[str, ...] = tuple(LAYERS),
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16"),
     threads: tuple[int, ...] = (1, 2),
-    peers: tuple[Literal["sorted-mm", "grouped-mm", "widened-mm"], ...] = tuple(PEERS),
+    peers: tuple[Literal["sorted-mm", "grouped-mm", "widened-mm"], ...] | None = None,
     rounds: int = 5,
     out: Path = Path("benchmarks/results"),
 ):
@@ -238,7 +246,8 @@ def main(
         shapes: names of layer shapes in tests/cases.py.
         dtypes: of activations and weights.
         threads: numbers of threads, each timed.
-        peers: the forms of plain torch to compare with; at least one that takes fp32, if fp32 is timed.
+        peers: the forms of plain torch to compare with; at least one that takes fp32, if fp32 is timed. By default
+            all, but in bf16 only widened-mm where the CPU has no bf16 instructions.
         rounds: timed rounds per line, after one that warms up.
         out: folder of the JSON file.
     """
@@ -250,6 +259,8 @@ def main(
             for name in shapes:
                 report["layers"] += [time_layer(name, dtype, backward, rounds, peers) for backward in (False, True)]
     print(f"{report['cpu']}, {report['isa']}, torch {report['torch']}, commit {report['commit']}\n")
+    if "bf16" in dtypes and not peers and not BF16_INSTRUCTIONS:
+        print("This CPU has no bf16 instructions: torch's own bf16 products are left out.\n")
     print_layers(report["layers"])
     print_movement(report["movement"])
     out.mkdir(parents=True, exist_ok=True)
