@@ -3,8 +3,8 @@
 Layer: route_index + expert_mlp (SwiGLU), forward and forward + backward, on the shapes of tests/cases.py, against
   sorted-mm    tokens sorted by expert, torch.mm on each contiguous segment; experts are separate parameters
   grouped-mm   the same with torch.nn.functional.grouped_mm on stacked weights
-  widened-mm   bf16 only: sorted-mm in fp32, the better form on a CPU without bf16 instructions. There the other two take
-               minutes and are left out of bf16, which the report says; name them in --peers to time them all the same
+  widened-mm   bf16 only: sorted-mm in fp32, the better form on a CPU without bf16 instructions. There the other two
+               take minutes in bf16 and are left out, which the report says, unless --peers names them
 Every round draws a new routing, and each contender runs once on it, so that all see the same load of the machine. A
 ratio is the median over rounds of (their time / our time): above 1 we are faster. With one thread the time is the
 process's CPU time, which a loaded machine disturbs least; with more it is wall time.

@@ -136,6 +136,8 @@ static void scatter_rows(int64_t begin, int64_t end, void *arg) {
     const void     *x_K[MOE_MAX_EXPERTS];
     union { double f64[MOE_MAX_EXPERTS]; float f32[MOE_MAX_EXPERTS]; } w_K;
     for (int64_t t = begin; t < end; t++) {
+        for (int64_t f = (t + 1) * K; f < (t + 2) * K && t + 1 < end; f++)
+            if (j->row_N[f] >= 0) prefetch_row(j->x + j->row_N[f] * bytes, bytes);
         int64_t present = 0;
         for (int64_t f = t * K; f < (t + 1) * K; f++) {
             if (j->row_N[f] < 0) continue;
