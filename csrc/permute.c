@@ -9,7 +9,7 @@
 // as bytes; a sum runs in slot order, fused, in real, and is rounded once. The three layouts are one here: expert e
 // owns a region of the expert rows, filled from its start with as many of its copies as fit.
 // Limits: N fits in int32, K <= MOE_MAX_EXPERTS.
-#include "kernels.h"
+#include "gemm.h"
 #include <string.h>
 
 typedef struct {
@@ -111,8 +111,10 @@ int moe_gather(int dtype, int wdtype, int64_t D, const moe_layout *layout, const
                void *y_PD) {
     move_job j = {.dtype = dtype, .wdtype = wdtype, .D = D, .l = layout, .x = x_TD, .weights = weights_N, .y = y_PD};
     int status = check(&j);
-    if (status == MOE_OK && D > 0) moe_parallel(layout->P, row_grain(&j), gather_rows, &j);
-    return status;
+    if (status != MOE_OK || D == 0) return status;
+    gemm_huge_pages(y_PD, layout->P * D * moe_size(dtype));
+    moe_parallel(layout->P, row_grain(&j), gather_rows, &j);
+    return MOE_OK;
 }
 
 // -- scatter ----------------------------------------------------------------------------------------------------------
