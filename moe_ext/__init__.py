@@ -42,7 +42,13 @@ _LAYERS = {
     "dMoE": "moe_ext.layers.dmoe",
     "get_load_balancing_loss": "moe_ext.layers.moe",
 }
-__all__ = ["__version__", "ops", *_LAYERS]
+__all__ = ["__version__", "has_cuda", "ops", *_LAYERS]
+
+
+def has_cuda() -> bool:
+    """Whether the ops run on CUDA here: torch sees a device, and this build has kernels for it."""
+    kernels = torch._C._dispatch_has_kernel_for_dispatch_key("moe_ext::expert_mlp", "CUDA")
+    return kernels and torch.cuda.is_available()
 
 
 def __getattr__(name):

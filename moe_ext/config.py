@@ -130,7 +130,7 @@ class TrainConfig:
     micro_batch: int = 8                # sequences per forward on one rank
     accumulation: int = 1               # forwards per optimizer step
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"     # activations (bf16: autocast over fp32 parameters)
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if the ops run there
     recompute: bool = False             # activation checkpointing: keep only each block's input
     eval_every: int = 250               # steps between evaluations; one more at the end; 0: only at the end
     eval_batches: int = 32              # micro-batches per evaluation, the same ones each time

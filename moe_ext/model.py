@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import moe_ext
 from moe_ext import ops
 from moe_ext.config import Config, ModelConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, site
@@ -240,9 +241,10 @@ class GPT(nn.Module):
 
 
 def pick_device(config: Config) -> torch.device:
-    """train.device, "auto" being CUDA if there is one. ConfigError if CUDA is wanted and absent."""
-    cuda = torch.cuda.is_available()
-    require(cuda or config.train.device != "cuda", "train.device is cuda, but torch sees no CUDA device: use cpu")
+    """train.device, "auto" being CUDA if the ops run there. ConfigError if CUDA is wanted and they do not."""
+    cuda = moe_ext.has_cuda()
+    require(cuda or config.train.device != "cuda", "train.device is cuda, but torch sees no CUDA device or this build "
+            "of moe_ext has no CUDA kernels: use cpu")
     return torch.device("cuda" if cuda and config.train.device != "cpu" else "cpu")
 
 

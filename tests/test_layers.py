@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 
+import moe_ext
 from moe_ext.layers import MoE, activation_fn, all_to_all, arguments, common, dMoE, gelu, mlp, moe, mpu, router
 from moe_ext.layers.arguments import Arguments
 
@@ -290,9 +291,9 @@ def test_default_arguments_run_on_the_cpu():
 
 
 def test_default_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(moe_ext, "has_cuda", lambda: False)
     assert Arguments().device == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(moe_ext, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert Arguments().device == torch.device("cuda:3")
 

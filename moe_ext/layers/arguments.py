@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import moe_ext
+
 InitFn = Callable[[torch.Tensor], Any]
 
 DEFAULT_ACTIVATION_FN = partial(F.gelu, approximate="tanh")
@@ -22,8 +24,8 @@ DEFAULT_INIT_METHOD = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
 
 
 def current_device():
-    """The current CUDA device, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The current CUDA device, or the CPU where the ops do not run on one."""
+    return torch.device("cuda", torch.cuda.current_device()) if moe_ext.has_cuda() else torch.device("cpu")
 
 
 @dataclasses.dataclass
