@@ -17,6 +17,7 @@ import tyro
 from moe_ext import checkpoint
 from moe_ext.config import Config, ConfigError, load, require
 from moe_ext.data import IndexedDataset, Loader, unigram_entropy
+from moe_ext.log import beside
 from moe_ext.model import GPT, build, precision
 
 
@@ -72,8 +73,8 @@ def main() -> None:
         require(loaded.config.data.valid != "", f"{run} was trained without held-out text (data.valid)")
         dataset = IndexedDataset(loaded.config.data.valid)
         loss, entropy = evaluate(loaded.model, loaded.config, dataset, batches), unigram_entropy(dataset)
-        print(f"step {loaded.step} | valid loss {loss:.4f} | perplexity {math.exp(loss):.2f} | unigram entropy "
-              f"{entropy:.4f} | below it by {entropy - loss:.4f} nats")
+        print(f"step {loaded.step} | valid loss {loss:.4f} | perplexity {math.exp(loss):.2f} | "
+              f"{beside(loss, entropy)}")
 
     tyro.cli(command, prog="python -m moe_ext.evaluate")
 

@@ -69,6 +69,12 @@ class Meter:
         return steps_left * (self.clock() - self.first[1]) / (self.now.steps - 1)
 
 
+def beside(loss: float, entropy: float) -> str:
+    """Held-out loss against the entropy of its tokens' frequencies, which a model of frequencies alone would reach."""
+    side = "below" if loss <= entropy else "above"
+    return f"unigram entropy {entropy:.4f} | {side} it by {abs(entropy - loss):.4f} nats"
+
+
 class Log:
     """Writes what a run tells, from one process.
 
@@ -125,8 +131,7 @@ class Log:
 
     def evaluation(self, step: int, valid_loss: float, unigram_entropy: float) -> None:
         """Held-out loss beside the entropy of its tokens' frequencies, in nats per token."""
-        self.say(f"eval {step}/{self.steps} | valid loss {valid_loss:.4f} | unigram entropy {unigram_entropy:.4f} | "
-                 f"below it by {unigram_entropy - valid_loss:.4f} nats")
+        self.say(f"eval {step}/{self.steps} | valid loss {valid_loss:.4f} | {beside(valid_loss, unigram_entropy)}")
         self.record({"step": step, "valid_loss": valid_loss, "unigram_entropy": unigram_entropy})
 
     def record(self, record: dict) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_ext import log as log_file
-from moe_ext.log import Log, Meter, duration, plot, read_metrics, scientific, step_line, thousands
+from moe_ext.log import Log, Meter, beside, duration, plot, read_metrics, scientific, step_line, thousands
 
 
 class Clock:
@@ -97,6 +97,7 @@ def test_a_step_is_printed_logged_and_recorded(tmp_path, clock):
     assert log.stream.getvalue() == (tmp_path / "run.log").read_text()
     assert log.stream.getvalue().splitlines()[0] == line
     assert "valid loss 2.7500 | unigram entropy 6.5000 | below it by 3.7500 nats" in log.stream.getvalue()
+    assert beside(6.5, 2.75) == "unigram entropy 2.7500 | above it by 3.7500 nats"
     (train,), (valid,) = read_metrics(tmp_path / "metrics.jsonl")
     assert train["counts_LE"] == counts_LE.tolist() and train["load"] == 2.5 and train["dead"] == 1
     assert train["ms"] == pytest.approx(819.2) and train["loss"] == 2.5 and train["mfu"] == pytest.approx(0.25)
