@@ -17,7 +17,6 @@ static int check(int dtype, int act, int64_t N, int64_t F) {
     if (act < MOE_SWIGLU || act > MOE_RELU) return MOE_BAD_VALUE;
     return N < 0 || F < 0 || (F > 0 && N > INT64_MAX / 16 / F) ? MOE_BAD_SHAPE : MOE_OK;
 }
-static int64_t row_grain(int64_t F) { return 16384 / (F + 1) + 1; }     // rows that are worth a thread
 
 int moe_act_gated(int act) { return act >= MOE_SWIGLU && act <= MOE_GEGLU_TANH; }
 
@@ -40,7 +39,7 @@ int moe_activation(int dtype, int act, int64_t N, int64_t F, const void *h_NU, v
     const int status = check(dtype, act, N, F);
     if (status != MOE_OK) return status;
     act_job j = {dtype, act, F, h_NU, NULL, a_NF};
-    moe_parallel(N, row_grain(F), forward, &j);
+    moe_parallel(N, moe_row_grain(F), forward, &j);
     return MOE_OK;
 }
 
@@ -68,6 +67,6 @@ int moe_activation_backward(int dtype, int act, int64_t N, int64_t F, const void
     const int status = check(dtype, act, N, F);
     if (status != MOE_OK) return status;
     act_job j = {dtype, act, F, h_NU, da_NF, dh_NU};
-    moe_parallel(N, row_grain(F), backward, &j);
+    moe_parallel(N, moe_row_grain(F), backward, &j);
     return MOE_OK;
 }

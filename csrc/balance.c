@@ -224,7 +224,7 @@ int moe_z_loss(int dtype, int64_t T, int64_t E, const void *logits_TE, void *lse
     int status = check_rows(dtype, T, E);
     if (status) return status;
     z_job job = {.dtype = dtype, .T = T, .E = E, .logits_TE = logits_TE, .new_lse_T = lse_T};
-    moe_parallel(T, row_grain(E), z_rows, &job);
+    moe_parallel(T, moe_row_grain(E), z_rows, &job);
     double sum = 0;
     for (int64_t t = 0; t < T; t++) {
         const double lse = real_get(dtype, lse_T, t);
@@ -254,7 +254,7 @@ int moe_z_loss_backward(int dtype, int64_t T, int64_t E, const void *logits_TE, 
     if (status) return status;
     z_job job = {.dtype = dtype, .T = T, .E = E, .logits_TE = logits_TE, .lse_T = lse_T, .dlogits_TE = dlogits_TE,
                  .dloss = dloss};
-    moe_parallel(T, row_grain(E), z_rows_backward, &job);
+    moe_parallel(T, moe_row_grain(E), z_rows_backward, &job);
     return MOE_OK;
 }
 

@@ -176,7 +176,6 @@ static void sum_slots(int64_t begin, int64_t end, void *arg) {
             moe_k->store(a->dtype, n, &sum, c->y + (r * a->D + j) * c->size);
         }
 }
-static int64_t row_grain(const moe_expert_args *a) { return 16384 / (a->K * a->D + 1) + 1; }
 
 size_t moe_expert_mlp_workspace(const moe_expert_args *a) {
     call c = call_of(a, NULL);
@@ -191,7 +190,7 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
     c.y = y_RD, c.h = h_NU;
     gemm_run(gemm_grid_tasks(&c.up), up_tile, &c, c.scratch, gemm_scratch_size(c.f64));
     gemm_run(gemm_grid_tasks(&c.down), down_tile, &c, c.scratch, gemm_scratch_size(c.f64));
-    moe_parallel(a->R, row_grain(a), sum_slots, &c);
+    moe_parallel(a->R, moe_row_grain(a->K * a->D), sum_slots, &c);
     return MOE_OK;
 }
 
@@ -340,6 +339,6 @@ int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe
                            (c.gated ? gemm_grid_tasks(&c.dup) : 0) + a->E;
     gemm_run(gemm_grid_tasks(&c.up), dact_tile, &c, c.scratch, scratch_size);
     gemm_run(second, second_tile, &c, c.scratch, scratch_size);
-    moe_parallel(a->R, row_grain(a), sum_dslots, &c);
+    moe_parallel(a->R, moe_row_grain(a->K * a->D), sum_dslots, &c);
     return MOE_OK;
 }

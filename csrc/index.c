@@ -165,13 +165,12 @@ static void cumsum_rows(int64_t begin, int64_t end, void *arg) {
     }
 }
 
-static int64_t row_grain(int64_t n) { return 1 + 16384 / max64(1, n); }
 
 int moe_histogram(int dtype, int64_t rows, int64_t n, int64_t bins, const void *x_rn, int32_t *counts_rb) {
     if (!is_int(dtype)) return MOE_BAD_DTYPE;
     if (rows < 0 || n < 0 || bins < 0 || n > INT32_MAX) return MOE_BAD_SHAPE;
     rows_job j = {.dtype = dtype, .n = n, .bins = bins, .x = x_rn, .y = counts_rb};
-    moe_parallel(rows, row_grain(n + bins), histogram_rows, &j);
+    moe_parallel(rows, moe_row_grain(n + bins), histogram_rows, &j);
     return MOE_OK;
 }
 
@@ -179,7 +178,7 @@ int moe_cumsum(int dtype, int64_t rows, int64_t n, int exclusive, const void *x_
     if (!is_int(dtype)) return MOE_BAD_DTYPE;
     if (rows < 0 || n < 0) return MOE_BAD_SHAPE;
     rows_job j = {.dtype = dtype, .exclusive = exclusive, .n = n, .x = x_rn, .y = y_rn};
-    moe_parallel(rows, row_grain(n), cumsum_rows, &j);
+    moe_parallel(rows, moe_row_grain(n), cumsum_rows, &j);
     return MOE_OK;
 }
 
@@ -259,7 +258,7 @@ static int replicate(int dtype, int64_t rows, int64_t nb, int64_t n, const void 
     int status = moe_check_bins(nb, n, bins_b);
     if (status != MOE_OK) return status;
     replicate_job j = {dtype, nb, n, bins_b, in, out};
-    moe_parallel(rows, row_grain(n), body, &j);
+    moe_parallel(rows, moe_row_grain(n), body, &j);
     return MOE_OK;
 }
 

@@ -37,6 +37,8 @@ extern const moe_kernels *moe_k;            // the chosen table, set by moe_init
 
 // Runs body over [0, n) in pieces of at least `grain`, through the pool.
 void moe_parallel(int64_t n, int64_t grain, moe_body body, void *arg);
+// How many rows of `width` elements are worth a thread.
+static inline int64_t moe_row_grain(int64_t width) { return 16384 / (width > 1 ? width : 1) + 1; }
 
 static inline int64_t moe_size(int dtype) {
     static const int8_t bytes[] = {8, 4, 2, 2, 2, 4, 8};

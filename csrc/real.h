@@ -20,5 +20,4 @@ static inline int check_rows(int dtype, int64_t T, int64_t E) {
     if (!moe_is_float(dtype)) return MOE_BAD_DTYPE;
     return T < 0 || E < 1 || E > MOE_MAX_EXPERTS || T > INT64_MAX / (8 * E) ? MOE_BAD_SHAPE : MOE_OK;
 }
-static inline int64_t row_grain(int64_t E) { return 16384 / E + 1; }      // rows that are worth a thread
 #endif

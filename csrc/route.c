@@ -149,9 +149,9 @@ int moe_router(const moe_router_args *a, const void *logits_TE, const float *sel
         if (!isfinite(select_bias_E[e])) return MOE_BAD_VALUE;
     router_job job = {.a = a, .logits_TE = logits_TE, .select_bias_E = select_bias_E,
                       .ids_TK = ids_TK, .weights_TK = weights_TK, .scores_TE = scores_TE};
-    moe_parallel(a->T, row_grain(a->E), check_logits, &job);
+    moe_parallel(a->T, moe_row_grain(a->E), check_logits, &job);
     if (job.bad_value) return MOE_BAD_VALUE;
-    moe_parallel(a->T, row_grain(a->E), router_rows, &job);
+    moe_parallel(a->T, moe_row_grain(a->E), router_rows, &job);
     return MOE_OK;
 }
 
@@ -215,6 +215,6 @@ int moe_router_backward(const moe_router_args *a, const void *logits_TE, const v
     for (int64_t n = 0; n < a->T * a->K; n++)
         if (ids_TK[n] < 0 || ids_TK[n] >= a->E) return MOE_BAD_INDEX;
     router_backward_job job = {a, logits_TE, scores_TE, dweights_TK, dscores_TE, ids_TK, dlogits_TE};
-    moe_parallel(a->T, row_grain(a->E), router_rows_backward, &job);
+    moe_parallel(a->T, moe_row_grain(a->E), router_rows_backward, &job);
     return MOE_OK;
 }
