@@ -130,7 +130,7 @@ def nvcc() -> str | None:
     """nvcc from $NVCC, $CUDA_HOME, PATH or its usual folder; None if it is not wanted or not there."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    wanted = os.environ.get("MOE_CUDA", "auto")
+    wanted = os.environ.get("MOE_CUDA", "0")
     if wanted == "1" and not found:
         sys.exit("moe_ext: MOE_CUDA=1, but there is no nvcc. Set CUDA_HOME to the CUDA toolkit, or MOE_CUDA=0.")
     return None if wanted == "0" or SANITIZE else found
@@ -143,7 +143,7 @@ def binaries() -> dict[str, tuple[list[Path], list[str]]]:
         sources = [s for s in sources if s.stem not in ISA_FLAGS]
     # No run path: `import moe_ext` imports torch first, so its libraries are already in the process.
     link = [*shlex.split(os.environ.get("CXX", "g++")), "-shared", *shlex.split(SANITIZE_FLAGS)]
-    link += ["-Wl,--exclude-libs,ALL", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-lm"]
+    link += ["-Wl,--exclude-libs,ALL", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-lm", "-ldl"]
     result = {"moe_ext._C": (sources, link)}
     if cuda := sorted(Path("cuda").glob("*.cu")) if nvcc() else []:
         link = [nvcc(), "-shared", "-cudart", "static", "-Xlinker", "-z,defs", "-Xlinker", "--exclude-libs,ALL", "-ldl"]

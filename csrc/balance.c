@@ -155,8 +155,14 @@ static int check_balance(int dtype, int form, int64_t T, int64_t S, int64_t K, i
     return check_scopes(T, S, K, E);
 }
 
+size_t moe_balance_loss_workspace(int64_t T, int64_t S, int64_t E) {     // its CUDA twin has some
+    (void)T, (void)S, (void)E;
+    return 0;
+}
+
 int moe_balance_loss(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE,
-                     const int32_t *counts_GE, double *loss) {
+                     const int32_t *counts_GE, void *workspace, void *loss) {
+    (void)workspace;
     int status = check_balance(dtype, form, T, S, K, E);
     if (status) return status;
     const int64_t G = T ? T / S : 0;
@@ -170,14 +176,15 @@ int moe_balance_loss(int dtype, int form, int64_t T, int64_t S, int64_t K, int64
         }
         total += form == MOE_BALANCE_MSE ? sum / (double)E : sum * (double)E / (double)(S * K);
     }
-    *loss = G ? total / (double)G : 0;
+    real_set(dtype, loss, 0, G ? total / (double)G : 0);
     return MOE_OK;
 }
 
 // Forward was: loss = 1/G sum_g E/(S*K) sum_e counts[g,e] * m_e, or 1/G sum_g 1/E sum_e (m_e - 1/E)^2, with
 // m_e = 1/S sum_t scores[t,e]; so every row of a scope has the same gradient.
 int moe_balance_loss_backward(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE,
-                              const int32_t *counts_GE, double dloss, void *dscores_TE) {
+                              const int32_t *counts_GE, const void *dloss, void *workspace, void *dscores_TE) {
+    (void)workspace;
     int status = check_balance(dtype, form, T, S, K, E);
     if (status) return status;
     const size_t row_bytes = (size_t)(E * moe_size(dtype));
@@ -193,7 +200,7 @@ int moe_balance_loss_backward(int dtype, int form, int64_t T, int64_t S, int64_t
         for (int64_t e = 0; e < E; e++) {
             const double dmean = form == MOE_BALANCE_MSE ? 2 * (mean_E[e] - 1.0 / (double)E) / (double)E
                                                          : (double)E / (double)(S * K) * counts_GE[t / S * E + e];
-            real_set(dtype, &drow, e, dloss * dmean / (double)T);           // 1/G * 1/S
+            real_set(dtype, &drow, e, real_get(dtype, dloss, 0) * dmean / (double)T);           // 1/G * 1/S
         }
         moe_k->store(dtype, E, &drow, dscores_E);
     }
@@ -220,7 +227,7 @@ static void z_rows(int64_t begin, int64_t end, void *arg) {
     }
 }
 
-int moe_z_loss(int dtype, int64_t T, int64_t E, const void *logits_TE, void *lse_T, double *loss) {
+int moe_z_loss(int dtype, int64_t T, int64_t E, const void *logits_TE, void *lse_T, void *loss) {
     int status = check_rows(dtype, T, E);
     if (status) return status;
     z_job job = {.dtype = dtype, .T = T, .E = E, .logits_TE = logits_TE, .new_lse_T = lse_T};
@@ -230,7 +237,7 @@ int moe_z_loss(int dtype, int64_t T, int64_t E, const void *logits_TE, void *lse
         const double lse = real_get(dtype, lse_T, t);
         sum += lse * lse;
     }
-    *loss = T ? sum / (double)T : 0;
+    real_set(dtype, loss, 0, T ? sum / (double)T : 0);
     return MOE_OK;
 }
 
@@ -248,12 +255,12 @@ static void z_rows_backward(int64_t begin, int64_t end, void *arg) {
     }
 }
 
-int moe_z_loss_backward(int dtype, int64_t T, int64_t E, const void *logits_TE, const void *lse_T, double dloss,
+int moe_z_loss_backward(int dtype, int64_t T, int64_t E, const void *logits_TE, const void *lse_T, const void *dloss,
                         void *dlogits_TE) {
     int status = check_rows(dtype, T, E);
     if (status) return status;
     z_job job = {.dtype = dtype, .T = T, .E = E, .logits_TE = logits_TE, .lse_T = lse_T, .dlogits_TE = dlogits_TE,
-                 .dloss = dloss};
+                 .dloss = real_get(dtype, dloss, 0)};
     moe_parallel(T, moe_row_grain(E), z_rows_backward, &job);
     return MOE_OK;
 }

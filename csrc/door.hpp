@@ -1,14 +1,19 @@
 // door.hpp: what every torch op of ops.cpp does before and after it calls the core: check arguments, allocate, report.
 //
-// A Door belongs to one call of one op. `in` checks one tensor and returns its data; `done` turns a status of the core
-// into an exception. Messages name op, argument, got and wanted, and where possible what to type.
+// A Door belongs to one call of one op. `in` checks one tensor and returns its data; the first tensor decides where the
+// call runs: RUN(name, ...) is moe_<name>(...) on the CPU and its twin on torch's current stream on a GPU. `done` turns
+// a status into an exception. Messages name op, argument, got and wanted, and where possible what to type.
+// What a kernel finds wrong in memory comes later: the next call, or moe_ext.check(), raises it. MOE_CHECK=1 in the
+// environment waits after every call instead.
 #ifndef MOE_DOOR_HPP
 #define MOE_DOOR_HPP
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -17,6 +22,8 @@
 #include <string>
 #include <utility>
 
+#include "../cuda/api.h"
+#include "cuda.h"
 #include "moe.h"
 
 using torch::headeronly::ScalarType;
@@ -61,9 +68,51 @@ struct Dim {
 using Shape = std::initializer_list<Dim *>;
 enum Strides { CONTIGUOUS, ANY };
 
+enum DeviceType : int32_t { CPU = 0, CUDA = 1 };  // torch's numbers
+struct Place {
+    int32_t type, index;
+    explicit Place(In t) : index(t.get_device_index()) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    }
+    bool operator==(const Place &other) const { return type == other.type && index == other.index; }
+    std::string text() const {
+        return type == CPU ? "cpu" : type == CUDA ? "cuda:" + std::to_string(index) : "another device";
+    }
+};
+
+#define RUN(name, ...) \
+    (door.cuda ? door.cuda->name(__VA_ARGS__ __VA_OPT__(,) door.stream) : moe_##name(__VA_ARGS__))
+
 struct Door {
     const char *op;
-    std::optional<int32_t> device = {};  // of the first argument
+    std::optional<Place> place = {};        // of the first argument
+    const moe_cuda *cuda = nullptr;         // the kernels that run the call, or NULL: the C core
+    moe_stream stream = nullptr;
+    std::optional<torch::stable::accelerator::DeviceGuard> guard = {};
+
+    void enter(In t) {
+        place = Place(t);
+        cuda = moe_cpu_served_by();
+        if (place->type == CUDA) {
+            const char *why;
+            if (!(cuda = moe_cuda_find(&why))) fail(why);
+            guard.emplace(place->index);
+            if (cuda->ready(place->index) != MOE_OK) fail(cuda->error());
+            if (!moe_cuda_stream(place->index, &stream)) fail("torch does not say which CUDA stream is current");
+        } else if (cuda) cuda->ready(0);
+        if (cuda) read_verdict(false);
+    }
+
+    // Raises what a kernel complained of.
+    void read_verdict(bool wait) const {
+        const char *said_by = op;
+        int64_t position = -1;
+        const int status = cuda->verdict(wait, &said_by, &position, stream);
+        if (status == MOE_CUDA_FAILED) fail(cuda->error());
+        if (status != MOE_OK)
+            fail(moe_status_text(status), ", at flat position ", position, " of an earlier ", said_by,
+                 " on this device. Hint: MOE_CHECK=1 in the environment raises at the call itself");
+    }
 
     template <class... Parts>
     [[noreturn]] void fail(const Parts &...parts) const {
@@ -75,9 +124,11 @@ struct Door {
 
     // Checks one tensor and returns its data.
     void *in(const char *arg, In t, unsigned dtypes, Shape shape, Strides strides = CONTIGUOUS) {
-        const int32_t here = t.get_device_index();
-        if (device.value_or(here) != here) fail(arg, " is on device ", here, ", the first argument on ", *device);
-        device = here;
+        if (!place) enter(t);
+        if (const Place here(t); !(here == *place))
+            fail(arg, " is on device ", here.text(), ", the first argument on ", place->text(), ". Hint: ", arg,
+                 ".to(\"", place->text(), "\")");
+        if (cuda) dtypes &= ~only(MOE_F64);
         const int dtype = dtype_of(t);
         if (dtype == N_DTYPES || !(dtypes & only(dtype))) bad_dtype(arg, dtype, dtypes);
         const auto sizes = t.sizes();
@@ -108,6 +159,7 @@ struct Door {
             if (first.empty() || i == MOE_F32) first = DTYPES[i].name;
             names += (names.empty() ? "" : " or ") + std::string(DTYPES[i].name);
         }
+        if (dtype == MOE_F64 && cuda) names += " on a GPU";
         const char *got = dtype == N_DTYPES ? "that the core does not know" : DTYPES[dtype].name;
         fail(arg, " has dtype ", got, ", wanted ", names, ". Hint: ", arg, ".to(torch.", first, ")");
     }
@@ -125,7 +177,10 @@ struct Door {
     // Throws unless the C function succeeded; `wanted` says what the values of the arguments must obey.
     template <class... Parts>
     void done(int status, const Parts &...wanted) const {
+        static const bool check = std::getenv("MOE_CHECK") && *std::getenv("MOE_CHECK") == '1';
+        if (status == MOE_CUDA_FAILED) fail(cuda->error());
         if (status != MOE_OK) fail(moe_status_text(status), ". ", wanted...);
+        if (cuda && check) read_verdict(true);
     }
 
     // After MOE_BAD_INDEX: says which of n ids is outside [0, end) and not `other`.
@@ -150,21 +205,22 @@ struct Door {
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-inline Tensor empty(In like, int dtype, std::initializer_list<int64_t> shape) {
+inline Tensor empty(Place place, ScalarType scalar, std::initializer_list<int64_t> shape) {
     int64_t strides[4], stride = 1;
     for (size_t i = shape.size(); i-- > 0; stride *= shape.begin()[i]) strides[i] = stride;
-    int32_t device_type;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
     AtenTensorHandle made;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         static_cast<int64_t>(shape.size()), shape.begin(), strides,
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(DTYPES[dtype].scalar)), device_type,
-        like.get_device_index(), &made));
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar)), place.type, place.index, &made));
     return Tensor(made);
 }
+inline Tensor empty(In like, int dtype, std::initializer_list<int64_t> shape) {
+    return empty(Place(like), DTYPES[dtype].scalar, shape);
+}
 
-// Bytes lent to one call of the core, for as long as the object lives. Fresh memory costs a page fault for every 4 KB,
-// so the process keeps one spare piece, the largest that a call gave back. A call beside another allocates its own.
+// Bytes lent to one call of the core, for as long as the object lives. On a GPU they are torch's, whose allocator
+// knows the stream. On the CPU fresh memory costs a page fault for every 4 KB, so the process keeps one spare piece,
+// the largest that a call gave back. A call beside another allocates its own.
 class Workspace {
     struct Piece {
         std::unique_ptr<char[]> bytes;
@@ -173,10 +229,16 @@ class Workspace {
     static inline std::mutex lock;
     static inline Piece spare{};
     Piece piece{};
+    Maybe lent = {};
 
    public:
     void *p;
-    explicit Workspace(size_t bytes) {
+    Workspace(const Door &door, size_t bytes) {
+        if (door.cuda) {
+            lent = empty(*door.place, ScalarType::Byte, {static_cast<int64_t>(bytes)});
+            p = lent->data_ptr();
+            return;
+        }
         {
             std::lock_guard<std::mutex> guard(lock);
             std::swap(piece, spare);
@@ -194,18 +256,6 @@ class Workspace {
     Workspace(const Workspace &) = delete;
     Workspace &operator=(const Workspace &) = delete;
 };
-
-// A 0-d tensor of the real dtype that belongs to `like`, and the value of such a tensor.
-inline Tensor scalar(In like, double x) {
-    Tensor t = empty(like, real_of(dtype_of(like)), {});
-    if (dtype_of(t) == MOE_F64) *static_cast<double *>(t.data_ptr()) = x;
-    else *static_cast<float *>(t.data_ptr()) = static_cast<float>(x);
-    return t;
-}
-inline double value(Door &door, const char *arg, In t) {
-    void *p = door.in(arg, t, only(MOE_F64) | only(MOE_F32), {});
-    return dtype_of(t) == MOE_F64 ? *static_cast<double *>(p) : *static_cast<float *>(p);
-}
 
 inline int32_t *i32(In t) { return static_cast<int32_t *>(t.data_ptr()); }
 inline moe_mat matrix(void *p, In t) { return {p, t.stride(0), t.stride(1), t.stride(2)}; }

@@ -6,6 +6,7 @@
 // Bad values raise ValueError with a sentence; a number that does not fit 64 bits raises OverflowError.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
+#include "cuda.h"
 #include "moe.h"
 
 static PyObject *checked(int status, const char *function) {
@@ -57,6 +58,14 @@ static PyObject *cpu_features(PyObject *module, PyObject *none) {
 #endif
 }
 
+PyDoc_STRVAR(cuda_doc, "cuda() -> None if the CUDA kernels of this build can be loaded, else why not.");
+static PyObject *cuda(PyObject *module, PyObject *none) {
+    (void)module, (void)none;
+    const char *why;
+    if (moe_cuda_find(&why)) Py_RETURN_NONE;
+    return PyUnicode_FromString(why);
+}
+
 PyDoc_STRVAR(shuffle_doc,
     "shuffle(seed, stream, n, order): writes a permutation of 0..n-1, a function of (seed, stream, n), to the int64\n"
     "array of n elements at address order.");
@@ -99,6 +108,7 @@ static PyObject *sample_index(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {
     {"versions", versions, METH_NOARGS, versions_doc},
     {"cpu_features", cpu_features, METH_NOARGS, cpu_features_doc},
+    {"cuda", cuda, METH_NOARGS, cuda_doc},
     {"shuffle", shuffle, METH_VARARGS, shuffle_doc},
     {"sample_index", sample_index, METH_VARARGS, sample_index_doc},
     {NULL, NULL, 0, NULL},

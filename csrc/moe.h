@@ -34,6 +34,7 @@ typedef enum {
     MOE_BAD_BINS,       // bins decrease, are negative or pass the number of rows
     MOE_BAD_VALUE,      // NaN among logits, an unknown enum
     MOE_NO_ISA,         // MOE_ISA names an instruction set that this CPU lacks or that nobody knows
+    MOE_CUDA_FAILED,    // from libmoe_cuda.so alone: queueing work on the device failed (cuda/api.h: error() says why)
 } moe_status;
 const char *moe_status_text(int status);
 
@@ -167,19 +168,21 @@ int moe_router_backward(const moe_router_args *a, const void *logits_TE, const v
 size_t moe_capacity_workspace(int64_t S, int64_t K, int64_t E);
 int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, const int32_t *ids_TK,
                  const void *priority_TK, void *workspace, int32_t *kept_TK);
+// Losses and their gradients dloss are one real each, in memory.
 // Balance loss per scope g of S rows, then the mean over scopes. counts_GE: copies per expert, given, so that a mesh
 // can sum them.
 //   MOE_BALANCE_SWITCH  E / (S*K) * sum_e counts[g,e] * mean_{t in g} scores[t,e]      (MegaBlocks; 1.0 when balanced)
 //   MOE_BALANCE_MSE     mean_e (mean_{t in g} scores[t,e] - 1/E)^2                     (seed 000; reads no counts)
 typedef enum { MOE_BALANCE_SWITCH, MOE_BALANCE_MSE } moe_balance;
 int moe_balance_counts(int64_t T, int64_t S, int64_t K, int64_t E, const int32_t *ids_TK, int32_t *counts_GE);
+size_t moe_balance_loss_workspace(int64_t T, int64_t S, int64_t E);
 int moe_balance_loss(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE,
-                     const int32_t *counts_GE, double *loss);
-int moe_balance_loss_backward(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E,
-                              const void *scores_TE, const int32_t *counts_GE, double dloss, void *dscores_TE);
+                     const int32_t *counts_GE, void *workspace, void *loss);
+int moe_balance_loss_backward(int dtype, int form, int64_t T, int64_t S, int64_t K, int64_t E, const void *scores_TE,
+                              const int32_t *counts_GE, const void *dloss, void *workspace, void *dscores_TE);
 // mean_t logsumexp(logits[t])^2; lse_T is kept for the backward (real). NaN gives NaN.
-int moe_z_loss(int dtype, int64_t T, int64_t E, const void *logits_TE, void *lse_T, double *loss);
-int moe_z_loss_backward(int dtype, int64_t T, int64_t E, const void *logits_TE, const void *lse_T, double dloss,
+int moe_z_loss(int dtype, int64_t T, int64_t E, const void *logits_TE, void *lse_T, void *loss);
+int moe_z_loss_backward(int dtype, int64_t T, int64_t E, const void *logits_TE, const void *lse_T, const void *dloss,
                         void *dlogits_TE);
 // Selection bias of sigmoid routing, once per optimizer step: bias += rate * sign(mean(counts) - counts).
 int moe_select_bias_update(int64_t E, double rate, const int64_t *counts_E, float *bias_E);

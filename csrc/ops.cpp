@@ -1,9 +1,9 @@
-// ops.cpp: torch ops -> the C functions of moe.h, through torch's stable ABI. With door.hpp, all the C++ there is.
+// ops.cpp: torch ops -> the C functions of moe.h or their CUDA twins, through torch's stable ABI. With door.hpp, all
+// the C++ of csrc/.
 //
-// Each op checks its arguments at the door, allocates outputs and workspace, calls one C function and reports its
-// status. It computes nothing. Schemas, shape functions and gradients are in moe_ext/ops/, where an op has the same
-// name and order of arguments; shapes are spelled as in moe.h. The table at the end binds names to functions for one
-// device; another device is another table.
+// Each op checks its arguments at the door, allocates outputs and workspace, runs one function (RUN: moe_<name>, or its
+// twin in cuda/ if the tensors are there) and reports its status. It computes nothing. Schemas, shape functions and
+// gradients are in moe_ext/ops/, where an op has the same name and order of arguments; shapes are spelled as in moe.h.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -22,8 +22,8 @@ std::tuple<Tensor, Tensor> sort(In x, int64_t end_bit) {
     Dim n{"n"};
     void *x_n = door.in("x", x, INTS, {&n});
     Tensor sorted = empty(x, dtype_of(x), {n}), indices = empty(x, dtype_of(x), {n});
-    Workspace work(moe_sort_workspace(n));
-    door.done(moe_sort(dtype_of(x), n, static_cast<int>(end_bit), x_n, work.p, sorted.data_ptr(), indices.data_ptr()),
+    Workspace work(door, RUN(sort_workspace, n));
+    door.done(RUN(sort, dtype_of(x), n, static_cast<int>(end_bit), x_n, work.p, sorted.data_ptr(), indices.data_ptr()),
               "n=", n.n, " indices must fit the dtype of x, and end_bit=", end_bit, " its bits");
     return {sorted, indices};
 }
@@ -35,7 +35,7 @@ Tensor histogram(In x, int64_t max_val) {
     void *x_rn = flat ? door.in("x", x, INTS, {&n}) : door.in("x", x, INTS, {&rows, &n});
     if (max_val < 0) door.fail("max_val is ", max_val, ", wanted >= 0");
     Tensor counts = flat ? empty(x, MOE_I32, {bins}) : empty(x, MOE_I32, {rows, bins});
-    door.done(moe_histogram(dtype_of(x), flat ? 1 : rows.n, n, bins, x_rn, i32(counts)),
+    door.done(RUN(histogram, dtype_of(x), flat ? 1 : rows.n, n, bins, x_rn, i32(counts)),
               "max_val=", max_val);
     return counts;
 }
@@ -46,7 +46,7 @@ Tensor cumsum(In x, bool exclusive) {
     Dim rows{"rows", 1}, n{"n"};
     void *x_rn = x.dim() == 1 ? door.in("x", x, INTS, {&n}) : door.in("x", x, INTS, {&(rows.n = -1, rows), &n});
     Tensor y = torch::stable::empty_like(x);
-    door.done(moe_cumsum(dtype_of(x), rows, n, exclusive, x_rn, y.data_ptr()));
+    door.done(RUN(cumsum, dtype_of(x), rows, n, exclusive, x_rn, y.data_ptr()));
     return y;
 }
 
@@ -55,7 +55,7 @@ Tensor topology(In padded_bins, int64_t block, int64_t rows, int64_t cols) {
     Dim E{"E"};
     auto *bins_E = door.i32("padded_bins", padded_bins, {&E});
     Tensor columns = empty(padded_bins, MOE_I16, {rows * cols});
-    door.done(moe_topology(E, block, rows, cols, bins_E, static_cast<int16_t *>(columns.data_ptr())),
+    door.done(RUN(topology, E, block, rows, cols, bins_E, static_cast<int16_t *>(columns.data_ptr())),
               "padded_bins must be multiples of block=", block, " that end at rows*block, rows=", rows,
               ", and E*cols=", E * cols, " must fit int16");
     return columns;
@@ -67,7 +67,7 @@ Tensor replicate(In x, In bins, int64_t n) {
     void *x_rb = door.in("x", x, FLOATS | INTS, {&rows, &nb});
     auto *bins_b = door.i32("bins", bins, {&nb});
     Tensor y = empty(x, dtype_of(x), {rows, n});
-    door.done(moe_replicate(dtype_of(x), rows, nb, n, x_rb, bins_b, y.data_ptr()), "bins must end within n=", n);
+    door.done(RUN(replicate, dtype_of(x), rows, nb, n, x_rb, bins_b, y.data_ptr()), "bins must end within n=", n);
     return y;
 }
 
@@ -77,7 +77,7 @@ Tensor replicate_backward(In dy, In bins) {
     void *dy_rn = door.in("dy", dy, FLOATS | INTS, {&rows, &n});
     auto *bins_b = door.i32("bins", bins, {&nb});
     Tensor dx = empty(dy, dtype_of(dy), {rows, nb});
-    door.done(moe_replicate_backward(dtype_of(dy), rows, nb, n, dy_rn, bins_b, dx.data_ptr()));
+    door.done(RUN(replicate_backward, dtype_of(dy), rows, nb, n, dy_rn, bins_b, dx.data_ptr()));
     return dx;
 }
 
@@ -89,8 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_index(In ids, int64_t num_exper
     if (E < 0) door.fail("num_experts is ", E, ", wanted >= 0");
     Tensor counts = empty(ids, MOE_I32, {E}), bins = empty(ids, MOE_I32, {E});
     Tensor order = empty(ids, MOE_I32, {N}), inverse = empty(ids, MOE_I32, {T, K});
-    Workspace work(moe_route_index_workspace(N, E));
-    const int status = moe_route_index(N, E, ids_N, work.p, i32(counts), i32(bins), i32(order), i32(inverse));
+    Workspace work(door, RUN(route_index_workspace, N, E));
+    const int status = RUN(route_index, N, E, ids_N, work.p, i32(counts), i32(bins), i32(order), i32(inverse));
     if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_N, N, E, -1);
     door.done(status, "num_experts=", E);
     return {counts, bins, order, inverse};
@@ -121,7 +121,8 @@ Tensor gather(In x, MaybeIn weights, In order, In bins, MaybeIn out_bins,
     void *weights_N = door.in("weights", weights, weight_dtypes(x), {&N});
     const moe_layout l = layout(door, N, P, order, bins, out_bins, top_k, capacity);
     Tensor y = empty(x, dtype_of(x), {P, D});
-    door.done(moe_gather(dtype_of(x), dtype_of_weights(weights), D, &l, x_TD, weights_N, y.data_ptr()), LAYOUT_RULE);
+    const int wdtype = dtype_of_weights(weights);
+    door.done(RUN(gather, dtype_of(x), wdtype, D, &l, x_TD, weights_N, y.data_ptr()), LAYOUT_RULE);
     return y;
 }
 
@@ -133,8 +134,8 @@ Tensor scatter(In x, MaybeIn weights, In order, In bins, MaybeIn out_bins,
     const moe_layout l = layout(door, N, P, order, bins, out_bins, top_k, capacity);
     void *weights_N = door.in("weights", weights, weight_dtypes(x), {&N});
     Tensor y = empty(x, dtype_of(x), {N / top_k, D});
-    Workspace work(moe_scatter_workspace(&l));
-    door.done(moe_scatter(dtype_of(x), dtype_of_weights(weights), D, &l, x_PD, weights_N, work.p, y.data_ptr()),
+    Workspace work(door, RUN(scatter_workspace, &l));
+    door.done(RUN(scatter, dtype_of(x), dtype_of_weights(weights), D, &l, x_PD, weights_N, work.p, y.data_ptr()),
               LAYOUT_RULE);
     return y;
 }
@@ -148,8 +149,8 @@ Tensor scatter_dweights(In x, In dy, In order, In bins, MaybeIn out_bins,
     N.n = T * top_k;
     const moe_layout l = layout(door, N, P, order, bins, out_bins, top_k, capacity);
     Tensor dweights = empty(x, dtype_of(dtype), {N});
-    Workspace work(moe_scatter_dweights_workspace(&l));
-    door.done(moe_scatter_dweights(dtype_of(x), dtype_of(dtype), D, &l, x_PD, dy_TD, work.p, dweights.data_ptr()),
+    Workspace work(door, RUN(scatter_dweights_workspace, &l));
+    door.done(RUN(scatter_dweights, dtype_of(x), dtype_of(dtype), D, &l, x_PD, dy_TD, work.p, dweights.data_ptr()),
               LAYOUT_RULE);
     return dweights;
 }
@@ -163,8 +164,8 @@ Tensor grouped_gemm(In x, In w, In bins) {
     void *w_EIO = door.in("w", w, only(dtype_of(x)), {&E, &I, &O}, ANY);
     auto *bins_E = door.i32("bins", bins, {&E});
     Tensor y = empty(x, dtype_of(x), {R, O});
-    Workspace work(moe_grouped_gemm_workspace(dtype_of(x), R, E, I, O));
-    door.done(moe_grouped_gemm(dtype_of(x), R, E, I, O, x_RI, matrix(w_EIO, w), bins_E, work.p, y.data_ptr()),
+    Workspace work(door, RUN(grouped_gemm_workspace, dtype_of(x), R, E, I, O));
+    door.done(RUN(grouped_gemm, dtype_of(x), R, E, I, O, x_RI, matrix(w_EIO, w), bins_E, work.p, y.data_ptr()),
               "x has R=", R.n, " rows");
     return y;
 }
@@ -176,9 +177,9 @@ Tensor grouped_gemm_wgrad(In x, In dy, In bins) {
     void *dy_RO = door.in("dy", dy, only(dtype_of(x)), {&R, &O});
     auto *bins_E = door.i32("bins", bins, {&E});
     Tensor dw = empty(x, dtype_of(x), {E, I, O});
-    Workspace work(moe_grouped_gemm_wgrad_workspace(dtype_of(x), R, E, I, O));
+    Workspace work(door, RUN(grouped_gemm_wgrad_workspace, dtype_of(x), R, E, I, O));
     const moe_mat dw_EIO = matrix(dw.data_ptr(), dw);
-    door.done(moe_grouped_gemm_wgrad(dtype_of(x), R, E, I, O, x_RI, dy_RO, bins_E, work.p, dw_EIO),
+    door.done(RUN(grouped_gemm_wgrad, dtype_of(x), R, E, I, O, x_RI, dy_RO, bins_E, work.p, dw_EIO),
               "x and dy have R=", R.n, " rows");
     return dw;
 }
@@ -193,7 +194,7 @@ Tensor activation(In h, Text act) {
     if (moe_act_gated(a) && U % 2) door.fail("h has ", U.n, " columns, but ", act, " wants [gate | up] of equal width");
     const int64_t F = moe_act_gated(a) ? U / 2 : U.n;
     Tensor y = empty(h, dtype_of(h), {N, F});
-    door.done(moe_activation(dtype_of(h), a, N, F, h_NU, y.data_ptr()));
+    door.done(RUN(activation, dtype_of(h), a, N, F, h_NU, y.data_ptr()));
     return y;
 }
 
@@ -205,7 +206,7 @@ Tensor activation_backward(In h, In da, Text act) {
     F.n = moe_act_gated(a) ? U / 2 : U.n;
     void *da_NF = door.in("da", da, only(dtype_of(h)), {&N, &F});
     Tensor dh = empty(h, dtype_of(h), {N, U});
-    door.done(moe_activation_backward(dtype_of(h), a, N, F, h_NU, da_NF, dh.data_ptr()));
+    door.done(RUN(activation_backward, dtype_of(h), a, N, F, h_NU, da_NF, dh.data_ptr()));
     return dh;
 }
 
@@ -261,8 +262,8 @@ std::tuple<Tensor, Tensor> expert_mlp(In x, In gate, MaybeIn up, In down,
     const moe_expert_args a = expert_args(door, x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias,
                                           down_bias, act, num_copies);
     Tensor y = empty(x, a.dtype, {a.R, a.D}), h = empty(x, a.dtype, {a.N, moe_act_gated(a.act) ? 2 * a.F : a.F});
-    Workspace work(moe_expert_mlp_workspace(&a));
-    door.done(moe_expert_mlp(&a, work.p, y.data_ptr(), h.data_ptr()), EXPERT_RULE);
+    Workspace work(door, RUN(expert_mlp_workspace, &a));
+    door.done(RUN(expert_mlp, &a, work.p, y.data_ptr(), h.data_ptr()), EXPERT_RULE);
     return {y, h};
 }
 
@@ -294,8 +295,8 @@ ExpertGrads expert_mlp_backward(In dy, In h, In x, In gate, MaybeIn up,
     g.dup_bias_EF = adjacent ? after(g.dgate_bias_EF, a.F, a.dtype) : data(dup_bias, up_bias);
     g.ddown_bias_ED = data(ddown_bias, down_bias);
     g.dgate_bias_se = a.gate_bias_se, g.dup_bias_se = a.up_bias_se, g.ddown_bias_se = a.down_bias_se;
-    Workspace work(moe_expert_mlp_backward_workspace(&a));
-    door.done(moe_expert_mlp_backward(&a, work.p, &g), EXPERT_RULE);
+    Workspace work(door, RUN(expert_mlp_backward_workspace, &a));
+    door.done(RUN(expert_mlp_backward, &a, work.p, &g), EXPERT_RULE);
     return {dx, dgate, dup, ddown, dweights, dgate_bias, dup_bias, ddown_bias};
 }
 
@@ -315,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, int64_
     const moe_router_args a = {dtype, door.choice("score", score, SCORES), balanced, T, E, k, norm_p, scale};
     Tensor weights = empty(logits, dtype, {T, k}), ids = empty(logits, MOE_I32, {T, k});
     Tensor scores = empty(logits, dtype, {T, E});
-    door.done(moe_router(&a, logits_TE, bias_E, weights.data_ptr(), i32(ids), scores.data_ptr()),
+    door.done(RUN(router, &a, logits_TE, bias_E, weights.data_ptr(), i32(ids), scores.data_ptr()),
               "wanted no NaN in logits and norm_p=", norm_p, " >= 0. Hint: torch.isnan(logits).any(dim=1)");
     return {weights, ids, scores};
 }
@@ -332,7 +333,7 @@ Tensor router_backward(In logits, In scores, In ids, MaybeIn dweights,
     void *dscores_TE = door.in("dscores", dscores, only(dtype), {&T, &E});
     const moe_router_args a = {dtype, door.choice("score", score, SCORES), 0, T, E, K, norm_p, scale};
     Tensor dlogits = empty(logits, dtype, {T, E});
-    door.done(moe_router_backward(&a, logits_TE, scores_TE, ids_TK, dweights_TK, dscores_TE, dlogits.data_ptr()));
+    door.done(RUN(router_backward, &a, logits_TE, scores_TE, ids_TK, dweights_TK, dscores_TE, dlogits.data_ptr()));
     return dlogits;
 }
 
@@ -343,9 +344,9 @@ Tensor capacity_drop(In ids, MaybeIn priority, int64_t num_experts, int64_t capa
     void *priority_TK = door.in("priority", priority, FLOATS, {&T, &K});
     const int dtype = priority ? dtype_of(*priority) : MOE_F32;
     Tensor kept = empty(ids, MOE_I32, {T, K});
-    Workspace work(moe_capacity_workspace(rows_per_scope, K, num_experts));
+    Workspace work(door, RUN(capacity_workspace, rows_per_scope, K, num_experts));
     const int64_t S = rows_per_scope, E = num_experts;
-    const int status = moe_capacity(dtype, T, S, K, E, capacity, ids_TK, priority_TK, work.p, i32(kept));
+    const int status = RUN(capacity, dtype, T, S, K, E, capacity, ids_TK, priority_TK, work.p, i32(kept));
     if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, E, -1);
     door.done(status, "wanted capacity=", capacity, " >= 0, and T=", T.n, " a multiple of rows_per_scope=", S);
     return kept;
@@ -358,7 +359,7 @@ Tensor balance_counts(In ids, int64_t num_experts, int64_t rows_per_scope) {
     const int64_t S = rows_per_scope;
     if (S < 0 || (S == 0 ? T != 0 : T % S)) door.fail("T=", T.n, " is not a multiple of rows_per_scope=", S);
     Tensor counts = empty(ids, MOE_I32, {S ? T / S : 1, num_experts});
-    const int status = moe_balance_counts(T, S, K, num_experts, ids_TK, i32(counts));
+    const int status = RUN(balance_counts, T, S, K, num_experts, ids_TK, i32(counts));
     if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, num_experts, -1);
     door.done(status, "num_experts=", num_experts);
     return counts;
@@ -377,11 +378,12 @@ Tensor balance_loss(In scores, In counts, int64_t top_k, Text form) {
     void *scores_TE = door.in("scores", scores, FLOATS, {&T, &E});
     auto *counts_GE = door.i32("counts", counts, {&G, &E});
     const int64_t S = rows_of_scope(door, T, G);
-    double loss = 0;
     const int f = door.choice("form", form, BALANCES);
-    door.done(moe_balance_loss(dtype_of(scores), f, T, S, top_k, E, scores_TE, counts_GE, &loss),
+    Tensor loss = empty(scores, real_of(dtype_of(scores)), {});
+    Workspace work(door, RUN(balance_loss_workspace, T, S, E));
+    door.done(RUN(balance_loss, dtype_of(scores), f, T, S, top_k, E, scores_TE, counts_GE, work.p, loss.data_ptr()),
               "wanted top_k=", top_k, " >= 1");
-    return scalar(scores, loss);
+    return loss;
 }
 
 Tensor balance_loss_backward(In scores, In counts, In dloss, int64_t top_k,
@@ -390,11 +392,13 @@ Tensor balance_loss_backward(In scores, In counts, In dloss, int64_t top_k,
     Dim T{"T"}, E{"E"}, G{"G"};
     void *scores_TE = door.in("scores", scores, FLOATS, {&T, &E});
     auto *counts_GE = door.i32("counts", counts, {&G, &E});
+    void *dloss_p = door.in("dloss", dloss, only(real_of(dtype_of(scores))), {});
     Tensor dscores = empty(scores, dtype_of(scores), {T, E});
     const int f = door.choice("form", form, BALANCES);
     const int64_t S = rows_of_scope(door, T, G);
-    door.done(moe_balance_loss_backward(dtype_of(scores), f, T, S, top_k, E, scores_TE, counts_GE,
-                                        value(door, "dloss", dloss), dscores.data_ptr()));
+    Workspace work(door, RUN(balance_loss_workspace, T, S, E));
+    door.done(RUN(balance_loss_backward, dtype_of(scores), f, T, S, top_k, E, scores_TE, counts_GE, dloss_p, work.p,
+                  dscores.data_ptr()));
     return dscores;
 }
 
@@ -403,9 +407,9 @@ std::tuple<Tensor, Tensor> z_loss(In logits) {
     Dim T{"T"}, E{"E"};
     void *logits_TE = door.in("logits", logits, FLOATS, {&T, &E});
     Tensor lse = empty(logits, real_of(dtype_of(logits)), {T});
-    double loss = 0;
-    door.done(moe_z_loss(dtype_of(logits), T, E, logits_TE, lse.data_ptr(), &loss), "logits must hold no NaN");
-    return {scalar(logits, loss), lse};
+    Tensor loss = empty(logits, real_of(dtype_of(logits)), {});
+    door.done(RUN(z_loss, dtype_of(logits), T, E, logits_TE, lse.data_ptr(), loss.data_ptr()));
+    return {loss, lse};
 }
 
 Tensor z_loss_backward(In logits, In lse, In dloss) {
@@ -414,8 +418,8 @@ Tensor z_loss_backward(In logits, In lse, In dloss) {
     void *logits_TE = door.in("logits", logits, FLOATS, {&T, &E});
     void *lse_T = door.in("lse", lse, only(real_of(dtype_of(logits))), {&T});
     Tensor dlogits = empty(logits, dtype_of(logits), {T, E});
-    door.done(moe_z_loss_backward(dtype_of(logits), T, E, logits_TE, lse_T, value(door, "dloss", dloss),
-                                  dlogits.data_ptr()));
+    void *dloss_p = door.in("dloss", dloss, only(real_of(dtype_of(logits))), {});
+    door.done(RUN(z_loss_backward, dtype_of(logits), T, E, logits_TE, lse_T, dloss_p, dlogits.data_ptr()));
     return dlogits;
 }
 
@@ -425,7 +429,7 @@ Tensor select_bias_update(In bias, In counts, double rate) {
     door.in("bias", bias, only(MOE_F32), {&E});
     auto *counts_E = static_cast<int64_t *>(door.in("counts", counts, only(MOE_I64), {&E}));
     Tensor moved = torch::stable::clone(bias);
-    door.done(moe_select_bias_update(E, rate, counts_E, static_cast<float *>(moved.data_ptr())));
+    door.done(RUN(select_bias_update, E, rate, counts_E, static_cast<float *>(moved.data_ptr())));
     return moved;
 }
 
@@ -439,8 +443,8 @@ Tensor xent_(In logits, In targets, int64_t ignore_index, double grad_scale) {
     auto *targets_M = static_cast<int64_t *>(door.in("targets", targets, only(MOE_I64), {&M}));
     const int real = real_of(dtype_of(logits));
     Tensor loss = empty(logits, real, {M});
-    Workspace lse(static_cast<size_t>(M * 8));
-    const int status = moe_xent(dtype_of(logits), M, V, ignore_index, grad_scale, targets_M, logits_MV,
+    Workspace lse(door, static_cast<size_t>(M * 8));
+    const int status = RUN(xent, dtype_of(logits), M, V, ignore_index, grad_scale, targets_M, logits_MV,
                                 loss.data_ptr(), lse.p);
     if (status == MOE_BAD_INDEX) door.bad_index("targets", targets_M, M, V, ignore_index);
     door.done(status, "wanted no NaN in logits");
@@ -455,25 +459,26 @@ moe_random_key random_key(int64_t seed, int64_t step, int64_t site, int64_t row0
 
 const char KEY_RULE[] = "step and site must lie in [0, 2^32) and row0 must not be negative, got ";
 
-// Random numbers of the shape, dtype and device of `like`, whose values are not read.
-template <int draw(int, moe_random_key, int64_t, int64_t, double, double, void *)>
-Tensor random(const char *op, const char *range, In like, double a, double b, moe_random_key key) {
-    Door door{op};
+// Random numbers have the shape, dtype and device of `like`, whose values are not read.
+Tensor random_uniform(In like, double low, double high, int64_t seed, int64_t step, int64_t site, int64_t row0) {
+    Door door{"random_uniform"};
     Dim rows{"rows"}, cols{"cols"};
     door.in("like", like, FLOATS, {&rows, &cols}, ANY);
     Tensor y = empty(like, dtype_of(like), {rows, cols});
-    door.done(draw(dtype_of(like), key, rows, cols, a, b, y.data_ptr()), "got ", a, " and ", b, ", wanted ", range,
-              "; ", KEY_RULE, key.step, ", ", key.site, " and ", key.row0);
+    door.done(RUN(uniform, dtype_of(like), random_key(seed, step, site, row0), rows, cols, low, high, y.data_ptr()),
+              "got ", low, " and ", high, ", wanted low < high; ", KEY_RULE, step, ", ", site, " and ", row0);
     return y;
 }
 
-Tensor random_uniform(In like, double low, double high, int64_t seed, int64_t step, int64_t site, int64_t row0) {
-    return random<moe_uniform>("random_uniform", "low < high", like, low, high, random_key(seed, step, site, row0));
-}
-
 Tensor random_normal(In like, double mean, double std, int64_t seed, int64_t step, int64_t site, int64_t row0) {
-    return random<moe_normal>("random_normal", "finite mean and std >= 0", like, mean, std,
-                              random_key(seed, step, site, row0));
+    Door door{"random_normal"};
+    Dim rows{"rows"}, cols{"cols"};
+    door.in("like", like, FLOATS, {&rows, &cols}, ANY);
+    Tensor y = empty(like, dtype_of(like), {rows, cols});
+    door.done(RUN(normal, dtype_of(like), random_key(seed, step, site, row0), rows, cols, mean, std, y.data_ptr()),
+              "got ", mean, " and ", std, ", wanted finite mean and std >= 0; ", KEY_RULE, step, ", ", site, " and ",
+              row0);
+    return y;
 }
 
 Tensor dropout(In x, double p, int64_t seed, int64_t step, int64_t site, int64_t row0) {
@@ -482,22 +487,31 @@ Tensor dropout(In x, double p, int64_t seed, int64_t step, int64_t site, int64_t
     void *x_rc = door.in("x", x, FLOATS, {&rows, &cols});
     if (!(p >= 0 && p < 1)) door.fail("p is ", p, ", wanted 0 <= p < 1");
     Tensor y = empty(x, dtype_of(x), {rows, cols});
-    door.done(moe_dropout(dtype_of(x), random_key(seed, step, site, row0), rows, cols, p, x_rc, y.data_ptr()),
+    door.done(RUN(dropout, dtype_of(x), random_key(seed, step, site, row0), rows, cols, p, x_rc, y.data_ptr()),
               KEY_RULE, step, ", ", site, " and ", row0);
     return y;
+}
+
+// ---- the device -----------------------------------------------------------------------------------------------------
+
+// Waits for like's device and raises what its kernels complained of.
+void check(In like) {
+    Door door{"check"};
+    door.enter(like);
+    if (door.cuda) door.read_verdict(true);
 }
 
 // ---- the table ------------------------------------------------------------------------------------------------------
 
 #define OP(name) {#name, TORCH_BOX(&name)}
-const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_t); } CPU_OPS[] = {
+const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_t); } OPS[] = {
     OP(sort), OP(histogram), OP(cumsum), OP(topology), OP(replicate), OP(replicate_backward), OP(route_index),
     OP(gather), OP(scatter), OP(scatter_dweights),
     OP(grouped_gemm), OP(grouped_gemm_wgrad), OP(activation), OP(activation_backward),
     OP(expert_mlp), OP(expert_mlp_backward),
     OP(router), OP(router_backward), OP(capacity_drop), OP(balance_counts), OP(balance_loss), OP(balance_loss_backward),
     OP(z_loss), OP(z_loss_backward), OP(select_bias_update),
-    OP(xent_), OP(random_uniform), OP(random_normal), OP(dropout),
+    OP(xent_), OP(random_uniform), OP(random_normal), OP(dropout), OP(check),
 };
 
 int threads() {
@@ -510,5 +524,9 @@ int threads() {
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
     moe_set_pool(torch_parallel_for, threads);
-    for (const auto &op : CPU_OPS) m.impl(op.name, op.boxed);
+    for (const auto &op : OPS) m.impl(op.name, op.boxed);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
+    for (const auto &op : OPS) m.impl(op.name, op.boxed);
 }

@@ -42,13 +42,19 @@ _LAYERS = {
     "dMoE": "moe_ext.layers.dmoe",
     "get_load_balancing_loss": "moe_ext.layers.moe",
 }
-__all__ = ["__version__", "has_cuda", "ops", *_LAYERS]
+__all__ = ["__version__", "check", "has_cuda", "ops", *_LAYERS]
 
 
 def has_cuda() -> bool:
     """Whether the ops run on CUDA here: torch sees a device, and this build has kernels for it."""
-    kernels = torch._C._dispatch_has_kernel_for_dispatch_key("moe_ext::expert_mlp", "CUDA")
-    return kernels and torch.cuda.is_available()
+    return _C.cuda() is None and torch.cuda.is_available()
+
+
+def check(device=None):
+    """Waits for a CUDA device (by default the current one) and raises RuntimeError if a kernel found bad values in
+    memory since the last check: an id out of range, bins that decrease, NaN logits. Nothing to do on the CPU."""
+    device = torch.device(device or ("cuda" if has_cuda() else "cpu"))
+    torch.ops.moe_ext.check(torch.empty(0, device=device))
 
 
 def __getattr__(name):

@@ -84,18 +84,22 @@ static void check_balance(int dtype, int form, const int64_t *n) {
         CHECK(counts[i] == want_counts[i], "count %d: %d, want %d", (int)i, counts[i], want_counts[i]);
 
     void   *scores = check_floats(dtype, T * E, 9), *d = check_alloc(T * E * moe_size(dtype));
-    double *wide = check_alloc(8 * T * E), loss[2] = {NAN, NAN};
+    double *wide = check_alloc(8 * T * E), loss[2] = {NAN, NAN}, upstream;
+    void   *one = check_alloc(8);
     for (int64_t i = 0; i < T * E; i++) wide[i] = check_get(dtype, scores, i);
     for (int i = 0; i < 2; i++) {
         check_threads = 1 + 2 * i;
-        CHECK_OK(moe_balance_loss(dtype, form, T, S, K, E, scores, counts, &loss[i]));
+        CHECK_OK(moe_balance_loss(dtype, form, T, S, K, E, scores, counts, NULL, one));
+        loss[i] = check_get(dtype == MOE_F64 ? MOE_F64 : MOE_F32, one, 0);
     }
     const double want = define_loss(form, n, wide, counts);
     CHECK(loss[0] == loss[1], "the loss knows the number of threads");
-    CHECK(check_near(loss[0], want, 1e-13, 1 + fabs(want)), "%s form %d: %g, want %g", check_dtype[dtype], form,
+    CHECK(check_near(loss[0], want, dtype == MOE_F64 ? 1e-13 : 1e-7, 1 + fabs(want)), "%s form %d: %g, want %g", check_dtype[dtype], form,
           loss[0], want);
 
-    CHECK_OK(moe_balance_loss_backward(dtype, form, T, S, K, E, scores, counts, 3.0, d));
+    if (dtype == MOE_F64) upstream = 3;
+    else memcpy(&upstream, &(float){3}, 4);
+    CHECK_OK(moe_balance_loss_backward(dtype, form, T, S, K, E, scores, counts, &upstream, NULL, d));
     for (int64_t i = 0; i < T * E; i += T * E / 100 + 1) {
         const double h = 16, x = wide[i];     // the loss is at most quadratic: a central difference is exact
         wide[i] = x + h;
@@ -107,7 +111,7 @@ static void check_balance(int dtype, int form, const int64_t *n) {
                          fabs(slope) + 1e-3 * (dtype == MOE_F16)),
               "%s form %d: d[%d] = %g, want %g", check_dtype[dtype], form, (int)i, check_get(dtype, d, i), slope);
     }
-    free(ids); free(counts); free(want_counts); free(scores); free(d); free(wide);
+    free(ids); free(counts); free(want_counts); free(scores); free(d); free(wide); free(one);
 }
 
 static void test_balance(void) {
@@ -121,10 +125,10 @@ static void test_balance(void) {
     const int32_t counts[4] = {2, 2, 2, 2};
     float scores[8 * 4];
     for (int i = 0; i < 32; i++) scores[i] = 0.25f;
-    double loss;
-    CHECK_OK(moe_balance_loss(MOE_F32, MOE_BALANCE_SWITCH, 8, 8, 1, 4, scores, counts, &loss));
+    float loss;
+    CHECK_OK(moe_balance_loss(MOE_F32, MOE_BALANCE_SWITCH, 8, 8, 1, 4, scores, counts, NULL, &loss));
     CHECK(loss == 1, "balanced: %g", loss);
-    CHECK_OK(moe_balance_loss(MOE_F32, MOE_BALANCE_MSE, 8, 8, 1, 4, scores, NULL, &loss));
+    CHECK_OK(moe_balance_loss(MOE_F32, MOE_BALANCE_MSE, 8, 8, 1, 4, scores, NULL, NULL, &loss));
     CHECK(loss == 0, "balanced: %g", loss);
 }
 
@@ -137,17 +141,20 @@ static double define_lse(const double *x, int64_t E) {
 
 static void check_z(int dtype, int64_t T, int64_t E) {
     void   *logits = check_floats(dtype, T * E, 2), *d[2], *lse = check_alloc(T * moe_real_size(dtype));
-    double *x = check_alloc(8 * T * E), loss = NAN, want = 0;
+    double *x = check_alloc(8 * T * E), loss = NAN, want = 0, half;
     const double near = dtype == MOE_F64 ? 1e-13 : 1e-6;
     for (int64_t i = 0; i < T * E; i++) x[i] = check_get(dtype, logits, i);
     for (int64_t t = 0; t < T; t++) want += pow(define_lse(x + t * E, E), 2) / (double)T;
     check_threads = 3;
-    CHECK_OK(moe_z_loss(dtype, T, E, logits, lse, &loss));
+    CHECK_OK(moe_z_loss(dtype, T, E, logits, lse, &half));
+    loss = check_get(dtype == MOE_F64 ? MOE_F64 : MOE_F32, &half, 0);
+    if (dtype == MOE_F64) half = 0.5;
+    else memcpy(&half, &(float){0.5f}, 4);
     CHECK(check_near(loss, want, near, 1 + want), "%s: %g, want %g", check_dtype[dtype], loss, want);
     for (int i = 0; i < 2; i++) {
         check_threads = 1 + 2 * i;
         d[i] = check_alloc(T * E * moe_size(dtype));
-        CHECK_OK(moe_z_loss_backward(dtype, T, E, logits, lse, 0.5, d[i]));
+        CHECK_OK(moe_z_loss_backward(dtype, T, E, logits, lse, &half, d[i]));
     }
     CHECK(!memcmp(d[0], d[1], (size_t)(T * E * moe_size(dtype))), "gradients know the number of threads");
     for (int64_t i = 0; i < T * E; i++) {
@@ -201,13 +208,13 @@ static void test_bad_input(void) {
     for (int i = 0; i < 8; i++) CHECK(out[i] == 9, "out[%d] was touched", i);
 
     float  x[6] = {0}, y[6] = {9, 9, 9, 9, 9, 9};
-    double loss = 9;
-    CHECK_STATUS(moe_balance_loss(MOE_I64, MOE_BALANCE_MSE, 2, 2, 1, 3, x, NULL, &loss), MOE_BAD_DTYPE);
-    CHECK_STATUS(moe_balance_loss(MOE_F32, 7, 2, 2, 1, 3, x, ids, &loss), MOE_BAD_VALUE);
-    CHECK_STATUS(moe_balance_loss_backward(MOE_F32, MOE_BALANCE_MSE, -2, 2, 1, 3, x, NULL, 1, y), MOE_BAD_SHAPE);
+    float loss = 9;
+    CHECK_STATUS(moe_balance_loss(MOE_I64, MOE_BALANCE_MSE, 2, 2, 1, 3, x, NULL, NULL, &loss), MOE_BAD_DTYPE);
+    CHECK_STATUS(moe_balance_loss(MOE_F32, 7, 2, 2, 1, 3, x, ids, NULL, &loss), MOE_BAD_VALUE);
+    CHECK_STATUS(moe_balance_loss_backward(MOE_F32, MOE_BALANCE_MSE, -2, 2, 1, 3, x, NULL, x, NULL, y), MOE_BAD_SHAPE);
     CHECK_STATUS(moe_z_loss(MOE_I16, 2, 3, x, y, &loss), MOE_BAD_DTYPE);
     CHECK_STATUS(moe_z_loss(MOE_F32, 2, 0, x, y, &loss), MOE_BAD_SHAPE);
-    CHECK_STATUS(moe_z_loss_backward(MOE_F32, -1, 3, x, x, 1, y), MOE_BAD_SHAPE);
+    CHECK_STATUS(moe_z_loss_backward(MOE_F32, -1, 3, x, x, x, y), MOE_BAD_SHAPE);
     CHECK(loss == 9, "the loss was touched");
     for (int i = 0; i < 6; i++) CHECK(y[i] == 9, "y[%d] was touched", i);
 }

@@ -1,0 +1,90 @@
+// api.cu: the one exported symbol of libmoe_cuda.so, the table of its functions; the devices and their error words.
+#include <atomic>
+#include <cstdio>
+#include <mutex>
+
+#include "common.cuh"
+
+// The overload with a stream of every function in the table; each is defined in the file named like its twin's.
+#define X(name) extern std::remove_pointer_t<decltype(moe_cuda::name)> moe_##name;
+MOE_CUDA_OPS(X)
+MOE_CUDA_WORKSPACES(X)
+#undef X
+
+namespace {
+enum { MAX_DEVICES = 64 };
+thread_local char last_error[256];
+std::mutex making;
+// Mapped host memory: a kernel's complaint is read without a copy or a synchronisation. One allocation per device for
+// the life of the process.
+std::atomic<unsigned long long *> words[MAX_DEVICES];
+std::atomic<int> sm_counts[MAX_DEVICES];
+
+int current_device() {
+    int device = 0;
+    return cudaGetDevice(&device) == cudaSuccess ? device : 0;
+}
+
+int ready(int device) {
+    if (device >= 0 && device < MAX_DEVICES && words[device]) return MOE_OK;
+    int devices = 0, major = 0, minor = 0, count = 0;
+    TRY(cuda_status(cudaGetDeviceCount(&devices), "looking for CUDA devices"));
+    if (device < 0 || device >= devices || device >= MAX_DEVICES) {
+        snprintf(last_error, sizeof last_error, "there is no CUDA device %d, only %d", device, devices);
+        return MOE_CUDA_FAILED;
+    }
+    TRY(cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "reading the device"));
+    TRY(cuda_status(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "reading the device"));
+    TRY(cuda_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "reading the device"));
+    if (major < 8) {
+        snprintf(last_error, sizeof last_error,
+                 "CUDA device %d is sm_%d%d; these kernels need sm_80 (A100) or newer. Hint: tensor.cpu()", device,
+                 major, minor);
+        return MOE_CUDA_FAILED;
+    }
+    std::lock_guard<std::mutex> guard(making);
+    if (words[device]) return MOE_OK;
+    void *word = nullptr;
+    TRY(cuda_status(cudaHostAlloc(&word, sizeof(unsigned long long), cudaHostAllocMapped), "making the error word"));
+    *static_cast<unsigned long long *>(word) = 0;
+    sm_counts[device] = count;
+    words[device] = static_cast<unsigned long long *>(word);
+    return MOE_OK;
+}
+
+const char *error() { return last_error; }
+
+int read_verdict(bool wait, const char **op, int64_t *position, cudaStream_t stream) {
+    static const char *const names[] = {
+#define X(name) #name,
+        MOE_CUDA_OPS(X)
+#undef X
+    };
+    if (wait) TRY(cuda_status(cudaStreamSynchronize(stream), "waiting for the device"));
+    unsigned long long *word = words[current_device()];
+    if (!word || !__atomic_load_n(word, __ATOMIC_RELAXED)) return MOE_OK;
+    const unsigned long long said = __atomic_exchange_n(word, 0ull, __ATOMIC_RELAXED);
+    *op = names[said >> 48 & 0xff];
+    *position = static_cast<int64_t>(said & 0xffffffffffffull);
+    return static_cast<int>(said >> 56);
+}
+
+const moe_cuda TABLE = {
+    ready, error, read_verdict,
+#define X(name) moe_##name,
+    MOE_CUDA_OPS(X)
+    MOE_CUDA_WORKSPACES(X)
+#undef X
+};
+}  // namespace
+
+extern "C" const moe_cuda *moe_cuda_table(void) { return &TABLE; }
+
+verdict verdict_of(moe_cuda_op op) { return {words[current_device()], static_cast<unsigned long long>(op)}; }
+int multiprocessors() { return sm_counts[current_device()]; }
+int cuda_status(cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return MOE_OK;
+    (void)cudaGetLastError();       // an error that is not sticky is forgotten: the context stays usable
+    snprintf(last_error, sizeof last_error, "%s failed: %s", what, cudaGetErrorString(error));
+    return MOE_CUDA_FAILED;
+}

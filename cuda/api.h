@@ -1,0 +1,51 @@
+// api.h: the functions of libmoe_cuda.so as ops.cpp finds them at run time: those of moe.h, stream last.
+//
+// A function here and its twin in csrc/ have one name, one order of arguments and, promise by promise, one result; the
+// pointers are device memory (structs of arguments and moe_mat are read on the host during the call). A call only
+// queues work on the stream. What the CPU refuses because of values in memory (an id out of range, bins that decrease,
+// NaN logits) does not stop a kernel: it skips the bad piece, touches no memory that is not its own, and leaves a
+// verdict in the device's error word, which the next call and moe_ext.check() read.
+// dtypes: MOE_F32, MOE_BF16, MOE_F16 and the integers; MOE_F64 is MOE_BAD_DTYPE.
+#ifndef MOE_API_H
+#define MOE_API_H
+#include "../csrc/moe.h"
+
+typedef struct CUstream_st *moe_stream;         // cudaStream_t, without CUDA's headers
+
+// The functions that a kernel's verdict may name, and those that have none.
+#define MOE_CUDA_OPS(X) \
+    X(sort) X(histogram) X(cumsum) X(topology) X(replicate) X(replicate_backward) X(route_index) \
+    X(gather) X(scatter) X(scatter_dweights) \
+    X(grouped_gemm) X(grouped_gemm_wgrad) X(activation) X(activation_backward) \
+    X(expert_mlp) X(expert_mlp_backward) \
+    X(router) X(router_backward) X(capacity) X(balance_counts) X(balance_loss) X(balance_loss_backward) \
+    X(z_loss) X(z_loss_backward) X(select_bias_update) X(xent) X(uniform) X(normal) X(dropout)
+#define MOE_CUDA_WORKSPACES(X) \
+    X(sort_workspace) X(route_index_workspace) X(scatter_workspace) X(scatter_dweights_workspace) \
+    X(grouped_gemm_workspace) X(grouped_gemm_wgrad_workspace) X(expert_mlp_workspace) \
+    X(expert_mlp_backward_workspace) X(capacity_workspace) X(balance_loss_workspace)
+
+enum moe_cuda_op {
+#define X(name) OP_##name,
+    MOE_CUDA_OPS(X)
+#undef X
+};
+
+template <class Result, class... Args>
+auto with_stream(Result (*)(Args...)) -> Result (*)(Args..., moe_stream);
+
+struct moe_cuda {
+    // MOE_OK if `device` can run these kernels (sm_80 or newer); the first call of a process makes its error word.
+    int (*ready)(int device);
+    // Why the last call of this thread failed, in a sentence.
+    const char *(*error)(void);
+    // Waits for the stream, or returns what is known without waiting. MOE_OK, or the verdict: who said it, and at which
+    // flat position. Reading a verdict clears it.
+    int (*verdict)(bool wait, const char **op, int64_t *position, moe_stream stream);
+#define X(name) decltype(with_stream(&moe_##name)) name;
+    MOE_CUDA_OPS(X)
+    MOE_CUDA_WORKSPACES(X)
+#undef X
+};
+extern "C" __attribute__((visibility("default"))) const moe_cuda *moe_cuda_table(void);
+#endif

@@ -1,0 +1,93 @@
+// cuda_runtime.h of the host harness: the words of CUDA C and the few functions of its runtime that cuda/ uses.
+#ifndef SIMT_CUDA_RUNTIME_H
+#define SIMT_CUDA_RUNTIME_H
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct bf16;
+struct f16;
+#include "simt.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define threadIdx (simt::self->index)
+extern dim3 blockIdx, blockDim, gridDim;          // of the running block
+
+// ---- collectives ----------------------------------------------------------------------------------------------------
+inline void __syncthreads() { simt::barrier(); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu) { simt::warp_meet("__syncwarp", mask, nullptr, [](void **, uint32_t) {}); }
+template <class T> T __shfl_sync(uint32_t mask, T x, int from) { return simt::shuffle("__shfl_sync", mask, x, from & 31); }
+template <class T> T __shfl_xor_sync(uint32_t mask, T x, int with) {
+    return simt::shuffle("__shfl_xor_sync", mask, x, simt::lane() ^ with);
+}
+template <class T> T __shfl_up_sync(uint32_t mask, T x, unsigned by) {
+    return simt::shuffle("__shfl_up_sync", mask, x, simt::lane() - static_cast<int>(by));
+}
+template <class T> T __shfl_down_sync(uint32_t mask, T x, unsigned by) {
+    return simt::shuffle("__shfl_down_sync", mask, x, simt::lane() + static_cast<int>(by));
+}
+uint32_t __ballot_sync(uint32_t mask, int predicate);
+uint32_t __match_any_sync(uint32_t mask, unsigned value);
+inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+
+// ---- atomics: one fiber runs at a time ------------------------------------------------------------------------------
+template <class T> T atomicAdd(T *p, T x) { const T old = *p; *p = static_cast<T>(old + x); return old; }
+template <class T> T atomicMax(T *p, T x) { const T old = *p; if (x > old) *p = x; return old; }
+template <class T> T atomicMin(T *p, T x) { const T old = *p; if (x < old) *p = x; return old; }
+template <class T> T atomicOr(T *p, T x) { const T old = *p; *p = old | x; return old; }
+template <class T> T atomicExch(T *p, T x) { const T old = *p; *p = x; return old; }
+template <class T> T atomicCAS(T *p, T expected, T x) { const T old = *p; if (old == expected) *p = x; return old; }
+template <class T> T atomicCAS_system(T *p, T expected, T x) {
+    __atomic_compare_exchange_n(p, &expected, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    return expected;
+}
+inline void __threadfence() {}
+inline void __threadfence_system() { fence_system(); }
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+template <class T> T __ldg(const T *p) { return *p; }
+inline uint32_t __float_as_uint(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+inline float __uint_as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+inline int __float_as_int(float x) { int u; memcpy(&u, &x, 4); return u; }
+inline float __int_as_float(int u) { float x; memcpy(&x, &u, 4); return x; }
+
+// ---- the runtime ----------------------------------------------------------------------------------------------------
+typedef struct CUstream_st *cudaStream_t;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor,
+                      cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaHostAllocMapped = 2 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+};
+const char *cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDeviceCount(int *n);
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned flags);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
+
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Params...), Args &&...args) {
+    auto body = [&] { kernel(static_cast<Params>(args)...); };
+    simt::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                 [](void *f) { (*static_cast<decltype(body) *>(f))(); }, &body);
+    return cudaSuccess;
+}
+#endif
