@@ -241,11 +241,14 @@ class GPT(nn.Module):
 
 
 def pick_device(config: Config) -> torch.device:
-    """train.device, "auto" being CUDA if the ops run there. ConfigError if CUDA is wanted and they do not."""
-    cuda = moe_ext.has_cuda()
+    """train.device, "auto" being CUDA if the ops run there in train.dtype. ConfigError if CUDA is wanted and they do
+    not."""
+    cuda, fp64 = moe_ext.has_cuda(), config.train.dtype == "fp64"
     require(cuda or config.train.device != "cuda", "train.device is cuda, but torch sees no CUDA device or this build "
             "of moe_ext has no CUDA kernels: use cpu")
-    return torch.device("cuda" if cuda and config.train.device != "cpu" else "cpu")
+    require(not fp64 or config.train.device != "cuda", "train.dtype is fp64, which has no CUDA kernels: use "
+            "train.device cpu, or fp32 or bf16")
+    return torch.device("cuda" if cuda and not fp64 and config.train.device != "cpu" else "cpu")
 
 
 def build(config: Config) -> GPT:
