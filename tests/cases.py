@@ -81,9 +81,9 @@ class Case(NamedTuple):
         """The case's own random numbers: the same on every run and in every order of tests."""
         return torch.Generator().manual_seed(sum(self.name.encode()) + 1000 * salt)
 
-    def ids(self):
+    def ids(self, device="cpu"):
         T, _, _, E, k = self.shape
-        return ROUTINGS[self.routing](T, k, E, self.generator())
+        return ROUTINGS[self.routing](T, k, E, self.generator()).to(device)
 
     def randn(self, *size, salt, dtype=torch.float64, device="cpu"):
         """Standard normal numbers, rounded once to dtype; `salt` tells the tensors of one test apart."""

@@ -17,72 +17,76 @@ import torch
 
 from moe_ext import ops, reference
 
-CPU = "cpu"
+
+def _sort(impl, case, dtype, device):
+    test_index.check_sort(impl, case.ids(device).flatten() + 1, 8)
 
 
-def _sort(impl, case, dtype):
-    test_index.check_sort(impl, case.ids().flatten() + 1, 8)
+def _histogram(impl, case, dtype, device):
+    test_index.check_histogram(impl, case.ids(device), case.shape.E)
 
 
-def _histogram(impl, case, dtype):
-    test_index.check_histogram(impl, case.ids(), case.shape.E)
+def _cumsum(impl, case, dtype, device):
+    test_index.check_cumsum(impl, case.ids(device) + 2, 1)
 
 
-def _cumsum(impl, case, dtype):
-    test_index.check_cumsum(impl, case.ids() + 2, 1)
+def _topology(impl, case, dtype, device):
+    test_index.check_topology(impl, reference.route_index(case.ids(device), case.shape.E).counts_E, 4, 3)
 
 
-def _topology(impl, case, dtype):
-    test_index.check_topology(impl, reference.route_index(case.ids(), case.shape.E).counts_E, 4, 3)
-
-
-def _replicate(impl, case, dtype):
-    x = case.randn(3, case.shape.E, salt=1, dtype=dtype)
-    index = reference.route_index(case.ids(), case.shape.E)
+def _replicate(impl, case, dtype, device):
+    x = case.randn(3, case.shape.E, salt=1, dtype=dtype, device=device)
+    index = reference.route_index(case.ids(device), case.shape.E)
     test_index.check_replicate(impl, x, index.bins_E, case.ids().numel() + 3)
 
 
 def _movement(check, form):
-    return lambda impl, case, dtype: check(impl, form, case, dtype, CPU)
+    return lambda impl, case, dtype, device: check(impl, form, case, dtype, device)
 
 
-def _expert_mlp(impl, case, dtype):
-    test_expert.check_expert_mlp(impl, case, dtype, CPU, biases=test_expert.BIASES)
+def _expert_mlp(impl, case, dtype, device):
+    test_expert.check_expert_mlp(impl, case, dtype, device, biases=test_expert.BIASES)
 
 
-def _logits(case, dtype):
-    return 2 * case.randn(case.shape.T, case.shape.E, salt=1, dtype=dtype)
+def _logits(case, dtype, device):
+    return 2 * case.randn(case.shape.T, case.shape.E, salt=1, dtype=dtype, device=device)
 
 
-def _router(impl, case, dtype):
-    test_route.check_router(impl, _logits(case, dtype), case.shape.k, norm_p=2.0, scale=1.5)
+def _router(impl, case, dtype, device):
+    test_route.check_router(impl, _logits(case, dtype, device), case.shape.k, norm_p=2.0, scale=1.5)
 
 
-def _capacity_drop(impl, case, dtype):
-    priority_TK = case.randn(*case.ids().shape, salt=2, dtype=dtype)
-    test_route.check_capacity_drop(impl, case.ids(), case.shape.E, 5, priority_TK=priority_TK)
+def _capacity_drop(impl, case, dtype, device):
+    priority_TK = case.randn(*case.ids().shape, salt=2, dtype=dtype, device=device)
+    test_route.check_capacity_drop(impl, case.ids(device), case.shape.E, 5, priority_TK=priority_TK)
 
 
-def _balance(impl, case, dtype):
-    test_route.check_balance(impl, case.ids(), _logits(case, dtype).softmax(1), 1, "switch")
+def _balance(impl, case, dtype, device):
+    test_route.check_balance(impl, case.ids(device), _logits(case, dtype, device).softmax(1), 1, "switch")
 
 
-def _select_bias_update(impl, case, dtype):
-    counts_E = reference.route_index(case.ids(), case.shape.E).counts_E.long()
-    test_route.check_select_bias_update(impl, case.randn(case.shape.E, salt=1, dtype=torch.float32), counts_E, 1e-3)
+def _select_bias_update(impl, case, dtype, device):
+    counts_E = reference.route_index(case.ids(device), case.shape.E).counts_E.long()
+    bias_E = case.randn(case.shape.E, salt=1, dtype=torch.float32, device=device)
+    test_route.check_select_bias_update(impl, bias_E, counts_E, 1e-3)
 
 
-def _linear_cross_entropy(impl, case, dtype):
+def _noisy(impl, case, dtype, device):
+    logits_TE = _logits(case, dtype, device)
+    test_random.check_noisy(impl, logits_TE, logits_TE[0])
+
+
+def _linear_cross_entropy(impl, case, dtype, device):
     size = (case.shape.T, case.shape.d, 3 * case.shape.h)
-    test_head.check_linear_cross_entropy(impl, dtype, CPU, size, chunk=case.shape.T // 3, ignored=[1])
+    test_head.check_linear_cross_entropy(impl, dtype, device, size, chunk=case.shape.T // 3, ignored=[1])
 
 
 def _random(check, *arguments):
-    return lambda impl, case, dtype: check(impl, case.shape.T, case.shape.d, dtype, CPU, *arguments)
+    return lambda impl, case, dtype, device: check(impl, case.shape.T, case.shape.d, dtype, device, *arguments)
 
 
-CHECKS = {  # op -> check(impl, case, dtype)
-    "route_index": lambda impl, case, dtype: test_index.check_route_index(impl, case, CPU),
+CHECKS = {  # op -> check(impl, case, dtype, device)
+    "route_index": lambda impl, case, dtype, device: test_index.check_route_index(impl, case, device),
     "sort": _sort,
     "histogram": _histogram,
     "inclusive_cumsum": _cumsum,
@@ -95,22 +99,22 @@ CHECKS = {  # op -> check(impl, case, dtype)
     "padded_scatter": _movement(test_permute.check_scatter, "padded"),
     "binned_gather": _movement(test_permute.check_gather, "binned"),
     "binned_scatter": _movement(test_permute.check_scatter, "binned"),
-    "grouped_gemm": lambda impl, case, dtype: test_gemm.check_grouped_gemm(impl, case, dtype, CPU),
-    "grouped_gemm_wgrad": lambda impl, case, dtype: test_gemm.check_grouped_gemm_wgrad(impl, case, dtype, CPU),
-    "activation": lambda impl, case, dtype: test_gemm.check_activation(impl, "swiglu", dtype, CPU),
+    "grouped_gemm": test_gemm.check_grouped_gemm,
+    "grouped_gemm_wgrad": test_gemm.check_grouped_gemm_wgrad,
+    "activation": lambda impl, case, dtype, device: test_gemm.check_activation(impl, "swiglu", dtype, device),
     "expert_mlp": _expert_mlp,
     "router": _router,
     "capacity_drop": _capacity_drop,
     "balance_counts": _balance,
     "balance_loss": _balance,
-    "z_loss": lambda impl, case, dtype: test_route.check_z_loss(impl, _logits(case, dtype)),
+    "z_loss": lambda impl, case, dtype, device: test_route.check_z_loss(impl, _logits(case, dtype, device)),
     "select_bias_update": _select_bias_update,
     "linear_cross_entropy": _linear_cross_entropy,
     "random_uniform": _random(test_random.check_uniform),
     "random_normal": _random(test_random.check_normal),
-    "dropout": lambda impl, case, dtype: test_random.check_dropout(impl, _logits(case, dtype), 0.3),
-    "jitter": lambda impl, case, dtype: test_random.check_jitter(impl, _logits(case, dtype)),
-    "noisy": lambda impl, case, dtype: test_random.check_noisy(impl, _logits(case, dtype), _logits(case, dtype)[0]),
+    "dropout": lambda impl, case, dtype, device: test_random.check_dropout(impl, _logits(case, dtype, device), 0.3),
+    "jitter": lambda impl, case, dtype, device: test_random.check_jitter(impl, _logits(case, dtype, device)),
+    "noisy": _noisy,
 }
 
 

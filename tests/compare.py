@@ -9,8 +9,6 @@ import torch
 
 from moe_ext import reference
 
-FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
 # The absolute floor of the tolerance rule, as a share of the tensor's largest element: a few roundings of a sum that
 # plain torch happened to round luckily, or one rounding in the coarsest dtype of the inputs.
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -74,6 +72,6 @@ def against_reference(impl, call, inputs):
 
 
 def gradcheck(call, inputs):
-    """fp64 against finite differences, all floating inputs at once."""
+    """fp64 against finite differences, all floating inputs at once: for tests marked c_core."""
     inputs = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in doubles(inputs).items()}
     assert torch.autograd.gradcheck(lambda *xs: call(**dict(zip(inputs, xs, strict=True))), list(inputs.values()))

@@ -1,48 +1,62 @@
-"""Every test runs on the CPU, and on the GPU when there is one; every output starts as NaN.
+"""A test of an op takes the fixture `device` and runs on every device there is; every output starts as NaN.
 
 pytest --simt=build/simt/plain/libmoe_simt.so serves tensors on the CPU with the CUDA kernels of cuda/, compiled for the
-host by tests/simt/Makefile, in place of the C core.
+host by tests/simt/Makefile, in place of the C core. pytest --device=cuda runs on the GPU alone.
+
+The kernels of cuda/ take no float64, so with them every test leaves out the parameter dtype=float64. A test that is
+about float64, or about the C core itself, is marked c_core and left out there; one marked kernels runs only there.
 """
 
-import ctypes
+import os
 
-import compare
+# What a kernel finds wrong in memory is raised by the call that met it, not by a later one.
+os.environ.setdefault("MOE_CHECK", "1")
+
+import devices
 import pytest
 import torch
 from cases import CASES
-
-import moe_ext
 
 # The shapes are small: a second thread would only wait at barriers. test_determinism.py compares numbers of threads.
 torch.set_num_threads(1)
 
 
-
 def pytest_addoption(parser):
     parser.addoption("--simt", metavar="LIBRARY", help="serve the CPU with the CUDA kernels of this library")
+    parser.addoption("--device", choices=devices.DEVICES, help="leave out the tests of every other device")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "c_core: of the C core alone: float64, threads, instruction sets, the checks")
+    config.addinivalue_line("markers", "kernels: of the kernels of cuda/ alone, on a GPU or under --simt")
     if path := config.getoption("--simt"):
-        library = ctypes.CDLL(path)
-        library.moe_cuda_table.restype = ctypes.c_void_p
-        ctypes.CDLL(moe_ext._C.__file__).moe_cpu_serve(ctypes.c_void_p(library.moe_cuda_table()))
-        compare.FLOATS.remove(torch.float64)  # the kernels of cuda/ have none
+        devices.serve(path)
 
 
-DEVICES = ["cpu"] + ["cuda"] * moe_ext.has_cuda()
+def pytest_collection_modifyitems(config, items):
+    only, kept, left_out = config.getoption("--device"), [], []
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        device = params.get("device", "cpu")
+        kernels = device == "cuda" or devices.simt
+        wrong = "c_core" if kernels else "kernels"
+        runs = only in (None, device) and not item.get_closest_marker(wrong)
+        runs = runs and params.get("dtype", torch.float32) in devices.floats(device)
+        (kept if runs else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 def _name(value):
     return str(value).removeprefix("torch.")
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=devices.DEVICES, scope="session")
 def device(request):
     return request.param
 
 
-@pytest.fixture(params=compare.FLOATS, ids=_name)
+@pytest.fixture(params=devices.FLOATS, ids=_name)
 def dtype(request):
     return request.param
 

@@ -8,8 +8,8 @@ from hypothesis import strategies
 class DrawnCase(Case):
     """`routing` holds the ids themselves."""
 
-    def ids(self):
-        return torch.tensor(self.routing, dtype=torch.int32).view(self.shape.T, self.shape.k)
+    def ids(self, device="cpu"):
+        return torch.tensor(self.routing, dtype=torch.int32, device=device).view(self.shape.T, self.shape.k)
 
 
 @strategies.composite

@@ -39,43 +39,40 @@ def _argument(x, differentiable):
     return x.normal_().requires_grad_(differentiable) if x.is_floating_point() else x
 
 
-def record():
+@functools.cache
+def record(device):
     torch.manual_seed(0)
     recorder = Recorder()
     with recorder:
         for check in CHECKS.values():
-            check(ops, Case("recorded", Shape(8, 6, 4, 3, 2), "random"), torch.float32)
-        torch.ops.moe_ext.xent_(torch.randn(4, 5), torch.tensor([0, 4, -100, 2]), -100, 1.0)
-    return list(recorder.calls.values())
+            check(ops, Case("recorded", Shape(8, 6, 4, 3, 2), "random"), torch.float32, device)
+        targets_M = torch.tensor([0, 4, -100, 2], device=device)
+        torch.ops.moe_ext.xent_(torch.randn(4, 5, device=device), targets_M, -100, 1.0)
+        torch.ops.moe_ext.check(torch.empty(0, device=device))
+    return recorder.calls
 
 
-CALLS = record()
-
-
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].name().removeprefix("moe_ext::"))
-def test_opcheck(call):
+@pytest.mark.parametrize("key", record("cpu"), ids=lambda key: key[0].removeprefix("moe_ext::"))
+def test_opcheck(key, device):
     """Schema, autograd registration, shape function, and AOT dispatch with dynamic shapes."""
-    torch.library.opcheck(*call)
+    torch.library.opcheck(*record(device)[key])
 
 
 def test_every_op_is_checked():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_ext::")}
-    assert {op.name() for op, *_ in CALLS} == registered
+    assert {name for name, *_ in record("cpu")} == registered
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 
-def expert_arguments(dtype=torch.float32):
+def expert_arguments(device, dtype=torch.float32):
     case = CASES[1]
     T, D, F, E, K = case.shape
-    weights = [case.randn(E, 2 * F, D, salt=2, dtype=dtype), None, case.randn(E, D, F, salt=3, dtype=dtype)]
-    index = ops.route_index(case.ids(), E)
-    return case.randn(T, D, salt=1, dtype=dtype), *weights, case.randn(T, K, salt=4, dtype=torch.float32), index
-
-
-def cast(arguments, dtype):
-    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    options = dict(dtype=dtype, device=device)
+    weights = [case.randn(E, 2 * F, D, salt=2, **options), None, case.randn(E, D, F, salt=3, **options)]
+    weights_TK = case.randn(T, K, salt=4, dtype=torch.float32, device=device)
+    return case.randn(T, D, salt=1, **options), *weights, weights_TK, ops.route_index(case.ids(device), E)
 
 
 AUTOCAST = {  # op -> call, and fp32 arguments that the region casts
@@ -86,17 +83,17 @@ AUTOCAST = {  # op -> call, and fp32 arguments that the region casts
         lambda x, gate, down: ops.expert_mlp(x, gate, up, down, s, index, act="swiglu"), [x, gate, down]
     ),
     "linear_cross_entropy": lambda x, gate, *_: (
-        lambda x, w: ops.linear_cross_entropy(x, w, torch.arange(len(x))), [x, gate[0]]
+        lambda x, w: ops.linear_cross_entropy(x, w, torch.arange(len(x), device=x.device)), [x, gate[0]]
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("region", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", AUTOCAST)
-def test_products_follow_autocast(name, region):
+def test_products_follow_autocast(name, region, device):
     """fp32 arguments count as their rounded selves, gradients come back in fp32."""
-    call, arguments = AUTOCAST[name](*expert_arguments())
-    with torch.autocast("cpu", region):
+    call, arguments = AUTOCAST[name](*expert_arguments(device))
+    with torch.autocast(device, region):
         leaves = [a.clone().requires_grad_() for a in arguments]
         got = call(*leaves)
     got.float().sum().backward()
@@ -108,19 +105,20 @@ def test_products_follow_autocast(name, region):
         same(leaf.grad, twin.grad.float())
 
 
+@pytest.mark.c_core
 @pytest.mark.parametrize("name", AUTOCAST)
 def test_autocast_leaves_fp64_alone(name):
-    call, arguments = AUTOCAST[name](*expert_arguments(torch.float64))
+    call, arguments = AUTOCAST[name](*expert_arguments("cpu", torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
         inside = call(*arguments)
     same(inside, call(*arguments))
 
 
-def test_routing_stays_in_fp32_under_autocast():
-    logits_TE = torch.randn(9, 5).bfloat16()
+def test_routing_stays_in_fp32_under_autocast(device):
+    logits_TE = torch.randn(9, 5).bfloat16().to(device)
     want = ops.router(logits_TE.float(), 2)
     counts_GE = ops.balance_counts(want[1], 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         for g, w in zip(ops.router(logits_TE, 2), want, strict=True):
             same(g, w)
         same(ops.z_loss(logits_TE), ops.z_loss(logits_TE.float()))
@@ -140,25 +138,25 @@ def layer(x_TD, router_ED, w13_E2FD, w2_EDF, k):
     return y_TD, loss
 
 
-def layer_inputs(T):
+def layer_inputs(T, device):
     case, sizes = Case("compiled", Shape(T, 16, 8, 4, 2), "random"), [(T, 16), (4, 16), (4, 16, 16), (4, 16, 8)]
-    return [case.randn(*size, salt=salt, dtype=torch.float32) for salt, size in enumerate(sizes)]
+    return [case.randn(*size, salt=salt, dtype=torch.float32, device=device) for salt, size in enumerate(sizes)]
 
 
-def run(f, T):
-    leaves = [x.requires_grad_() for x in layer_inputs(T)]
+def run(f, T, device):
+    leaves = [x.requires_grad_() for x in layer_inputs(T, device)]
     y_TD, loss = f(*leaves, 2)
     (y_TD.square().sum() + loss).backward()
     return [y_TD, loss, *(leaf.grad for leaf in leaves)]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_the_dropless_layer_compiles_whole(backend):
+def test_the_dropless_layer_compiles_whole(backend, device):
     """One graph, equal to eager, also for a number of tokens that it has not seen."""
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     for T in (32, 45):
-        for got, want in zip(run(compiled, T), run(layer, T), strict=True):
+        for got, want in zip(run(compiled, T, device), run(layer, T, device), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -178,13 +176,13 @@ COMPILED = {  # op -> call of an index with absent ids, x [5,4] and w [5,2]
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_an_op_compiles_whole(name):
+def test_an_op_compiles_whole(name, device):
     """One graph, bit for bit like eager in results and gradients."""
     torch._dynamo.reset()
     call = COMPILED[name]
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    index = ops.route_index(SMALLEST.ids(), SMALLEST.shape.E)
-    inputs = {"x": torch.randn(5, 4), "w": torch.randn(5, 2)}
+    index = ops.route_index(SMALLEST.ids(device), SMALLEST.shape.E)
+    inputs = {"x": torch.randn(5, 4, device=device), "w": torch.randn(5, 2, device=device)}
     inputs = {key: inputs[key] for key in inspect.signature(call).parameters if key in inputs}
     got, want = (evaluate(functools.partial(f, index), inputs) for f in (compiled, call))
     for what in want:

@@ -1,4 +1,5 @@
-"""Same inputs, same bits: for any number of threads, run after run, and for movement on every instruction set."""
+"""Same inputs, same bits: for any number of threads, run after run, and for movement on every instruction set and
+device."""
 
 import hashlib
 import json
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 from cases import Case, Shape
@@ -18,37 +20,52 @@ LARGE = Case("large", Shape(700, 96, 70, 6, 2), "skewed")  # enough rows for eve
 ARITHMETIC = {"grouped_gemm", "grouped_gemm_wgrad", "activation", "expert_mlp", "router", "balance_loss", "z_loss",
               "linear_cross_entropy"}  # fmt: skip
 
+OTHER_SUMS = set()
 
-def fingerprint(name, dtype):
+
+def fingerprint(name, dtype, device):
     """One hash of all results and gradients of the op's check, which passes on the way."""
     torch.manual_seed(0)
     digest = hashlib.sha256()
 
     def record(place, x):
         if not place.startswith("argument"):
-            digest.update(place.encode() + x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(place.encode() + x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return x
 
-    CHECKS[name](Tapped(name, record), LARGE, dtype)
+    CHECKS[name](Tapped(name, record), LARGE, dtype, device)
     return digest.hexdigest()
 
 
 def fingerprints():
     torch.set_num_threads(1)
-    return {f"{name} {dtype}": fingerprint(name, dtype) for name in CHECKS for dtype in (torch.float32, torch.bfloat16)}
+    dtypes = (torch.float32, torch.bfloat16)
+    return {f"{name} {dtype}": fingerprint(name, dtype, "cpu") for name in CHECKS for dtype in dtypes}
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_threads_and_runs(name, dtype):
+def test_threads_and_runs(name, dtype, device):
     threads = torch.get_num_threads()
     try:
         seen = set()
         for n in (1, 2, 3, 1):
             torch.set_num_threads(n)
-            seen.add(fingerprint(name, dtype))
+            seen.add(fingerprint(name, dtype, device))
     finally:
         torch.set_num_threads(threads)
     assert len(seen) == 1
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(set(CHECKS) - ARITHMETIC - OTHER_SUMS))
+def test_the_kernels_give_the_bits_of_the_c_core(name, dtype, device):
+    got, simt = fingerprint(name, dtype, device), devices.simt
+    devices.serve(None)
+    try:
+        assert got == fingerprint(name, dtype, "cpu")
+    finally:
+        devices.serve(simt)
 
 
 def run_with(isa):
@@ -57,6 +74,7 @@ def run_with(isa):
     return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.c_core
 def test_instruction_sets():
     """Every check passes on every set of kernels that this CPU runs, and movement has the same bits on all of them."""
     from moe_ext import _C
@@ -72,6 +90,7 @@ def test_instruction_sets():
             assert all(got[key] == want for got in prints.values()), key
 
 
+@pytest.mark.c_core
 def test_an_unknown_instruction_set_is_refused():
     done = run_with("avx1024")
     assert done.returncode != 0 and "MOE_ISA" in done.stderr.splitlines()[-1]

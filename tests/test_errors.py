@@ -1,129 +1,224 @@
-"""Bad input ends in an exception that names op and argument, what it got and wants, and where it can, what to type."""
+"""Bad input ends in an exception that names op and argument, what it got and wants, and where it can, what to type.
+
+Sizes, dtypes and options are refused by the call, in the same words on every device. Values in memory the C core sees
+during the call; a kernel leaves a verdict that the call (MOE_CHECK=1, as in these tests), the next call or
+moe_ext.check() raises.
+"""
 
 import math
 import re
 
+import devices
 import pytest
 import torch
 
-from moe_ext import ops
+import moe_ext
+from moe_ext import ops, reference
 
 T, D, F, E, K = 6, 4, 5, 3, 2
-X = torch.randn(T, D)
-ROWS = torch.randn(T * K, D)
-IDS = torch.arange(T * K, dtype=torch.int32).view(T, K) % E
-INDEX = ops.route_index(IDS, E)
-ORDER, BINS = INDEX.order_N, INDEX.bins_E
-W = torch.randn(E, D, F)
-GATE, DOWN = torch.randn(E, F, D), torch.randn(E, D, F)
-WEIGHTS = torch.rand(T, K)
-LOGITS = torch.randn(T, E)
-TARGETS = torch.arange(T) % F
 KEY = dict(seed=0, step=0, site=0)
 
 
-def i32(*values):
-    return torch.tensor(values, dtype=torch.int32)
+class Inputs:
+    """Good arguments of every op on one device."""
 
+    def __init__(self, device):
+        generator = torch.Generator().manual_seed(0)
 
-def one_nan():
-    logits = LOGITS.clone()
-    logits[2, 1] = math.nan
-    return logits
+        def randn(*size):
+            return torch.randn(*size, generator=generator).to(device)
 
+        self.device, self.elsewhere = device, "meta" if device == "cpu" else "cpu"
+        self.x, self.rows, self.w = randn(T, D), randn(T * K, D), randn(E, D, F)
+        self.gate, self.down = randn(E, F, D), randn(E, D, F)
+        self.weights, self.logits = randn(T, K), randn(T, E)
+        self.ids = (torch.arange(T * K, dtype=torch.int32).view(T, K) % E).to(device)
+        self.targets = torch.arange(T, device=device) % F
+        self.index = reference.route_index(self.ids, E)
+        self.order, self.bins = self.index.order_N, self.index.bins_E
 
-def mlp(x=X, gate=GATE, up=GATE, down=DOWN, weights=WEIGHTS, act="swiglu", **more):
-    return ops.expert_mlp(x, gate, up, down, weights, INDEX, act=act, **more)
+    def i32(self, *values):
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def one_nan(self):
+        logits = self.logits.clone()
+        logits[2, 1] = math.nan
+        return logits
+
+    def mlp(self, act="swiglu", num_copies=None, down_bias=None, **changes):
+        arguments = dict(x=self.x, gate=self.gate, up=self.gate, down=self.down, weights=self.weights) | changes
+        return ops.expert_mlp(*arguments.values(), self.index, act=act, num_copies=num_copies, down_bias=down_bias)
 
 
 # The words that a message must hold, in this order, and the call that must raise it.
-BAD = {
+REFUSED = {
     # dtype
-    "route_index: ids float32 wanted int32 Hint ids.to": lambda: ops.route_index(IDS.float(), E),
-    "gather: x int32 wanted float32 Hint x.to": lambda: ops.gather(X.int(), ORDER, None, BINS, K),
-    "gather: bins int64 wanted int32 Hint bins.to": lambda: ops.gather(X, ORDER, None, BINS.long(), K),
+    "route_index: ids float32 wanted int32 Hint ids.to": lambda i: ops.route_index(i.ids.float(), E),
+    "gather: x int32 wanted float32 Hint x.to": lambda i: ops.gather(i.x.int(), i.order, None, i.bins, K),
+    "gather: bins int64 wanted int32 Hint bins.to": lambda i: ops.gather(i.x, i.order, None, i.bins.long(), K),
     "scatter: weights float64 wanted float32 Hint": (
-        lambda: ops.scatter(ROWS, ORDER, None, WEIGHTS.flatten().double(), BINS, K)
+        lambda i: ops.scatter(i.rows, i.order, None, i.weights.flatten().double(), i.bins, K)
     ),
-    "grouped_gemm: w float64 wanted float32 Hint w.to": lambda: ops.grouped_gemm(ROWS, W.double(), BINS),
-    "expert_mlp: gate bfloat16 wanted float32 Hint": lambda: mlp(gate=GATE.bfloat16()),
-    "select_bias_update: counts int32 wanted int64": lambda: ops.select_bias_update(torch.zeros(E), i32(1, 2, 3), 0.1),
-    "targets int32 wanted int64 Hint": lambda: ops.linear_cross_entropy(X, W[0].T, TARGETS.int()),
-    "linear_cross_entropy: w float64 wanted float32": lambda: ops.linear_cross_entropy(X, W[0].T.double(), TARGETS),
-    "sort: x float32 wanted int16 int32 int64": lambda: ops.sort(X[0]),
-    "histogram: x float32 wanted": lambda: ops.histogram(X, E),
+    "grouped_gemm: w float64 wanted float32 Hint w.to": lambda i: ops.grouped_gemm(i.rows, i.w.double(), i.bins),
+    "expert_mlp: gate bfloat16 wanted float32 Hint": lambda i: i.mlp(gate=i.gate.bfloat16()),
+    "select_bias_update: counts int32 wanted int64": (
+        lambda i: ops.select_bias_update(torch.zeros(E, device=i.device), i.i32(1, 2, 3), 0.1)
+    ),
+    "targets int32 wanted int64 Hint": lambda i: ops.linear_cross_entropy(i.x, i.w[0].T, i.targets.int()),
+    "linear_cross_entropy: w float64 wanted float32": (
+        lambda i: ops.linear_cross_entropy(i.x, i.w[0].T.double(), i.targets)
+    ),
+    "sort: x float32 wanted int16 int32 int64": lambda i: ops.sort(i.x[0]),
+    "histogram: x float32 wanted": lambda i: ops.histogram(i.x, E),
     # device
-    "grouped_gemm: w on device meta first argument on cpu Hint": lambda: ops.grouped_gemm(ROWS, W.to("meta"), BINS),
-    "gather: order on device meta first argument on cpu": lambda: ops.gather(X, ORDER.to("meta"), None, BINS, K),
-    "expert_mlp: down on device meta first argument on cpu": lambda: mlp(down=DOWN.to("meta")),
+    "grouped_gemm: w on device first argument on Hint w.to": (
+        lambda i: ops.grouped_gemm(i.rows, i.w.to(i.elsewhere), i.bins)
+    ),
+    "grouped_gemm: bins on device first argument on": lambda i: ops.grouped_gemm(i.rows, i.w, i.bins.to(i.elsewhere)),
+    "gather: order on device first argument on": lambda i: ops.gather(i.x, i.order.to(i.elsewhere), None, i.bins, K),
+    "expert_mlp: down on device first argument on": lambda i: i.mlp(down=i.down.to(i.elsewhere)),
     # shape
-    "route_index: ids shape [2] wanted [T, K]": lambda: ops.route_index(IDS[0], E),
-    "gather: x shape [1, 6, 4] wanted [T, D]": lambda: ops.gather(X[None], ORDER, None, BINS, K),
-    "gather: indices shape [11] wanted [N=12]": lambda: ops.gather(X, ORDER[:-1], None, BINS, K),
-    "scatter: weights shape [11] wanted [N=12]": lambda: ops.scatter(ROWS, ORDER, None, WEIGHTS.flatten()[1:], BINS, K),
-    "gather: indices shape [12] wanted [N=30]": lambda: ops.gather(X, ORDER, None, BINS, 5),
-    "grouped_gemm: w [3, 3, 5] wanted I=4": lambda: ops.grouped_gemm(ROWS, W[:, :3], BINS),
-    "grouped_gemm: bins [3] wanted [E=2]": lambda: ops.grouped_gemm(ROWS, W[:2], BINS),
-    "activation: h 3 columns swiglu wants equal width": lambda: ops.activation(X[:, :3], "swiglu"),
-    "expert_mlp: gate [3, 5, 4] wanted [E=3, F=3, D=4]": lambda: mlp(down=DOWN[:, :, :3]),
-    "expert_mlp: gate [3, 5, 4] wanted 2F=10": lambda: mlp(up=None),
-    "expert_mlp: down_bias [3, 5] wanted [E=3, D=4]": lambda: mlp(down_bias=torch.zeros(E, F)),
-    'expert_mlp: up act="gelu" Hint up=None': lambda: mlp(act="gelu"),
-    "router: select_bias [4] wanted [E=3]": lambda: ops.router(LOGITS, K, select_bias_E=torch.zeros(4)),
-    "linear_cross_entropy: w [5, 3] wanted [V, D=4]": lambda: ops.linear_cross_entropy(X, W[0].T[:, :3], TARGETS),
-    "linear_cross_entropy: targets [5] wanted [T=6]": lambda: ops.linear_cross_entropy(X, W[0].T, TARGETS[1:]),
-    "balance_counts: T=6 multiple rows_per_scope=4": lambda: ops.balance_counts(IDS, E, 4),
-    "capacity_drop: T=6 rows_per_scope=4": lambda: ops.capacity_drop(IDS, E, 2, rows_per_scope=4),
-    "balance_loss: counts G=4 divide T=6": lambda: ops.balance_loss(LOGITS, BINS.repeat(4, 1), K),
-    # ids, bins
-    "route_index: ids 3 wanted < 3 or -1": lambda: ops.route_index(IDS + 1, E),
-    "route_index: ids -2 wanted or -1": lambda: ops.route_index(IDS - 2, E),
-    "route_index: ids wanted < 3 or -1": lambda: ops.route_index(IDS.long() + 2**32, E),
-    "capacity_drop: ids 2 wanted < 2 or -1": lambda: ops.capacity_drop(IDS, 2, 2),
-    "balance_counts: ids 2 wanted < 2 or -1": lambda: ops.balance_counts(IDS, 2),
-    "gather: out of range indices": lambda: ops.gather(X, ORDER + 20, None, BINS, K),
-    "targets 5 wanted < 5 or -100": lambda: ops.linear_cross_entropy(X, W[0].T, TARGETS + 1),
-    "gather: bins non-decreasing": lambda: ops.gather(X, ORDER, None, i32(5, 3, 12), K),
-    "gather: bins start at 0": lambda: ops.gather(X, ORDER, None, i32(-5, 3, 12), K),
-    "gather: bins end within the rows": lambda: ops.gather(X, ORDER, None, i32(5, 9, 13), K),
-    "scatter: bins end": lambda: ops.scatter(ROWS, ORDER, None, None, i32(5, 9, 13), K),
-    "grouped_gemm: bins non-decreasing": lambda: ops.grouped_gemm(ROWS, W, i32(5, 3, 12)),
-    "grouped_gemm: bins within R=12": lambda: ops.grouped_gemm(ROWS, W, i32(5, 9, 13)),
-    "gather: bins within the rows": lambda: ops.padded_gather(X, ORDER, None, BINS, i32(1, 2, 3), K),
-    "topology: padded_bins multiples of block=4": lambda: ops.topology(i32(3, 4), 4, 1, 2),
-    "topology: E*cols=40000 int16": lambda: ops.topology(i32(4, 8), 4, 2, 20000),
-    "replicate: bins within n=5": lambda: ops.replicate(X, i32(1, 2, 3, 9), 5),
-    "expert_mlp: bins num_copies number of ids >= 0": lambda: mlp(num_copies=11),
-    "expert_mlp: size num_copies number of ids >= 0": lambda: mlp(num_copies=13),
-    # values
-    "router: k is 4 wanted 1 .. E=3": lambda: ops.router(LOGITS, 4),
-    "router: k is 0 wanted 1 .. E=3": lambda: ops.router(LOGITS, 0),
-    "router: NaN logits Hint torch.isnan": lambda: ops.router(one_nan(), K),
-    'router: score "softmax" wanted softmax_topk sigmoid': lambda: ops.router(LOGITS, K, score="softmax"),
-    "router: norm_p=-1": lambda: ops.router(LOGITS, K, norm_p=-1.0),
-    'activation: act "swish" wanted swiglu': lambda: ops.activation(X, "swish"),
-    'balance_loss: form "l2" wanted switch': lambda: ops.balance_loss(LOGITS, BINS[None], K, form="l2"),
-    "capacity_drop: capacity=-1": lambda: ops.capacity_drop(IDS, E, -1),
-    "linear_cross_entropy: chunk is 0 wanted >= 1": lambda: ops.linear_cross_entropy(X, W[0].T, TARGETS, chunk=0),
-    "random_uniform: got 1 and 0 wanted low < high": lambda: ops.random_uniform(2, 2, low=1.0, high=0.0, **KEY),
-    "random_normal: got 0 and -1 wanted std >= 0": lambda: ops.random_normal(2, 2, std=-1.0, **KEY),
-    "dropout: step site must lie in got -1": lambda: ops.dropout(X, 0.5, seed=0, step=-1, site=0),
-    "histogram: max_val is -1 wanted >= 0": lambda: ops.histogram(IDS, -1),
-    "dropout: p 1.5 wanted 0 <= p < 1": lambda: ops.dropout(X, 1.5, **KEY),
-    "sort: end_bit=40": lambda: ops.sort(IDS[0], 40),
-    "sort: n=40000 fit dtype": lambda: ops.sort(torch.zeros(40000, dtype=torch.int16)),
+    "route_index: ids shape [2] wanted [T, K]": lambda i: ops.route_index(i.ids[0], E),
+    "gather: x shape [1, 6, 4] wanted [T, D]": lambda i: ops.gather(i.x[None], i.order, None, i.bins, K),
+    "gather: indices shape [11] wanted [N=12]": lambda i: ops.gather(i.x, i.order[:-1], None, i.bins, K),
+    "scatter: weights shape [11] wanted [N=12]": (
+        lambda i: ops.scatter(i.rows, i.order, None, i.weights.flatten()[1:], i.bins, K)
+    ),
+    "gather: indices shape [12] wanted [N=30]": lambda i: ops.gather(i.x, i.order, None, i.bins, 5),
+    "grouped_gemm: w [3, 3, 5] wanted I=4": lambda i: ops.grouped_gemm(i.rows, i.w[:, :3], i.bins),
+    "grouped_gemm: bins [3] wanted [E=2]": lambda i: ops.grouped_gemm(i.rows, i.w[:2], i.bins),
+    "activation: h 3 columns swiglu wants equal width": lambda i: ops.activation(i.x[:, :3], "swiglu"),
+    "expert_mlp: gate [3, 5, 4] wanted [E=3, F=3, D=4]": lambda i: i.mlp(down=i.down[:, :, :3]),
+    "expert_mlp: gate [3, 5, 4] wanted 2F=10": lambda i: i.mlp(up=None),
+    "expert_mlp: down_bias [3, 5] wanted [E=3, D=4]": lambda i: i.mlp(down_bias=torch.zeros(E, F, device=i.device)),
+    'expert_mlp: up act="gelu" Hint up=None': lambda i: i.mlp(act="gelu"),
+    "router: select_bias [4] wanted [E=3]": (
+        lambda i: ops.router(i.logits, K, select_bias_E=torch.zeros(4, device=i.device))
+    ),
+    "linear_cross_entropy: w [5, 3] wanted [V, D=4]": (
+        lambda i: ops.linear_cross_entropy(i.x, i.w[0].T[:, :3], i.targets)
+    ),
+    "linear_cross_entropy: targets [5] wanted [T=6]": (
+        lambda i: ops.linear_cross_entropy(i.x, i.w[0].T, i.targets[1:])
+    ),
+    "balance_counts: T=6 multiple rows_per_scope=4": lambda i: ops.balance_counts(i.ids, E, 4),
+    "capacity_drop: T=6 rows_per_scope=4": lambda i: ops.capacity_drop(i.ids, E, 2, rows_per_scope=4),
+    "balance_loss: counts G=4 divide T=6": lambda i: ops.balance_loss(i.logits, i.bins.repeat(4, 1), K),
+    "expert_mlp: size num_copies number of ids >= 0": lambda i: i.mlp(num_copies=13),
+    "topology: E*cols=40000 int16": lambda i: ops.topology(i.i32(4, 8), 4, 2, 20000),
+    # options
+    "router: k is 4 wanted 1 .. E=3": lambda i: ops.router(i.logits, 4),
+    "router: k is 0 wanted 1 .. E=3": lambda i: ops.router(i.logits, 0),
+    'router: score "softmax" wanted softmax_topk sigmoid': lambda i: ops.router(i.logits, K, score="softmax"),
+    "router: norm_p=-1": lambda i: ops.router(i.logits, K, norm_p=-1.0),
+    'activation: act "swish" wanted swiglu': lambda i: ops.activation(i.x, "swish"),
+    'balance_loss: form "l2" wanted switch': lambda i: ops.balance_loss(i.logits, i.bins[None], K, form="l2"),
+    "capacity_drop: capacity=-1": lambda i: ops.capacity_drop(i.ids, E, -1),
+    "linear_cross_entropy: chunk is 0 wanted >= 1": (
+        lambda i: ops.linear_cross_entropy(i.x, i.w[0].T, i.targets, chunk=0)
+    ),
+    "random_uniform: got 1 and 0 wanted low < high": (
+        lambda i: ops.random_uniform(2, 2, low=1.0, high=0.0, device=i.device, **KEY)
+    ),
+    "random_normal: got 0 and -1 wanted std >= 0": (
+        lambda i: ops.random_normal(2, 2, std=-1.0, device=i.device, **KEY)
+    ),
+    "dropout: step site must lie in got -1": lambda i: ops.dropout(i.x, 0.5, seed=0, step=-1, site=0),
+    "histogram: max_val is -1 wanted >= 0": lambda i: ops.histogram(i.ids, -1),
+    "dropout: p 1.5 wanted 0 <= p < 1": lambda i: ops.dropout(i.x, 1.5, **KEY),
+    "sort: end_bit=40": lambda i: ops.sort(i.ids[0], 40),
+    "sort: n=40000 fit dtype": lambda i: ops.sort(torch.zeros(40000, dtype=torch.int16, device=i.device)),
+}
+# The same for values in memory, in the words of the C core.
+VALUES = {
+    "route_index: ids 3 wanted < 3 or -1": lambda i: ops.route_index(i.ids + 1, E),
+    "route_index: ids -2 wanted or -1": lambda i: ops.route_index(i.ids - 2, E),
+    "route_index: ids wanted < 3 or -1": lambda i: ops.route_index(i.ids.long() + 2**32, E),
+    "capacity_drop: ids 2 wanted < 2 or -1": lambda i: ops.capacity_drop(i.ids, 2, 2),
+    "balance_counts: ids 2 wanted < 2 or -1": lambda i: ops.balance_counts(i.ids, 2),
+    "gather: out of range indices": lambda i: ops.gather(i.x, i.order + 20, None, i.bins, K),
+    "xent_: targets 5 wanted < 5 or -100": lambda i: ops.linear_cross_entropy(i.x, i.w[0].T, i.targets + 1),
+    "gather: bins non-decreasing": lambda i: ops.gather(i.x, i.order, None, i.i32(5, 3, 12), K),
+    "gather: bins start at 0": lambda i: ops.gather(i.x, i.order, None, i.i32(-5, 3, 12), K),
+    "gather: bins end within the rows": lambda i: ops.gather(i.x, i.order, None, i.i32(5, 9, 13), K),
+    "scatter: bins end": lambda i: ops.scatter(i.rows, i.order, None, None, i.i32(5, 9, 13), K),
+    "grouped_gemm: bins non-decreasing": lambda i: ops.grouped_gemm(i.rows, i.w, i.i32(5, 3, 12)),
+    "grouped_gemm: bins within R=12": lambda i: ops.grouped_gemm(i.rows, i.w, i.i32(5, 9, 13)),
+    "gather: bins within the rows": lambda i: ops.padded_gather(i.x, i.order, None, i.bins, i.i32(1, 2, 3), K),
+    "topology: padded_bins multiples of block=4": lambda i: ops.topology(i.i32(3, 4), 4, 1, 2),
+    "replicate: bins within n=5": lambda i: ops.replicate(i.x, i.i32(1, 2, 3, 9), 5),
+    "expert_mlp: bins num_copies number of ids >= 0": lambda i: i.mlp(num_copies=11),
+    "router: NaN logits Hint torch.isnan": lambda i: ops.router(i.one_nan(), K),
 }
 
 
-@pytest.mark.parametrize("words", BAD)
-def test_message(words):
-    with pytest.raises(RuntimeError, match=re.compile(".*".join(map(re.escape, words.split(" "))), re.DOTALL)):
-        BAD[words]()
+def pattern(words):
+    return re.compile(".*".join(map(re.escape, words.split(" "))), re.DOTALL)
 
 
-def test_a_failed_op_leaves_its_inputs_alone():
-    before = [t.clone() for t in (X, ORDER, BINS, W, LOGITS)]
-    for call in BAD.values():
+@pytest.mark.parametrize("words", REFUSED)
+def test_message(words, device):
+    with pytest.raises(RuntimeError, match=pattern(words)):
+        REFUSED[words](Inputs(device))
+
+
+@pytest.mark.parametrize("words", VALUES)
+def test_message_about_values(words, device):
+    said = words
+    if device == "cuda" or devices.simt:
+        said = f"moe_ext::{words.partition(' ')[0]} at flat position of an earlier on this device. Hint"
+    with pytest.raises(RuntimeError, match=pattern(said)):
+        VALUES[words](Inputs(device))
+
+
+def test_a_failed_op_leaves_its_inputs_alone(device):
+    inputs = Inputs(device)
+    tensors = [t for t in vars(inputs).values() if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in tensors]
+    for call in (*REFUSED.values(), *VALUES.values()):
         with pytest.raises(RuntimeError):
-            call()
-    assert all(torch.equal(a, b) for a, b in zip(before, (X, ORDER, BINS, W, LOGITS), strict=True))
+            call(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+# ---- the device error word: without MOE_CHECK ------------------------------------------------------------------------
+
+LATER = """
+import sys
+from test_errors import E, VALUES, Inputs
+from moe_ext import ops
+def finished():
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return Inputs(device)
+for words, call in VALUES.items():
+    inputs = finished()
+    call(inputs)                                        # says nothing yet
+    try:
+        moe_ext.check(device)
+        sys.exit(f"check() is silent about: {words}")
+    except RuntimeError as error:
+        assert "moe_ext::check: " in str(error) and "of an earlier" in str(error), error
+    moe_ext.check(device)                               # a verdict is told once
+    assert ops.route_index(inputs.ids, E).order_N.equal(inputs.order), "the device stays usable"
+    call(inputs)
+    finished()
+    try:
+        ops.histogram(inputs.ids, E)
+        sys.exit(f"the next call is silent about: {words}")
+    except RuntimeError as error:
+        assert "moe_ext::histogram: " in str(error) and "of an earlier" in str(error), error
+    for name, tensor in vars(Inputs(device)).items():
+        assert not isinstance(tensor, torch.Tensor) or tensor.equal(getattr(inputs, name)), name
+print("all told later")
+"""
+
+
+@pytest.mark.kernels
+def test_a_verdict_waits_for_check_or_the_next_call(device):
+    done = devices.python(LATER, device, MOE_CHECK="0")
+    assert done.returncode == 0 and "all told later" in done.stdout, done.stdout + done.stderr
+
+
+def test_check_has_nothing_to_say(device):
+    moe_ext.check(device)

@@ -44,7 +44,7 @@ def mlp_inputs(case, dtype, device, gated, biases, weights_dtype=None):
 
 
 def mlp_call(case, act, device, stored="separate"):
-    index = reference.route_index(case.ids().to(device), case.shape.E)
+    index = reference.route_index(case.ids(device), case.shape.E)
     copies = int(index.bins_E[-1])
 
     def call(impl, x_RD, gate, down, weights_RK, up=None, gate_bias=None, up_bias=None, down_bias=None):
@@ -96,11 +96,12 @@ def test_fp32_routing_weights(case, dtype, device):
     check_expert_mlp(ops, case, dtype, device, biases=BIASES, weights_dtype=torch.float32)
 
 
+@pytest.mark.c_core
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("biases", [(), BIASES], ids=["plain", "biased"])
-def test_gradcheck(act, biases, device):
-    inputs = mlp_inputs(SMALLEST, torch.float64, device, act in GATED, biases)
-    call = mlp_call(SMALLEST, act, device)
+def test_gradcheck(act, biases):
+    inputs = mlp_inputs(SMALLEST, torch.float64, "cpu", act in GATED, biases)
+    call = mlp_call(SMALLEST, act, "cpu")
     gradcheck(lambda **x: call(ops, **x), inputs)
 
 
@@ -109,12 +110,12 @@ def test_absent_copies_have_zero_gradients(device):
     inputs = mlp_inputs(case, torch.float32, device, True, BIASES)
     weights_RK = inputs["weights_RK"].requires_grad_()
     mlp_call(case, "swiglu", device)(ops, **inputs).sum().backward()
-    assert weights_RK.grad[case.ids().to(device) < 0].eq(0).all()
+    assert weights_RK.grad[case.ids(device) < 0].eq(0).all()
 
 
 def test_num_copies_defaults_to_all(device):
     case = CASES[0]
-    index = reference.route_index(case.ids().to(device), case.shape.E)
+    index = reference.route_index(case.ids(device), case.shape.E)
     x = mlp_inputs(case, torch.float32, device, True, ())
     arguments = (x["x_RD"], x["gate"], x["up"], x["down"], x["weights_RK"], index)
     same(ops.expert_mlp(*arguments, act="swiglu"),
@@ -122,9 +123,9 @@ def test_num_copies_defaults_to_all(device):
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)
-@given(drawn_case())
-def test_drawn_routings(case):
-    check_expert_mlp(ops, case, torch.float32, "cpu", biases=BIASES)
+@given(case=drawn_case())
+def test_drawn_routings(case, device):
+    check_expert_mlp(ops, case, torch.float32, device, biases=BIASES)
 
 
 # ---- what it keeps ---------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_saved_bytes(act, stored, dtype, device):
     inputs = mlp_inputs(case, dtype, device, act in GATED, BIASES)
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     weights = STORED[stored](inputs["gate"], inputs["up"], inputs["down"]) if act in GATED else ()
-    index = reference.route_index(case.ids().to(device), case.shape.E)
+    index = reference.route_index(case.ids(device), case.shape.E)
     owned = {x.untyped_storage().data_ptr() for x in (*inputs.values(), *weights, *index) if x is not None}
     owned.discard(inputs["x_RD"].untyped_storage().data_ptr())
     kept = {}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import SMALLEST
 from compare import against_reference, close, gradcheck
+from devices import widest
 from drawn import drawn_case
 from hypothesis import given, settings
 
@@ -22,7 +23,7 @@ STRIDES = {
 
 
 def gemm_inputs(case, dtype, device):
-    bins_E = reference.route_index(case.ids(), case.shape.E).bins_E.to(device)
+    bins_E = reference.route_index(case.ids(device), case.shape.E).bins_E
     R, (_, D, F, E, _) = case.shape.T * case.shape.k, case.shape
     x_RI = case.randn(R, D, salt=1, dtype=dtype, device=device)
     x_RI[int(bins_E[-1]) :] = torch.nan  # rows of nobody are never read
@@ -63,25 +64,26 @@ def test_activation(act, shape, dtype, device):
     check_activation(ops, act, dtype, device, shape)
 
 
-def test_gradcheck(device):
-    bins_E, inputs = gemm_inputs(SMALLEST, torch.float64, device)
+@pytest.mark.c_core
+def test_gradcheck():
+    bins_E, inputs = gemm_inputs(SMALLEST, torch.float64, "cpu")
     inputs["x_RI"] = inputs["x_RI"].nan_to_num()
     gradcheck(lambda x, w: ops.grouped_gemm(x, w, bins_E), {"x": inputs["x_RI"], "w": inputs["w_EIO"]})
     for act in ACTIVATIONS:
-        h_NU = SMALLEST.randn(4, 6, salt=5, device=device)
+        h_NU = SMALLEST.randn(4, 6, salt=5)
         gradcheck(lambda h, act=act: ops.activation(h, act), {"h": h_NU})
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)
-@given(drawn_case())
-def test_drawn_routings(case):
-    check_grouped_gemm(ops, case, torch.float32, "cpu")
-    check_grouped_gemm_wgrad(ops, case, torch.float32, "cpu")
+@given(case=drawn_case())
+def test_drawn_routings(case, device):
+    check_grouped_gemm(ops, case, torch.float32, device)
+    check_grouped_gemm_wgrad(ops, case, torch.float32, device)
 
 
-def test_each_expert_is_a_plain_product(case):
+def test_each_expert_is_a_plain_product(case, device):
     """Without the reference: the rows of an expert times its matrix."""
-    bins_E, inputs = gemm_inputs(case, torch.float64, "cpu")
+    bins_E, inputs = gemm_inputs(case, widest(device), device)
     y_RO = ops.grouped_gemm(**inputs, bins_E=bins_E)
     begin = 0
     for e, end in enumerate(bins_E.tolist()):

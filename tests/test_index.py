@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compare import against_reference, gradcheck, same
+from devices import floats
 from drawn import drawn_case
 from hypothesis import given, settings
 
@@ -12,7 +13,7 @@ INTEGERS = [torch.int16, torch.int32, torch.int64]
 
 
 def check_route_index(impl, case, device):
-    ids_TK, E = case.ids().to(device), case.shape.E
+    ids_TK, E = case.ids(device), case.shape.E
     for dtype in (torch.int32, torch.int64):
         got, want = impl.route_index(ids_TK.to(dtype), E), reference.route_index(ids_TK, E)
         for name, g, w in zip(want._fields, got, want, strict=True):
@@ -49,9 +50,9 @@ def test_route_index(case, device):
     check_route_index(ops, case, device)
 
 
-def test_route_index_is_the_contract(case):
+def test_route_index_is_the_contract(case, device):
     """Without the reference: what each field promises."""
-    ids_TK = case.ids()
+    ids_TK = case.ids(device)
     counts_E, bins_E, order_N, inverse_TK = ops.route_index(ids_TK, case.shape.E)
     present = int((ids_TK >= 0).sum())
     flat = order_N[:present].tolist()
@@ -94,9 +95,14 @@ def test_topology(block, device):
 @pytest.mark.parametrize("bins", [[2, 5, 5, 9], [0, 0, 0, 1], [0, 0, 0, 0], [9, 9, 9, 9]], ids=str)
 def test_replicate(bins, device):
     bins = torch.tensor(bins, dtype=torch.int32, device=device)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.int32, torch.int64):
+    for dtype in (*floats(device), *INTEGERS):
         check_replicate(ops, (torch.randn(3, 4) * 100).to(dtype).to(device), bins, 11)
-    gradcheck(lambda x: ops.replicate(x, bins, 11), {"x": torch.randn(3, 4, device=device)})
+
+
+@pytest.mark.c_core
+def test_gradcheck():
+    bins = torch.tensor([2, 5, 5, 9], dtype=torch.int32)
+    gradcheck(lambda x: ops.replicate(x, bins, 11), {"x": torch.randn(3, 4)})
 
 
 def test_plain_torch_helpers():
@@ -110,13 +116,13 @@ def test_plain_torch_helpers():
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
-@given(drawn_case())
-def test_route_index_on_drawn_routings(case):
-    check_route_index(ops, case, "cpu")
+@given(case=drawn_case())
+def test_route_index_on_drawn_routings(case, device):
+    check_route_index(ops, case, device)
 
 
-def test_many_flat_ids():
+def test_many_flat_ids(device):
     """Flat ids pass 2^15 and 2^16, and the counting is cut into pieces."""
-    ids_TK = torch.randint(0, 300, (40000, 2), dtype=torch.int32)
+    ids_TK = torch.randint(0, 300, (40000, 2), dtype=torch.int32, device=device)
     for got, want in zip(ops.route_index(ids_TK, 300), reference.route_index(ids_TK, 300), strict=True):
         same(got, want)

@@ -51,12 +51,13 @@ STACKS = {"gate", "up", "down_EDF", "gate_bias", "up_bias", "down_bias", "w_EIO"
 
 def passes(check, impl, dtype):
     try:
-        check(impl, CASE, dtype)
+        check(impl, CASE, dtype, "cpu")
     except AssertionError:
         return False
     return True
 
 
+@pytest.mark.c_core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_mutant_is_noticed(name, dtype):

@@ -17,7 +17,7 @@ class Layout:
     """One form of movement for the routing of a case. x_T are token rows, x_P expert rows [P,D] whatever the form."""
 
     def __init__(self, form, case, device):
-        ids_TK = case.ids().to(device)
+        ids_TK = case.ids(device)
         self.form, self.T, self.K, self.E = form, *ids_TK.shape, case.shape.E
         self.ids_N = ids_TK.flatten()
         self.index = reference.route_index(ids_TK, self.E)
@@ -116,28 +116,29 @@ def test_scatter_with_fp32_weights(form, case, dtype, device):
     check_scatter(ops, form, case, dtype, device, weights_dtype=torch.float32)
 
 
+@pytest.mark.c_core
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form, device):
-    layout = Layout(form, SMALLEST, device)
-    gradcheck(lambda x: layout.gather(ops, x), {"x": SMALLEST.randn(layout.T, 4, salt=1, device=device)})
-    x_PD, weights_N = SMALLEST.randn(layout.P, 4, salt=2, device=device), SMALLEST.randn(10, salt=3, device=device)
+def test_gradcheck(form):
+    layout = Layout(form, SMALLEST, "cpu")
+    gradcheck(lambda x: layout.gather(ops, x), {"x": SMALLEST.randn(layout.T, 4, salt=1)})
+    x_PD, weights_N = SMALLEST.randn(layout.P, 4, salt=2), SMALLEST.randn(10, salt=3)
     gradcheck(lambda x, w: layout.scatter(ops, x, w), {"x": x_PD, "w": weights_N})
     gradcheck(lambda x: layout.scatter(ops, x, None), {"x": x_PD})
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)
-@given(drawn_case())
-def test_drawn_routings(case):
+@given(case=drawn_case())
+def test_drawn_routings(case, device):
     for form in FORMS:
-        check_gather(ops, form, case, torch.float32, "cpu")
-        check_scatter(ops, form, case, torch.float32, "cpu")
+        check_gather(ops, form, case, torch.float32, device)
+        check_scatter(ops, form, case, torch.float32, device)
 
 
-def test_strided_rows_are_copied_right():
+def test_strided_rows_are_copied_right(device):
     """A transposed or sliced input gives the result of its contiguous twin, whether taken as it is or copied."""
     case = CASES[0]
-    layout = Layout("plain", case, "cpu")
-    x_TD = case.randn(case.shape.d, case.shape.T, salt=1).T
+    layout = Layout("plain", case, device)
+    x_TD = case.randn(case.shape.d, case.shape.T, salt=1, dtype=torch.float32, device=device).T
     same(layout.gather(ops, x_TD), layout.gather(reference, x_TD))
-    x_PD = case.randn(layout.P, 2 * case.shape.d, salt=2)[:, ::2]
+    x_PD = case.randn(layout.P, 2 * case.shape.d, salt=2, dtype=torch.float32, device=device)[:, ::2]
     same(layout.scatter(ops, x_PD, None), layout.scatter(reference, x_PD.contiguous(), None))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import ROUTINGS
 from compare import against_reference, gradcheck, same
+from devices import floats, widest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,17 +78,18 @@ def test_masked_experts_are_never_chosen(score, dtype, device):
     assert weights_TK.isfinite().all()
 
 
+@pytest.mark.c_core
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("norm_p", [None, 1.0, 2.0], ids=str)
-def test_router_gradcheck(score, norm_p, device):
-    logits = logits_of(4, 5, torch.float64, device)
+def test_router_gradcheck(score, norm_p):
+    logits = logits_of(4, 5, torch.float64)
     gradcheck(lambda x: ops.router(x, 2, score=score, norm_p=norm_p, scale=1.5)[::2], {"x": logits})
 
 
 def test_router_gradient_through_one_output_alone(device):
     """The gradient of the other output may be absent."""
     for i in (0, 2):
-        inputs = {"logits": logits_of(9, 5, torch.float64, device)}
+        inputs = {"logits": logits_of(9, 5, widest(device), device)}
         against_reference(ops, lambda ops, logits, i=i: ops.router(logits, 2, norm_p=1.0)[i], inputs)
 
 
@@ -106,7 +108,7 @@ def check_capacity_drop(impl, ids_TK, E, capacity, rows_per_scope=None, priority
 def test_capacity_drop(routing, rows_per_scope, capacity, device):
     ids_TK = ROUTINGS[routing](24, 2, 6, torch.Generator().manual_seed(0)).to(device)
     check_capacity_drop(ops, ids_TK, 6, capacity, rows_per_scope)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for dtype in floats(device):
         check_capacity_drop(ops, ids_TK, 6, capacity, rows_per_scope, torch.rand(24, 2).to(dtype).to(device))
         ties = torch.randint(0, 2, (24, 2)).to(dtype).to(device)
         check_capacity_drop(ops, ids_TK, 6, capacity, rows_per_scope, ties)
@@ -147,16 +149,18 @@ def test_balance_loss(form, rows_per_scope, routing, dtype, device):
 def test_balance_loss_of_known_routings(device):
     """1 when all experts share alike, E when one takes all; scopes are averaged."""
     T, E, K = 12, 6, 2
-    even = torch.full((T, E), 1 / E, device=device, dtype=torch.float64)
+    dtype = widest(device)
+    tolerance = 100 * torch.finfo(dtype).eps
+    even = torch.full((T, E), 1 / E, device=device, dtype=dtype)
     ids_TK = ROUTINGS["balanced"](T, K, E, None).to(device)
-    assert abs(float(ops.balance_loss(even, ops.balance_counts(ids_TK, E), K)) - 1) < 1e-12
-    assert abs(float(ops.balance_loss(even, ops.balance_counts(ids_TK, E), K, form="mse"))) < 1e-12
-    sure = torch.zeros(T, E, device=device, dtype=torch.float64)
+    assert abs(float(ops.balance_loss(even, ops.balance_counts(ids_TK, E), K)) - 1) < tolerance
+    assert abs(float(ops.balance_loss(even, ops.balance_counts(ids_TK, E), K, form="mse"))) < tolerance
+    sure = torch.zeros(T, E, device=device, dtype=dtype)
     sure[:, 3] = 1
     threes = torch.full((T, K), 3, dtype=torch.int32, device=device)
-    assert abs(float(ops.balance_loss(sure, ops.balance_counts(threes, E), K)) - E) < 1e-12
+    assert abs(float(ops.balance_loss(sure, ops.balance_counts(threes, E), K)) - E) < tolerance
     mixed, ids = torch.cat([even, sure]), torch.cat([ids_TK, threes])
-    assert abs(float(ops.balance_loss(mixed, ops.balance_counts(ids, E, T), K)) - (1 + E) / 2) < 1e-12
+    assert abs(float(ops.balance_loss(mixed, ops.balance_counts(ids, E, T), K)) - (1 + E) / 2) < tolerance
 
 
 def test_counts_beyond_bf16(device):
@@ -187,9 +191,10 @@ def test_no_tokens_have_no_loss(dtype, device):
         assert dscores.shape == (0, 4)
 
 
-def test_losses_gradcheck(device):
-    scores_TE = logits_of(6, 4, torch.float64, device).softmax(1)
-    counts_GE = torch.tensor([[3, 1, 0, 2], [1, 1, 4, 0]], dtype=torch.int32, device=device)
+@pytest.mark.c_core
+def test_losses_gradcheck():
+    scores_TE = logits_of(6, 4, torch.float64).softmax(1)
+    counts_GE = torch.tensor([[3, 1, 0, 2], [1, 1, 4, 0]], dtype=torch.int32)
     gradcheck(lambda s: ops.balance_loss(s, counts_GE, 2), {"s": scores_TE})
     gradcheck(lambda s: ops.balance_loss(s, counts_GE, 2, form="mse"), {"s": scores_TE})
     gradcheck(lambda s: ops.z_loss(s), {"s": scores_TE})
@@ -208,11 +213,11 @@ def test_select_bias_update(device):
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.sampled_from(SCORES),
-       st.sampled_from([None, 1.0, 2.0]), st.integers(0, 5), st.integers(0, 2**31))  # fmt: skip
-def test_drawn_routers(T, E, k, score, norm_p, capacity, seed):
+@given(T=st.integers(1, 12), E=st.integers(1, 9), k=st.integers(1, 4), score=st.sampled_from(SCORES),
+       norm_p=st.sampled_from([None, 1.0, 2.0]), capacity=st.integers(0, 5), seed=st.integers(0, 2**31))  # fmt: skip
+def test_drawn_routers(device, T, E, k, score, norm_p, capacity, seed):
     k = min(k, E)
-    logits_TE = 3 * torch.randn(T, E, generator=torch.Generator().manual_seed(seed))
+    logits_TE = 3 * torch.randn(T, E, generator=torch.Generator().manual_seed(seed)).to(device)
     check_router(ops, logits_TE, k, score=score, norm_p=norm_p)
     weights_TK, ids_TK, scores_TE = ops.router(logits_TE, k, score=score)
     check_capacity_drop(ops, ids_TK, E, capacity, priority_TK=weights_TK)
