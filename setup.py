@@ -47,7 +47,9 @@ ISA_FLAGS = {  # files compiled once per instruction set; isa.c picks one when t
     "isa_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
 }
 # Hopper files (*_sm90.cu) use instructions that exist only there; the others carry PTX for newer devices.
-NVCC_FLAGS = "-std=c++20 -O3 --fmad=false -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden -lineinfo"
+NVCC_FLAGS = (
+    "-std=c++20 -O3 --fmad=false -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden -lineinfo -Xptxas -v"
+)
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"
 COMMON = f"-gencode arch=compute_80,code=[compute_80,sm_80] {HOPPER}"
 SANITIZE_FLAGS = {
@@ -105,9 +107,33 @@ def make(command: list[str], target: Path, inputs: list[Path]) -> None:
         return
     print(target, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if subprocess.call(command):
-        sys.exit(f"moe_ext: this command failed:\n    {shlex.join(command)}")
+    verbose = "-Xptxas" in command  # what ptxas says of each kernel goes to a file beside the object
+    done = subprocess.run(command, stderr=subprocess.PIPE if verbose else None, text=True)
+    if verbose:
+        target.with_suffix(".ptxas").write_text(done.stderr)
+    if done.returncode:
+        sys.exit(f"{done.stderr or ''}\nmoe_ext: this command failed:\n    {shlex.join(command)}")
     target.with_suffix(target.suffix + ".cmd").write_text(shlex.join(command))
+
+
+def write_ptxas(objects: list[Path]) -> None:
+    """BUILD/cuda/ptxas.json: file, kernel, arch, registers, bytes of stack and of spills of every kernel."""
+    kernels = []
+    for file in objects:
+        text = file.with_suffix(".ptxas").read_text()
+        for part in text.split("Compiling entry function '")[1:]:
+            name, arch = re.match(r"(\w+)' for '(\w+)'", part).groups()
+            stack, *spills = map(int, re.search(r"(\d+) bytes stack frame, (\d+) .* stores, (\d+) ", part).groups())
+            registers = int(re.search(r"Used (\d+) registers", part)[1])
+            kernels.append(dict(file=file.stem + ".cu", kernel=name, arch=arch, registers=registers, stack=stack,
+                                spilled=sum(spills)))
+    if demangle := shutil.which("c++filt"):
+        names = "\n".join(k["kernel"] for k in kernels)
+        names = subprocess.run([demangle], input=names, capture_output=True, text=True).stdout.splitlines()
+        for kernel, name in zip(kernels, names, strict=True):
+            kernel["kernel"] = name
+    kernels.sort(key=lambda k: (k["file"], k["kernel"], k["arch"]))
+    Path(BUILD, "cuda", "ptxas.json").write_text("[\n" + ",\n".join(map(json.dumps, kernels)) + "\n]\n")
 
 
 def compile_command(source: Path) -> list[str]:
@@ -168,6 +194,10 @@ class Build(build_ext):
                 library = BUILD / Path(self.get_ext_filename(name)).name
                 make([*link[:2], *map(str, objects), *link[2:], "-o", str(library)], library, objects)
                 place(library, package_root / self.get_ext_filename(name))
+                if name.endswith("cuda"):
+                    write_ptxas(objects)
+            if "moe_ext.libmoe_cuda" not in binaries():  # never an older one beside a new extension
+                Path(package_root, "moe_ext", "libmoe_cuda.so").unlink(missing_ok=True)
             if not SANITIZE:
                 write_compile_commands()
 

@@ -28,7 +28,14 @@ int current_device() {
 int ready(int device) {
     if (device >= 0 && device < MAX_DEVICES && words[device]) return MOE_OK;
     int devices = 0, major = 0, minor = 0, count = 0;
-    TRY(cuda_status(cudaGetDeviceCount(&devices), "looking for CUDA devices"));
+    const cudaError_t found = cudaGetDeviceCount(&devices);
+    if (found == cudaErrorNoDevice || found == cudaErrorInsufficientDriver) {
+        (void)cudaGetLastError();
+        snprintf(last_error, sizeof last_error, "there is no CUDA device here (%s). Hint: nvidia-smi",
+                 cudaGetErrorString(found));
+        return MOE_CUDA_FAILED;
+    }
+    TRY(cuda_status(found, "looking for CUDA devices"));
     if (device < 0 || device >= devices || device >= MAX_DEVICES) {
         snprintf(last_error, sizeof last_error, "there is no CUDA device %d, only %d", device, devices);
         return MOE_CUDA_FAILED;

@@ -9,13 +9,15 @@ import torch
 import moe_ext
 from moe_ext import ops, reference
 
+TOLERANCE = 1e-4
 
-def self_check():
+
+def self_check(device):
     """One fused expert MLP with its gradients, in fp32, against plain torch in fp64: the largest relative error."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator).requires_grad_()
+        return torch.randn(*shape, generator=generator).to(device)
 
     T, K, E, D, F = 64, 2, 4, 32, 48
     tensors = normal(T, D), normal(E, 2 * F, D), normal(E, D, F), normal(T, E)
@@ -28,16 +30,28 @@ def self_check():
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
 
 
+def cuda():
+    """The devices that the CUDA kernels can run on, or why there are none."""
+    if why := moe_ext._C.cuda():
+        return why
+    if not torch.cuda.is_available():
+        return f"kernels for sm_80 and newer; torch {torch.__version__} sees no device"
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return "kernels for " + ", ".join(f"{d.name} (sm_{d.major}{d.minor}, {d.total_memory >> 30} GiB)" for d in devices)
+
+
 def main():
     versions = moe_ext._C.versions()
     features = [name for name, has in moe_ext._C.cpu_features().items() if has]
     print(f"moe_ext   {moe_ext.__version__} (compiler {versions['compiler']}, {versions['api']})")
     print(f"torch     {torch.__version__}, numpy {numpy.__version__}, Python {platform.python_version()}")
     print(f"kernels   {versions['isa']}, {torch.get_num_threads()} threads; this CPU has {', '.join(features)}")
-    error = self_check()
-    ok = error < 1e-4
-    print(f"check     {'ok' if ok else 'WRONG'}: expert MLP and its gradients differ from plain torch by {error:.1e}")
-    return not ok
+    print(f"CUDA      {cuda()}")
+    errors = {device: self_check(device) for device in ["cpu"] + ["cuda"] * moe_ext.has_cuda()}
+    for device, error in errors.items():
+        print(f"check     {'ok' if error < TOLERANCE else 'WRONG'} on {device}: the expert MLP and its gradients differ "
+              f"from plain torch by {error:.1e}")
+    return any(error >= TOLERANCE for error in errors.values())
 
 
 if __name__ == "__main__":
