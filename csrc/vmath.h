@@ -1,4 +1,5 @@
-// vmath.h: exp for rows of float, written so that gcc vectorises the loop around it (no branch, no table, no call).
+// vmath.h: exp of one float, the same code in C and in CUDA, written so that gcc vectorises a loop around it: no branch,
+// no table, no call.
 //
 //   e^x = 2^n e^r,   n = round(x / ln 2),   |r| <= ln(2)/2,   e^r by its Taylor polynomial of degree 7 (rest < 2^-27)
 //
@@ -9,17 +10,23 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __FMA__
-static inline float  vfma_f32(float a, float b, float c)    { return __builtin_fmaf(a, b, c); }
-static inline double vfma_f64(double a, double b, double c) { return __builtin_fma(a, b, c); }
-#else       // the portable table: an fma by libm would be a call per element
-static inline float  vfma_f32(float a, float b, float c)    { return a * b + c; }
-static inline double vfma_f64(double a, double b, double c) { return a * b + c; }
+#ifdef __CUDACC__
+#define VMATH_FN __host__ __device__ static inline
+#else
+#define VMATH_FN static inline
 #endif
 
-static inline float vmath_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+#if defined __FMA__ || defined __CUDACC__
+VMATH_FN float  vfma_f32(float a, float b, float c)    { return __builtin_fmaf(a, b, c); }
+VMATH_FN double vfma_f64(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else       // the portable table: an fma by libm would be a call per element
+VMATH_FN float  vfma_f32(float a, float b, float c)    { return a * b + c; }
+VMATH_FN double vfma_f64(double a, double b, double c) { return a * b + c; }
+#endif
 
-static inline float vexp_f32(float x) {
+VMATH_FN float vmath_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+
+VMATH_FN float vexp_f32(float x) {
     x = x > 89.0f ? 89.0f : x;                              // e^89 overflows, e^-104 rounds to 0; NaN passes both tests
     x = x < -104.0f ? -104.0f : x;
     float shifted = vfma_f32(x, 0x1.715476p+0f, 0x1.8p23f);     // 1.5 * 2^23 + n: the addition rounds to an integer
