@@ -49,8 +49,8 @@ def main():
     print(f"CUDA      {cuda()}")
     errors = {device: self_check(device) for device in ["cpu"] + ["cuda"] * moe_ext.has_cuda()}
     for device, error in errors.items():
-        print(f"check     {'ok' if error < TOLERANCE else 'WRONG'} on {device}: the expert MLP and its gradients differ "
-              f"from plain torch by {error:.1e}")
+        ok = "ok" if error < TOLERANCE else "WRONG"
+        print(f"check     {ok} on {device}: expert MLP and its gradients differ from plain torch by {error:.1e}")
     return any(error >= TOLERANCE for error in errors.values())
 
 
