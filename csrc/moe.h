@@ -35,6 +35,7 @@ typedef enum {
     MOE_BAD_VALUE,      // NaN among logits, an unknown enum
     MOE_NO_ISA,         // MOE_ISA names an instruction set that this CPU lacks or that nobody knows
     MOE_CUDA_FAILED,    // from libmoe_cuda.so alone: queueing work on the device failed (cuda/api.h: error() says why)
+    MOE_PEER_SILENT,    // from libmoe_cuda.so alone: a rank did not answer in time
 } moe_status;
 const char *moe_status_text(int status);
 
@@ -206,6 +207,31 @@ int moe_uniform(int dtype, moe_random_key key, int64_t rows, int64_t cols, doubl
 int moe_normal(int dtype, moe_random_key key, int64_t rows, int64_t cols, double mean, double std, void *y);
 // y = x * keep / (1-p), keep where the uniform number is >= p; p = 1 gives zeros. Its backward is the same call on dy.
 int moe_dropout(int dtype, moe_random_key key, int64_t rows, int64_t cols, double p, const void *x, void *y);
+
+// ---- exchange.c: a token goes once to each rank that owns one of its experts ----------------------------------------
+// E experts over P ranks (here P is not the expert rows): expert e is local expert e mod E/P of rank e / (E/P).
+// T*P fits int32; P, K <= MOE_MAX_EXPERTS; P divides E.
+//   counts_P2   rows, and copies (ids), that go to each rank
+//   send_M      t*P + p for each row sent, sorted by rank p, then by token t; S = sum of rows entries, then -1;
+//               M = T * min(P,K)
+//   place_TP    its inverse: the sent row of token t for rank p, -1 if there is none
+size_t moe_exchange_plan_workspace(int64_t T, int64_t P);
+int moe_exchange_plan(int64_t T, int64_t K, int64_t E, int64_t P, const int32_t *ids_TK, void *workspace,
+                      int32_t *counts_P2, int32_t *send_M, int32_t *place_TP);
+// A row of a message: D values, then K ids and K weights where `ids`, `weights` say so (message.h). wdtype: F32 or
+// dtype.
+typedef struct { int dtype, wdtype; int64_t D, K; int ids, weights; } moe_message;
+int64_t moe_message_bytes(const moe_message *m);
+// Row s carries token send[s] / P to rank send[s] mod P: its ids become that rank's, -1 where another owns the expert.
+// send_S NULL: row s is x[s] (S = T, no ids).
+int moe_exchange_pack(const moe_message *m, int64_t T, int64_t S, int64_t E, int64_t P, const int32_t *send_S,
+                      const void *x_TD, const int32_t *ids_TK, const void *weights_TK, void *rows_SB);
+int moe_exchange_unpack(const moe_message *m, int64_t R, const void *rows_RB, void *x_RD, int32_t *ids_RK,
+                        void *weights_RK);
+// y[t] = sum over ranks p, in their order, of row place[t,p]; weights[t,k] (if m->weights) from the rank that owns
+// ids[t,k], 0 where that is -1. Backward of pack, and of a sent row per rank.
+int moe_exchange_combine(const moe_message *m, int64_t T, int64_t S, int64_t E, int64_t P, const int32_t *place_TP,
+                         const int32_t *ids_TK, const void *rows_SB, void *y_TD, void *weights_TK);
 
 // ---- dataset.c -----------------------------------------------------------------------------------------------------
 // Fisher-Yates by Philox, so that an epoch's order is a function of (seed, epoch) alone.

@@ -300,6 +300,84 @@ ExpertGrads expert_mlp_backward(In dy, In h, In x, In gate, MaybeIn up,
     return {dx, dgate, dup, ddown, dweights, dgate_bias, dup_bias, ddown_bias};
 }
 
+// ---- exchange -------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> exchange_plan(In ids, int64_t num_experts, int64_t ranks) {
+    Door door{"exchange_plan"};
+    Dim T{"T"}, K{"K"};
+    auto *ids_TK = door.i32("ids", ids, {&T, &K});
+    const int64_t E = num_experts, P = ranks;
+    if (P < 1 || E < 0 || E % P) door.fail("num_experts=", E, " do not divide over ranks=", P);
+    Tensor counts = empty(ids, MOE_I32, {P, 2}), send = empty(ids, MOE_I32, {T * (P < K ? P : K.n)});
+    Tensor place = empty(ids, MOE_I32, {T, P});
+    Workspace work(door, RUN(exchange_plan_workspace, T, P));
+    const int status = RUN(exchange_plan, T, K, E, P, ids_TK, work.p, i32(counts), i32(send), i32(place));
+    if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, E, -1);
+    door.done(status, "T=", T.n, " * ranks=", P, " must fit int32");
+    return {counts, send, place};
+}
+
+// Elements of x's dtype in a row of a message.
+int64_t message_width(const moe_message &m) {
+    return moe_message_bytes(&m) / (m.dtype == MOE_F64 ? 8 : m.dtype == MOE_F32 ? 4 : 2);
+}
+
+// The parts behind the values are read and written as what they are.
+void check_message(const Door &door, const moe_message &m, const void *rows) {
+    if ((m.ids || m.weights) && reinterpret_cast<uintptr_t>(rows) % 16)
+        door.fail("message does not begin at a multiple of 16 bytes. Hint: message.clone()");
+}
+
+Tensor exchange_pack(In x, MaybeIn ids, MaybeIn weights, MaybeIn send, int64_t num_experts, int64_t ranks,
+                     int64_t rows) {
+    Door door{"exchange_pack"};
+    Dim T{"T"}, D{"D"}, K{"K"}, M{"M"};
+    void *x_TD = door.in("x", x, FLOATS, {&T, &D});
+    auto *ids_TK = door.i32("ids", ids, {&T, &K});
+    void *weights_TK = door.in("weights", weights, weight_dtypes(x), {&T, &K});
+    auto *send_M = door.i32("send", send, {&M});
+    const int64_t S = rows, P = ranks;
+    if (S < 0 || S > (send ? M.n : T.n)) door.fail("rows is ", S, ", but send names ", send ? M.n : T.n);
+    if (ids && !send) door.fail("ids are given without send, which says where each row goes");
+    const moe_message m = {dtype_of(x), dtype_of_weights(weights), D, ids || weights ? K.n : 0, ids.has_value(),
+                           weights.has_value()};
+    Tensor message = empty(x, m.dtype, {S, message_width(m)});
+    door.done(RUN(exchange_pack, &m, T, S, num_experts, P, send_M, x_TD, ids_TK, weights_TK, message.data_ptr()),
+              "send must hold flat pairs of a token and a rank for each of rows=", S, ", T=", T.n, " and ranks=", P);
+    return message;
+}
+
+std::tuple<Tensor, Tensor, Tensor> exchange_unpack(In message, int64_t d, int64_t k, ScalarType weights_dtype) {
+    Door door{"exchange_unpack"};
+    const moe_message m = {dtype_of(message), dtype_of(weights_dtype), d, k, 1, 1};
+    Dim R{"R"}, W{"width", m.dtype <= MOE_F16 ? message_width(m) : -1};
+    void *rows_RW = door.in("message", message, FLOATS, {&R, &W});
+    check_message(door, m, rows_RW);
+    Tensor x = empty(message, m.dtype, {R, d}), ids = empty(message, MOE_I32, {R, k});
+    Tensor weights = empty(message, m.wdtype, {R, k});
+    door.done(RUN(exchange_unpack, &m, R, rows_RW, x.data_ptr(), i32(ids), weights.data_ptr()));
+    return {x, ids, weights};
+}
+
+// weights [T,K] are those that the message carries, empty if ids is absent: then it carries none.
+std::tuple<Tensor, Tensor> exchange_combine(In message, In place, MaybeIn ids, int64_t num_experts, int64_t d,
+                                            ScalarType weights_dtype) {
+    Door door{"exchange_combine"};
+    Dim S{"S"}, T{"T"}, P{"P"}, K{"K"}, W{"width"};
+    void *rows_SW = door.in("message", message, FLOATS, {&S, &W});
+    auto *place_TP = door.i32("place", place, {&T, &P});
+    auto *ids_TK = door.i32("ids", ids, {&T, &K});
+    const moe_message m = {dtype_of(message), dtype_of(weights_dtype), d, ids ? K.n : 0, 0, ids.has_value()};
+    if (W != message_width(m)) door.fail("message has rows of ", W.n, ", wanted ", message_width(m), " for D=", d);
+    check_message(door, m, rows_SW);
+    Tensor y = empty(message, m.dtype, {T, d});
+    Tensor weights = ids ? empty(message, m.wdtype, {T, K}) : empty(message, m.wdtype, {0});
+    door.done(RUN(exchange_combine, &m, T, S, num_experts, P, place_TP, ids_TK, rows_SW, y.data_ptr(),
+                  weights.data_ptr()),
+              "place must hold rows below S=", S.n, " or -1, and ids lie in [-1, ", num_experts, ")");
+    return {y, weights};
+}
+
 // ---- router ---------------------------------------------------------------------------------------------------------
 
 const char *const SCORES[] = {"softmax_topk", "topk_softmax", "sigmoid"};  // as moe_score
@@ -509,6 +587,7 @@ const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_
     OP(gather), OP(scatter), OP(scatter_dweights),
     OP(grouped_gemm), OP(grouped_gemm_wgrad), OP(activation), OP(activation_backward),
     OP(expert_mlp), OP(expert_mlp_backward),
+    OP(exchange_plan), OP(exchange_pack), OP(exchange_unpack), OP(exchange_combine),
     OP(router), OP(router_backward), OP(capacity_drop), OP(balance_counts), OP(balance_loss), OP(balance_loss_backward),
     OP(z_loss), OP(z_loss_backward), OP(select_bias_update),
     OP(xent_), OP(random_uniform), OP(random_normal), OP(dropout), OP(check),

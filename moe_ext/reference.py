@@ -161,6 +161,82 @@ def binned_scatter(x, indices, weights, bins, top_k):
     return _combine(x.flatten(0, 1), _bin_rows(indices, bins, x.shape[1]), weights, top_k)
 
 
+# ---- exchange --------------------------------------------------------------------------------------------------------
+
+
+class ExchangePlan(NamedTuple):
+    """Where each token goes. All int32."""
+
+    counts_P2: torch.Tensor  # rows, and copies (ids), for each rank
+    send_M: torch.Tensor  # token*P + rank of each row sent, sorted by rank, then token; then -1. M = T * min(P,K)
+    place_TP: torch.Tensor  # its inverse: the sent row of a token for a rank, -1 if there is none
+
+
+def _owner(ids_TK, num_experts, ranks):
+    """The rank of each expert; `ranks` where the id is -1."""
+    return torch.where(ids_TK < 0, ranks, ids_TK // (num_experts // ranks)).long()
+
+
+def exchange_plan(ids_TK, num_experts, ranks):
+    (T, K), P = ids_TK.shape, ranks
+    copies_TP = F.one_hot(_owner(ids_TK, num_experts, P), P + 1).sum(1)[:, :P]
+    rank_S, token_S = copies_TP.T.nonzero(as_tuple=True)
+    send_S = token_S * P + rank_S
+    place_TP = torch.full((T, P), -1, dtype=torch.int32, device=ids_TK.device)
+    place_TP.view(-1)[send_S] = torch.arange(len(send_S), dtype=torch.int32, device=ids_TK.device)
+    counts_P2 = torch.stack([(copies_TP > 0).sum(0), copies_TP.sum(0)], 1).int()
+    return ExchangePlan(counts_P2, F.pad(send_S, (0, T * min(P, K) - len(send_S)), value=-1).int(), place_TP)
+
+
+def _bytes(x):
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def _message_parts(dtype, D, K, ids, weights_dtype):
+    """Bytes of the values, ids and weights of a row (no weights: None), and of each with the zeros behind it."""
+    sizes = [D * dtype.itemsize, 4 * K * ids, K * weights_dtype.itemsize if weights_dtype else 0]
+    return sizes, [(n + 15) // 16 * 16 for n in sizes] if ids or weights_dtype else sizes
+
+
+def exchange_pack(x_TD, ids_TK, weights_TK, send_M, num_experts, ranks, rows):
+    token_S = torch.arange(rows, device=x_TD.device) if send_M is None else send_M[:rows].long() // ranks
+    parts = [x_TD[token_S]]
+    if ids_TK is not None:
+        ids_SK, rank_S = ids_TK[token_S], send_M[:rows, None].long() % ranks
+        here_SK = _owner(ids_SK, num_experts, ranks) == rank_S
+        parts.append(torch.where(here_SK, ids_SK % (num_experts // ranks) + 1, 0).int())
+    if weights_TK is not None:
+        parts.append(weights_TK[token_S])
+    parts = [_bytes(part) for part in parts]
+    if len(parts) > 1:
+        parts = [F.pad(part, (0, -part.shape[1] % 16)) for part in parts]
+    return torch.cat(parts, 1).view(x_TD.dtype)
+
+
+def exchange_unpack(message_RW, D, K, weights_dtype):
+    sizes, padded = _message_parts(message_RW.dtype, D, K, True, weights_dtype)
+    parts = _bytes(message_RW).split(padded, 1)
+    x, ids, weights = (_bytes(part[:, :n]) for part, n in zip(parts, sizes, strict=True))
+    return x.view(message_RW.dtype), ids.view(torch.int32) - 1, weights.view(weights_dtype)
+
+
+def exchange_combine(message_SW, place_TP, ids_TK=None, num_experts=0, D=None, weights_dtype=torch.float32):
+    D = message_SW.shape[1] if D is None else D
+    x_SD = F.pad(_real(message_SW[:, :D]), (0, 0, 0, 1))  # a row of zeros for place -1
+    y_TD = x_SD.new_zeros(len(place_TP), D)
+    for p in range(place_TP.shape[1]):
+        y_TD = y_TD + x_SD[place_TP[:, p].long()]
+    if ids_TK is None:
+        return y_TD.to(message_SW.dtype)
+    K = ids_TK.shape[1]
+    sizes, padded = _message_parts(message_SW.dtype, D, K, False, weights_dtype)
+    weights_S = _bytes(_bytes(message_SW)[:, padded[0] : padded[0] + sizes[2]])
+    weights_SK = F.pad(weights_S.view(weights_dtype), (0, 0, 0, 1))
+    place_TP1 = F.pad(place_TP, (0, 1), value=-1).long()
+    row_TK = place_TP1.gather(1, _owner(ids_TK, num_experts, place_TP.shape[1]))
+    return y_TD.to(message_SW.dtype), weights_SK[row_TK, torch.arange(K, device=row_TK.device)]
+
+
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ test_mutants.py distorts what flows through a tap and expects the check to fail;
 import functools
 import inspect
 
+import test_exchange
 import test_expert
 import test_gemm
 import test_head
@@ -46,6 +47,10 @@ def _movement(check, form):
 
 def _expert_mlp(impl, case, dtype, device):
     test_expert.check_expert_mlp(impl, case, dtype, device, biases=test_expert.BIASES)
+
+
+def _exchange_plan(impl, case, dtype, device):
+    test_exchange.check_plan(impl, case.ids(device), case.shape.E, case.shape.E)
 
 
 def _logits(case, dtype, device):
@@ -103,6 +108,10 @@ CHECKS = {  # op -> check(impl, case, dtype, device)
     "grouped_gemm_wgrad": test_gemm.check_grouped_gemm_wgrad,
     "activation": lambda impl, case, dtype, device: test_gemm.check_activation(impl, "swiglu", dtype, device),
     "expert_mlp": _expert_mlp,
+    "exchange_plan": _exchange_plan,
+    "exchange_pack": test_exchange.check_pack,
+    "exchange_unpack": test_exchange.check_unpack,
+    "exchange_combine": test_exchange.check_combine,
     "router": _router,
     "capacity_drop": _capacity_drop,
     "balance_counts": _balance,

@@ -6,6 +6,13 @@ Bad input raises RuntimeError naming op, argument, got and wanted. The functions
 ops below them, and all indices and bins, want it contiguous.
 """
 
+from moe_ext.ops.exchange import (
+    ExchangePlan,
+    exchange_combine,
+    exchange_pack,
+    exchange_plan,
+    exchange_unpack,
+)
 from moe_ext.ops.expert import activation, expert_mlp, grouped_gemm, grouped_gemm_wgrad
 from moe_ext.ops.head import linear_cross_entropy
 from moe_ext.ops.index import (
@@ -33,6 +40,7 @@ from moe_ext.ops.route import (
 )
 
 __all__ = [
+    "ExchangePlan",
     "RouteIndex",
     "activation",
     "balance_counts",
@@ -41,6 +49,10 @@ __all__ = [
     "binned_scatter",
     "capacity_drop",
     "dropout",
+    "exchange_combine",
+    "exchange_pack",
+    "exchange_plan",
+    "exchange_unpack",
     "exclusive_cumsum",
     "expert_mlp",
     "gather",
