@@ -17,6 +17,7 @@ Prints Markdown, writes benchmarks/results/<cpu>-<commit>.json.
 
 import json
 import operator
+import os
 import platform
 import re
 import statistics
@@ -27,7 +28,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 import moe_ext
 from moe_ext import ops
@@ -53,7 +53,7 @@ def sort_copies(ids_TK, E):
     """-> order_N, inverse_N, counts_E."""
     order_N = ids_TK.flatten().argsort(stable=True)
     inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(len(order_N))
+    inverse_N[order_N] = torch.arange(len(order_N), device=ids_TK.device)
     return order_N, inverse_N, torch.bincount(ids_TK.flatten(), minlength=E)
 
 
@@ -219,14 +219,19 @@ def print_movement(lines):
         print(f"| {l['op']} | {l['dtype']} | {l['threads']} | {l['gb_per_s']:.1f} | {l['of_copy']:.2f} |")
 
 
+def commit():
+    """Of the working tree, or what COMMIT says where that has no git; "unknown" without either."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return git.stdout.strip() or os.environ.get("COMMIT") or "unknown"
+
+
 def machine():
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         **moe_ext._C.versions(),
-        "commit": commit.strip(),
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -271,4 +276,6 @@ def main(
 
 
 if __name__ == "__main__":
+    import tyro  # not above: benchmarks.gpu, which imports this file, runs without it
+
     tyro.cli(main)

@@ -39,13 +39,14 @@ def balanced(T, K, E, generator):
 
 def random(T, K, E, generator):
     """K different experts, drawn uniformly."""
-    return _largest(torch.rand(T, E, generator=generator), K)
+    return _largest(torch.rand(T, E, generator=generator, device=generator.device), K)
 
 
 def skewed(T, K, E, generator):
     """K different experts, drawn by Zipf's law: expert e has probability ~ 1/(e+1) (Gumbel top-k)."""
-    gumbel_TE = -torch.rand(T, E, generator=generator).clamp(min=1e-9).log().neg().log()
-    return _largest(gumbel_TE - torch.arange(1, E + 1).log(), K)
+    uniform_TE = torch.rand(T, E, generator=generator, device=generator.device)
+    gumbel_TE = -uniform_TE.clamp(min=1e-9).log().neg().log()
+    return _largest(gumbel_TE - torch.arange(1, E + 1, device=generator.device).log(), K)
 
 
 def one_takes_all(T, K, E, generator):

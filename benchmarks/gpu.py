@@ -1,0 +1,463 @@
+"""The ops on a GPU beside torch's own: `make gpu PART=bench`, or python -m benchmarks.gpu --help.
+
+Grouped GEMM, each of its three forms alone (bf16, the up and the down projection of a layer), against
+  bmm          cuBLAS batched on equal shares: the same FLOPs without raggedness; mm: one product of the same FLOPs
+  grouped-mm   torch.nn.functional.grouped_mm          loop   one torch.mm per expert, counts already on the host
+Layer: route_index + expert_mlp (SwiGLU), forward and forward + backward, against
+  bound        bmm, activation, bmm and a sum over K on equal shares: no routing at all
+  grouped-mm, loop    as in benchmarks/ops.py
+Movement: share of the bandwidth of a copy of the expert rows, rows counted once for each copy read or written.
+Other ops: against the same in plain torch.
+
+FLOPs: 2*R*I*O of a product; 6*T*K*D*F of a layer's forward and 12 of its backward. Roofline: the larger of FLOPs over
+the card's dense peak and least bytes over the copy bandwidth of this run. Routings: balanced (shuffled), and Zipf's law
+with its few large experts; drawn anew every round. Each round, every contender runs once on the same routing, after 256
+MB of writes that empty the L2 cache and let the host run ahead; times are CUDA events, medians over the rounds.
+
+Prints Markdown, and writes it with the figures to benchmarks/results/<device>-<commit>.{md,json} after every section.
+--dry runs all of it on tiny shapes on the CPU, where times mean nothing.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import moe_ext
+from benchmarks.ops import commit, grouped_mm, ours, sorted_mm, swiglu
+from moe_ext import ops
+from tests.cases import Shape, balanced, skewed
+
+SHAPES = {  # T, d, h, E, k
+    "seed": Shape(2048, 768, 3072, 4, 2),
+    "sonic-7b-256": Shape(24576, 1536, 256, 128, 8),
+    "sonic-7b-512": Shape(24576, 1536, 512, 64, 4),
+    "sonic-7b-1024": Shape(24576, 1536, 1024, 32, 2),
+    "sonic-30b-256": Shape(32768, 4096, 256, 256, 16),
+    "sonic-30b-512": Shape(32768, 4096, 512, 128, 8),
+    "sonic-30b-1024": Shape(32768, 4096, 1024, 64, 4),
+    "qwen3-30b-8k": Shape(8192, 2048, 768, 128, 8),
+    "qwen3-30b-32k": Shape(32768, 2048, 768, 128, 8),
+    "olmoe": Shape(32768, 2048, 1024, 64, 8),
+    "mixtral": Shape(8192, 4096, 14336, 8, 2),
+}
+DRY_SHAPES = {"dry": Shape(64, 32, 48, 4, 2)}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PEAKS = {  # dense FLOP/s by a part of the card's name: of two-byte floats, of fp32
+    "H100 PCIe": (756e12, 51e12), "H100": (989e12, 67e12), "H200": (989e12, 67e12), "A100": (312e12, 19.5e12),
+}  # fmt: skip
+
+
+def shuffled(T, K, E, generator):
+    """Equal shares, in another order every time."""
+    order_T = torch.randperm(T, generator=generator, device=generator.device)
+    return balanced(T, K, E, generator).to(generator.device)[order_T]
+
+
+ROUTINGS = {"balanced": shuffled, "zipf": skewed}
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """What every section needs: the device, its clock and random numbers, and the report that they fill."""
+
+    def __init__(self, options):
+        self.device = torch.device("cpu" if options.dry else "cuda")
+        self.dtype, self.seconds = DTYPES[options.dtype], options.seconds
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.scratch = torch.empty(1 if options.dry else 256 << 20, dtype=torch.uint8, device=self.device)
+        self.name = "dry run" if options.dry else torch.cuda.get_device_name()
+        two, four = next((peaks for part, peaks in PEAKS.items() if part in self.name), (None, None))
+        self.peak_flops = four if self.dtype == torch.float32 else two
+        self.report = {
+            "device": self.name, "commit": commit(), "torch": torch.__version__, "python": platform.python_version(),
+            "dtype": options.dtype, "gpu": gpu_state(), "gemm": [], "layer": [], "movement": [], "other": [],
+        }  # fmt: skip
+        self.copy_bandwidth = self.state = None
+
+    def warm_up(self):
+        """Two seconds of dense products: the clocks of sustained load."""
+        if self.device.type == "cuda":
+            a, begin = self.randn(4096, 4096), time.perf_counter()
+            while time.perf_counter() - begin < 2:
+                for _ in range(20):
+                    a @ a
+                self.wait()
+
+    def randn(self, *size, scale=1.0, grad=False):
+        x = torch.randn(*size, generator=self.generator, device=self.device, dtype=self.dtype)
+        return (x * scale).requires_grad_(grad)
+
+    def stamp(self):
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed(self, start, end):
+        """Seconds; all work is done."""
+        return end - start if self.device.type == "cpu" else start.elapsed_time(end) / 1e3
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def race(self, contenders, draw, alike):
+        """Median seconds of each contender, and of those that fail, why.
+
+        contenders: {name: function of what draw() returns}, "ours" first; a round calls draw once. alike: names whose
+        result must be that of "ours"; the first round, which warms up, compares them.
+        """
+        failed, times, want = {}, {name: [] for name in contenders}, None
+        begin, rounds = time.perf_counter(), 0
+        while rounds < 3 or (time.perf_counter() - begin < self.seconds and rounds < 200):
+            drawn, stamps = draw(), {}
+            self.wait()
+            for name, function in contenders.items():
+                if name in failed:
+                    continue
+                try:
+                    self.scratch.zero_()
+                    start = self.stamp()
+                    result = function(drawn)
+                    stamps[name] = start, self.stamp()
+                    if rounds == 0 and name == "ours":
+                        want = result
+                    elif rounds == 0 and name in alike and not alike_enough(result, want):
+                        failed[name] = "its result is another than ours"
+                except (RuntimeError, ValueError, TypeError) as error:      # out of memory, or not taken by torch
+                    failed[name] = str(error).splitlines()[0][:200]
+                result = None
+            self.wait()
+            for name, (start, end) in stamps.items():
+                times[name].append(self.elapsed(start, end))
+            want, rounds = None, rounds + 1
+        return {name: statistics.median(took[1:]) for name, took in times.items() if name not in failed}, failed
+
+    def line(self, section, head, seconds, failed, work, **more):
+        """Adds one line to a section. work: FLOPs and least bytes of one call."""
+        flops, size = work
+        line = {**head, "ms": {name: 1e3 * s for name, s in seconds.items()}, "failed": failed, **more}
+        line["gpu"] = self.state
+        if "ours" in seconds:
+            least = [size / self.copy_bandwidth] if self.copy_bandwidth else []
+            least += [flops / self.peak_flops] if self.peak_flops else []
+            line["tflops"], line["gbps"] = flops / seconds["ours"] / 1e12, size / seconds["ours"] / 1e9
+            line["roofline"] = max(least) / seconds["ours"] if least else None
+            line["ratio"] = {name: s / seconds["ours"] for name, s in seconds.items() if name != "ours"}
+        self.report[section].append(line)
+
+
+def alike_enough(got, want):
+    got, want = (r if isinstance(r, tuple) else (r,) for r in (got, want))
+    return all((g - w).float().norm() <= 0.03 * w.float().norm() for g, w in zip(got, want, strict=True))
+
+
+def gpu_state():
+    """Clocks, watts, heat and driver, as nvidia-smi has them; None without it."""
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
+    try:
+        done = subprocess.run(["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader"],
+                              capture_output=True, text=True, timeout=20)  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+# ---- grouped GEMM ----------------------------------------------------------------------------------------------------
+
+
+def loop_forward(x_RI, w_EIO, counts):
+    y_RO = torch.empty(len(x_RI), w_EIO.shape[2], dtype=x_RI.dtype, device=x_RI.device)
+    for x, w, y in zip(x_RI.split(counts), w_EIO, y_RO.split(counts), strict=True):
+        torch.mm(x, w, out=y)
+    return y_RO
+
+
+def loop_wgrad(x_RI, dy_RO, counts):
+    dw_EIO = torch.empty(len(counts), x_RI.shape[1], dy_RO.shape[1], dtype=x_RI.dtype, device=x_RI.device)
+    for x, dy, dw in zip(x_RI.split(counts), dy_RO.split(counts), dw_EIO, strict=True):
+        torch.mm(x.T, dy, out=dw)
+    return dw_EIO
+
+
+def bench_gemm(bench, name, shape, routing):
+    T, D, width, E, K = shape
+    for projection, I, O in (("up", D, 2 * width), ("down", width, D)):
+        R = T * K
+        x_RI, dy_RO = bench.randn(R, I), bench.randn(R, O)
+        w_EOI = bench.randn(E, O, I, scale=I**-0.5)     # as a layer keeps it
+        w_EIO = w_EOI.transpose(1, 2)
+        share = R // E * E
+        x_ECI, dy_ECO = (t[:share].view(E, R // E, -1) for t in (x_RI, dy_RO))
+        forms = {
+            "forward": {
+                "ours": lambda r, x=x_RI, w=w_EIO: ops.grouped_gemm(x, w, r.bins_E),
+                "bmm": lambda r, x=x_ECI, w=w_EIO: torch.bmm(x, w),
+                "mm": lambda r, x=x_RI, w=w_EIO: x @ w[0],
+                "grouped-mm": lambda r, x=x_RI, w=w_EIO: F.grouped_mm(x, w, offs=r.bins_E),
+                "loop": lambda r, x=x_RI, w=w_EIO: loop_forward(x, w, r.counts),
+            },
+            "dgrad": {
+                "ours": lambda r, dy=dy_RO, w=w_EOI: ops.grouped_gemm(dy, w, r.bins_E),
+                "bmm": lambda r, dy=dy_ECO, w=w_EOI: torch.bmm(dy, w),
+                "mm": lambda r, dy=dy_RO, w=w_EOI: dy @ w[0],
+                "grouped-mm": lambda r, dy=dy_RO, w=w_EOI: F.grouped_mm(dy, w, offs=r.bins_E),
+                "loop": lambda r, dy=dy_RO, w=w_EOI: loop_forward(dy, w, r.counts),
+            },
+            "wgrad": {
+                "ours": lambda r, x=x_RI, dy=dy_RO: ops.grouped_gemm_wgrad(x, dy, r.bins_E),
+                "bmm": lambda r, x=x_ECI, dy=dy_ECO: torch.bmm(x.transpose(1, 2), dy),
+                "mm": lambda r, x=x_RI, dy=dy_RO: x.T @ dy,
+                "grouped-mm": lambda r, x=x_RI, dy=dy_RO: F.grouped_mm(x.T, dy, offs=r.bins_E),
+                "loop": lambda r, x=x_RI, dy=dy_RO: loop_wgrad(x, dy, r.counts),
+            },
+        }
+        work = 2 * R * I * O, (R * I + E * I * O + R * O) * bench.dtype.itemsize
+        for form, contenders in forms.items():
+            seconds, failed = bench.race(contenders, Routed(bench, shape, routing), {"grouped-mm", "loop"})
+            head = dict(shape=name, **shape._asdict(), projection=projection, form=form, routing=routing, rows=R)
+            bench.line("gemm", head, seconds, failed, work)
+
+
+class Routed:
+    """Draws a routing: ids_TK, index, inclusive bins_E and their counts on the host."""
+
+    def __init__(self, bench, shape, routing):
+        self.bench, self.shape, self.routing = bench, shape, ROUTINGS[routing]
+
+    def __call__(self):
+        T, _, _, E, K = self.shape
+        self.ids_TK = self.routing(T, K, E, self.bench.generator)
+        self.index = ops.route_index(self.ids_TK, E)
+        self.bins_E, self.counts = self.index.bins_E, self.index.counts_E.tolist()
+        return self
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+
+def bound(x_ECD, w13_E2FD, w2_EDF, weights_TK):
+    """The layer's arithmetic on equal shares: what no routing can beat with these products."""
+    E, C, D = x_ECD.shape
+    K = weights_TK.shape[1]
+    a_NF = swiglu(torch.bmm(x_ECD, w13_E2FD.transpose(1, 2)).flatten(0, 1))
+    y_ECD = torch.bmm(a_NF.view(E, C, -1), w2_EDF.transpose(1, 2))
+    return (y_ECD.view(-1, K, D) * weights_TK[: E * C // K, :, None]).sum(1)
+
+
+def bench_layer(bench, name, shape, routing, backward):
+    T, D, width, E, K = shape
+    x_TD, weights_TK = bench.randn(T, D, grad=backward), bench.randn(T, K, grad=backward)
+    w13, w2 = bench.randn(E, 2 * width, D, scale=D**-0.5), bench.randn(E, D, width, scale=width**-0.5)
+    C = T * K // E // K * K
+    x_ECD = bench.randn(E, C, D, grad=backward)
+    leaves = [x_TD, weights_TK, w13.requires_grad_(backward), w2.requires_grad_(backward), x_ECD]
+    dy_TD = bench.randn(T, D)
+
+    def step(forward):
+        for leaf in leaves:
+            leaf.grad = None
+        y_TD = forward()
+        if not backward:
+            return y_TD
+        y_TD.backward(dy_TD[: len(y_TD)])
+        return y_TD.detach(), x_TD.grad
+
+    def routed(layer):
+        return lambda r: step(lambda: layer(x_TD, w13, w2, weights_TK, r.ids_TK, E))
+
+    contenders = {"ours": routed(ours), "bound": lambda r: step(lambda: bound(x_ECD, w13, w2, weights_TK)),
+                  "grouped-mm": routed(on_long_ids(grouped_mm)), "loop": routed(on_long_ids(sorted_mm))}  # fmt: skip
+    seconds, failed = bench.race(contenders, Routed(bench, shape, routing), {"grouped-mm", "loop"})
+    N, size = T * K, bench.dtype.itemsize
+    work = 6 * N * D * width * (3 if backward else 1), size * (2 * T * D + 3 * E * D * width + 2 * N * width)
+    head = dict(shape=name, **shape._asdict(), routing=routing)
+    bench.line("layer", head | {"pass": "F+B" if backward else "F"}, seconds, failed, work)
+
+
+def on_long_ids(layer):
+    return lambda x, w13, w2, weights, ids_TK, E: layer(x, w13, w2, weights, ids_TK.long(), E)
+
+
+# ---- movement and the rest -------------------------------------------------------------------------------------------
+
+
+def bench_movement(bench, shape):
+    T, D, _, E, K = shape
+    N = T * K
+    x_TD, x_ND = bench.randn(T, D, grad=True), bench.randn(N, D, grad=True)
+    weights_N, dy_ND, dy_TD = bench.randn(N, grad=True), bench.randn(N, D), bench.randn(T, D)
+    spare_ND = torch.empty_like(dy_ND)
+
+    def gather(r):
+        return ops.gather(x_TD, r.index.order_N, None, r.bins_E, K)
+
+    def scatter(r):
+        return ops.scatter(x_ND, r.index.order_N, None, weights_N, r.bins_E, K)
+
+    draw = Routed(bench, shape, "balanced")
+
+    def drawn_with(forward):
+        def call():
+            r = draw()
+            r.y = forward(r)
+            return r
+
+        return call
+
+    runs = {  # rows that are read and written, the call, what is drawn before
+        "copy": (2 * N, lambda r: spare_ND.copy_(dy_ND), draw),
+        "gather": (2 * N, gather, draw),
+        "gather backward": (N + T, lambda r: torch.autograd.grad(r.y, x_TD, dy_ND), drawn_with(gather)),
+        "scatter": (N + T, scatter, draw),
+        "scatter backward": (
+            2 * N + (N + T), lambda r: torch.autograd.grad(r.y, (x_ND, weights_N), dy_TD), drawn_with(scatter)
+        ),
+    }  # fmt: skip
+    for name, (rows, call, drawn) in runs.items():
+        seconds, failed = bench.race({"ours": call}, drawn, set())
+        size = rows * D * bench.dtype.itemsize
+        if name == "copy" and seconds:
+            bench.copy_bandwidth = size / seconds["ours"]
+        bench.line("movement", dict(op=name, T=T, D=D, K=K, E=E), seconds, failed, (0, size))
+
+
+def torch_router(logits_TE, K):
+    weights_TK, ids_TK = logits_TE.softmax(1).topk(K)
+    return weights_TK / weights_TK.sum(1, keepdim=True), ids_TK
+
+
+def bench_other(bench, shape, vocabulary):
+    T, D, _, E, K = shape
+    logits_TE = torch.randn(T, E, generator=bench.generator, device=bench.device)
+    rows = min(T, 8192)
+    x_TD, w_VD = bench.randn(rows, D, grad=True), bench.randn(vocabulary, D, scale=D**-0.5, grad=True)
+    targets_T = torch.randint(vocabulary, (rows,), generator=bench.generator, device=bench.device)
+
+    def head(loss):
+        return torch.autograd.grad(loss, (x_TD, w_VD))
+
+    runs = {
+        "router": (
+            lambda r: ops.router(logits_TE, K, norm_p=1.0)[0], lambda r: torch_router(logits_TE, K)[0],
+            (0, 2 * logits_TE.numel() * 4),
+        ),
+        "route_index": (
+            lambda r: ops.route_index(r.ids_TK, E).order_N.long(),
+            lambda r: r.ids_TK.flatten().argsort(stable=True), (0, 4 * T * K * 4),
+        ),
+        "linear + cross-entropy, F+B": (
+            lambda r: head(ops.linear_cross_entropy(x_TD, w_VD, targets_T)),
+            lambda r: head(F.cross_entropy((x_TD @ w_VD.T).float(), targets_T, reduction="sum")),
+            (6 * rows * D * vocabulary, 3 * bench.dtype.itemsize * (rows * D + vocabulary * D)),
+        ),
+    }  # fmt: skip
+    for name, (ours_, torch_, work) in runs.items():
+        seconds, failed = bench.race({"ours": ours_, "torch": torch_}, Routed(bench, shape, "balanced"), {"torch"})
+        bench.line("other", dict(op=name, T=T, D=D, K=K, E=E), seconds, failed, work)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+COLUMNS = {  # section -> columns of its head, and peers
+    "gemm": (["shape", "projection", "form", "routing"], ["bmm", "mm", "grouped-mm", "loop"]),
+    "layer": (["shape", "pass", "routing"], ["bound", "grouped-mm", "loop"]),
+    "movement": (["op", "T", "D", "K"], []),
+    "other": (["op", "T", "E", "K"], ["torch"]),
+}
+
+
+def cell(line, key, name, digits):
+    return f"{line[key][name]:.{digits}f}" if name in line.get(key, {}) else "-"
+
+
+def share(line):
+    return "-" if line.get("roofline") is None else f"{line['roofline']:.2f}"
+
+
+def markdown(report):
+    """One table per section. A ratio is their time over ours: above 1 we are faster."""
+    text = f"# {report['device']}, commit {report['commit']}\n\ntorch {report['torch']}, {report['dtype']}; "
+    text += f"clocks, power, heat and driver before: {report['gpu']}\n"
+    for section, (head, peers) in COLUMNS.items():
+        titles = [*head, "ms", "TFLOP/s", "GB/s", "of roofline", *(f"x {peer}" for peer in peers)]
+        text += f"\n## {section}\n\n| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|\n"
+        for line in report[section]:
+            cells = [str(line[key]) for key in head] + [cell(line, "ms", "ours", 3)]
+            cells += [f"{line.get(key, 0):.0f}" for key in ("tflops", "gbps")] + [share(line)]
+            text += f"| {' | '.join([*cells, *(cell(line, 'ratio', peer, 2) for peer in peers)])} |\n"
+        for line in report[section]:
+            for name, why in line["failed"].items():
+                text += f"\n{' '.join(str(line[key]) for key in head)}: {name} did not run ({why})\n"
+    return text
+
+
+def write(report, out):
+    out.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
+        (out / f"{device}-{report['commit']}{suffix}").write_text(text)
+    return out / f"{device}-{report['commit']}.json"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--sections", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of rounds per line")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: tries the code, measures nothing")
+    options = parser.parse_args(arguments)
+    if options.dry:
+        options.seconds = 0
+    elif not moe_ext.has_cuda():
+        sys.exit(f"error: no GPU to measure: {moe_ext._C.cuda() or 'torch sees no CUDA device'}. Hint: --dry")
+    bench = Bench(options)
+    shapes = DRY_SHAPES if options.dry else {name: SHAPES[name] for name in options.shapes}
+    widest = max(shapes.values(), key=lambda shape: shape.T * shape.d)
+    jobs = [("movement", functools.partial(bench_movement, bench, widest))]     # first: it measures the bandwidth
+    jobs += [("other", functools.partial(bench_other, bench, widest, 96 if options.dry else 128256))]
+    for name, shape in shapes.items():
+        for routing in options.routings:
+            jobs += [("gemm", functools.partial(bench_gemm, bench, name, shape, routing))]
+            jobs += [("layer", functools.partial(bench_layer, bench, name, shape, routing, backward))
+                     for backward in (False, True)]  # fmt: skip
+    errors = []
+    bench.warm_up()
+    for section, job in jobs:
+        if section in options.sections or section == "movement":
+            bench.state = gpu_state()
+            try:
+                job()
+            except RuntimeError as error:       # out of memory before the race
+                errors.append(f"{section}: {error}")
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+            path = write(bench.report, options.out)
+    print(markdown(bench.report))
+    print(path)
+    lines = [line for section in COLUMNS for line in bench.report[section]]
+    errors += [f"{line}" for line in lines if "ours" in line["failed"]]
+    errors += [f"{line}" for line in lines if "its result is another than ours" in line["failed"].values()]
+    if errors:
+        sys.exit("error: " + "\nerror: ".join(errors))
+
+
+if __name__ == "__main__":
+    main()
