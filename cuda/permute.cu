@@ -6,10 +6,10 @@
 // The backward of gather is scatter without weights; that of scatter is gather of dy with weights, and dweights.
 //
 // gather and scatter have the bits of the C core: without weights a row is moved as bytes; a sum runs in slot order,
-// fused, in float, and is rounded once. A dot product is summed by one warp, in an order that D alone decides. Rows move
-// in packs of 16 bytes, or of the largest 8, 4 or 2 that divides the rows and their addresses.
-// Bins that decrease, leave the rows or do not hold their copies: MOE_BAD_BINS at the expert. An entry of order_N that is
-// no flat id: MOE_BAD_INDEX at its position, and its row is zeros (gather does not read those that capacity drops).
+// fused, in float, and is rounded once. A dot product is summed by one warp, in an order that D alone decides. Rows
+// move in packs of 16 bytes, or of the largest 8, 4 or 2 that divides the rows and their addresses.
+// Bins that decrease, leave the rows or do not hold their copies: MOE_BAD_BINS at the expert. An entry of order_N that
+// is no flat id: MOE_BAD_INDEX at its position, and nobody's row (gather does not read those that capacity drops).
 // Limits: N fits in int32, K <= MOE_MAX_EXPERTS.
 #include <type_traits>
 
