@@ -1,5 +1,5 @@
-// acts.h: the value and the derivative of one activation of one number: the same code, and so the same bits in float, in
-// C and in CUDA.
+// acts.h: the value and the derivative of one activation of one number: the same code, and so in float the same bits,
+// in C and in CUDA.
 //
 //   silu       x s                    s + x s (1 - s)                  s = 1 / (1 + e^-x)
 //   gelu       x P                    P + x p                          P, p: normal distribution and density
