@@ -1,8 +1,10 @@
 """Movement in its three forms: plain, padded and binned. Copies are bitwise, weighted sums obey the tolerance rule."""
 
+import mmap
+
 import pytest
 import torch
-from cases import CASES, SMALLEST
+from cases import CASES, SMALLEST, Case, Shape
 from compare import against_reference, gradcheck, same
 from drawn import drawn_case
 from hypothesis import given, settings
@@ -142,3 +144,57 @@ def test_strided_rows_are_copied_right(device):
     same(layout.gather(ops, x_TD), layout.gather(reference, x_TD))
     x_PD = case.randn(layout.P, 2 * case.shape.d, salt=2, dtype=torch.float32, device=device)[:, ::2]
     same(layout.scatter(ops, x_PD, None), layout.scatter(reference, x_PD.contiguous(), None))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("D", [2049, 8300])
+def test_rows_wider_than_a_block(form, D, dtype, device):
+    case = Case("wide", Shape(4, D, 8, 3, 2), "some_absent")
+    check_gather(ops, form, case, dtype, device)
+    check_scatter(ops, form, case, dtype, device)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_rows_at_any_address(offset, dtype, device):
+    """Bit for bit what they give at an aligned address, gradients too."""
+    case = CASES[0]
+    layout = Layout("plain", case, device)
+
+    def moved(x):
+        buffer = x.new_empty(offset + x.numel())
+        return buffer[offset:].view(x.shape).copy_(x)
+
+    def results(x_TD, x_PD, dy_TD):
+        weights_N = case.randn(layout.P, salt=3, dtype=dtype, device=device).requires_grad_()
+        y_TD = layout.scatter(ops, x_PD.requires_grad_(), weights_N)
+        return layout.gather(ops, x_TD), y_TD, *torch.autograd.grad(y_TD, [x_PD, weights_N], dy_TD)
+
+    x = [case.randn(n, case.shape.d, salt=n, dtype=dtype, device=device) for n in (layout.T, layout.P, layout.T)]
+    for got, want in zip(results(*map(moved, x)), results(*x), strict=True):
+        same(got, want)
+
+
+def far_rows(P, D, device):
+    """[P,D] of bfloat16 that takes no memory but for the rows that are touched (on a GPU it does)."""
+    if device == "cuda":
+        return torch.empty(P, D, dtype=torch.bfloat16, device=device)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, 2 * P * D, flags=flags), dtype=torch.bfloat16).view(P, D)
+
+
+def test_more_elements_than_32_bits_count(device):
+    P, D = 2**22 + 2, 1024
+    want_TD = torch.randn(4, D).bfloat16().to(device)
+    index = reference.route_index(torch.tensor([[1], [0], [1], [0]], dtype=torch.int32, device=device), 2)
+    x_PD, padded_bins = far_rows(P, D, device), torch.tensor([2**22, P], dtype=torch.int32, device=device)
+    rows = [2**22, 0, 2**22 + 1, 1]
+    x_PD[rows] = want_TD
+    weights_N = torch.ones(4, device=device, requires_grad=True)
+    y_TD = ops.padded_scatter(x_PD, index.order_N, None, weights_N, index.bins_E, padded_bins, 1)
+    same(y_TD.detach(), want_TD)
+    (dweights_N,) = torch.autograd.grad(y_TD, weights_N, want_TD)
+    torch.testing.assert_close(dweights_N, want_TD.float().square().sum(1))
+    order_N = torch.full((P,), -1, dtype=torch.int32, device=device)
+    order_N[:4] = torch.tensor(rows, dtype=torch.int32)
+    bins_E = torch.tensor([4], dtype=torch.int32, device=device)
+    same(ops.binned_gather(x_PD, order_N, bins_E, 4, 1)[0], want_TD)

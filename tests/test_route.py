@@ -124,6 +124,17 @@ def test_capacity_keeps_the_first_or_the_likeliest(device):
     assert kept.tolist() == [[-1, 1], [0, 2], [-1, 1], [0, 2]], "0.8, then the first 0.7"
 
 
+@pytest.mark.parametrize("rows_per_scope", [None, 350], ids=str)
+@pytest.mark.parametrize("E", [5, 40])
+def test_capacity_drop_in_long_scopes(rows_per_scope, E, device):
+    ids_TK = torch.randint(-1, E, (700, 3), dtype=torch.int32, device=device)
+    priorities = torch.randn(700, 3), torch.randint(-2, 3, (700, 3)) * torch.tensor([1.0, -0.5, 1e-40])  # zeros of both
+    for capacity in (1, 700 * 3 // E // 2, 700 * 3 // E):
+        check_capacity_drop(ops, ids_TK, E, capacity, rows_per_scope)
+        for priority_TK in priorities:
+            check_capacity_drop(ops, ids_TK, E, capacity, rows_per_scope, priority_TK.to(device))
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +155,14 @@ def check_z_loss(impl, logits_TE):
 def test_balance_loss(form, rows_per_scope, routing, dtype, device):
     ids_TK = ROUTINGS[routing](24, 2, 6, torch.Generator().manual_seed(0)).to(device)
     check_balance(ops, ids_TK, logits_of(24, 6, dtype, device).softmax(1), rows_per_scope, form)
+
+
+@pytest.mark.parametrize("form", ["switch", "mse"])
+@pytest.mark.parametrize("size", [(10000, 6, 5000), (600, 300, 300)], ids=str)
+def test_balance_loss_of_long_scopes(form, size, dtype, device):
+    T, E, rows_per_scope = size
+    ids_TK = ROUTINGS["random"](T, 2, E, torch.Generator().manual_seed(0)).to(device)
+    check_balance(ops, ids_TK, logits_of(T, E, dtype, device).softmax(1), rows_per_scope, form)
 
 
 def test_balance_loss_of_known_routings(device):
