@@ -109,6 +109,7 @@ struct Door {
         int64_t position = -1;
         const int status = cuda->verdict(wait, &said_by, &position, stream);
         if (status == MOE_CUDA_FAILED) fail(cuda->error());
+        if (status == MOE_PEER_SILENT) fail("rank ", position, " did not answer an exchange in time. Is it alive?");
         if (status != MOE_OK)
             fail(moe_status_text(status), ", at flat position ", position, " of an earlier ", said_by,
                  " on this device. Hint: MOE_CHECK=1 in the environment raises at the call itself");

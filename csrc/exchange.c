@@ -1,16 +1,17 @@
 // exchange.c: which token goes to which rank, and the messages that carry it there and back.
 //
 // E experts live on P ranks, E/P on each: expert e is local expert e mod E/P of rank e / (E/P). A token is sent ONCE to
-// each rank that owns one of its experts, with its K local ids (-1: elsewhere) and weights in the same message; the rank
-// returns one row, already weighted and summed over its experts; the source adds at most min(P,K) rows in rank order.
+// each rank that owns one of its experts, with its K local ids (-1: elsewhere) and weights in the same message; the
+// rank returns one row, already weighted and summed over its experts; the source adds at most min(P,K) rows in rank
+// order.
 //
 //   plan      send_S  = the pairs (token t, rank p) as t*P + p, by rank, then by token      place_TP = its inverse
 //   pack      row s   = x[t], local ids of t at p, weights[t]                               of send[s] = t*P + p
 //   unpack    x, ids, weights = the parts of each row received
 //   combine   y[t]    = sum over p of row place[t,p]                 weights[t,k] = row place[t, owner of k].weights[k]
 // One plan serves four messages: dispatch forward packs x with ids and weights; combine forward sends rows as they are;
-// the backward of combine packs dy alone; the backward of dispatch packs dx with dweights (row r for row r) and combines
-// them. Limits: T*P fits int32, P and K <= MOE_MAX_EXPERTS.
+// the backward of combine packs dy alone; the backward of dispatch packs dx with dweights (row r for row r) and
+// combines them. Limits: T*P fits int32, P and K <= MOE_MAX_EXPERTS.
 #include "kernels.h"
 #include "message.h"
 #include <string.h>

@@ -8,6 +8,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "door.hpp"
 
@@ -579,6 +580,92 @@ void check(In like) {
     if (door.cuda) door.read_verdict(true);
 }
 
+// ---- wires: the transports of cuda/api.h, in a library of ops of their own ------------------------------------------
+// A wire is an int64, the address of what open made. The first argument says which device's wire it is.
+
+void enter_wire(Door &door, In like) {
+    door.enter(like);
+    if (!door.cuda) door.fail("this transport moves CUDA tensors, got one on ", door.place->text(),
+                              ". Hint: TorchTransport");
+}
+moe_wire *wire_at(int64_t wire) { return reinterpret_cast<moe_wire *>(static_cast<intptr_t>(wire)); }
+
+Tensor on_host(int dtype, int64_t rows, int64_t cols) {
+    return empty(torch::stable::full({0}, 0), dtype, {rows, cols});
+}
+
+Tensor nccl_id(In like) {
+    Door door{"nccl_id"};
+    enter_wire(door, like);
+    Tensor id = on_host(MOE_I64, 1, MOE_NCCL_ID_BYTES / 8);
+    door.done(door.cuda->nccl_id(id.data_ptr()));
+    return id;
+}
+
+int64_t nccl_open(In like, In id, int64_t ranks, int64_t rank, double seconds) {
+    Door door{"nccl_open"}, host{"nccl_open"};
+    enter_wire(door, like);
+    Dim one{"1", 1}, words{"16", MOE_NCCL_ID_BYTES / 8};
+    const void *name = host.in("id", id, only(MOE_I64), {&one, &words});
+    moe_wire *wire = nullptr;
+    door.done(door.cuda->nccl_open(name, static_cast<int>(ranks), static_cast<int>(rank), seconds, &wire),
+              "wanted 0 <= rank=", rank, " < ranks=", ranks, " and seconds=", seconds, " > 0");
+    return static_cast<int64_t>(reinterpret_cast<intptr_t>(wire));
+}
+
+std::tuple<int64_t, Tensor> window_open(In like, int64_t ranks, int64_t rank, int64_t bytes, double seconds) {
+    Door door{"window_open"};
+    enter_wire(door, like);
+    Tensor handle = on_host(MOE_I64, 1, MOE_WINDOW_HANDLE_BYTES / 8);
+    moe_wire *wire = nullptr;
+    door.done(door.cuda->window_open(static_cast<int>(ranks), static_cast<int>(rank), bytes, seconds, handle.data_ptr(),
+                                     &wire),
+              "wanted 0 <= rank=", rank, " < ranks=", ranks, ", bytes=", bytes, " >= 0 and seconds=", seconds, " > 0");
+    return {static_cast<int64_t>(reinterpret_cast<intptr_t>(wire)), handle};
+}
+
+void wire_join(In like, int64_t wire, In handles) {
+    Door door{"wire_join"}, host{"wire_join"};
+    enter_wire(door, like);
+    Dim P{"P"}, words{"8", MOE_WINDOW_HANDLE_BYTES / 8};
+    const void *handles_P = host.in("handles", handles, only(MOE_I64), {&P, &words});
+    door.done(wire_at(wire)->join(handles_P));
+}
+
+// -> [ranks, n] on the host.
+Tensor wire_counts(In mine, int64_t wire, int64_t ranks) {
+    Door door{"wire_counts"};
+    Dim n{"n"};
+    enter_wire(door, mine);
+    auto *mine_n = door.i32("mine", mine, {&n});
+    Tensor all = on_host(MOE_I32, ranks, n);
+    door.done(wire_at(wire)->counts(n, mine_n, i32(all), door.stream));
+    return all;
+}
+
+// bytes: [ranks, ranks], from row p to rank q. -> `rows` rows like those of `sent`.
+Tensor wire_rows(In sent, int64_t wire, std::vector<int64_t> bytes, int64_t rows) {
+    Door door{"wire_rows"};
+    Dim S{"S"}, W{"width"};
+    enter_wire(door, sent);
+    const void *rows_SW = door.in("sent", sent, FLOATS, {&S, &W});
+    Tensor received = empty(sent, dtype_of(sent), {rows, W});
+    door.done(wire_at(wire)->rows(bytes.data(), rows_SW, received.data_ptr(), door.stream));
+    return received;
+}
+
+void wire_leave(In like, int64_t wire) {
+    Door door{"wire_leave"};
+    enter_wire(door, like);
+    door.done(wire_at(wire)->leave(door.stream));
+}
+
+void wire_close(In like, int64_t wire) {
+    Door door{"wire_close"};
+    enter_wire(door, like);
+    delete wire_at(wire);
+}
+
 // ---- the table ------------------------------------------------------------------------------------------------------
 
 #define OP(name) {#name, TORCH_BOX(&name)}
@@ -592,6 +679,15 @@ const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_
     OP(z_loss), OP(z_loss_backward), OP(select_bias_update),
     OP(xent_), OP(random_uniform), OP(random_normal), OP(dropout), OP(check),
 };
+
+const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_t); } WIRE_OPS[] = {
+    OP(nccl_id), OP(nccl_open), OP(window_open), OP(wire_join), OP(wire_counts), OP(wire_rows), OP(wire_leave),
+    OP(wire_close),
+};
+
+}  // namespace
+extern "C" const size_t moe_cuda_size = sizeof(moe_cuda);
+namespace {
 
 int threads() {
     uint32_t n = 1;
@@ -608,4 +704,12 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
     for (const auto &op : OPS) m.impl(op.name, op.boxed);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_wire, CPU, m) {
+    for (const auto &op : WIRE_OPS) m.impl(op.name, op.boxed);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_wire, CUDA, m) {
+    for (const auto &op : WIRE_OPS) m.impl(op.name, op.boxed);
 }

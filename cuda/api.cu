@@ -1,11 +1,16 @@
 // api.cu: the one exported symbol of libmoe_cuda.so, the table of its functions; the devices and their error words.
 #include <atomic>
+#include <cstdarg>
 #include <cstdio>
 #include <mutex>
 
 #include "common.cuh"
 
-// The overload with a stream of every function in the table; each is defined in the file named like its twin's.
+// The wires; then the overload with a stream of every function in the table; each is defined in the file named like its
+// twin's.
+std::remove_pointer_t<decltype(moe_cuda::nccl_id)> moe_nccl_id;
+std::remove_pointer_t<decltype(moe_cuda::nccl_open)> moe_nccl_open;
+std::remove_pointer_t<decltype(moe_cuda::window_open)> moe_window_open;
 #define X(name) extern std::remove_pointer_t<decltype(moe_cuda::name)> moe_##name;
 MOE_CUDA_OPS(X)
 MOE_CUDA_WORKSPACES(X)
@@ -66,10 +71,13 @@ int read_verdict(bool wait, const char **op, int64_t *position, cudaStream_t str
 #define X(name) #name,
         MOE_CUDA_OPS(X)
 #undef X
+        "window",
     };
     if (wait) TRY(cuda_status(cudaStreamSynchronize(stream), "waiting for the device"));
     unsigned long long *word = words[current_device()];
     if (!word || !__atomic_load_n(word, __ATOMIC_RELAXED)) return MOE_OK;
+    // Cleared when no kernel of this stream can write: the device's atomics and the host's do not exclude each other.
+    if (!wait) TRY(cuda_status(cudaStreamSynchronize(stream), "waiting for the device"));
     const unsigned long long said = __atomic_exchange_n(word, 0ull, __ATOMIC_RELAXED);
     *op = names[said >> 48 & 0xff];
     *position = static_cast<int64_t>(said & 0xffffffffffffull);
@@ -77,7 +85,7 @@ int read_verdict(bool wait, const char **op, int64_t *position, cudaStream_t str
 }
 
 const moe_cuda TABLE = {
-    ready, error, read_verdict,
+    sizeof(moe_cuda), ready, error, read_verdict, moe_nccl_id, moe_nccl_open, moe_window_open,
 #define X(name) moe_##name,
     MOE_CUDA_OPS(X)
     MOE_CUDA_WORKSPACES(X)
@@ -89,6 +97,13 @@ extern "C" const moe_cuda *moe_cuda_table(void) { return &TABLE; }
 
 verdict verdict_of(moe_cuda_op op) { return {words[current_device()], static_cast<unsigned long long>(op)}; }
 int multiprocessors() { return sm_counts[current_device()]; }
+int cuda_failed(const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(last_error, sizeof last_error, format, values);
+    va_end(values);
+    return MOE_CUDA_FAILED;
+}
 int cuda_status(cudaError_t error, const char *what) {
     if (error == cudaSuccess) return MOE_OK;
     (void)cudaGetLastError();       // an error that is not sticky is forgotten: the context stays usable

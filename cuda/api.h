@@ -30,12 +30,30 @@ enum moe_cuda_op {
 #define X(name) OP_##name,
     MOE_CUDA_OPS(X)
 #undef X
+    OP_window,
 };
 
 template <class Result, class... Args>
 auto with_stream(Result (*)(Args...)) -> Result (*)(Args..., moe_stream);
 
+// Moves rows between ranks (nccl.cu, windows.cu). All ranks of a wire make the same calls in the same order, each on
+// one stream. A rank that does not answer within the timeout breaks the wire: MOE_CUDA_FAILED, and error() says who.
+struct moe_wire {
+    // mine_n int32 on the device -> all_Pn on the host, those of every rank. Waits: the one host read of an exchange.
+    virtual int counts(int64_t n, const int32_t *mine_n, int32_t *all_Pn, moe_stream stream) = 0;
+    // bytes_PP[p][q], on the host and the same everywhere: what p sends to q. `sent` holds a rank's pieces in the order
+    // of their receivers, `received` in that of their senders. Only queues.
+    virtual int rows(const int64_t *bytes_PP, const void *sent, void *received, moe_stream stream) = 0;
+    // Once, before the first call: what each rank's open returned, 64 bytes each.
+    virtual int join(const void *handles_P) = 0;
+    // Waits for the stream and lets go of what belongs to other ranks. When all have left, the wire may be deleted.
+    virtual int leave(moe_stream stream) = 0;
+    virtual ~moe_wire() = default;
+};
+enum { MOE_NCCL_ID_BYTES = 128, MOE_WINDOW_HANDLE_BYTES = 64 };
+
 struct moe_cuda {
+    size_t size;        // sizeof(moe_cuda): two builds that do not fit are not used together
     // MOE_OK if `device` can run these kernels (sm_80 or newer); the first call of a process makes its error word.
     int (*ready)(int device);
     // Why the last call of this thread failed, in a sentence.
@@ -43,6 +61,11 @@ struct moe_cuda {
     // Waits for the stream, or returns what is known without waiting. MOE_OK, or the verdict: who said it, and at which
     // flat position. Reading a verdict clears it.
     int (*verdict)(bool wait, const char **op, int64_t *position, moe_stream stream);
+    // A name for a new communicator, made by one rank; then what each rank makes of it.
+    int (*nccl_id)(void *id);
+    int (*nccl_open)(const void *id, int ranks, int rank, double seconds, moe_wire **wire);
+    // A window of two halves of `bytes` each, and the handle that lets the other ranks into it.
+    int (*window_open)(int ranks, int rank, int64_t bytes, double seconds, void *handle, moe_wire **wire);
 #define X(name) decltype(with_stream(&moe_##name)) name;
     MOE_CUDA_OPS(X)
     MOE_CUDA_WORKSPACES(X)

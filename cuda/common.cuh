@@ -7,6 +7,7 @@
 #define MOE_COMMON_CUH
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -65,19 +66,21 @@ struct alignas(16) vec16 {
 static inline bool aligned16(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // ---- verdicts -------------------------------------------------------------------------------------------------------
-// The first complaint of any kernel wins: status in bits 56.., op in bits 48.., position below.
+// The first complaint of any kernel wins: status in bits 56.., op in bits 48.., position below. The word is mapped host
+// memory, where an atomic is one among the kernels of its device, but not against the host.
 struct verdict {
     unsigned long long *word;
     unsigned long long  op;
     __device__ void operator()(int status, int64_t position) const {
         const auto p = static_cast<unsigned long long>(position) & 0xffffffffffffull;
-        atomicCAS_system(word, 0ull, static_cast<unsigned long long>(status) << 56 | op << 48 | p);
+        atomicCAS(word, 0ull, static_cast<unsigned long long>(status) << 56 | op << 48 | p);
     }
 };
 verdict verdict_of(moe_cuda_op op);             // of the current device; `ready` has made its word
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 int cuda_status(cudaError_t error, const char *what);   // MOE_OK, or MOE_CUDA_FAILED with the text for `error`
+int cuda_failed(const char *format, ...) __attribute__((format(printf, 1, 2)));    // MOE_CUDA_FAILED with this text
 int multiprocessors();                                  // of the current device
 
 // kernel<<<grid, block, shared, stream>>>(args...); a grid of no blocks is no launch.
@@ -126,6 +129,16 @@ static __device__ inline T block_sum(T x, T *shared) {
     T sum = 0;
     for (int w = 0; w < static_cast<int>(blockDim.x + 31) / 32; w++) sum += shared[w];
     return sum;
+}
+// The maximum over the block in every thread; NaN counts as nothing. shared: 32 floats. Starts and ends with a barrier.
+static __device__ inline float block_max(float x, float *shared) {
+    x = warp_max(x);
+    __syncthreads();
+    if (lane_id() == 0) shared[warp_id()] = x;
+    __syncthreads();
+    float top = -INFINITY;
+    for (int w = 0; w < static_cast<int>(blockDim.x + 31) / 32; w++) top = fmaxf(top, shared[w]);
+    return top;
 }
 // The sum of x over the threads before this one; *total: over all. shared: 32 T. Starts and ends with a barrier.
 template <class T>

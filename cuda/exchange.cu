@@ -1,5 +1,5 @@
-// exchange.cu: the twins of csrc/exchange.c, bit for bit: the plan of a deduplicated token exchange, and the kernels that
-// pack, unpack and add its messages.
+// exchange.cu: the twins of csrc/exchange.c, bit for bit: the plan of a deduplicated token exchange, and the kernels
+// that pack, unpack and add its messages.
 //
 // plan, three launches: a block owns 256 tokens of one rank and counts them; one block scans the counts in the order of
 //   send (rank, then tokens); the first blocks come again and place their tokens from there.
@@ -212,7 +212,8 @@ __global__ void combine_kernel(message_job j, verdict bad) {
             int64_t row = known ? place_P[id / j.local] : -1;
             if (row >= j.S) row = -1;
             auto *to = reinterpret_cast<uint16_t *>(j.to_w + f * j.wsize);
-            const auto *from = reinterpret_cast<const uint16_t *>(j.rows + row * j.at.bytes + j.at.weights + k * j.wsize);
+            const auto *w_K = j.rows + row * j.at.bytes + j.at.weights;
+            const auto *from = reinterpret_cast<const uint16_t *>(w_K + k * j.wsize);
             for (int h = 0; h < j.wsize / 2; h++) to[h] = row < 0 ? 0 : from[h];
         }
     }

@@ -1,14 +1,28 @@
 """The token exchange: the plan and the messages, bit for bit; then whole exchanges over every transport."""
 
+import ctypes
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import time
+import traceback
+from pathlib import Path
+
+import devices
 import pytest
 import torch
+import torch.distributed as dist
 from cases import CASES, Case, Shape
 from compare import same
 from drawn import drawn_case
 from hypothesis import given, settings
+from ranks import run_ranks
 from test_permute import any_bits
 
 from moe_ext import ops, reference
+from moe_ext.parallel.transport import NcclTransport, TorchTransport, WindowTransport
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
@@ -147,3 +161,205 @@ def test_a_plan_out_of_range_is_refused_and_harms_nothing(device):
         with pytest.raises(RuntimeError, match="exchange_plan"):
             ops.exchange_plan(torch.full_like(ids, bad), 4, 2)
     same(ops.exchange_pack(x, None, None, plan.send_M, 4, 2, 10), torch.ones(10, 8, device=device))
+
+
+# ---- transports ------------------------------------------------------------------------------------------------------
+# On the host: forked ranks, the kernels of cuda/ under --simt, and for NCCL the small library of tests/simt. On a GPU:
+# processes of their own on one card.
+
+SIMT = Path(__file__).parent / "simt"
+
+
+@pytest.fixture
+def stand_in(device, tmp_path, monkeypatch):
+    """On the host, libnccl.so.2 is the stand-in in every rank of this test."""
+    if device == "cuda":
+        return
+    try:
+        ctypes.CDLL("libnccl.so.2", os.RTLD_NOLOAD)
+        pytest.skip("this torch has brought a real NCCL")
+    except OSError:
+        library = f"{tmp_path}/libnccl.so.2"
+    command = "gcc -std=c11 -O1 -Wall -Wextra -Werror -D_GNU_SOURCE -fPIC -shared -fvisibility=hidden"
+    subprocess.run([*command.split(), "-Wl,-soname,libnccl.so.2", "-o", library, SIMT / "nccl_stand_in.c"], check=True)
+    monkeypatch.setenv("STAND_IN", library)
+
+
+def connect(kind, world, rank, folder, device, **more):
+    if library := os.environ.get("STAND_IN"):
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    return kind(dist.FileStore(f"{folder}/store", world), world, rank, device=device, **more)
+
+
+def child(body, rank, world, folder, device, arguments):
+    try:
+        torch.set_num_threads(1)
+        torch.save(body(rank, world, folder, device, *arguments), f"{folder}/{rank}.pt")
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def spawned(*arguments):
+    os._exit(child(*arguments))
+
+
+def run(world, body, folder, device, *arguments):
+    """What body(rank, world, folder, device, *arguments) returned on each rank; None for a rank that was killed."""
+    os.makedirs(folder, exist_ok=True)
+    if device == "cpu":
+        pids = []
+        for rank in range(world):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                os._exit(child(body, rank, world, folder, device, arguments))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    else:  # CUDA does not survive a fork
+        context = multiprocessing.get_context("spawn")
+        processes = [context.Process(target=spawned, args=(body, rank, world, folder, device, arguments))
+                     for rank in range(world)]  # fmt: skip
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        codes = [process.exitcode for process in processes]
+    assert set(codes) <= {0, -signal.SIGKILL}, f"exit codes {codes}; tracebacks are above"
+    return [torch.load(f"{folder}/{rank}.pt") if code == 0 else None for rank, code in enumerate(codes)]
+
+
+def matrices(world):
+    """Rows from p to q: uneven, with silent pairs; a rank that gets nothing; nobody has any; more than one block."""
+    g = torch.Generator().manual_seed(world)
+    uneven = torch.randint(0, 9, (world, world), generator=g)
+    one_gets_nothing = uneven.clone()
+    one_gets_nothing[:, world - 1] = 0
+    return [uneven, one_gets_nothing, torch.zeros_like(uneven), uneven * 40, uneven.T.contiguous()]
+
+
+def block(p, q, rows, W, dtype):
+    """What rank p sends to q: numbers that name both."""
+    return (torch.arange(rows * W).view(rows, W) % 97 + 100 * p + 10 * q).to(dtype)
+
+
+def check_rounds(transport, world, rank, device):
+    for rows_PP in matrices(world):
+        mine = torch.stack([rows_PP[rank], rows_PP[rank] * 3], 1).int().to(device)
+        want_PP2 = torch.stack([rows_PP, rows_PP * 3], 2).int()
+        same(transport.counts(mine), want_PP2)
+        for dtype, W in [(torch.float32, 5), (torch.bfloat16, 8), (torch.float16, 3), (torch.float32, 256)]:
+            for forth_PP in (rows_PP, rows_PP.T):
+                sent = torch.cat([block(rank, q, int(forth_PP[rank, q]), W, dtype) for q in range(world)]).to(device)
+                want = torch.cat([block(p, rank, int(forth_PP[p, rank]), W, dtype) for p in range(world)])
+                same(transport.rows(sent, forth_PP).cpu(), want)
+
+
+def rounds_body(rank, world, folder, device, kind, more):
+    transport = connect(kind, world, rank, folder, device, **more)
+    check_rounds(transport, world, rank, device)
+    transport.close()
+
+
+def killed_body(rank, world, folder, device, kind, during):
+    """Rank 1 dies after the first exchange; the others say so in time, and again at once."""
+    transport = connect(kind, world, rank, folder, device, seconds=1.0)
+    rows_PP = torch.full((world, world), 2)
+    counts, sent = rows_PP[rank].int().to(device), torch.ones(2 * world, 4, device=device)
+    transport.counts(counts)
+    transport.rows(sent, rows_PP)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    said, began = [], time.monotonic()
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as raised:
+            transport.counts(counts) if during == "counts" else transport.rows(sent, rows_PP)
+            transport.counts(counts)  # rows are only queued: at the latest, the next host read says it
+        said.append((time.monotonic() - began, str(raised.value)))
+    return said
+
+
+def absent_body(rank, world, folder, device, kind):
+    if rank != 1:
+        with pytest.raises(RuntimeError) as raised:
+            connect(kind, world, rank, folder, device, seconds=1.0)
+        return str(raised.value)
+
+
+def test_torch_transport(tmp_path):
+    run_ranks(3, lambda rank: check_rounds(TorchTransport(), 3, rank, "cpu"), tmp_path)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [NcclTransport, WindowTransport])
+def test_transport(kind, world, device, tmp_path, stand_in):
+    """Every matrix of rows, forth and back. Windows begin too small and grow. On a GPU: NCCL to itself, for it takes
+    one rank per card, and windows between two processes."""
+    if device == "cuda" and world != (1 if kind is NcclTransport else 2):
+        pytest.skip("one card")
+    more = {} if kind is NcclTransport else {"bytes": 1000}
+    run(world, rounds_body, tmp_path, device, kind, more)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("during", ["counts", "rows"])
+@pytest.mark.parametrize("kind", [NcclTransport, WindowTransport])
+def test_a_killed_rank_ends_the_others_in_time(kind, during, device, tmp_path, stand_in):
+    if device == "cuda" and kind is NcclTransport:
+        pytest.skip("one card")
+    world = 3 if device == "cpu" else 2
+    ended = run(world, killed_body, tmp_path, device, kind, during)
+    assert ended[1] is None
+    for (first, why), (second, again) in (said for said in ended if said):
+        assert first < 5 and second - first < 0.5
+        who = "rank 1" if kind is WindowTransport else "one of 3 ranks"
+        assert re.search(f"{who} did not answer", why) and "did not answer" in again, (why, again)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", [NcclTransport, WindowTransport])
+def test_a_rank_that_never_comes(kind, device, tmp_path, stand_in):
+    if device == "cuda" and kind is NcclTransport:
+        pytest.skip("one card")
+    why = run(2, absent_body, tmp_path, device, kind)[0]
+    assert re.search("rank 1 did not come|did not answer", why), why
+
+
+def stuck_body(rank, world, folder, device):
+    transport = connect(NcclTransport, world, rank, folder, device, seconds=0.5)
+    rows_PP = torch.full((1, 1), 2)
+    stuck = ctypes.c_int.in_dll(ctypes.CDLL(os.path.abspath(devices.simt)), "simt_stuck")
+    stuck.value = 1
+    transport.rows(torch.ones(2, 4), rows_PP)  # queued; nobody on the host waits for it
+    time.sleep(1.0)
+    stuck.value = 0  # as an abort ends the kernels
+    with pytest.raises(RuntimeError, match="did not answer"):
+        transport.rows(torch.ones(2, 4), rows_PP)
+
+
+@pytest.mark.kernels
+def test_rows_that_never_arrive_are_noticed(device, tmp_path, stand_in):
+    if device == "cuda":
+        pytest.skip("needs a stream that can be stopped")
+    run(1, stuck_body, tmp_path, device)
+
+
+def no_nccl_body(rank, world, folder, device):
+    with pytest.raises(RuntimeError, match=r"NCCL is not to be had.*Hint"):
+        connect(NcclTransport, world, rank, folder, device)
+
+
+@pytest.mark.kernels
+def test_a_missing_nccl_is_a_sentence(device, tmp_path):
+    if device == "cuda":
+        pytest.skip("it is there")
+    try:
+        ctypes.CDLL("libnccl.so.2")
+    except OSError:
+        run(1, no_nccl_body, tmp_path, device)
+
+
+@pytest.mark.c_core
+def test_a_wire_wants_cuda_tensors(tmp_path):
+    with pytest.raises(RuntimeError, match=r"moves CUDA tensors, got one on cpu\. Hint: TorchTransport"):
+        connect(WindowTransport, 1, 0, tmp_path, "cpu")

@@ -1,0 +1,135 @@
+"""Rows between ranks, three ways behind one interface.
+
+    TorchTransport    torch.distributed's all_to_all_single: gloo, NCCL, any device. The default.
+    NcclTransport     NCCL called from C on a communicator of its own, on the current stream. CUDA.
+    WindowTransport   rows written straight into the receiver's memory by CUDA IPC. The GPUs of one host.
+
+A transport has `ranks`, `rank` and
+
+    counts(mine) -> all        mine: int32 [ranks, n] on the device, what this rank has for each; all: int32 [ranks,
+                               ranks, n] on the CPU, all[p][q] what p has for q. The one host read of an exchange.
+    rows(sent, rows_PP) -> received     sent [S, W]: this rank's rows, in the order of their receivers; rows_PP: int
+                               [ranks, ranks] on the CPU, from p to q. received: in the order of their senders.
+
+All ranks make the same calls in the same order, with the same rows_PP. The way back is rows(.., rows_PP.T). Rows are
+moved as bytes. Nothing here is differentiable; moe_ext.parallel.experts is.
+
+A rank that does not answer within the timeout ends the others with a RuntimeError; the transport is broken then, and
+says so again at the next call. Launch order: collectives of another communicator beside an NcclTransport belong on the
+same stream, or in the same order on all ranks; WindowTransport's kernels wait on the device in the same way.
+"""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_library = torch.library.Library("moe_wire", "DEF")
+for _schema in (
+    "nccl_id(Tensor like) -> Tensor",
+    "nccl_open(Tensor like, Tensor id, int ranks, int rank, float seconds) -> int",
+    "window_open(Tensor like, int ranks, int rank, int bytes, float seconds) -> (int, Tensor)",
+    "wire_join(Tensor like, int wire, Tensor handles) -> ()",
+    "wire_counts(Tensor mine, int wire, int ranks) -> Tensor",
+    "wire_rows(Tensor sent, int wire, int[] bytes, int rows) -> Tensor",
+    "wire_leave(Tensor like, int wire) -> ()",
+    "wire_close(Tensor like, int wire) -> ()",
+):
+    _library.define(_schema)
+_wire = torch.ops.moe_wire
+
+
+class TorchTransport:
+    """`group`: a process group, None for all ranks. Its own timeout is what ends a wait for a dead peer."""
+
+    def __init__(self, group=None):
+        self.group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+
+    def counts(self, mine):
+        all_PPn = mine.new_empty(self.ranks, *mine.shape)
+        dist.all_gather_into_tensor(all_PPn.view(-1), mine.contiguous().view(-1), group=self.group)
+        return all_PPn.cpu()
+
+    def rows(self, sent, rows_PP):
+        send, receive = rows_PP[self.rank].tolist(), rows_PP[:, self.rank].tolist()
+        received = sent.new_empty(sum(receive), sent.shape[1])
+        dist.all_to_all_single(_bytes(received), _bytes(sent), receive, send, group=self.group)
+        return received
+
+
+def _bytes(x):
+    # contiguous() leaves odd strides where a size is 0 or 1; bytes need ordinary ones.
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1)).view(torch.uint8)
+
+
+class _Wire:
+    """A wire of libmoe_cuda.so. `store`: a torch.distributed store that the ranks share, for the meeting alone; each
+    transport needs a `name` of its own in it. seconds: how long a rank may keep the others waiting."""
+
+    def __init__(self, store, ranks, rank, *, device="cuda", seconds=60.0, name="moe"):
+        self.store, self.ranks, self.rank, self.seconds = dist.PrefixStore(name, store), ranks, rank, seconds
+        self.like, self.wire, self.meetings = torch.empty(0, device=device), None, 0
+
+    def counts(self, mine):
+        all_PPn = _wire.wire_counts(mine.contiguous().view(-1), self.wire, self.ranks)
+        return all_PPn.view(self.ranks, *mine.shape)
+
+    def rows(self, sent, rows_PP):
+        row = sent.shape[1] * sent.element_size()
+        received = int(rows_PP[:, self.rank].sum())
+        return _wire.wire_rows(sent.contiguous(), self.wire, (rows_PP.long() * row).flatten().tolist(), received)
+
+    def close(self):
+        """Frees what the device holds. Every rank closes, after its last call."""
+        wire, self.wire = self.wire, None
+        if wire is not None:
+            try:
+                _wire.wire_leave(self.like, wire)
+                self._meet()
+            finally:
+                _wire.wire_close(self.like, wire)
+
+    def _meet(self, words=None):
+        """What every rank puts on the table, [ranks, n] int64; None: a rank that only takes part."""
+        self.meetings += 1
+        mine = b"" if words is None else words.numpy().tobytes()
+        self.store.set(f"{self.meetings}/{self.rank}", mine)
+        every = [self._get(f"{self.meetings}/{p}", p) for p in range(self.ranks)]
+        return [torch.frombuffer(bytearray(b), dtype=torch.int64) for b in every if b]
+
+    def _get(self, key, rank):
+        try:
+            self.store.wait([key], timedelta(seconds=self.seconds))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{type(self).__name__}: rank {rank} did not come to the meeting within {self.seconds:g} s"
+            ) from error
+        return self.store.get(key)
+
+
+class NcclTransport(_Wire):
+    def __init__(self, store, ranks, rank, **more):
+        super().__init__(store, ranks, rank, **more)
+        id = self._meet(_wire.nccl_id(self.like) if rank == 0 else None)[0]
+        self.wire = _wire.nccl_open(self.like, id.view(1, -1), ranks, rank, self.seconds)
+
+
+class WindowTransport(_Wire):
+    """bytes: the room for rows on each rank at first. All ranks see the same counts, so all notice at once that some
+    rank's room is too small, and meet again with larger windows."""
+
+    def __init__(self, store, ranks, rank, *, bytes=64 << 20, **more):
+        super().__init__(store, ranks, rank, **more)
+        self._open(bytes)
+
+    def _open(self, bytes):
+        self.bytes = bytes
+        self.wire, handle = _wire.window_open(self.like, self.ranks, self.rank, bytes, self.seconds)
+        _wire.wire_join(self.like, self.wire, torch.stack(self._meet(handle.flatten())))
+
+    def rows(self, sent, rows_PP):
+        needed = int(rows_PP.sum(0).max()) * sent.shape[1] * sent.element_size()
+        if needed > self.bytes:
+            self.close()
+            self._open(needed * 5 // 4)
+        return super().rows(sent, rows_PP)
