@@ -1,5 +1,6 @@
 # make train   a GPT with experts from real text to samples and a plot      make test    everything CI checks
 # make build   compile what changed     make bench   the benchmark table     make lint    ruff
+# make gpu     prove everything on one GPU and time it (tests/gpu/run.py): PART=build,conformance,.. runs some parts
 # make sanitize   the core and the ops under ASan + UBSan, the core under TSan        make clean
 #
 # The first run creates .venv. Options: PYTHON=python3.12, MOE_TORCH="torch==2.11.0" (any pip arguments), TEXT=file or folder.
@@ -45,7 +46,7 @@ ISAS    := base $(foreach isa,avx2 avx512,$(if $(shell grep -m1 -ow $(isa:avx512
 define run-c-tests
 	@mkdir -p $(1)/tests
 	@for t in $(C_TESTS); do \
-	    gcc $(C_FLAGS) $(2) -o $(1)/tests/$$t tests/c/$$t.c $$(ls $(1)/csrc/*.o | grep -v -e /ops.o -e /module.o) -lm -lpthread -ldl; \
+	    gcc $(C_FLAGS) $(2) -o $(1)/tests/$$t tests/c/$$t.c $$(ls $(1)/csrc/*.o | grep -v -e /ops.o -e /module.o -e /cuda.o) -lm -lpthread -ldl; \
 	    for isa in $(3); do echo "$$t $$isa $(2)"; MOE_ISA=$$isa $(1)/tests/$$t; done; \
 	done
 endef
@@ -74,6 +75,11 @@ sanitize: build
 # ---- the rest --------------------------------------------------------------------------------------------------------
 bench: build
 	$(PY) -m benchmarks.ops
+
+# With the Python at hand where there is no .venv: a GPU machine may have no network. COMMIT: its name without git.
+.PHONY: gpu
+gpu:
+	COMMIT=$(COMMIT) $(if $(wildcard .venv/installed),$(PY),$(PYTHON)) tests/gpu/run.py $(PART)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -23,7 +23,11 @@ static void find_once(void) {
     void *so = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     const struct moe_cuda *(*table)(void) = NULL;
     if (so) *(void **)&table = dlsym(so, "moe_cuda_table");
-    if (table) library.table = table();
+    if (table && *(const size_t *)table() == moe_cuda_size) library.table = table();
+    else if (table) {
+        snprintf(library.why, sizeof library.why,
+                 "%.400s is of another build. Hint: pip install --no-build-isolation -e .", path);
+    }
     else {
         const char *error = dlerror();
         snprintf(library.why, sizeof library.why,
@@ -53,7 +57,9 @@ int moe_cuda_stream(int32_t device, struct CUstream_st **stream) {
 }
 
 static const struct moe_cuda *_Atomic stand_in;
-__attribute__((visibility("default"))) void moe_cpu_serve(const struct moe_cuda *table) {
+__attribute__((visibility("default"))) int moe_cpu_serve(const struct moe_cuda *table) {
+    if (table && *(const size_t *)table != moe_cuda_size) return 0;
     atomic_store(&stand_in, table);
+    return 1;
 }
 const struct moe_cuda *moe_cpu_served_by(void) { return atomic_load(&stand_in); }

@@ -36,7 +36,8 @@ def serve(path):
         library = ctypes.CDLL(os.path.abspath(path))
         library.moe_cuda_table.restype = ctypes.c_void_p
         table = library.moe_cuda_table()
-    ctypes.CDLL(moe_ext._C.__file__).moe_cpu_serve(ctypes.c_void_p(table))
+    fits = ctypes.CDLL(moe_ext._C.__file__).moe_cpu_serve(ctypes.c_void_p(table))
+    assert fits, f"{path} and moe_ext are of different builds: make build, make -f tests/simt/Makefile"
 
 
 def python(program, device, **environment):

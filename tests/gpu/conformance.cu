@@ -186,7 +186,7 @@ static __global__ void flags(uint32_t *out, int) {
     store_release_system(out + t, bits_of(t));
     fence_system();
     out[32 + t] = load_acquire_system(out + t);
-    if (t == 0) atomicCAS_system(reinterpret_cast<unsigned long long *>(out + 64), 0ull, 0x123456789abcdefull);
+    if (t == 0) atomicCAS(reinterpret_cast<unsigned long long *>(out + 64), 0ull, 0x123456789abcdefull);
 }
 
 // ---- the list -------------------------------------------------------------------------------------------------------
