@@ -17,36 +17,45 @@ struct f16;
 #define threadIdx (simt::self->index)
 extern dim3 blockIdx, blockDim, gridDim;          // of the running block
 
-// ---- collectives ----------------------------------------------------------------------------------------------------
-inline void __syncthreads() { simt::barrier(); }
-inline void __syncwarp(uint32_t mask = 0xffffffffu) { simt::warp_meet("__syncwarp", mask, nullptr, [](void **, uint32_t) {}); }
-template <class T> T __shfl_sync(uint32_t mask, T x, int from) { return simt::shuffle("__shfl_sync", mask, x, from & 31); }
-template <class T> T __shfl_xor_sync(uint32_t mask, T x, int with) {
-    return simt::shuffle("__shfl_xor_sync", mask, x, simt::lane() ^ with);
+// ---- collectives: each knows the line that calls it ---------------------------------------------------------------
+#define AT simt::place at = simt::place::current()
+inline void __syncthreads(AT) { simt::barrier(at); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu, AT) { simt::warp_barrier(mask, at); }
+template <class T> T __shfl_sync(uint32_t mask, T x, int from, AT) {
+    return simt::shuffle("__shfl_sync", mask, x, from & 31, at);
 }
-template <class T> T __shfl_up_sync(uint32_t mask, T x, unsigned by) {
-    return simt::shuffle("__shfl_up_sync", mask, x, simt::lane() - static_cast<int>(by));
+template <class T> T __shfl_xor_sync(uint32_t mask, T x, int with, AT) {
+    return simt::shuffle("__shfl_xor_sync", mask, x, simt::lane() ^ with, at);
 }
-template <class T> T __shfl_down_sync(uint32_t mask, T x, unsigned by) {
-    return simt::shuffle("__shfl_down_sync", mask, x, simt::lane() + static_cast<int>(by));
+template <class T> T __shfl_up_sync(uint32_t mask, T x, unsigned by, AT) {
+    return simt::shuffle("__shfl_up_sync", mask, x, simt::lane() - static_cast<int>(by), at);
 }
-uint32_t __ballot_sync(uint32_t mask, int predicate);
-uint32_t __match_any_sync(uint32_t mask, unsigned value);
-unsigned __reduce_max_sync(uint32_t mask, unsigned value);
-inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+template <class T> T __shfl_down_sync(uint32_t mask, T x, unsigned by, AT) {
+    return simt::shuffle("__shfl_down_sync", mask, x, simt::lane() + static_cast<int>(by), at);
+}
+uint32_t __ballot_sync(uint32_t mask, int predicate, AT);
+uint32_t __match_any_sync(uint32_t mask, unsigned value, AT);
+unsigned __reduce_max_sync(uint32_t mask, unsigned value, AT);
+inline int __any_sync(uint32_t mask, int predicate, AT) { return __ballot_sync(mask, predicate, at) != 0; }
+inline int __all_sync(uint32_t mask, int predicate, AT) { return __ballot_sync(mask, !predicate, at) == 0; }
+#undef AT
 
-// ---- atomics: one fiber runs at a time ------------------------------------------------------------------------------
-template <class T> T atomicAdd(T *p, T x) { const T old = *p; *p = static_cast<T>(old + x); return old; }
-template <class T> T atomicMax(T *p, T x) { const T old = *p; if (x > old) *p = x; return old; }
-template <class T> T atomicMin(T *p, T x) { const T old = *p; if (x < old) *p = x; return old; }
-template <class T> T atomicOr(T *p, T x) { const T old = *p; *p = old | x; return old; }
-template <class T> T atomicExch(T *p, T x) { const T old = *p; *p = x; return old; }
-template <class T> T atomicCAS(T *p, T expected, T x) { const T old = *p; if (old == expected) *p = x; return old; }
-template <class T> T atomicCAS_system(T *p, T expected, T x) {
+// ---- atomics: one fiber runs at a time, but the shuffled schedule lets others go first; relaxed, as on a GPU ---------
+#define RMW template <class T> __attribute__((noinline, no_sanitize("thread"))) T
+#define BEFORE(p) (simt::maybe_yield(), RACE(access(race::ATOMIC, p, sizeof *p, __builtin_return_address(0))))
+RMW atomicAdd(T *p, T x) { BEFORE(p); const T old = *p; *p = static_cast<T>(old + x); return old; }
+RMW atomicMax(T *p, T x) { BEFORE(p); const T old = *p; if (x > old) *p = x; return old; }
+RMW atomicMin(T *p, T x) { BEFORE(p); const T old = *p; if (x < old) *p = x; return old; }
+RMW atomicOr(T *p, T x) { BEFORE(p); const T old = *p; *p = old | x; return old; }
+RMW atomicExch(T *p, T x) { BEFORE(p); const T old = *p; *p = x; return old; }
+RMW atomicCAS(T *p, T expected, T x) { BEFORE(p); const T old = *p; if (old == expected) *p = x; return old; }
+RMW atomicCAS_system(T *p, T expected, T x) {
+    BEFORE(p);
     __atomic_compare_exchange_n(p, &expected, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     return expected;
 }
+#undef RMW
+#undef BEFORE
 inline void __threadfence() {}
 inline void __threadfence_system() { fence_system(); }
 
@@ -63,7 +72,8 @@ inline float __int_as_float(int u) { float x; memcpy(&x, &u, 4); return x; }
 // ---- the runtime ----------------------------------------------------------------------------------------------------
 typedef struct CUstream_st *cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
-                   cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorNotReady = 600 };
+                   cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorNotReady = 600,
+                   cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor,
                       cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -90,8 +100,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Params...), Args &&...args) {
     auto body = [&] { kernel(static_cast<Params>(args)...); };
-    simt::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                 [](void *f) { (*static_cast<decltype(body) *>(f))(); }, &body);
-    return cudaSuccess;
+    const bool ran = simt::launch(reinterpret_cast<const void *>(kernel), config->gridDim, config->blockDim,
+                                  config->dynamicSmemBytes, [](void *f) { (*static_cast<decltype(body) *>(f))(); },
+                                  &body);
+    return ran ? cudaSuccess : cudaErrorLaunchFailure;
 }
 #endif

@@ -1,16 +1,24 @@
-// simt.cpp: fibers, the block scheduler, collectives and the small runtime behind simt.h and cuda_runtime.h.
+// simt.cpp: fibers, the schedules, collectives, and how a launch fails. The instructions are in twins.cpp.
+//
+// A fiber runs until a collective makes it wait; it then hands over to the next ready fiber by itself, and to the
+// scheduler (run_block, on the caller's stack) only when none is ready: the block has ended, all that is left spins,
+// or nothing can move any more. Blocks run one after the other: kernels never wait for another block.
 #include "../../cuda/ptx.cuh"
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <sched.h>
 #include <sys/mman.h>
-#include <time.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
-#include <vector>
+#include <numeric>
+#include <string>
+
+#include "internal.h"
 
 dim3 blockIdx, blockDim, gridDim;
 
@@ -18,28 +26,90 @@ namespace simt {
 thread *self;
 
 namespace {
-enum { STACK = 256 * 1024, MAX_THREADS = 1024, MAX_SHARED = 227 * 1024 };
+enum { STACK = 256 * 1024, MAX_THREADS = 1024, MAX_SHARED = 227 * 1024, WARPS = MAX_THREADS / 32 };
+constexpr uint64_t SPIN_LIMIT = 20'000'000'000;     // nanoseconds without progress while threads spin
 
+// ---- schedules ------------------------------------------------------------------------------------------------------
+enum schedule { IN_ORDER, REVERSE, SHUFFLED, WARP_PRIORITY };
+const char *const SCHEDULES[] = {"inorder", "reverse", "shuffled", "warps"}, *const TIMINGS[] = {"early", "late", "random"};
+struct settings {
+    int      schedule = IN_ORDER, async = EARLY;
+    uint64_t seed = 0;
+} chosen;
+uint64_t random_state;
+
+template <size_t n>
+bool choose(int *into, const char *name, const char *const (&names)[n]) {
+    for (size_t i = 0; name && i < n; i++)
+        if (!strcmp(name, names[i])) return *into = static_cast<int>(i), true;
+    return !name;
+}
+const bool from_environment = [] {
+    const char *seed = getenv("SIMT_SEED");
+    if (simt_configure(getenv("SIMT_SCHEDULE"), getenv("SIMT_ASYNC"), seed ? strtoull(seed, nullptr, 0) : 0)) {
+        fprintf(stderr, "simt: SIMT_SCHEDULE is inorder, reverse, shuffled or warps; SIMT_ASYNC early, late or random\n");
+        abort();
+    }
+    return true;
+}();
+
+// The i-th of n blocks, in the order of the schedule: a permutation i -> (i * step + first) mod n.
+uint64_t block_at(uint64_t i, uint64_t n) {
+    if (chosen.schedule == IN_ORDER) return i;
+    if (chosen.schedule == REVERSE) return n - 1 - i;
+    uint64_t step = n / 2 + chosen.seed % 97 + 1;
+    while (std::gcd(step, n) != 1) step++;
+    return (i * step + chosen.seed) % n;
+}
+
+// ---- fibers ---------------------------------------------------------------------------------------------------------
+enum state { READY, AT_BARRIER, IN_WARP, SPINNING, ENDED };
 struct fiber : thread {
-    void *stack_pointer;
-    bool  done, waiting;
-    // the meeting this fiber waits for
+    void       *stack_pointer;
+    state       is;
+    place       at;                     // where it waits, at what, with whom
     const char *what;
     uint32_t    mask;
     void       *args;
 };
+// A set of threads by their turn in the schedule's order.
+struct turns {
+    uint64_t word[MAX_THREADS / 64];
+    void add(int turn) { word[turn / 64] |= 1ull << turn % 64; }
+    void remove(int turn) { word[turn / 64] &= ~(1ull << turn % 64); }
+    int  next(int from, int end) const {            // the first at or after `from`, or -1
+        for (int w = from / 64; w * 64 < end; w++) {
+            const uint64_t bits = word[w] & (w == from / 64 ? ~0ull << from % 64 : ~0ull);
+            if (bits) return w * 64 + __builtin_ctzll(bits);
+        }
+        return -1;
+    }
+};
 
 struct block_state {
-    int            n, arrived, left;            // threads, at the barrier, not finished
+    int            n, arrived, spinning, left;      // threads; at the barrier; spinning; not ended
+    uint64_t       progress;                        // meetings so far
+    int            cursor;                          // the turn after the one that ran last
+    turns          ready;
+    int16_t        turn_of[MAX_THREADS], fiber_at[MAX_THREADS];
+    uint32_t       in_warp[WARPS], ended[WARPS];    // lanes that wait for their warp, that ended
     fiber          fibers[MAX_THREADS];
     unsigned char *shared;
     size_t         shared_bytes;
+    uint32_t       shared_base;                     // the address that PTX sees
+    const void    *kernel;
     void (*body)(void *);
     void *arg;
 } block;
 void *scheduler_stack;
 unsigned char *stacks;
 std::mutex one_launch;
+
+struct failure {};                                  // thrown on the scheduler's stack
+bool failed;
+char reason[4096];                                  // what failed, then with the names of kernel and thread
+
+fiber *running() { return static_cast<fiber *>(self); }
 
 extern "C" void simt_switch(void **save, void *to);
 asm(R"(
@@ -62,287 +132,348 @@ simt_switch:
     ret
 )");
 
-void leave() { simt_switch(&static_cast<fiber *>(self)->stack_pointer, scheduler_stack); }
+void make_ready(fiber &f) {
+    f.is = READY;
+    block.ready.add(block.turn_of[f.linear]);
+}
+
+// The schedule's choice among the ready fibers, or NULL.
+fiber *next_ready() {
+    const int from = chosen.schedule == SHUFFLED ? static_cast<int>(random_number() % static_cast<unsigned>(block.n))
+                     : chosen.schedule == WARP_PRIORITY ? 0 : block.cursor;
+    int turn = block.ready.next(from, block.n);
+    if (turn < 0 && from > 0) turn = block.ready.next(0, from);
+    if (turn < 0) return nullptr;
+    block.ready.remove(turn);
+    block.cursor = turn + 1 < block.n ? turn + 1 : 0;
+    return &block.fibers[block.fiber_at[turn]];
+}
+
+// The running fiber, which is no longer ready, gives way.
+void leave() {
+    fiber *me = running(), *next = failed ? nullptr : next_ready();
+    if (next == me) return;
+    self = next ? next : me;
+    simt_switch(&me->stack_pointer, next ? next->stack_pointer : scheduler_stack);
+}
 
 void fiber_main() {
     block.body(block.arg);
-    static_cast<fiber *>(self)->done = true;
+    fiber *me = running();
+    me->is = ENDED;
+    block.ended[me->linear / 32] |= 1u << (me->linear & 31);
+    block.left--;
+    block.progress++;
     leave();
     abort();
 }
 
-void run_block() {
+// ---- reports --------------------------------------------------------------------------------------------------------
+const char *base_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+// What addr2line says of an address in this library: the function's name (without arguments) and file:line.
+void ask_addr2line(const void *pc, char *name, char *line, size_t room) {
+    snprintf(name, room, "?");
+    snprintf(line, room, "?");
+    Dl_info info;
+    if (!dladdr(pc, &info)) return;
+    char command[1024];
+    snprintf(command, sizeof command, "LD_PRELOAD= addr2line -Cfe '%s' %#zx", info.dli_fname,
+             static_cast<size_t>(static_cast<const char *>(pc) - static_cast<const char *>(info.dli_fbase)));
+    FILE *pipe = popen(command, "r");
+    char text[2048];
+    if (pipe && fgets(text, sizeof text, pipe)) {
+        text[strcspn(text, "\n")] = 0;
+        char *from = strncmp(text, "void ", 5) ? text : text + 5;
+        int angles = 0;
+        for (char *p = from; *p; p++) {             // f<(enum)0, T>(int) -> f<(enum)0, T>
+            angles += (*p == '<') - (*p == '>');
+            if (*p == '(' && !angles) { *p = 0; break; }
+        }
+        snprintf(name, room, "%.200s", from);
+        if (fgets(text, sizeof text, pipe)) {
+            text[strcspn(text, " \n")] = 0;
+            snprintf(line, room, "%.100s", base_name(text));
+        }
+    }
+    if (pipe) pclose(pipe);
+}
+
+// "3 threads wait at __syncthreads (gemm.cu:120): 0-2": a line for every state and place.
+std::string who_waits_where() {
+    static const char *const names[] = {"are ready", "wait at", "wait at", "spin at", "ended"};
+    std::string text;
+    bool told[MAX_THREADS] = {};
+    for (int i = 0; i < block.n; i++) {
+        if (told[i]) continue;
+        const fiber &f = block.fibers[i];
+        const bool placed = f.is != READY && f.is != ENDED;
+        int n = 0, since = -1;
+        char list[512] = "";
+        for (int j = i; j <= block.n; j++) {
+            const fiber &g = block.fibers[std::min(j, block.n - 1)];
+            const bool like = j < block.n && g.is == f.is &&
+                              (!placed || (g.what == f.what && g.at.line() == f.at.line() && g.mask == f.mask));
+            if (like && since < 0) since = j;
+            if (like) told[j] = true, n++;
+            if (like || since < 0) continue;
+            const size_t length = strlen(list);
+            snprintf(list + length, sizeof list - length, j - 1 > since ? " %d-%d" : " %d", since, j - 1);
+            since = -1;
+        }
+        char line[256];
+        snprintf(line, sizeof line, "; %d %s", n, names[f.is]);
+        text += line;
+        if (placed) {
+            snprintf(line, sizeof line, " %s (%s:%u", f.what, base_name(f.at.file_name()), f.at.line());
+            text += line;
+            if (f.is == IN_WARP) snprintf(line, sizeof line, ", mask %08x", f.mask), text += line;
+            text += ")";
+        }
+        text += ":";
+        text += list;
+    }
+    return text;
+}
+
+// The whole story, once the fibers have stopped.
+void tell() {
+    char name[256], line[256], story[sizeof reason];
+    ask_addr2line(block.kernel, name, line, sizeof name);
+    int n = snprintf(story, sizeof story, "%.3000s [%s (%s), block %u,%u,%u", reason, name, line, blockIdx.x, blockIdx.y,
+                     blockIdx.z);
+    if (self) n += snprintf(story + n, sizeof story - static_cast<size_t>(n), ", thread %d", self->linear);
+    snprintf(story + n, sizeof story - static_cast<size_t>(n), " of %d, %s %s seed %llu]", block.n, SCHEDULES[chosen.schedule],
+             TIMINGS[chosen.async], static_cast<unsigned long long>(chosen.seed));
+    memcpy(reason, story, sizeof reason);
+    fprintf(stderr, "simt: %s\n", reason);
+}
+
+// ---- a block --------------------------------------------------------------------------------------------------------
+void start_block() {
     block.left = block.n;
-    block.arrived = 0;
+    block.arrived = block.spinning = block.cursor = 0;
+    memset(&block.ready, 0, sizeof block.ready);
+    memset(block.in_warp, 0, sizeof block.in_warp);
+    memset(block.ended, 0, sizeof block.ended);
     for (int i = 0; i < block.n; i++) {
         fiber &f = block.fibers[i];
-        f.done = f.waiting = false;
-        f.what = nullptr;
-        void **top = reinterpret_cast<void **>(stacks + static_cast<size_t>(i + 1) * STACK - 64);
-        *--top = nullptr;                                       // keeps the stack as a call would leave it
+        make_ready(f);
+        // Stacks start at different lines of the cache, and look as a call would leave them.
+        unsigned char *stack = stacks + static_cast<size_t>(i + 1) * STACK - 64 - i % 61 * 320;
+        void **top = reinterpret_cast<void **>(stack);
+        *--top = nullptr;
         *--top = reinterpret_cast<void *>(fiber_main);
         for (int r = 0; r < 6; r++) *--top = nullptr;
         f.stack_pointer = top;
     }
+}
+
+void run_block() {
+    start_block();
+    uint64_t progress = 0, since = 0;
     while (block.left) {
-        bool moved = false;
-        for (int i = 0; i < block.n; i++) {
-            fiber &f = block.fibers[i];
-            if (f.done || f.waiting) continue;
-            moved = true;
-            self = &f;
-            simt_switch(&scheduler_stack, f.stack_pointer);
-            if (f.done) block.left--;
+        if (fiber *next = next_ready()) {
+            self = next;
+            simt_switch(&scheduler_stack, next->stack_pointer);
+            if (failed) throw failure();
+        } else if (block.spinning) {                // memory that another process writes may still change
+            if (!since || progress != block.progress) progress = block.progress, since = nanoseconds();
+            else if (nanoseconds() - since > SPIN_LIMIT) self = nullptr, fail("a wait without end%s", who_waits_where().c_str());
+            sched_yield();
+            block.spinning = 0;
+            for (int i = 0; i < block.n; i++)
+                if (block.fibers[i].is == SPINNING) make_ready(block.fibers[i]);
+        } else {
+            self = nullptr;
+            fail("deadlock%s", who_waits_where().c_str());
         }
-        if (block.arrived && block.arrived == block.n) {
-            for (int i = 0; i < block.n; i++) block.fibers[i].waiting = false;
-            block.arrived = 0;
-            moved = true;
-        }
-        if (!moved) fail("deadlock: %d of %d threads wait at a barrier, the others ended or wait elsewhere", block.arrived, block.n);
+    }
+    self = nullptr;
+}
+
+// Fresh shared memory: NaN everywhere, at an address that is a multiple of 1024 and else unknown.
+#ifdef __SANITIZE_ADDRESS__
+unsigned char *shared_piece(size_t bytes) {         // exactly as large as asked
+    static void *piece;
+    free(piece);
+    if (posix_memalign(&piece, 1024, bytes)) abort();
+    return static_cast<unsigned char *>(piece);
+}
+#else
+enum { ROOM = 512 * 1024 };
+alignas(1024) unsigned char room[ROOM];
+unsigned char *shared_piece(size_t) { return room + 64 * 1024 + random_number() % 64 * 1024; }
+#endif
+
+void run_grid(dim3 grid, dim3 dim, size_t shared) {
+    if (block.n < 1 || block.n > MAX_THREADS) fail("a block of %d threads", block.n);
+    if (shared > MAX_SHARED) fail("%zu bytes of shared memory, a block has %d", shared, MAX_SHARED);
+    if (!stacks) {
+        const size_t bytes = static_cast<size_t>(STACK) * MAX_THREADS;
+        void *p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) fail("no memory for the stacks of the threads");
+        stacks = static_cast<unsigned char *>(p);
+    }
+    block.shared = shared_piece(shared);
+    block.shared_bytes = shared;
+    block.shared_base = 1024 + random_number() % 16 * 1024;
+    const int warps = block.n / 32, first = chosen.schedule == WARP_PRIORITY && warps ? static_cast<int>(chosen.seed % warps) : 0;
+    for (int turn = 0; turn < block.n; turn++) {    // reverse, or by warps from the first on
+        const int i = chosen.schedule == REVERSE ? block.n - 1 - turn : (turn + 32 * first) % block.n;
+        block.fiber_at[turn] = static_cast<int16_t>(i);
+        block.turn_of[i] = static_cast<int16_t>(turn);
+        fiber &f = block.fibers[i];
+        const unsigned u = static_cast<unsigned>(i);
+        f.index = {u % dim.x, u / dim.x % dim.y, u / dim.x / dim.y};
+        f.linear = i;
+    }
+    blockDim = dim, gridDim = grid;
+    RACE(begin_launch(stacks, static_cast<size_t>(STACK) * MAX_THREADS));
+    const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+    for (uint64_t i = 0; i < blocks; i++) {
+        const uint64_t b = block_at(i, blocks);
+        blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                    static_cast<unsigned>(b / grid.x / grid.y)};
+        memset(block.shared, 0xff, shared);
+        forget_copies();
+        RACE(begin_block(block.shared, shared, ROOM));
+        run_block();
     }
 }
 }  // namespace
+
+// ---- the interface --------------------------------------------------------------------------------------------------
+bool launch(const void *kernel, dim3 grid, dim3 dim, size_t shared, void (*body)(void *), void *arg) {
+    std::lock_guard<std::mutex> guard(one_launch);
+    failed = false;
+    random_state = chosen.seed * 0x9e3779b97f4a7c15u + 1;
+    block.n = static_cast<int>(dim.x * dim.y * dim.z);
+    block.kernel = kernel, block.body = body, block.arg = arg;
+    try {
+        run_grid(grid, dim, shared);
+    } catch (failure) {
+        tell();
+    }
+    self = nullptr;
+    RACE(end_launch());
+    return !failed;
+}
+
+const char *why() { return reason; }
 
 void fail(const char *format, ...) {
     va_list list;
     va_start(list, format);
-    fprintf(stderr, "simt: ");
-    vfprintf(stderr, format, list);
-    fprintf(stderr, "\n");
+    vsnprintf(reason, sizeof reason, format, list);
     va_end(list);
+    failed = true;
+    if (!self) throw failure();
+    leave();
     abort();
 }
 
-void launch(dim3 grid, dim3 dim, size_t shared, void (*body)(void *), void *arg) {
-    std::lock_guard<std::mutex> guard(one_launch);
-    block.n = static_cast<int>(dim.x * dim.y * dim.z);
-    if (block.n < 1 || block.n > MAX_THREADS) fail("a block of %d threads", block.n);
-    if (shared > MAX_SHARED) fail("%zu bytes of shared memory, a block has %d", shared, MAX_SHARED);
-    if (!stacks)
-        stacks = static_cast<unsigned char *>(mmap(nullptr, static_cast<size_t>(STACK) * MAX_THREADS, PROT_READ | PROT_WRITE,
-                                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    block.shared_bytes = shared;
-    block.shared = static_cast<unsigned char *>(aligned_alloc(1024, (shared + 1024) / 1024 * 1024));
-    block.body = body;
-    block.arg = arg;
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                memset(block.shared, 0xff, shared);             // NaN
-                blockIdx = {x, y, z}, blockDim = dim, gridDim = grid;
-                for (int i = 0; i < block.n; i++) {
-                    fiber &f = block.fibers[i];
-                    f.index = {static_cast<unsigned>(i) % dim.x, static_cast<unsigned>(i) / dim.x % dim.y,
-                               static_cast<unsigned>(i) / dim.x / dim.y};
-                    f.linear = i;
-                }
-                run_block();
-            }
-    free(block.shared);
+std::string line_of(const void *pc) {
+    char name[256], line[256];
+    ask_addr2line(static_cast<const char *>(pc) - 1, name, line, sizeof name);
+    return line;
 }
 
-void barrier() {
-    static_cast<fiber *>(self)->waiting = true;
-    block.arrived++;
+uint32_t random_number() {                          // splitmix64
+    uint64_t z = random_state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return static_cast<uint32_t>(z >> 32);
+}
+
+int async_timing() { return chosen.async; }
+
+// ---- collectives ----------------------------------------------------------------------------------------------------
+void barrier(place at) {
+    fiber *me = running();
+    me->is = AT_BARRIER, me->what = "__syncthreads", me->at = at, me->mask = 0;
+    if (++block.arrived == block.n) {
+        for (int i = 0; i < block.n; i++) {
+            fiber &f = block.fibers[i];
+            if (f.at.line() != at.line() || strcmp(f.at.file_name(), at.file_name())) fail("a divergent barrier%s", who_waits_where().c_str());
+        }
+        for (int i = 0; i < block.n; i++) make_ready(block.fibers[i]);
+        block.arrived = 0;
+        block.progress++;
+        RACE(block_barrier());
+    }
     leave();
 }
 
-void yield() { leave(); }
+void yield(place at) {
+    fiber *me = running();
+    me->is = SPINNING, me->what = "spin", me->at = at, me->mask = 0;
+    block.spinning++;
+    leave();
+}
 
-void warp_meet(const char *what, uint32_t mask, void *args, void (*meet)(void **, uint32_t)) {
-    fiber *me = static_cast<fiber *>(self);
-    const int base = me->linear & ~31;
-    if (!(mask >> (me->linear & 31) & 1)) fail("%s: lane %d is not in its own mask %08x", what, me->linear & 31, mask);
-    me->what = what, me->mask = mask, me->args = args, me->waiting = true;
+void maybe_yield() {
+    if (chosen.schedule != SHUFFLED || random_number() % 4) return;
+    make_ready(*running());
+    leave();
+}
+
+void warp_meet(const char *what, uint32_t mask, void *args, meeting meet, place at) {
+    fiber *me = running();
+    const int warp = me->linear / 32, lane = me->linear & 31, n = std::min(32, block.n - warp * 32);
+    if (!(mask >> lane & 1)) fail("%s (%s:%u): lane %d is not in its own mask %08x", what, base_name(at.file_name()), at.line(), lane, mask);
+    if (n < 32 && mask >> n) fail("%s (%s:%u): mask %08x, but the warp has %d threads", what, base_name(at.file_name()), at.line(), mask, n);
+    if (mask & block.ended[warp]) fail("%s (%s:%u): of mask %08x lanes %08x have ended", what, base_name(at.file_name()), at.line(), mask, mask & block.ended[warp]);
+    me->is = IN_WARP, me->what = what, me->at = at, me->mask = mask, me->args = args;
+    block.in_warp[warp] |= 1u << lane;
+    if ((block.in_warp[warp] & mask) != mask) { leave(); return; }
+    fiber *const first = &block.fibers[warp * 32];
     void *args_of_lane[32] = {};
-    for (int l = 0; l < 32; l++) {
+    for (int l = 0; l < n; l++) {
         if (!(mask >> l & 1)) continue;
-        if (base + l >= block.n) fail("%s: mask %08x names lane %d, which the block does not have", what, mask, l);
-        fiber &f = block.fibers[base + l];
-        if (f.done) fail("%s: lane %d of mask %08x has ended", what, l, mask);
-        if (!f.waiting || !f.what) { leave(); return; }
-        if (strcmp(f.what, what) || f.mask != mask)
-            fail("lanes %d and %d of a warp meet at %s (mask %08x) and %s (mask %08x)", me->linear & 31, l, what, mask,
-                 f.what, f.mask);
+        const fiber &f = first[l];
+        if (f.mask != mask || f.at.line() != at.line() || strcmp(f.what, what))
+            fail("lanes %d and %d of a warp meet at different places: %s (%s:%u, mask %08x) and %s (%s:%u, mask %08x)", lane, l,
+                 what, base_name(at.file_name()), at.line(), mask, f.what, base_name(f.at.file_name()), f.at.line(), f.mask);
         args_of_lane[l] = f.args;
     }
     meet(args_of_lane, mask);
-    for (int l = 0; l < 32; l++)
-        if (mask >> l & 1) block.fibers[base + l].waiting = false, block.fibers[base + l].what = nullptr;
+    block.in_warp[warp] &= ~mask;
+    block.progress++;
+    for (int l = 0; l < n; l++)
+        if (mask >> l & 1) make_ready(first[l]);
+    leave();
 }
 
+void warp_barrier(uint32_t mask, place at) {
+    warp_meet("__syncwarp", mask, nullptr, [](void **, [[maybe_unused]] uint32_t met) {
+        RACE(warp_barrier(self->linear / 32, met));
+    }, at);
+}
+
+// ---- shared memory --------------------------------------------------------------------------------------------------
 unsigned char *shared_memory() { return block.shared; }
 uint32_t shared_u32(const void *p) {
-    return static_cast<uint32_t>(static_cast<const unsigned char *>(p) - block.shared);
+    const auto *at = static_cast<const unsigned char *>(p);
+    if (at < block.shared || at > block.shared + block.shared_bytes) fail("shared_u32 of an address outside shared memory");
+    return static_cast<uint32_t>(at - block.shared) + block.shared_base;
 }
 unsigned char *shared_at(uint32_t address, int bytes, int align) {
-    if (address % static_cast<uint32_t>(align)) fail("shared address %u is not a multiple of %d", address, align);
-    if (address + static_cast<size_t>(bytes) > block.shared_bytes)
-        fail("shared address %u + %d is past the end, %zu", address, bytes, block.shared_bytes);
-    return block.shared + address;
+    const int64_t at = static_cast<int64_t>(address) - block.shared_base;
+    if (address % static_cast<uint32_t>(align)) fail("shared address 0x%llx is not a multiple of %d", static_cast<long long>(at), align);
+    if (at < 0 || at + bytes > static_cast<int64_t>(block.shared_bytes))
+        fail("%d bytes at shared address %lld, shared memory ends at %zu", bytes, static_cast<long long>(at), block.shared_bytes);
+    return block.shared + at;
 }
-void cp_async_16(uint32_t to, const void *from, int bytes) {
-    if (bytes < 0 || bytes > 16) fail("cp.async of %d bytes", bytes);
-    if (reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async from an address that is not a multiple of 16");
-    unsigned char *p = shared_at(to, 16, 16);
-    memset(p, 0, 16);
-    if (bytes) memcpy(p, from, static_cast<size_t>(bytes));
-}
-void cp_async_commit() {}
-void cp_async_wait(int) {}
 }  // namespace simt
 
-// ---- matrix instructions --------------------------------------------------------------------------------------------
-namespace {
-struct ldmatrix_args { uint32_t *r; uint32_t row; bool trans; };
-void ldmatrix_meet(void **args, uint32_t) {
-    for (int m = 0; m < 4; m++) {
-        uint16_t matrix[8][8];
-        for (int i = 0; i < 8; i++)
-            memcpy(matrix[i], simt::shared_at(static_cast<ldmatrix_args *>(args[8 * m + i])->row, 16, 16), 16);
-        for (int l = 0; l < 32; l++) {
-            auto *a = static_cast<ldmatrix_args *>(args[l]);
-            const int i = l / 4, j = l % 4 * 2;
-            const uint16_t low = a->trans ? matrix[j][i] : matrix[i][j], high = a->trans ? matrix[j + 1][i] : matrix[i][j + 1];
-            a->r[m] = static_cast<uint32_t>(high) << 16 | low;
-        }
-    }
-}
-template <class T> float element(uint32_t word, int half) {
-    const uint16_t h = static_cast<uint16_t>(half ? word >> 16 : word);
-    if constexpr (std::is_same_v<T, f16>) return float_f16(h);
-    uint32_t u = static_cast<uint32_t>(h) << 16;
-    float x;
-    memcpy(&x, &u, 4);
-    return x;
-}
-struct mma_args { float *c; const uint32_t *a, *b; };
-template <class T> void mma_meet(void **args, uint32_t) {
-    float A[16][16], B[16][8], C[16][8];
-    for (int l = 0; l < 32; l++) {
-        auto *x = static_cast<mma_args *>(args[l]);
-        for (int r = 0; r < 4; r++)
-            for (int h = 0; h < 2; h++) A[l / 4 + 8 * (r & 1)][2 * (l % 4) + h + 8 * (r >> 1)] = element<T>(x->a[r], h);
-        for (int r = 0; r < 2; r++)
-            for (int h = 0; h < 2; h++) B[2 * (l % 4) + h + 8 * r][l / 4] = element<T>(x->b[r], h);
-        for (int r = 0; r < 4; r++) C[l / 4 + 8 * (r >> 1)][2 * (l % 4) + (r & 1)] = x->c[r];
-    }
-    for (int k = 0; k < 16; k++)
-        for (int i = 0; i < 16; i++)
-            for (int j = 0; j < 8; j++) C[i][j] += A[i][k] * B[k][j];
-    for (int l = 0; l < 32; l++)
-        for (int r = 0; r < 4; r++) static_cast<mma_args *>(args[l])->c[r] = C[l / 4 + 8 * (r >> 1)][2 * (l % 4) + (r & 1)];
-}
-template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    mma_args x = {c, a, b};
-    simt::warp_meet("mma", 0xffffffffu, &x, mma_meet<T>);
-}
-}  // namespace
-void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
-    ldmatrix_args a = {r, row, false};
-    simt::warp_meet("ldmatrix", 0xffffffffu, &a, ldmatrix_meet);
-}
-void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
-    ldmatrix_args a = {r, row, true};
-    simt::warp_meet("ldmatrix.trans", 0xffffffffu, &a, ldmatrix_meet);
-}
-void mma_16816(bf16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma<bf16>(c, a, b); }
-void mma_16816(f16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma<f16>(c, a, b); }
-
-// ---- conversions: to nearest even -----------------------------------------------------------------------------------
-uint16_t bits_bf16(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    if (x != x) return static_cast<uint16_t>(u >> 16 | 0x40);
-    return static_cast<uint16_t>((u + (u >> 16 & 1) + 0x7fff) >> 16);
-}
-uint16_t bits_f16(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    const uint32_t size = u & 0x7fffffff, sign = u >> 16 & 0x8000;
-    if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-    if (size >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
-    if (size >= 0x38800000) return static_cast<uint16_t>(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
-    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(std::fabs(x) * 0x1p24f)));
-}
-float float_f16(uint16_t h) {
-    const uint32_t sign = (h & 0x8000u) << 16, size = h & 0x7fffu;
-    float x;
-    if (size < 0x400) x = static_cast<float>(size) * 0x1p-24f;
-    else {
-        const uint32_t u = size >= 0x7c00 ? size << 13 | 0x7f800000 : (size << 13) + 0x38000000;
-        memcpy(&x, &u, 4);
-    }
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    u |= sign;
-    memcpy(&x, &u, 4);
-    return x;
-}
-
-// ---- memory between processes ---------------------------------------------------------------------------------------
-uint32_t load_acquire_system(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-void store_release_system(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-void fence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-void spin() { simt::yield(); }
-uint64_t nanoseconds() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<uint64_t>(t.tv_sec) * 1000000000u + static_cast<uint64_t>(t.tv_nsec);
-}
-
-// ---- votes ----------------------------------------------------------------------------------------------------------
-namespace {
-struct vote_args { unsigned in; uint32_t out; };
-}
-uint32_t __ballot_sync(uint32_t mask, int predicate) {
-    vote_args a = {predicate != 0, 0};
-    simt::warp_meet("__ballot_sync", mask, &a, [](void **args, uint32_t mask) {
-        uint32_t votes = 0;
-        for (int l = 0; l < 32; l++) if (mask >> l & 1 && static_cast<vote_args *>(args[l])->in) votes |= 1u << l;
-        for (int l = 0; l < 32; l++) if (mask >> l & 1) static_cast<vote_args *>(args[l])->out = votes;
-    });
-    return a.out;
-}
-uint32_t __match_any_sync(uint32_t mask, unsigned value) {
-    vote_args a = {value, 0};
-    simt::warp_meet("__match_any_sync", mask, &a, [](void **args, uint32_t mask) {
-        for (int l = 0; l < 32; l++) {
-            if (!(mask >> l & 1)) continue;
-            auto *me = static_cast<vote_args *>(args[l]);
-            for (int o = 0; o < 32; o++)
-                if (mask >> o & 1 && static_cast<vote_args *>(args[o])->in == me->in) me->out |= 1u << o;
-        }
-    });
-    return a.out;
-}
-
-// ---- the runtime ----------------------------------------------------------------------------------------------------
-const char *cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error of the harness"; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
-cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-    switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 2; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    default: *value = 227 * 1024;
-    }
-    return cudaSuccess;
-}
-cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned) {
-    *p = calloc(1, bytes);
-    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
-    memset(p, value, bytes);
-    return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-    memcpy(to, from, bytes);
-    return cudaSuccess;
+int simt_configure(const char *schedule, const char *async, uint64_t seed) {
+    simt::settings s = simt::chosen;
+    s.seed = seed;
+    if (!simt::choose(&s.schedule, schedule, simt::SCHEDULES) || !simt::choose(&s.async, async, simt::TIMINGS)) return -1;
+    simt::chosen = s;
+    return 0;
 }
