@@ -44,7 +44,7 @@ static int pack_width(int64_t row_bytes, const void *x, const void *y) {
                          reinterpret_cast<uintptr_t>(y) | 16;
     return static_cast<int>(all & -all);
 }
-// f(constant) for the width, of which a pack of T needs at least one T.
+// f(the width as a constant); a pack holds at least one T.
 template <class T, class F>
 static int by_width(int width, F f) {
     switch (width) {
