@@ -22,6 +22,7 @@ from ranks import run_ranks
 from test_permute import any_bits
 
 from moe_ext import ops, reference
+from moe_ext.parallel.experts import ExpertExchange
 from moe_ext.parallel.transport import NcclTransport, TorchTransport, WindowTransport
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -258,6 +259,41 @@ def rounds_body(rank, world, folder, device, kind, more):
     transport = connect(kind, world, rank, folder, device, **more)
     check_rounds(transport, world, rank, device)
     transport.close()
+
+
+def experts_body(rank, world, folder, device, kind):
+    """A whole exchange with experts that need no weights of their own: expert e of a rank multiplies by e + 1."""
+    E, K, T, D = 4 * world, 3, 17 + rank, 24
+    g = torch.Generator().manual_seed(rank)
+    x, weights = torch.randn(T, D, generator=g), torch.rand(T, K, generator=g)
+    ids = torch.randint(-1, E, (T, K), generator=g).int()
+    transport = connect(kind, world, rank, folder, device, **({"bytes": 1000} if kind is WindowTransport else {}))
+    exchange = ExpertExchange(E, transport)
+
+    def scale(weights, ids):
+        return (weights * ids.remainder(4).add(1) * (ids >= 0)).sum(1, keepdim=True)
+
+    for _ in range(3):
+        leaves = [t.to(device).requires_grad_() for t in (x, weights)]
+        x_RD, weights_RK, ids_RK, copies, trip = exchange.dispatch(*leaves, ids.to(device))
+        assert copies == ids_RK.ge(0).sum() and ids_RK.max() < 4
+        y = exchange.combine(x_RD * scale(weights_RK, ids_RK), trip)
+        wanted = [t.clone().requires_grad_() for t in (x, weights)]
+        want = wanted[0] * scale(wanted[1], ids)
+        torch.testing.assert_close(y.cpu(), want)
+        for got, w in zip(torch.autograd.grad(y.square().sum(), leaves),
+                          torch.autograd.grad(want.square().sum(), wanted), strict=True):  # fmt: skip
+            torch.testing.assert_close(got.cpu(), w)
+    transport.close()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("kind", [NcclTransport, WindowTransport])
+def test_an_exchange_over_each_transport(kind, world, device, tmp_path, stand_in):
+    if device == "cuda" and world != (1 if kind is NcclTransport else 2):
+        pytest.skip("one card")
+    run(world, experts_body, tmp_path, device, kind)
 
 
 def killed_body(rank, world, folder, device, kind, during):

@@ -1,0 +1,107 @@
+"""Expert parallelism: the token exchange as a differentiable object, for the `exchange` of an MoE layer.
+
+    exchange = ExpertExchange(num_experts, TorchTransport(group))
+    layer = FusedMoE(.., exchange=exchange)         # with w13, w2 of this rank's num_experts / ranks experts
+
+Expert e lives on rank e // (E/P). A token goes once to each rank that owns one of its experts (moe_ext.ops.exchange).
+There is one host read per forward, of the counts; backward needs none, for it goes the same ways back:
+
+    dispatch  x, weights, ids -> wire -> x_RD, weights_RK, ids_RK           backward: dx and dweights in one message
+    combine   y_RD -> wire -> y_TD[t] = sum of t's rows, in rank order      backward: dy, once to each rank
+
+Exchanges are collective: every rank runs forward and backward in the same order, also one that has or gets no tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from moe_ext import ops
+
+
+class Trip(NamedTuple):
+    """What one dispatch, its combine and both backwards share."""
+
+    transport: object
+    num_experts: int
+    ids_TK: torch.Tensor
+    plan: ops.ExchangePlan
+    rows_PP: torch.Tensor  # int64 on the CPU: rows from p to q
+
+    @property
+    def sent(self):
+        return int(self.rows_PP[self.transport.rank].sum())
+
+    def pack(self, x, ids, weights, send, rows):
+        return ops.exchange_pack(x, ids, weights, send, self.num_experts, self.transport.ranks, rows)
+
+    def forth(self, message):
+        return self.transport.rows(message, self.rows_PP)
+
+    def back(self, message):
+        return self.transport.rows(message, self.rows_PP.T)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weights_TK, trip):
+        ctx.trip, ctx.D, ctx.weights_dtype = trip, x_TD.shape[1], weights_TK.dtype
+        message = trip.pack(x_TD, trip.ids_TK, weights_TK, trip.plan.send_M, trip.sent)
+        x_RD, ids_RK, weights_RK = ops.exchange_unpack(trip.forth(message), ctx.D, *weights_TK.shape[1:],
+                                                       weights_TK.dtype)  # fmt: skip
+        ctx.mark_non_differentiable(ids_RK)
+        return x_RD, weights_RK, ids_RK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_RD, dweights_RK, _):
+        trip = ctx.trip
+        message = trip.back(trip.pack(dx_RD, None, dweights_RK, None, len(dx_RD)))
+        dx_TD, dweights_TK = ops.exchange_combine(message, trip.plan.place_TP, trip.ids_TK, trip.num_experts, ctx.D,
+                                                  ctx.weights_dtype)  # fmt: skip
+        return dx_TD, dweights_TK, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_RD, trip):
+        ctx.trip = trip
+        return ops.exchange_combine(trip.back(y_RD), trip.plan.place_TP)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD):
+        trip = ctx.trip
+        return trip.forth(trip.pack(dy_TD, None, None, trip.plan.send_M, trip.sent)), None
+
+
+class ExpertExchange:
+    """Moves tokens to the ranks that own their experts and back, over a transport (moe_ext.parallel.transport).
+
+    num_experts: of all ranks, a multiple of them. Under torch.autocast rows travel in the region's dtype.
+    """
+
+    def __init__(self, num_experts, transport):
+        if num_experts % transport.ranks:
+            raise ValueError(
+                f"ExpertExchange: num_experts is {num_experts}, wanted a multiple of the {transport.ranks} ranks"
+            )
+        self.num_experts, self.transport = num_experts, transport
+
+    def dispatch(self, x_TD, weights_TK, ids_TK):
+        """-> x_RD, weights_RK, ids_RK (int32, local, -1 where the expert lives elsewhere), number of ids_RK >= 0, and
+        the trip that combine wants. weights_TK: float32 or x's dtype. Differentiable in x_TD and weights_TK."""
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:
+            x_TD = x_TD.to(torch.get_autocast_dtype(device))
+        ids_TK = ids_TK.int().contiguous()
+        plan = ops.exchange_plan(ids_TK, self.num_experts, self.transport.ranks)
+        counts_PP2 = self.transport.counts(plan.counts_P2).long()
+        trip = Trip(self.transport, self.num_experts, ids_TK, plan, counts_PP2[..., 0])
+        num_copies = int(counts_PP2[:, self.transport.rank, 1].sum())
+        return *_Dispatch.apply(x_TD, weights_TK, trip), num_copies, trip
+
+    def combine(self, y_RD, trip):
+        """y_RD [R,D], one row for each row that dispatch received -> y_TD, the sum of each token's rows."""
+        return _Combine.apply(y_RD, trip)
