@@ -19,20 +19,9 @@
 // E <= MOE_MAX_EXPERTS, else MOE_BAD_SHAPE.
 #ifndef MOE_GEMM_CUH
 #define MOE_GEMM_CUH
-#include "common.cuh"
+#include "gemm_tile.cuh"
 
 enum { GEMM_PIECE = 64 };
-
-// Element (i, k) of expert e at p + e*se + i*si + k*sk; i along rows or columns of c, k along the sum.
-// With `index`, position p on the axis of rows stands for row index[p] / index_div; outside [0, index_rows): zeros.
-template <class T>
-struct gemm_operand {
-    const T       *p;
-    int64_t        se, si, sk;
-    const int32_t *index = nullptr;
-    int32_t        index_div = 1;
-    int64_t        index_rows = 0;
-};
 
 template <class T>
 struct gemm_product {
@@ -77,52 +66,279 @@ template <class T> int gemm_store(const gemm_product<T> &g, T *y, int64_t stride
 // dw[e] = a b^T over the rows of e, a(i, p) with i < M, b(j, p) with j < N; any strides of dw.
 template <class T> int gemm_wgrad(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream);
 
-// ---- a first, slow implementation -----------------------------------------------------------------------------------
-template <class T>
-static __device__ float gemm_element(const gemm_operand<T> &x, int64_t e, int64_t i, int64_t k, bool index_on_k) {
-    if (x.index) {
-        int64_t &at = index_on_k ? k : i;
-        at = x.index[at] / x.index_div;
-        if (at < 0 || at >= x.index_rows) return 0;
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+// A block computes tile_m x tile_n of c: warps_m x warps_n warps of [tile_m / warps_m] x 64 columns.
+template <int m, int n, int warps_m_, int stages_, int per_sm_>
+struct gemm_tile {
+    static constexpr int tile_m = m, tile_n = n, warps_m = warps_m_, warps_n = n / WARP_COLUMNS;
+    static constexpr int warps = warps_m * warps_n, threads = warps * 32, stages = stages_, per_sm = per_sm_;
+    static constexpr int stage_bytes = (m + n) * 64;
+};
+// Bytes that fit a multiprocessor of an A100, 164 KB, `per_sm` times; registers 65536 / (threads * per_sm).
+using tile_big   = gemm_tile<128, 256, 2, 4, 1>;
+using tile_mid   = gemm_tile<128, 128, 2, 4, 2>;
+using tile_small = gemm_tile<64, 128, 2, 4, 2>;         // also for floats, and for operands that no vector can read
+
+// What one block does next: rows i0 .. i_end and columns from j0 on of expert e, sums from k0 on.
+struct gemm_piece {
+    int e, i0, i_end, j0, k0, k_end, steps;
+};
+
+// Ragged rows: how many tiles of rows stand before each expert, and where its rows begin; experts + 1 entries.
+struct gemm_expert {
+    uint32_t tiles;
+    int      begin;
+};
+
+// Every block counts for itself. Bins that are not in order: a verdict, and no tiles at all.
+template <int tile_m>
+static __device__ void count_tiles(int R, int E, bool tail, const int32_t *bins_E, verdict bad, gemm_expert *table,
+                                   uint32_t *shared) {
+    const int n = E + tail, each = (n + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
+    const int first = min32(n, static_cast<int>(threadIdx.x) * each), last = min32(n, first + each);
+    const auto end_of = [&](int e) { return e < 0 ? 0 : e < E ? bins_E[e] : R; };
+    uint32_t mine = 0, wrong = 0, all;
+    for (int e = first; e < last; e++) {
+        const int begin = end_of(e - 1), end = end_of(e);
+        if (begin < 0 || end < begin || end > R) wrong = 1, bad(MOE_BAD_BINS, e);
+        else mine += static_cast<uint32_t>(end - begin + tile_m - 1) / tile_m;
     }
-    return to_float(x.p[e * x.se + i * x.si + k * x.sk]);
+    wrong = block_sum(wrong, shared);
+    uint32_t tiles = block_exclusive_scan(wrong ? 0 : mine, shared, &all);
+    for (int e = first; e < last; e++) {
+        const int begin = end_of(e - 1);
+        table[e] = {tiles, begin};
+        if (!wrong) tiles += static_cast<uint32_t>(end_of(e) - begin + tile_m - 1) / tile_m;
+    }
+    if (threadIdx.x == 0) table[n] = {all, end_of(n - 1)};
+    __syncthreads();
 }
-template <int parts, bool ragged_sums, class T, class Epilogue>
-__global__ void gemm_kernel(gemm_product<T> g, Epilogue emit) {
-    const int64_t across = ceil_div(g.N, 64), rows = ragged_sums ? g.M * g.E : g.R;
-    const int64_t row = blockIdx.x / across, j0 = blockIdx.x % across * 64;
-    if (row >= rows) return;
-    int64_t e = ragged_sums ? row / g.M : 0, i = ragged_sums ? row % g.M : row;
-    if (!ragged_sums) while (e < g.E && i >= g.bins_E[e]) e++;
-    if (e == g.E && !g.tail) return;
-    float sum = 0;
-    if (threadIdx.x < 8 * parts) {}
-    for (int64_t j = j0; j < min64(j0 + 64, g.N); j += 8) {
-        float c[parts][8] = {};
-        const int n = static_cast<int>(min64(8, g.N - j));
+
+// Tile t of `m` x `n`, eight rows of tiles at a time: neighbours in time share panels of both operands in L2.
+static __device__ __forceinline__ void swizzle(int64_t t, int m, int n, int *i, int *j) {
+    const int group = static_cast<int>(t / (8 * static_cast<int64_t>(n))), first = group * 8, rows = min32(8, m - first);
+    const int rest = static_cast<int>(t - static_cast<int64_t>(first) * n);
+    *i = first + rest % rows;
+    *j = rest / rows;
+}
+
+template <class Tile, int parts, bool ragged_sums, class T>
+static __device__ bool find_piece(const gemm_product<T> &g, const gemm_expert *table, int64_t t, gemm_piece *piece) {
+    constexpr int columns = Tile::tile_n / parts, depth = panel_depth<T>;
+    const int across = static_cast<int>((g.N + columns - 1) / columns);
+    int i, j;
+    if (ragged_sums) {
+        const int down = static_cast<int>((g.M + Tile::tile_m - 1) / Tile::tile_m);
+        const int64_t tiles = static_cast<int64_t>(down) * across;
+        if (t >= g.E * tiles) return false;
+        const int e = static_cast<int>(t / tiles);
+        swizzle(t - e * tiles, down, across, &i, &j);
+        int begin = e ? g.bins_E[e - 1] : 0, end = g.bins_E[e];
+        if (begin < 0 || end < begin || end > g.R) g.bad(MOE_BAD_BINS, e), begin = end = 0;
+        *piece = {e, i * Tile::tile_m, static_cast<int>(g.M), j * columns, begin, end, (end - begin + depth - 1) / depth};
+        return true;
+    }
+    int e = 0, high = static_cast<int>(g.E) + g.tail;       // the last e with table[e].tiles <= t / across
+    if (t >= static_cast<int64_t>(table[high].tiles) * across) return false;
+    const auto row = static_cast<uint32_t>(t / across);
+    while (high - e > 1) {
+        const int middle = (e + high) / 2;
+        if (table[middle].tiles <= row) e = middle;
+        else high = middle;
+    }
+    swizzle(t - static_cast<int64_t>(table[e].tiles) * across, static_cast<int>(table[e + 1].tiles - table[e].tiles),
+            across, &i, &j);
+    const int K = static_cast<int>(g.K);
+    *piece = {e, table[e].begin + i * Tile::tile_m, table[e + 1].begin, j * columns, 0, K,
+              e == g.E ? 0 : g.terms * ((K + depth - 1) / depth)};
+    return true;
+}
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+// Blocks walk over tiles. A stage holds one panel of A and of each B; `stages - 1` panels are under way while one is
+// multiplied, and the first of the next tile while the last one's sums leave through the epilogue.
+template <class Tile, int parts, bool ragged_sums, bool b_along_k, bool vector, class T, class Epilogue>
+__global__ void __launch_bounds__(Tile::threads, Tile::per_sm)
+gemm_kernel(const gemm_product<T> g, const Epilogue emit) {
+    constexpr int stages = Tile::stages, depth = panel_depth<T>, width_b = Tile::tile_n / parts;
+    constexpr int warp_m = Tile::tile_m / Tile::warps_m, warp_n = WARP_COLUMNS / parts;
+    constexpr bool a_along_k = !ragged_sums;
+    using sums = warp_sums<T, warp_m, parts, a_along_k, b_along_k, Tile::tile_m, width_b>;
+    unsigned char *const shared = shared_memory();
+    auto *const area = reinterpret_cast<float *>(shared + stages * Tile::stage_bytes);      // of the block's warps
+    auto *const table = reinterpret_cast<gemm_expert *>(area + Tile::warps * sums::pass_rows * WARP_STRIDE);
+    if (!ragged_sums)
+        count_tiles<Tile::tile_m>(static_cast<int>(g.R), static_cast<int>(g.E), g.tail, g.bins_E, g.bad, table,
+                                  reinterpret_cast<uint32_t *>(area));
+
+    panel_loader<T, a_along_k, vector, true, Tile::tile_m, Tile::threads> a;
+    panel_loader<T, b_along_k, vector, ragged_sums, width_b, Tile::threads> b[parts];
+    sums c;
+    c.m0 = warp_id() % Tile::warps_m * warp_m;
+    c.n0 = warp_id() / Tile::warps_m * warp_n;
+
+    const auto begin = [&](const gemm_piece &p, int term) {
+        a.begin(g.a[term], p.e, p.i0, p.i_end, p.k0, p.k_end, g.bad);
+#pragma unroll
         for (int q = 0; q < parts; q++)
-            for (int v = 0; v < n; v++)
-                for (int t = 0; e < g.E && t < g.terms; t++) {
-                    const int64_t begin = ragged_sums ? (e ? g.bins_E[e - 1] : 0) : 0;
-                    const int64_t end = ragged_sums ? g.bins_E[e] : g.K;
-                    for (int64_t k = begin; k < end; k++)
-                        c[q][v] = fmaf(gemm_element(g.a[t], e, i, k, ragged_sums),
-                                       gemm_element(g.b[parts == 2 ? q : t], e, j + v, k, ragged_sums), c[q][v]);
+            b[q].begin(g.b[parts == 2 ? q : term], p.e, p.j0, static_cast<int>(g.N), p.k0, p.k_end, g.bad);
+    };
+    const auto load = [&](const gemm_piece &p, int step) {          // one group of copies, empty after the last step
+        if (step < p.steps) {
+            unsigned char *to = shared + step % stages * Tile::stage_bytes;
+            const int one = ragged_sums || g.terms == 1 ? p.steps : p.steps / 2;
+            if (step == one) begin(p, 1);
+            const int k = p.k0 + (step < one ? step : step - one) * depth;
+            a.load(to, k, g.a[0], g.bad);
+#pragma unroll
+            for (int q = 0; q < parts; q++) b[q].load(to + (Tile::tile_m + q * width_b) * 64, k, g.b[q], g.bad);
+        }
+        cp_async_commit();
+    };
+    const auto fragments = [&](int slot, int stage, int step) {
+        const unsigned char *at = shared + stage * Tile::stage_bytes;
+        c.load(slot, at, at + Tile::tile_m * 64, step);
+    };
+
+    gemm_piece now = {}, next;
+    for (int64_t t = blockIdx.x;; t += gridDim.x) {
+        const bool more = find_piece<Tile, parts, ragged_sums>(g, table, t, &next);
+        if (more) {
+            if (next.steps > 0) begin(next, 0);
+#pragma unroll 1
+            for (int step = 0; step < stages - 1; step++) load(next, step);
+        }
+        if (t != blockIdx.x) {                                      // the sums of `now` leave, 8 columns at a time
+            constexpr int across = warp_n / 8;                      // lanes that share a row
+            float *const mine = area + warp_id() * sums::pass_rows * WARP_STRIDE;
+            const int piece = lane_id() % across, j = now.j0 + c.n0 + piece * 8;
+            const int n = min32(8, static_cast<int>(g.N) - j);
+#pragma unroll 1
+            for (int pass = 0; pass < sums::passes; pass++) {
+                __syncwarp();
+                c.put(pass, mine);
+                __syncwarp();
+#pragma unroll 1
+                for (int r = lane_id() / across; r < sums::pass_rows; r += 32 / across) {
+                    const int i = now.i0 + c.m0 + pass * sums::pass_rows + r;
+                    const bool inside = i < now.i_end && n > 0;
+                    float x[parts][8], sum = 0;
+#pragma unroll
+                    for (int q = 0; q < parts; q++)
+#pragma unroll
+                        for (int v = 0; v < 8; v++) x[q][v] = mine[r * WARP_STRIDE + q * warp_n + piece * 8 + v];
+                    if (inside) sum = emit(now.e, i, j, n, x);
+                    if constexpr (Epilogue::sums_rows) {
+                        for (int step = across / 2; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+                        if (piece == 0 && inside) emit.row(i, j / warp_n, sum);
+                    }
                 }
-        const float part = emit(e, i, j, n, c);
-        sum += part;
-        if constexpr (Epilogue::sums_rows)
-            if ((j + 8) % (GEMM_PIECE / parts) == 0 || j + 8 >= g.N) emit.row(i, j / (GEMM_PIECE / parts), sum), sum = 0;
+            }
+        }
+        if (!more) break;
+        now = next;
+
+        c.clear();
+        cp_async_wait<stages - 2>();
+        __syncthreads();
+        int stage = 0;
+        if (sums::slots == 2 && now.steps > 0) fragments(0, 0, 0);
+#pragma unroll 1
+        for (int step = 0; step < now.steps; step++) {
+#pragma unroll
+            for (int k = 0; k < sums::steps; k++) {
+                const bool last = k == sums::steps - 1;
+                if (sums::slots == 1) fragments(0, stage, k);
+                if (last) {                                         // all have read this stage; the next one is there
+                    cp_async_wait<stages - 2>();
+                    __syncthreads();
+                    stage = stage + 1 == stages ? 0 : stage + 1;
+                }
+                if (k == 0) load(now, step + stages - 1);
+                if (sums::slots == 2 && !(last && step + 1 == now.steps))
+                    fragments((k + 1) % 2, stage, (k + 1) % sums::steps);
+                c.multiply(k % sums::slots);
+            }
+        }
     }
 }
+
+// ---- the choice of a tile, and the launch ---------------------------------------------------------------------------
+// Whether chunks of 16 bytes can be copied: along k, or along i.
+template <class T>
+bool gemm_vector(const gemm_operand<T> &x, bool along_k, int64_t E) {
+    constexpr int n = chunk_size<T>;
+    return aligned16(x.p) && (along_k ? x.sk : x.si) == 1 && (along_k ? x.si : x.sk) % n == 0 &&
+           (E == 1 || x.se % n == 0);
+}
+
+// Time of a grid, in units that only compare: rounds of the device times the work of one round over its efficiency.
+// Of ragged rows half a tile per expert is lost at its end.
+template <class Tile>
+double gemm_cost(double efficiency, bool ragged_sums, int64_t R, int64_t E, int64_t M, int64_t columns, int sms) {
+    const double down = ragged_sums ? static_cast<double>(E * ceil_div(M, Tile::tile_m))
+                                    : static_cast<double>(R) / Tile::tile_m + 0.5 * static_cast<double>(E);
+    const double tiles = down * static_cast<double>(ceil_div(columns, Tile::tile_n)), slots = Tile::per_sm * sms;
+    const double rounds = tiles < slots ? 1 : tiles / slots;
+    return rounds * Tile::per_sm * Tile::tile_m * Tile::tile_n / efficiency;
+}
+enum gemm_choice { GEMM_SMALL, GEMM_MID, GEMM_BIG };
+inline gemm_choice gemm_policy(bool ragged_sums, int64_t R, int64_t E, int64_t M, int64_t columns, int sms) {
+    const double small = gemm_cost<tile_small>(0.7, ragged_sums, R, E, M, columns, sms);
+    const double mid = gemm_cost<tile_mid>(0.9, ragged_sums, R, E, M, columns, sms);
+    const double big = gemm_cost<tile_big>(1.0, ragged_sums, R, E, M, columns, sms);
+    return big <= mid && big <= small ? GEMM_BIG : mid <= small ? GEMM_MID : GEMM_SMALL;
+}
+
+template <class Tile, int parts, bool ragged_sums, bool b_along_k, bool vector, class T, class Epilogue>
+int gemm_launch(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
+    using sums = warp_sums<T, Tile::tile_m / Tile::warps_m, parts, !ragged_sums, b_along_k, Tile::tile_m,
+                           Tile::tile_n / parts>;
+    const int64_t across = ceil_div(g.N, Tile::tile_n / parts), experts = g.E + g.tail;
+    const int64_t down = ragged_sums ? g.E * ceil_div(g.M, Tile::tile_m) : g.R / Tile::tile_m + min64(g.R, experts);
+    const size_t shared = Tile::stages * Tile::stage_bytes + Tile::warps * sums::pass_rows * WARP_STRIDE * sizeof(float) +
+                          (ragged_sums ? 0 : (experts + 1) * sizeof(gemm_expert));
+    const int64_t grid = min64(down * across, static_cast<int64_t>(multiprocessors()) * Tile::per_sm);
+    return launch(gemm_kernel<Tile, parts, ragged_sums, b_along_k, vector, T, Epilogue>, grid, Tile::threads, shared,
+                  stream, g, emit);
+}
+template <int parts, bool ragged_sums, bool b_along_k, class T, class Epilogue>
+int gemm_by_tile(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
+    if constexpr (sizeof(T) == 2)
+        switch (gemm_policy(ragged_sums, g.R, g.E, g.M, g.N * parts, multiprocessors())) {
+        case GEMM_BIG: return gemm_launch<tile_big, parts, ragged_sums, b_along_k, true>(g, emit, stream);
+        case GEMM_MID: return gemm_launch<tile_mid, parts, ragged_sums, b_along_k, true>(g, emit, stream);
+        case GEMM_SMALL: break;
+        }
+    return gemm_launch<tile_small, parts, ragged_sums, b_along_k, true>(g, emit, stream);
+}
+template <class T>
+int gemm_check(const gemm_product<T> &g) {
+    constexpr int64_t most = INT32_MAX - 1024;          // coordinates are 32 bits wide, with room for a tile
+    return g.E < 1 || g.E > MOE_MAX_EXPERTS || g.R > INT32_MAX - 1024 || g.N > most || g.M > most || g.K > most / 2
+        ? MOE_BAD_SHAPE : MOE_OK;
+}
+
 template <int parts, class T, class Epilogue>
 int gemm_rows(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
-    if (g.E > MOE_MAX_EXPERTS) return MOE_BAD_SHAPE;
-    return launch(gemm_kernel<parts, false, T, Epilogue>, g.R * ceil_div(g.N, 64), 1, 0, stream, g, emit);
+    TRY(gemm_check(g));
+    const int pairs = parts == 2 ? 2 : g.terms;
+    bool a = true, b_k = true, b_i = true;
+    for (int q = 0; q < pairs; q++) {
+        a = a && (parts == 2 || gemm_vector(g.a[q], true, 1));
+        b_k = b_k && gemm_vector(g.b[q], true, g.E);
+        b_i = b_i && gemm_vector(g.b[q], false, g.E);
+    }
+    if (parts == 2) a = gemm_vector(g.a[0], true, 1);
+    if (a && b_k) return gemm_by_tile<parts, false, true>(g, emit, stream);
+    if (a && b_i) return gemm_by_tile<parts, false, false>(g, emit, stream);
+    return gemm_launch<tile_small, parts, false, true, false>(g, emit, stream);
 }
 template <class T, class Epilogue>
 int gemm_sums(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
-    if (g.E > MOE_MAX_EXPERTS) return MOE_BAD_SHAPE;
-    return launch(gemm_kernel<1, true, T, Epilogue>, g.E * g.M * ceil_div(g.N, 64), 1, 0, stream, g, emit);
+    TRY(gemm_check(g));
+    if (gemm_vector(g.a[0], false, 1) && gemm_vector(g.b[0], false, 1))
+        return gemm_by_tile<1, true, false>(g, emit, stream);
+    return gemm_launch<tile_small, 1, true, false, false>(g, emit, stream);
 }
 #endif
