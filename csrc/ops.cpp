@@ -420,7 +420,7 @@ Tensor capacity_drop(In ids, MaybeIn priority, int64_t num_experts, int64_t capa
     Door door{"capacity_drop"};
     Dim T{"T"}, K{"K"};
     auto *ids_TK = door.i32("ids", ids, {&T, &K});
-    void *priority_TK = door.in("priority", priority, FLOATS, {&T, &K});
+    void *priority_TK = door.in("priority", priority, only(MOE_F64) | only(MOE_F32), {&T, &K});
     const int dtype = priority ? dtype_of(*priority) : MOE_F32;
     Tensor kept = empty(ids, MOE_I32, {T, K});
     Workspace work(door, RUN(capacity_workspace, rows_per_scope, K, num_experts));
