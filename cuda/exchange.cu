@@ -9,7 +9,7 @@
 #include "../csrc/message.h"
 #include "common.cuh"
 
-static constexpr int THREADS = 256, WARPS = THREADS / 32;
+static constexpr int THREADS = 256, WARPS = THREADS / 32, SCAN_THREADS = 1024;
 
 // ---- plan -----------------------------------------------------------------------------------------------------------
 struct plan_job {
@@ -45,7 +45,7 @@ __global__ void plan_scan_kernel(plan_job j) {
     auto *sums = reinterpret_cast<int *>(shared_memory());
     const int64_t n = j.P * j.chunks;
     int base = 0;
-    for (int64_t i = 0; i < n; i += THREADS) {
+    for (int64_t i = 0; i < n; i += SCAN_THREADS) {
         const int64_t at = i + threadIdx.x;
         int total;
         const int before = block_exclusive_scan(at < n ? j.rows_PC[at] : 0, sums, &total);
@@ -54,9 +54,11 @@ __global__ void plan_scan_kernel(plan_job j) {
     }
     if (threadIdx.x == 0) j.rows_PC[n] = base;
     __syncthreads();
-    for (int64_t p = threadIdx.x; p < j.P; p += THREADS) {
+    for (int64_t p = warp_id(); p < j.P; p += SCAN_THREADS / 32) {
         int copies = 0;
-        for (int64_t c = 0; c < j.chunks; c++) copies += j.copies_PC[p * j.chunks + c];
+        for (int64_t c = lane_id(); c < j.chunks; c += 32) copies += j.copies_PC[p * j.chunks + c];
+        copies = warp_sum(copies);
+        if (lane_id()) continue;
         j.counts[2 * p] = j.rows_PC[(p + 1) * j.chunks] - j.rows_PC[p * j.chunks];
         j.counts[2 * p + 1] = copies;
     }
@@ -90,7 +92,7 @@ int moe_exchange_plan(int64_t T, int64_t K, int64_t E, int64_t P, const int32_t 
                         place_TP};
     const size_t shared = 32 * sizeof(int);
     TRY(launch(plan_count_kernel, blocks, THREADS, shared, stream, j, verdict_of(OP_exchange_plan)));
-    TRY(launch(plan_scan_kernel, 1, THREADS, shared, stream, j));
+    TRY(launch(plan_scan_kernel, 1, SCAN_THREADS, shared, stream, j));
     return launch(plan_place_kernel, blocks, THREADS, shared, stream, j);
 }
 

@@ -133,7 +133,8 @@ class window_wire final : public moe_wire {
 
     int open(void *handle) {
         void *memory = nullptr, *word = nullptr;
-        const size_t bytes = sizeof(header) + 2 * static_cast<size_t>(half);
+        // Whole pages of the device: the handle of a smaller piece would open its neighbours too.
+        const auto bytes = static_cast<size_t>(round_up(static_cast<int64_t>(sizeof(header)) + 2 * half, 2 << 20));
         TRY(cuda_status(cudaMalloc(&memory, bytes), "making a window"));
         window[rank] = static_cast<header *>(memory);
         TRY(cuda_status(cudaMemset(memory, 0, sizeof(header)), "making a window"));
