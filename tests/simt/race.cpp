@@ -41,7 +41,7 @@ instant warp_time[WARPS];                       // the last __syncwarp of a full
 instant seen[WARPS][32][32];                    // [warp][lane][other]: what lane knows of other by smaller masks
 std::vector<instant> block_starts;
 bool active;
-const char *stacks, *stacks_end, *shared, *shared_end, *room_end, *here;
+const char *stacks, *stacks_end, *shared, *shared_end, *room, *room_end, *here;
 std::unordered_map<uintptr_t, cell *> pages;
 struct { uintptr_t page; cell *cells; } recent[256];
 
@@ -149,7 +149,7 @@ template <kind what>
 inline void touch(const void *at, size_t bytes, const void *pc) {
     const char *p = static_cast<const char *>(at);
     if (!active || !simt::self || (p >= stacks && p < stacks_end) || !bytes) return;
-    if (p + bytes > shared && p < room_end && (p < shared || p + bytes > shared_end)) {
+    if (p + bytes > room && p < room_end && (p < shared || p + bytes > shared_end)) {
         active = false;
         simt::fail("%zu bytes at shared memory + %td (%s), which has %td", bytes, p - shared, simt::line_of(pc).c_str(),
                    shared_end - shared);
@@ -183,8 +183,9 @@ void begin_launch(const void *first_stack, size_t stack_bytes) {
     launch_start = now++;
     block_starts.clear();
 }
-void begin_block(const void *memory, size_t bytes, size_t room) {
-    shared = static_cast<const char *>(memory), shared_end = shared + bytes, room_end = shared + room;
+void begin_block(const void *memory, size_t bytes, const void *around, size_t room_bytes) {
+    shared = static_cast<const char *>(memory), shared_end = shared + bytes;
+    room = static_cast<const char *>(around), room_end = room + room_bytes;
     block_start = barrier_time = now++;
     block_starts.push_back(block_start);
     memset(warp_time, 0, sizeof warp_time);

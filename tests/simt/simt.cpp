@@ -340,7 +340,7 @@ void run_grid(dim3 grid, dim3 dim, size_t shared) {
                     static_cast<unsigned>(b / grid.x / grid.y)};
         memset(block.shared, 0xff, shared);
         forget_copies();
-        RACE(begin_block(block.shared, shared, ROOM));
+        RACE(begin_block(block.shared, shared, room, ROOM));
         run_block();
     }
 }
