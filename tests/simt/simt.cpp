@@ -27,7 +27,8 @@ thread *self;
 
 namespace {
 enum { STACK = 256 * 1024, MAX_THREADS = 1024, MAX_SHARED = 227 * 1024, WARPS = MAX_THREADS / 32 };
-constexpr uint64_t SPIN_LIMIT = 20'000'000'000;     // nanoseconds without progress while threads spin
+// Nanoseconds without progress while threads spin.
+const uint64_t SPIN_LIMIT = 1'000'000'000 * strtoull(getenv("SIMT_PATIENCE") ? getenv("SIMT_PATIENCE") : "20", nullptr, 0);
 
 // ---- schedules ------------------------------------------------------------------------------------------------------
 enum schedule { IN_ORDER, REVERSE, SHUFFLED, WARP_PRIORITY };
@@ -187,7 +188,9 @@ void ask_addr2line(const void *pc, char *name, char *line, size_t room) {
     char text[2048];
     if (pipe && fgets(text, sizeof text, pipe)) {
         text[strcspn(text, "\n")] = 0;
-        char *from = strncmp(text, "void ", 5) ? text : text + 5;
+        char *from = text;
+        for (const char *prefix : {"void ", "(anonymous namespace)::"})
+            if (!strncmp(from, prefix, strlen(prefix))) from += strlen(prefix);
         int angles = 0;
         for (char *p = from; *p; p++) {             // f<(enum)0, T>(int) -> f<(enum)0, T>
             angles += (*p == '<') - (*p == '>');

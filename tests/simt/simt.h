@@ -4,7 +4,8 @@
 // every instruction below. Collectives (barriers, shuffles, mma) block a fiber until its partners have arrived; which
 // fiber runs meanwhile, in which order blocks come and when asynchronous copies arrive is the schedule's choice:
 //     SIMT_SCHEDULE=inorder|reverse|shuffled|warps  SIMT_ASYNC=early|late|random  SIMT_SEED=number
-// in the environment, or simt_configure(schedule, async, seed). What a kernel does wrong (a collective that not all
+// in the environment, or simt_configure(schedule, async, seed). Threads that only spin give up after SIMT_PATIENCE (20)
+// seconds. What a kernel does wrong (a collective that not all
 // lanes reach, a wait without end, an address outside shared memory, a race in the race variant) ends the launch, which
 // then returns an error with the whole story as its text.
 #ifndef SIMT_H
