@@ -1,15 +1,14 @@
-"""The harness finds what it is there to find: toy.cu's kernels pass where they are right, and fail where they are not."""
+"""The harness finds what it is there to find: the kernels of toy.cu pass where right, and fail where they are not."""
 
 import ctypes
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from harness import library
 
-ROOT = Path(__file__).parent.parent.parent
 N = 128
 SCHEDULES = ["inorder", "reverse", "shuffled", "warps"]
 TIMINGS = ["early", "late", "random"]
@@ -41,12 +40,6 @@ MISTAKES = {  # what the harness says, and from which variant on; None: only the
 }
 
 
-def build(variant):
-    subprocess.run(["make", "-sf", "tests/simt/Makefile", f"VARIANT={variant}", f"build/simt/{variant}/libtoy.so"],
-                   cwd=ROOT, check=True)  # fmt: skip
-    return ROOT / "build" / "simt" / variant / "libtoy.so"
-
-
 @pytest.fixture(scope="module")
 def toys():
     made = {}
@@ -54,7 +47,7 @@ def toys():
 
     def of(variant):
         if variant not in made:
-            made[variant] = ctypes.CDLL(build(variant))
+            made[variant] = ctypes.CDLL(library(variant, "libtoy.so"))
             made[variant].run_toy.restype = ctypes.c_char_p
         return made[variant]
 
@@ -116,7 +109,7 @@ def test_an_address_outside_an_array_ends_the_process(name, wrong):
         malloc = ctypes.CDLL(None).malloc
         malloc.restype = ctypes.c_void_p
         x, y = ((ctypes.c_float * {N}).from_address(malloc(4 * {N})) for _ in range(2))
-        ctypes.CDLL({str(build("asan"))!r}).run_toy({name!r}.encode(), {wrong}, x, y)"""
+        ctypes.CDLL({str(library("asan", "libtoy.so"))!r}).run_toy({name!r}.encode(), {wrong}, x, y)"""
     environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode != 0) == bool(wrong), done.stderr
