@@ -1,4 +1,4 @@
-"""The GPU benchmark on tiny shapes on the CPU, so that no typo meets the first card."""
+"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card."""
 
 import json
 import subprocess
@@ -6,6 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_make_gpu():
+    """The parts that take no other test's time."""
+    command = [sys.executable, "tests/gpu/run.py", "graph,sanitizer,train", "--dry"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "5 of 5 ok" in done.stdout, done.stdout + done.stderr
 
 
 def test_dry_run(tmp_path):

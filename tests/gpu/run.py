@@ -67,7 +67,7 @@ def python(name, *arguments, timeout=300, **environment):
 
 
 def build(dry):
-    run = python("build", "setup.py", "-q", "build_ext", "--inplace", MOE_CUDA="0" if dry else "1")
+    run = python("build", "setup.py", "-q", "build_ext", "--inplace", MOE_CUDA="0" if dry else "1", MOE_WERROR="0")
     yield "build", run.ok, f"{run.seconds:.0f} s" if run.ok else run.last
     run = python("self-check", "-m", "moe_ext")
     yield "python -m moe_ext", run.ok, "; ".join(line for line in run.output.splitlines() if line[:5] in "CUDA  check")
@@ -112,7 +112,7 @@ def pytest(files, dry, timeout=400):
     options = ["--device=cpu", "--collect-only"] if dry else ["--device=cuda"]
 
     def test(file):
-        arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options, file]
+        arguments = ["-m", "pytest", "-p", "no:cacheprovider", *options, file]
         return python(Path(file).stem, *arguments, timeout=timeout, OMP_NUM_THREADS="2")
 
     with ThreadPoolExecutor(min(6, os.cpu_count() or 1)) as pool:
@@ -159,14 +159,14 @@ def sanitizer(dry):
         names = ["gather", "route_index"] if dry else []
         return Run(kind, [*command, *small, *names], 240, PYTORCH_NO_CUDA_MEMORY_CACHING="1", MOE_CHECK="0")
 
-    kinds = ["memcheck", "racecheck", "synccheck"]
+    kinds = ["memcheck"] if dry else ["memcheck", "racecheck", "synccheck"]
     with ThreadPoolExecutor(3) as pool:
         for kind, run in zip(kinds, pool.map(watch, kinds), strict=True):
             yield kind, run.ok, f"{run.last} ({run.seconds:.0f} s)"
 
 
 def train(dry):
-    run = python("train", "tests/gpu/train.py", *(["cpu", "2"] if dry else ["cuda", "50"]))
+    run = python("train", "tests/gpu/train.py", *(["cpu", "1"] if dry else ["cuda", "50"]))
     if not run.ok:
         yield "train", False, run.last
         return
