@@ -55,20 +55,22 @@ struct meet_job {
     int      rank;
     uint32_t epoch;
     uint64_t nanoseconds;
-    int32_t *silent;                                // in host memory
+    uint32_t *silent;                               // in host memory
 };
 
 // One thread per rank.
 __global__ void meet_kernel(meet_job j, verdict bad) {
     header *mine = j.window[j.rank];
-    if (mine->silent) return;
+    const bool over = mine->silent;
+    __syncthreads();                                // before anyone writes it
+    if (over) return;
     fence_system();
     store_release_system(&j.window[threadIdx.x]->flag[j.rank].epoch, j.epoch);
     const uint64_t start = nanoseconds();
     while (static_cast<int32_t>(load_acquire_system(&mine->flag[threadIdx.x].epoch) - j.epoch) < 0) {
         if (nanoseconds() - start > j.nanoseconds) {
-            mine->silent = threadIdx.x + 1;
-            *j.silent = static_cast<int32_t>(threadIdx.x) + 1;
+            atomicCAS_system(&mine->silent, 0u, threadIdx.x + 1);       // the first one is named
+            atomicCAS_system(j.silent, 0u, threadIdx.x + 1);
             bad(MOE_PEER_SILENT, threadIdx.x);
             return;
         }
@@ -118,7 +120,7 @@ class window_wire final : public moe_wire {
         const auto *x = static_cast<const unsigned char *>(sent);
         TRY(launch(vector ? push_kernel<vec16<uint16_t>> : push_kernel<uint16_t>, ranks * push.slices, THREADS, 0,
                    stream, push, x, window[rank]));
-        meet_job meet = {{}, rank, epoch, static_cast<uint64_t>(seconds * 1e9), host};
+        meet_job meet = {{}, rank, epoch, static_cast<uint64_t>(seconds * 1e9), reinterpret_cast<uint32_t *>(host)};
         for (int p = 0; p < ranks; p++) meet.window[p] = window[p];
         TRY(launch(meet_kernel, 1, ranks, 0, stream, meet, verdict_of(OP_window)));
         if (all == 0) return MOE_OK;
