@@ -66,6 +66,9 @@ struct moe_cuda {
     int (*nccl_open)(const void *id, int ranks, int rank, double seconds, moe_wire **wire);
     // A window of two halves of `bytes` each, and the handle that lets the other ranks into it.
     int (*window_open)(int ranks, int rank, int64_t bytes, double seconds, void *handle, moe_wire **wire);
+    // The yardstick of benchmarks, one cublasGemmEx per expert: it reads bins on the host, so it waits for the stream.
+    decltype(with_stream(&moe_grouped_gemm)) cublas_gemm;
+    decltype(with_stream(&moe_grouped_gemm_wgrad)) cublas_gemm_wgrad;
 #define X(name) decltype(with_stream(&moe_##name)) name;
     MOE_CUDA_OPS(X)
     MOE_CUDA_WORKSPACES(X)

@@ -1,13 +1,28 @@
-// gemm.cu: the twins of csrc/gemm.c.
+// gemm.cu: the twins of csrc/gemm.c, and the products of the fused expert MLP whose epilogue only stores.
+//
+//   moe_grouped_gemm         y_RO[bin e] = x_RI[bin e] w_EIO[e]           ragged rows; zeros from bins[E-1] on
+//   moe_grouped_gemm_wgrad   dw_EIO[e]   = x_RI[bin e]^T dy_RO[bin e]     ragged sums; zeros for an empty expert
+//
+// Bins that decrease or leave [0, R]: MOE_BAD_BINS; then y is not written, and dw[e] is zeros for that expert.
 #include "gemm.cuh"
 
+// ---- epilogues ------------------------------------------------------------------------------------------------------
 template <class T>
 struct store_rows {
     static constexpr bool sums_rows = false;
-    T      *y;
-    int64_t stride;
-    __device__ float operator()(int64_t, int64_t p, int64_t j, int n, const float (&c)[1][8]) const {
-        store8(y + p * stride + j, n, c[0]);
+    const T *bias;
+    int64_t  bias_se;
+    T       *y;
+    int64_t  stride;
+    __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[1][8]) const {
+        if (!bias) {
+            store8(y + p * stride + j, n, c[0]);
+            return 0;
+        }
+        float x[8];
+        load8(bias + e * bias_se + j, n, x);
+        for (int v = 0; v < 8; v++) x[v] += c[0][v];
+        store8(y + p * stride + j, n, x);
         return 0;
     }
 };
@@ -27,19 +42,19 @@ struct store_matrix {
 };
 
 template <class T>
-int gemm_store(const gemm_product<T> &g, T *y, int64_t stride, cudaStream_t stream) {
-    return gemm_rows<1>(g, store_rows<T>{y, stride}, stream);
+int gemm_store(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, int64_t stride, cudaStream_t stream) {
+    return gemm_rows<1, true>(g, store_rows<T>{bias, bias_se, y, stride}, stream);
 }
 template <class T>
 int gemm_wgrad(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream) {
     T *p = static_cast<T *>(dw.p);
-    if (dw.sc == 1 || dw.sr != 1) return gemm_sums(g, store_matrix<T>{p, dw.se, dw.sr, dw.sc}, stream);
+    if (dw.sc == 1 || dw.sr != 1) return gemm_sums<true>(g, store_matrix<T>{p, dw.se, dw.sr, dw.sc}, stream);
     gemm_product<T> swapped = g;                        // dw^T = b a^T has its rows in one piece
     swapped.M = g.N, swapped.N = g.M, swapped.a[0] = g.b[0], swapped.b[0] = g.a[0];
-    return gemm_sums(swapped, store_matrix<T>{p, dw.se, dw.sc, dw.sr}, stream);
+    return gemm_sums<true>(swapped, store_matrix<T>{p, dw.se, dw.sc, dw.sr}, stream);
 }
 #define INSTANCES(T) \
-    template int gemm_store(const gemm_product<T> &, T *, int64_t, cudaStream_t); \
+    template int gemm_store(const gemm_product<T> &, const T *, int64_t, T *, int64_t, cudaStream_t); \
     template int gemm_wgrad(const gemm_product<T> &, moe_mat, cudaStream_t);
 INSTANCES(float) INSTANCES(bf16) INSTANCES(f16)
 #undef INSTANCES
@@ -64,7 +79,7 @@ int moe_grouped_gemm(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, cons
             .b = {{.p = static_cast<const T *>(w.p), .se = w.se, .si = w.sc, .sk = w.sr}},
             .bad = verdict_of(OP_grouped_gemm),
         };
-        return gemm_store(g, static_cast<T *>(y_RO), O, stream);
+        return gemm_store<T>(g, nullptr, 0, static_cast<T *>(y_RO), O, stream);
     });
 }
 

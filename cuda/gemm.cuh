@@ -61,8 +61,9 @@ static __device__ inline void store8(T *to, int n, const float (&x)[8]) {
 }
 
 // Of gemm.cu, for T = float, bf16, f16: the products whose epilogue only stores.
-// y[p, j] at y + p*stride + j.
-template <class T> int gemm_store(const gemm_product<T> &g, T *y, int64_t stride, cudaStream_t stream);
+// c[p, j], plus bias[e*bias_se + j] if there is one, to y[p*stride + j].
+template <class T>
+int gemm_store(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, int64_t stride, cudaStream_t stream);
 // dw[e] = a b^T over the rows of e, a(i, p) with i < M, b(j, p) with j < N; any strides of dw.
 template <class T> int gemm_wgrad(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream);
 
@@ -74,7 +75,8 @@ struct gemm_tile {
     static constexpr int warps = warps_m * warps_n, threads = warps * 32, stages = stages_, per_sm = per_sm_;
     static constexpr int stage_bytes = (m + n) * 64;
 };
-// Bytes that fit a multiprocessor of an A100, 164 KB, `per_sm` times; registers 65536 / (threads * per_sm).
+// Bytes that fit a multiprocessor of an A100, 164 KB, `per_sm` times; registers 65536 / (threads * per_sm). Two blocks
+// of tile_mid hide one's epilogue behind the other's sums; they have registers left for a light one only.
 using tile_big   = gemm_tile<128, 256, 2, 4, 1>;
 using tile_mid   = gemm_tile<128, 128, 2, 4, 2>;
 using tile_small = gemm_tile<64, 128, 2, 4, 2>;         // also for floats, and for operands that no vector can read
@@ -116,29 +118,32 @@ static __device__ void count_tiles(int R, int E, bool tail, const int32_t *bins_
 
 // Tile t of `m` x `n`, eight rows of tiles at a time: neighbours in time share panels of both operands in L2.
 static __device__ __forceinline__ void swizzle(int64_t t, int m, int n, int *i, int *j) {
-    const int group = static_cast<int>(t / (8 * static_cast<int64_t>(n))), first = group * 8, rows = min32(8, m - first);
+    const int first = static_cast<int>(t / (8 * static_cast<int64_t>(n))) * 8, rows = min32(8, m - first);
     const int rest = static_cast<int>(t - static_cast<int64_t>(first) * n);
     *i = first + rest % rows;
     *j = rest / rows;
 }
 
-template <class Tile, int parts, bool ragged_sums, class T>
-static __device__ bool find_piece(const gemm_product<T> &g, const gemm_expert *table, int64_t t, gemm_piece *piece) {
+// The t-th tile of all experts; false if there is none.
+template <class Tile, int parts, class T>
+static __device__ bool find_of_sums(const gemm_product<T> &g, int64_t t, gemm_piece *piece) {
     constexpr int columns = Tile::tile_n / parts, depth = panel_depth<T>;
+    const int down = static_cast<int>((g.M + Tile::tile_m - 1) / Tile::tile_m);
     const int across = static_cast<int>((g.N + columns - 1) / columns);
-    int i, j;
-    if (ragged_sums) {
-        const int down = static_cast<int>((g.M + Tile::tile_m - 1) / Tile::tile_m);
-        const int64_t tiles = static_cast<int64_t>(down) * across;
-        if (t >= g.E * tiles) return false;
-        const int e = static_cast<int>(t / tiles);
-        swizzle(t - e * tiles, down, across, &i, &j);
-        int begin = e ? g.bins_E[e - 1] : 0, end = g.bins_E[e];
-        if (begin < 0 || end < begin || end > g.R) g.bad(MOE_BAD_BINS, e), begin = end = 0;
-        *piece = {e, i * Tile::tile_m, static_cast<int>(g.M), j * columns, begin, end, (end - begin + depth - 1) / depth};
-        return true;
-    }
-    int e = 0, high = static_cast<int>(g.E) + g.tail;       // the last e with table[e].tiles <= t / across
+    const int64_t tiles = static_cast<int64_t>(down) * across;
+    if (t >= g.E * tiles) return false;
+    const int e = static_cast<int>(t / tiles);
+    int i, j, begin = e ? g.bins_E[e - 1] : 0, end = g.bins_E[e];
+    if (begin < 0 || end < begin || end > g.R) g.bad(MOE_BAD_BINS, e), begin = end = 0;
+    swizzle(t - e * tiles, down, across, &i, &j);
+    *piece = {e, i * Tile::tile_m, static_cast<int>(g.M), j * columns, begin, end, (end - begin + depth - 1) / depth};
+    return true;
+}
+template <class Tile, int parts, class T>
+static __device__ bool find_of_rows(const gemm_product<T> &g, const gemm_expert *table, int64_t t, gemm_piece *piece) {
+    constexpr int columns = Tile::tile_n / parts, depth = panel_depth<T>;
+    const int K = static_cast<int>(g.K), across = static_cast<int>((g.N + columns - 1) / columns);
+    int e = 0, high = static_cast<int>(g.E) + g.tail, i, j; // the last e with table[e].tiles <= t / across
     if (t >= static_cast<int64_t>(table[high].tiles) * across) return false;
     const auto row = static_cast<uint32_t>(t / across);
     while (high - e > 1) {
@@ -146,9 +151,8 @@ static __device__ bool find_piece(const gemm_product<T> &g, const gemm_expert *t
         if (table[middle].tiles <= row) e = middle;
         else high = middle;
     }
-    swizzle(t - static_cast<int64_t>(table[e].tiles) * across, static_cast<int>(table[e + 1].tiles - table[e].tiles),
-            across, &i, &j);
-    const int K = static_cast<int>(g.K);
+    const uint32_t before = table[e].tiles;
+    swizzle(t - static_cast<int64_t>(before) * across, static_cast<int>(table[e + 1].tiles - before), across, &i, &j);
     *piece = {e, table[e].begin + i * Tile::tile_m, table[e + 1].begin, j * columns, 0, K,
               e == g.E ? 0 : g.terms * ((K + depth - 1) / depth)};
     return true;
@@ -202,7 +206,8 @@ gemm_kernel(const gemm_product<T> g, const Epilogue emit) {
 
     gemm_piece now = {}, next;
     for (int64_t t = blockIdx.x;; t += gridDim.x) {
-        const bool more = find_piece<Tile, parts, ragged_sums>(g, table, t, &next);
+        const bool more = ragged_sums ? find_of_sums<Tile, parts>(g, t, &next)
+                                      : find_of_rows<Tile, parts>(g, table, t, &next);
         if (more) {
             if (next.steps > 0) begin(next, 0);
 #pragma unroll 1
@@ -283,11 +288,13 @@ double gemm_cost(double efficiency, bool ragged_sums, int64_t R, int64_t E, int6
     return rounds * Tile::per_sm * Tile::tile_m * Tile::tile_n / efficiency;
 }
 enum gemm_choice { GEMM_SMALL, GEMM_MID, GEMM_BIG };
-inline gemm_choice gemm_policy(bool ragged_sums, int64_t R, int64_t E, int64_t M, int64_t columns, int sms) {
+inline gemm_choice gemm_policy(bool light, bool ragged_sums, int64_t R, int64_t E, int64_t M, int64_t columns,
+                               int sms) {
     const double small = gemm_cost<tile_small>(0.7, ragged_sums, R, E, M, columns, sms);
     const double mid = gemm_cost<tile_mid>(0.9, ragged_sums, R, E, M, columns, sms);
     const double big = gemm_cost<tile_big>(1.0, ragged_sums, R, E, M, columns, sms);
-    return big <= mid && big <= small ? GEMM_BIG : mid <= small ? GEMM_MID : GEMM_SMALL;
+    if (light && mid < big && mid < small) return GEMM_MID;
+    return big < small ? GEMM_BIG : GEMM_SMALL;
 }
 
 template <class Tile, int parts, bool ragged_sums, bool b_along_k, bool vector, class T, class Epilogue>
@@ -296,20 +303,20 @@ int gemm_launch(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
                            Tile::tile_n / parts>;
     const int64_t across = ceil_div(g.N, Tile::tile_n / parts), experts = g.E + g.tail;
     const int64_t down = ragged_sums ? g.E * ceil_div(g.M, Tile::tile_m) : g.R / Tile::tile_m + min64(g.R, experts);
-    const size_t shared = Tile::stages * Tile::stage_bytes + Tile::warps * sums::pass_rows * WARP_STRIDE * sizeof(float) +
-                          (ragged_sums ? 0 : (experts + 1) * sizeof(gemm_expert));
+    const size_t area = Tile::warps * sums::pass_rows * WARP_STRIDE * sizeof(float);
+    const size_t table = ragged_sums ? 0 : (experts + 1) * sizeof(gemm_expert);
     const int64_t grid = min64(down * across, static_cast<int64_t>(multiprocessors()) * Tile::per_sm);
-    return launch(gemm_kernel<Tile, parts, ragged_sums, b_along_k, vector, T, Epilogue>, grid, Tile::threads, shared,
-                  stream, g, emit);
+    return launch(gemm_kernel<Tile, parts, ragged_sums, b_along_k, vector, T, Epilogue>, grid, Tile::threads,
+                  Tile::stages * Tile::stage_bytes + area + table, stream, g, emit);
 }
-template <int parts, bool ragged_sums, bool b_along_k, class T, class Epilogue>
+template <int parts, bool ragged_sums, bool b_along_k, bool light, class T, class Epilogue>
 int gemm_by_tile(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
-    if constexpr (sizeof(T) == 2)
-        switch (gemm_policy(ragged_sums, g.R, g.E, g.M, g.N * parts, multiprocessors())) {
-        case GEMM_BIG: return gemm_launch<tile_big, parts, ragged_sums, b_along_k, true>(g, emit, stream);
-        case GEMM_MID: return gemm_launch<tile_mid, parts, ragged_sums, b_along_k, true>(g, emit, stream);
-        case GEMM_SMALL: break;
-        }
+    if constexpr (sizeof(T) == 2) {
+        const auto tile = gemm_policy(light, ragged_sums, g.R, g.E, g.M, g.N * parts, multiprocessors());
+        if (tile == GEMM_BIG) return gemm_launch<tile_big, parts, ragged_sums, b_along_k, true>(g, emit, stream);
+        if constexpr (light)
+            if (tile == GEMM_MID) return gemm_launch<tile_mid, parts, ragged_sums, b_along_k, true>(g, emit, stream);
+    }
     return gemm_launch<tile_small, parts, ragged_sums, b_along_k, true>(g, emit, stream);
 }
 template <class T>
@@ -319,26 +326,25 @@ int gemm_check(const gemm_product<T> &g) {
         ? MOE_BAD_SHAPE : MOE_OK;
 }
 
-template <int parts, class T, class Epilogue>
+// light: the epilogue needs few registers.
+template <int parts, bool light = false, class T, class Epilogue>
 int gemm_rows(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
     TRY(gemm_check(g));
-    const int pairs = parts == 2 ? 2 : g.terms;
     bool a = true, b_k = true, b_i = true;
-    for (int q = 0; q < pairs; q++) {
-        a = a && (parts == 2 || gemm_vector(g.a[q], true, 1));
+    for (int t = 0; t < g.terms; t++) a = a && gemm_vector(g.a[t], true, 1);
+    for (int q = 0; q < (parts == 2 ? 2 : g.terms); q++) {
         b_k = b_k && gemm_vector(g.b[q], true, g.E);
         b_i = b_i && gemm_vector(g.b[q], false, g.E);
     }
-    if (parts == 2) a = gemm_vector(g.a[0], true, 1);
-    if (a && b_k) return gemm_by_tile<parts, false, true>(g, emit, stream);
-    if (a && b_i) return gemm_by_tile<parts, false, false>(g, emit, stream);
+    if (a && b_k) return gemm_by_tile<parts, false, true, light>(g, emit, stream);
+    if (a && b_i) return gemm_by_tile<parts, false, false, light>(g, emit, stream);
     return gemm_launch<tile_small, parts, false, true, false>(g, emit, stream);
 }
-template <class T, class Epilogue>
+template <bool light = false, class T, class Epilogue>
 int gemm_sums(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
     TRY(gemm_check(g));
     if (gemm_vector(g.a[0], false, 1) && gemm_vector(g.b[0], false, 1))
-        return gemm_by_tile<1, true, false>(g, emit, stream);
+        return gemm_by_tile<1, true, false, light>(g, emit, stream);
     return gemm_launch<tile_small, 1, true, false, false>(g, emit, stream);
 }
 #endif

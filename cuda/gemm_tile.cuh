@@ -157,7 +157,8 @@ struct warp_sums {                          // tensor cores
                 for (int v = 0; v < 4; v++) c[i][j][v] = 0;
     }
     __device__ __forceinline__ void load(int slot, const unsigned char *A, const unsigned char *B, int step) {
-        // Matrices 0..3 of an ldmatrix: of A (row half, k half) = 00 10 01 11; of B (column half, k half) = 00 01 10 11.
+        // Matrices 0..3 of an ldmatrix: halves (of 16 rows, of k) of A 00 10 01 11; (of 16 columns, of k) of B 00 01
+        // 10 11.
         const int lane = lane_id(), line = lane & 7, low = lane >> 3 & 1, high = lane >> 4;
 #pragma unroll
         for (int i = 0; i < rows; i++) {
@@ -196,7 +197,8 @@ struct warp_sums {                          // tensor cores
     }
 };
 
-// floats: a warp is 4 x 8 lanes of 8 x 8 sums. Of a panel along k a lane reads lines 4 (8) apart, of one along i chunks.
+// floats: a warp is 4 x 8 lanes of 8 x 8 sums. Of a panel along k a lane reads lines 4 (8) apart, of one along i
+// chunks.
 template <int m, int parts, bool a_along_k, bool b_along_k, int width_a, int width_b>
 struct warp_sums<float, m, parts, a_along_k, b_along_k, width_a, width_b> {
     static_assert(m == 32, "8 sums for each of 4 lanes");
