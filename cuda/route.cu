@@ -15,7 +15,7 @@
 // finite, is MOE_BAD_VALUE: its scores and weights are NaN, its ids those of equal logits. In the backward an id
 // outside [0,E) is MOE_BAD_INDEX and its row's gradient zero; a row's ids are distinct.
 //
-// Forward: E <= 1024 and K <= 32 are a group of 8 or 32 lanes per row, all in registers; the rest a block per row, which
+// Forward: up to E = 1024 and K = 32 a group of 8 or 32 lanes per row, all in registers; beyond, a block per row, which
 // sorts. Backward: a warp per row.
 #include <cmath>
 
@@ -73,7 +73,7 @@ static __device__ uint64_t group_max(uint64_t x) {
     return static_cast<uint64_t>(top) << 32 | group_max<W>(high == top ? static_cast<uint32_t>(x) : 0u);
 }
 
-// Over k of f(k), which must not itself be a matter of the group.
+// Over k of f(k), which itself calls none of these.
 template <int W, class F>
 static __device__ float sum_over(int K, F f) {
     float sum = 0;
@@ -100,10 +100,12 @@ static __device__ Real sigmoid(float x) {
     return x < 0 ? Real(tail) : 1 - Real(tail);
 }
 
-// The larger is chosen. Masked experts lose to all others, whatever their bias. float is enough without a bias.
+// The larger is chosen. Masked experts lose to all others, whatever their bias. float is enough without a bias. Where
+// sigmoid is 1 or 0 even in double, the C core sees equal scores.
 template <class Real>
 static __device__ Real choice(int form, float x, float score, const float *bias) {
-    if (form == MOE_TOPK_SOFTMAX || x == -INFINITY || (form == MOE_SIGMOID && !bias)) return x;
+    if (form == MOE_TOPK_SOFTMAX || x == -INFINITY) return x;
+    if (form == MOE_SIGMOID && !bias) return fmaxf(fminf(x, 36.7368f), -709.78f);
     const Real b = bias ? *bias : 0;
     return (form == MOE_SIGMOID ? sigmoid<Real>(x) : Real(score)) + b;
 }
@@ -133,7 +135,7 @@ static __device__ auto kept_weights(const router_rule &rule, Value value) {
     return [=](int k) { return softmax ? vexp_f32(value(k) - top) / sum : value(k); };
 }
 
-// |u|_p of u >= 0, scaled by the largest entry so that no power underflows. p = INFINITY is the maximum. 1 without a norm.
+// |u|_p of u >= 0, scaled by the largest entry so that no power underflows. p = INFINITY is the maximum, p = 0 no norm.
 template <int W, class U>
 static __device__ float p_norm(float p, int K, U u) {
     if (p == 0) return 1;
@@ -153,12 +155,14 @@ static __device__ void store_weights(const router_rule &rule, bool live, Value v
 
 // ---- forward, in registers ------------------------------------------------------------------------------------------
 
-// Lane l of a group holds experts l, W + l, 2W + l, ... in i = 0, 1, 2, ..., and the l-th choice.
+// Lane l of a group holds experts l, W + l, 2W + l, ... in i = 0, 1, 2, ..., and the l-th choice. Loops over i are
+// unrolled, so that these are registers.
 
 // In the order of csrc/softmax.inc: 16 parts by e mod 16, each in the order of e, then the parts in theirs.
 template <int W, int V>
 static __device__ float sum_of_row(const float (&p)[V]) {
     float part = 0, sum = 0;
+#pragma unroll
     for (int i = 0; i < V; i++) {
         part += p[i];
         if (W == 32) part += __shfl_xor_sync(0xffffffffu, p[i], 16);       // the lower 16 lanes have the parts
@@ -181,6 +185,7 @@ router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, T *weig
 
     float x[V], score[V];
     int open = 0;
+#pragma unroll
     for (int i = 0; i < V; i++) {
         const int e = i * W + lane;
         x[i] = e < E ? to_float(logits_TE[t * E + e]) : -INFINITY;
@@ -188,21 +193,27 @@ router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, T *weig
     }
     if (group_sum<W>(open) < (rule.balanced ? E : K)) {
         if (live && lane == 0) complain(MOE_BAD_VALUE, t * E);
+#pragma unroll
         for (int i = 0; i < V; i++) x[i] = NAN;
     }
 
     if (rule.score == MOE_SIGMOID) {
+#pragma unroll
         for (int i = 0; i < V; i++) score[i] = sigmoid<float>(x[i]);
     } else {
         float top = -INFINITY;
+#pragma unroll
         for (int i = 0; i < V; i++) top = fmaxf(top, x[i]);
         top = group_max<W>(top);
+#pragma unroll
         for (int i = 0; i < V; i++) score[i] = vexp_f32(x[i] - top);
         const float sum = sum_of_row<W>(score);
+#pragma unroll
         for (int i = 0; i < V; i++) score[i] /= sum;
     }
 
     Key key[V];
+#pragma unroll
     for (int i = 0; i < V; i++) {
         const int e = i * W + lane;
         key[i] = e < E ? ordered(choice<Real>(rule.score, x[i], score[i], bias_of(e))) : 0;
@@ -212,16 +223,19 @@ router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, T *weig
     for (int k = 0; k < K && !rule.balanced; k++) {
         Key best = 0;
         uint32_t e = 0;
+#pragma unroll
         for (int i = 0; i < V; i++)
             if (key[i] > best) best = key[i], e = i * W + lane;
         const bool wins = group_max<W>(best) == best;
         e = ~group_max<W>(wins ? ~e : 0u);                  // the lowest of equals
+#pragma unroll
         for (int i = 0; i < V; i++) key[i] = e == static_cast<uint32_t>(i * W + lane) ? 0 : key[i];
         mine = lane == k ? e : mine;
     }
     if (live && lane < K) ids_TK[t * K + lane] = static_cast<int32_t>(mine);
 
     float value = 0;
+#pragma unroll
     for (int i = 0; i < V; i++) {
         const float candidate = rule.score == MOE_TOPK_SOFTMAX ? x[i] : score[i];
         const float theirs = __shfl_sync(0xffffffffu, candidate, lane_id() - lane + static_cast<int>(mine % W));
@@ -360,7 +374,8 @@ int moe_router(const moe_router_args *a, const void *logits_TE, const float *sel
 
 // Forward was: w = scale * v, v = u / n, n = |u|_p; u = score[ids] or softmax(logit[ids]); score = softmax or
 // sigmoid(logit). With S = sum_k dw_k v_k:
-//   du_k = scale / n * (dw_k - S * dn/du_k)          dn/du_k = v_k^(p-1); 0 at u_k = 0; p = INFINITY: shared by all maxima
+//   du_k = scale / n * (dw_k - S * dn/du_k)
+//   dn/du_k = v_k^(p-1), 0 at u_k = 0; for p = INFINITY 1 / the number of maxima at each of them
 template <class T>
 __global__ void __launch_bounds__(128)
 router_backward_kernel(router_rule rule, const T *logits_TE, const T *scores_TE, const int32_t *ids_TK,

@@ -37,7 +37,7 @@ def test_ignored_targets(ignored, ignore_index, dtype, device):
     check_linear_cross_entropy(ops, dtype, device, ignored=ignored, ignore_index=ignore_index)
 
 
-@pytest.mark.parametrize("size", [(0, 4, 5), (1, 1, 1), (3, 5, 3000), (130, 33, 2)], ids=str)
+@pytest.mark.parametrize("size", [(0, 4, 5), (1, 1, 1), (3, 5, 3000), (3, 5, 3001), (130, 33, 2)], ids=str)
 def test_sizes(size, dtype, device):
     check_linear_cross_entropy(ops, dtype, device, size)
 

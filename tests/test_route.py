@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_ext import ops, reference
 
 SCORES = ["softmax_topk", "topk_softmax", "sigmoid"]
-SIZES = [(37, 8, 2), (5, 1, 1), (1, 7, 7), (0, 4, 2), (64, 61, 6), (9, 128, 8)]  # T, E, k
+SIZES = [(37, 8, 2), (5, 1, 1), (1, 7, 7), (0, 4, 2), (64, 61, 6), (9, 128, 8), (3, 70, 40), (3, 1030, 5)]  # T, E, k
 
 
 def logits_of(T, E, dtype, device="cpu"):
@@ -42,6 +42,12 @@ def test_norm_and_scale(score, norm_p, dtype, device):
     check_router(ops, logits_of(37, 8, dtype, device), 3, score=score, norm_p=norm_p, scale=2.5)
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_equal_maxima_share_the_gradient_of_their_norm(score, dtype, device):
+    logits_TE = torch.randint(-1, 2, (37, 8)).to(dtype).to(device)
+    check_router(ops, logits_TE, 4, score=score, norm_p=math.inf)
+
+
 @pytest.mark.parametrize("score", ["softmax_topk", "sigmoid"])
 def test_selection_bias_chooses_but_does_not_weigh(score, dtype, device):
     logits_TE, bias_E = logits_of(50, 6, dtype, device), torch.randn(6, device=device)
@@ -58,10 +64,10 @@ def test_balanced(score, dtype, device):
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("E", [4, 8, 33, 64])
+@pytest.mark.parametrize("E", [4, 8, 33, 64, 1100])
 def test_lowest_id_wins_a_tie(score, E, dtype, device):
     """Logits of few values: without the reference, the order is by (-logit, id)."""
-    logits_TE = torch.randint(-2, 3, (100, E)).to(dtype).to(device)
+    logits_TE = torch.randint(-2, 3, (40, E)).to(dtype).to(device)
     ids_TK = ops.router(logits_TE, 4, score=score)[1]
     for row, ids in zip(logits_TE.tolist(), ids_TK.tolist(), strict=True):
         assert ids == sorted(range(E), key=lambda e: (-row[e], e))[:4]
@@ -71,7 +77,7 @@ def test_lowest_id_wins_a_tie(score, E, dtype, device):
 def test_masked_experts_are_never_chosen(score, dtype, device):
     logits_TE = logits_of(37, 8, dtype, device)
     logits_TE[:, 1::2] = -math.inf
-    bias_E = None if score == "topk_softmax" else torch.full((8,), 3.0, device=device)
+    bias_E = None if score == "topk_softmax" else torch.tensor([3.0, 9.0] * 4, device=device)
     weights_TK, ids_TK, scores_TE = ops.router(logits_TE, 4, score=score, select_bias_E=bias_E, norm_p=1.0)
     assert ids_TK.remainder(2).eq(0).all() and scores_TE[:, 1::2].eq(0).all()
     same(ids_TK, reference.router(logits_TE, 4, score=score, select_bias_E=bias_E, norm_p=1.0)[1])
