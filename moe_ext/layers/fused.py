@@ -140,7 +140,7 @@ class FusedMoE(nn.Module):
             logits_TE, self.top_k, score=self.score, select_bias_E=self.select_bias_E,
             norm_p=self.norm_p, scale=self.scale, balanced=self.balanced and self.training)
         counts_GE = ops.balance_counts(ids_TK, self.num_experts, rows_per_scope)
-        loss, kept_TK = logits_TE.new_zeros(()), ids_TK
+        loss, kept_TK, dropped = logits_TE.new_zeros(()), ids_TK, ids_TK.new_zeros(())
         if self.training:
             if self.balance_weight:
                 if self.score == "sigmoid":     # affinities become a distribution first (DeepSeek-V3, eq. 19)
@@ -151,7 +151,7 @@ class FusedMoE(nn.Module):
                 loss = loss + self.z_weight * ops.z_loss(logits_TE)
             if self.capacity_factor:
                 kept_TK = self.drop(ids_TK, scores_TE.detach(), rows_per_scope)
-        dropped = (kept_TK < 0).sum(dtype=torch.int32)
+                dropped = (kept_TK < 0).sum(dtype=torch.int32)
         return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped)
 
     def drop(self, ids_TK, scores_TE, rows_per_scope):
