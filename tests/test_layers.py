@@ -1,5 +1,5 @@
-"""The drop-in layers against a loop over experts in fp64: output and every gradient; losses, the defects of the layers
-that they replace, expert parallelism on forked ranks, and torch.compile."""
+"""The drop-in layers against a loop over experts, in the widest dtype of the device: output and every gradient; losses,
+the defects of the layers that they replace, expert parallelism on forked ranks, and torch.compile."""
 
 import dataclasses
 import types
@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import widest
 from ranks import run_ranks
 
 import moe_ext
@@ -18,20 +19,24 @@ D, HIDDEN, E, T = 6, 10, 5, 14
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    """fp64 parameters by default, one seed, no statistics left over."""
+def fresh(request):
+    """Everything is made on the test's device (the CPU where a test names none), in fp64 where the ops have it; one
+    seed, no statistics left over."""
+    device = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(widest(device))
+    torch.set_default_device(device)
     yield
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     moe.clear_load_balancing_loss()
     router.clear_router_zloss()
 
 
 def arguments_(**changes):
     wide = partial(torch.nn.init.normal_, std=0.5)  # away from ties and from zero
-    base = dict(hidden_size=D, ffn_hidden_size=HIDDEN, moe_num_experts=E, moe_top_k=2, fp16=False, device="cpu",
-                init_method=wide, output_layer_init_method=wide)  # fmt: skip
+    base = dict(hidden_size=D, ffn_hidden_size=HIDDEN, moe_num_experts=E, moe_top_k=2, fp16=False,
+                device=torch.get_default_device(), init_method=wide, output_layer_init_method=wide)  # fmt: skip
     return Arguments(**base | changes)
 
 
@@ -89,11 +94,13 @@ def dense(layer, x):
 
 def gradients(y, x, layer):
     tensors = dict(layer.named_parameters(), x=x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu").to(y)
     return dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), dy), strict=True))
 
 
-def assert_near(got, want, tolerance=1e-12):
+def assert_near(got, want, tolerance=None):
+    """Of each tensor's maximum; 1e-12 in fp64, 2e-5 in fp32."""
+    tolerance = tolerance or (1e-12 if torch.get_default_dtype() == torch.float64 else 2e-5)
     assert got.keys() == want.keys()
     for name in want:
         error = (got[name] - want[name]).abs().max() / want[name].abs().max().clamp(min=1e-3)
@@ -136,7 +143,7 @@ LAYERS += [(MoE, f"{name}, capacity {c}", case | {"moe_capacity_factor": c})
 
 
 @pytest.mark.parametrize("cls, case", [pytest.param(c, k, id=f"{c.__name__}-{name}") for c, name, k in LAYERS])
-def test_layer_equals_loop(cls, case):
+def test_layer_equals_loop(cls, case, device):
     layer = layer_(cls, return_bias=False, **case) if "return_bias" not in case else layer_(cls, **case)
     x = torch.randn(T // 2, 2, D, requires_grad=True)
     y = layer(x)
@@ -149,7 +156,7 @@ def test_layer_equals_loop(cls, case):
 
 
 @pytest.mark.parametrize("cls", [MoE, dMoE])
-def test_grouped_and_sparse_give_the_same_bits(cls):
+def test_grouped_and_sparse_give_the_same_bits(cls, device):
     x = torch.randn(T, 1, D)
     outputs = []
     for impl in ("grouped", "sparse"):
@@ -160,7 +167,7 @@ def test_grouped_and_sparse_give_the_same_bits(cls):
 
 @pytest.mark.parametrize("cls", [MoE, dMoE])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
-def test_lower_precision(cls, dtype, tolerance):
+def test_lower_precision(cls, dtype, tolerance, device):
     """fp32, bf16 and fp16 layers stay near the loop in fp64 with the same (rounded) weights and choices."""
     torch.set_default_dtype(torch.float32)
     changes = dict(fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16, uniform_expert_assignment=True)
@@ -177,18 +184,18 @@ def test_lower_precision(cls, dtype, tolerance):
 
 
 @pytest.mark.parametrize("cls", [MoE, dMoE])
-def test_autocast(cls):
+def test_autocast(cls, device):
     torch.set_default_dtype(torch.float32)
     layer, x = layer_(cls, return_bias=False, uniform_expert_assignment=True), torch.randn(T, 1, D)
     want = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         got = layer(x)
         assert layer.router(x)[0].dtype == torch.float32
     assert_near({"y": got}, {"y": want}, 4e-2)
 
 
 @pytest.mark.parametrize("cls", [MoE, dMoE])
-def test_zero_tokens(cls):
+def test_zero_tokens(cls, device):
     layer = layer_(cls, return_bias=False, moe_zloss_weight=0.1, moe_capacity_factor=0)
     x = torch.randn(0, 1, D, requires_grad=True)
     y = layer(x)
@@ -200,8 +207,9 @@ def test_zero_tokens(cls):
 
 
 @pytest.mark.parametrize("memory_optimized_mlp", [False, True])
-def test_keeps_only_the_input_and_the_preactivation(memory_optimized_mlp):
+def test_keeps_only_the_input_and_the_preactivation(memory_optimized_mlp, device):
     """No copy of a weight, no activation: bytes * (T*D + N*2F) and what has T*E elements or fewer."""
+    size = torch.get_default_dtype().itemsize
     layer = layer_(dMoE, mlp_type="glu", hidden_size=40, memory_optimized_mlp=memory_optimized_mlp, return_bias=False)
     x, kept = torch.randn(T, 1, 40, requires_grad=True), {}
 
@@ -214,20 +222,20 @@ def test_keeps_only_the_input_and_the_preactivation(memory_optimized_mlp):
         y = layer(x)
     for parameter in layer.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    assert sorted(size for size in kept.values() if size > 8 * T * E) == [8 * T * 40, 8 * T * 2 * 2 * HIDDEN]
+    assert sorted(n for n in kept.values() if n > size * T * E) == [size * T * 40, size * T * 2 * 2 * HIDDEN]
     y.sum().backward()
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
-def test_load_balancing_loss():
+def test_load_balancing_loss(device):
     args = arguments_(num_layers=2, moe_loss_weight=0.3)
     layers, x = [dMoE(args), MoE(args)], torch.randn(T, 1, D)
     saved = [dense(layer, x)[1:] for layer in layers]
     for layer in layers:
         layer(x)
-    want = 0.3 * E / (2 * T * 2) * sum(scores_TE.mean(0) @ counts_E.double() for scores_TE, counts_E in saved)
+    want = 0.3 * E / (2 * T * 2) * sum(scores_TE.mean(0) @ counts_E.to(scores_TE) for scores_TE, counts_E in saved)
     got = moe.batched_load_balancing_loss(args)
     weights = [layer.router.layer.weight for layer in layers]
     assert_near({"loss": got, **dict(enumerate(torch.autograd.grad(got, weights, retain_graph=True)))},
@@ -248,7 +256,7 @@ def test_load_balancing_loss():
     assert moe.get_load_balancing_loss() == []
 
 
-def test_load_balancing_loss_counts_beyond_256_in_bf16():
+def test_load_balancing_loss_counts_beyond_256_in_bf16(device):
     """bf16 has no 257: a count must not pass through the scores' dtype."""
     args = arguments_(moe_num_experts=2, moe_top_k=1, num_layers=1, moe_loss_weight=1.0)
     scores_TE = torch.tensor([[0.75, 0.25]], dtype=torch.bfloat16).expand(514, 2)
@@ -256,7 +264,7 @@ def test_load_balancing_loss_counts_beyond_256_in_bf16():
     assert moe.batched_load_balancing_loss(args) == 1.0
 
 
-def test_router_zloss():
+def test_router_zloss(device):
     args = arguments_(moe_zloss_weight=0.01)
     layers, x = [MoE(args), dMoE(args).eval()], torch.randn(T, 1, D)
     for layer in layers:
@@ -269,7 +277,7 @@ def test_router_zloss():
         assert router.batched_router_zloss(arguments_()) == 0
 
 
-def test_jitter_only_in_training():
+def test_jitter_only_in_training(device):
     layer = layer_(dMoE, moe_jitter_eps=0.3)
     x = torch.randn(T, 1, D)
     noise = layer.router.jitter(x)
@@ -329,7 +337,7 @@ def test_from_megatron():
     assert args.shared_expert_hidden_size == 24
 
 
-def test_gelu_and_act_fn():
+def test_gelu_and_act_fn(device):
     x, dy = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
     y, backward = activation_fn.act_fn(x, gelu.gelu, return_grad_fn=True)
     backward(dy)
@@ -337,7 +345,7 @@ def test_gelu_and_act_fn():
     assert_near({"dx": gelu.gelu_backward_(dy.clone(), x.detach())}, {"dx": x.grad})
 
 
-def test_custom_linear_for_the_shared_expert():
+def test_custom_linear_for_the_shared_expert(device):
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -353,7 +361,7 @@ def test_custom_linear_for_the_shared_expert():
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-def test_compile_without_graph_breaks():
+def test_compile_without_graph_breaks(device):
     layer = layer_(dMoE, mlp_type="glu", return_bias=False, moe_zloss_weight=0.1)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (T, T + 3):
