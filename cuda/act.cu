@@ -37,10 +37,6 @@ static __device__ inline void for_pieces(const act_job &job, Body body) {
         body(row, j, whole ? 8 : static_cast<int>(min64(8, job.F - j)));
     }
 }
-template <bool whole, class T>
-static __device__ inline T *piece_at(T *p) {
-    return whole ? static_cast<T *>(__builtin_assume_aligned(p, 16)) : p;
-}
 
 // ---- a = act(h) -----------------------------------------------------------------------------------------------------
 template <class T, bool gated, bool whole>

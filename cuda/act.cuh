@@ -7,6 +7,12 @@
 static inline bool known_act(int act) { return act >= MOE_SWIGLU && act <= MOE_RELU; }
 static inline bool gated_act(int act) { return act <= MOE_GEGLU_TANH; }
 
+// Where a piece of eight columns begins; `whole`: it can be moved by 16 bytes, and load8 and store8 have no other path.
+template <bool whole, class T>
+static __device__ inline T *piece_at(T *p) {
+    return whole ? static_cast<T *>(__builtin_assume_aligned(p, 16)) : p;
+}
+
 template <int plain>
 static __device__ inline void act8_of(const float (&x)[8], float (&value)[8], float (&slope)[8]) {
 #pragma unroll

@@ -19,6 +19,8 @@
 // sees h before it is rounded.
 // N is the host's word, which the grids need; bins[E-1] that is another: MOE_BAD_BINS. A flat id or a position out of
 // range: MOE_BAD_INDEX, and that copy counts as zeros.
+#include <type_traits>
+
 #include "expert_sums.cuh"
 
 // ---- the door -------------------------------------------------------------------------------------------------------
@@ -57,70 +59,69 @@ static gemm_operand<T> transposed(moe_mat w) {  // dx = dy w
     return {.p = static_cast<const T *>(w.p), .se = w.se, .si = w.sc, .sk = w.sr};
 }
 
-// ---- forward 1: h = x [Wg | Wu]^T + b, a = act(h) -------------------------------------------------------------------
-template <class T, bool gated>
-struct up_epilogue {
+// ---- forward 1: [gate | up] = x [Wg | Wu]^T + b, a = act(gate) * up -------------------------------------------------
+template <class T>
+struct gated_epilogue {
     static constexpr bool sums_rows = false;
     int     plain;
     int64_t F, row_F;
     bias<T> gate_bias, up_bias;
     T      *h_NU, *a_NF;
-    __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[gated ? 2 : 1][8]) const {
-        T    *h = h_NU + p * (gated ? 2 * F : F) + j;
-        float gate[8], a[8], slope[8];
-        for (int v = 0; v < 8; v++) gate[v] = c[0][v];
-        gate_bias.add(e, j, n, gate);
-        store8(h, n, gate);
-        act8(plain, gate, a, slope);
-        if constexpr (gated) {
-            float up[8];
-            for (int v = 0; v < 8; v++) up[v] = c[1][v];
-            up_bias.add(e, j, n, up);
-            store8(h + F, n, up);
-            for (int v = 0; v < 8; v++) a[v] *= up[v];
-        }
-        store8(a_NF + p * row_F + j, n, a);
+    __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[2][8]) const {
+        T    *h = h_NU + p * 2 * F + j;
+        float x[8], a[8], slope[8];
+        gate_bias.add(e, j, n, c[0], x);
+        store8(h, n, x);
+        act8(plain, x, a, slope);
+        up_bias.add(e, j, n, c[1], x);
+        store8(h + F, n, x);
+        for (int v = 0; v < 8; v++) a[v] *= x[v];
+        store8(piece_at<true>(a_NF + p * row_F + j), 8, a);
         return 0;
     }
 };
 
-// ---- forward 2: y = a Wd^T + bd, and backward 2: dx = dh [Wg ; Wu] --------------------------------------------------
+// ---- forward 1 without a gate: h = x W^T + b, a = act(h) ------------------------------------------------------------
 template <class T>
-struct copy_epilogue {
+struct plain_epilogue {
     static constexpr bool sums_rows = false;
-    bias<T> down_bias;
-    T      *y_ND;
-    int64_t row_D;
+    int     plain;
+    int64_t F, row_F;
+    bias<T> b;
+    T      *h_NF, *a_NF;
     __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[1][8]) const {
-        float y[8];
-        for (int v = 0; v < 8; v++) y[v] = c[0][v];
-        down_bias.add(e, j, n, y);
-        store8(y_ND + p * row_D + j, n, y);
+        float x[8], a[8], slope[8];
+        b.add(e, j, n, c[0], x);
+        store8(h_NF + p * F + j, n, x);
+        act8(plain, x, a, slope);
+        store8(piece_at<true>(a_NF + p * row_F + j), 8, a);
         return 0;
     }
 };
 
 // ---- forward --------------------------------------------------------------------------------------------------------
-template <class T, bool gated>
+template <class T>
 static int forward(const moe_expert_args &a, void *workspace, T *y_RD, T *h_NU, cudaStream_t stream) {
     const verdict bad = verdict_of(OP_expert_mlp);
     const lent<T> w(a, false, workspace);
+    const bias<T> gate_bias = {static_cast<const T *>(a.gate_bias_EF), a.gate_bias_se};
+    const bias<T> up_bias = {static_cast<const T *>(a.up_bias_EF), a.up_bias_se};
+    const int plain = act_plain(a.act);
     const gemm_product<T> up = {
         .R = a.N, .E = a.E, .N = a.F, .K = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, a.x_RD, ROWS)},
         .b = {weight<T>(a.gate_EFD), weight<T>(a.up_EFD)}, .bad = bad,
     };
-    const bias<T> gate_bias = {static_cast<const T *>(a.gate_bias_EF), a.gate_bias_se};
-    const bias<T> up_bias = {static_cast<const T *>(a.up_bias_EF), a.up_bias_se};
-    const up_epilogue<T, gated> act = {act_plain(a.act), a.F, w.row_F, gate_bias, up_bias, h_NU, w.a_NF};
-    TRY((gemm_rows<gated ? 2 : 1>(up, act, stream)));
+    if (gated_act(a.act)) {
+        const gated_epilogue<T> emit = {plain, a.F, w.row_F, gate_bias, up_bias, h_NU, w.a_NF};
+        TRY(gemm_rows<2>(up, emit, stream));
+    } else
+        TRY(gemm_rows<1>(up, plain_epilogue<T>{plain, a.F, w.row_F, gate_bias, h_NU, w.a_NF}, stream));
 
     const gemm_product<T> down = {
         .R = a.N, .E = a.E, .N = a.D, .K = a.F, .bins_E = a.bins_E, .a = {sorted<T>(w.a_NF, w.row_F, ROWS)},
         .b = {weight<T>(a.down_EDF)}, .bad = bad,
     };
-    const bias<T> down_bias = {static_cast<const T *>(a.down_bias_ED), a.down_bias_se};
-    TRY(gemm_rows<1>(down, copy_epilogue<T>{down_bias, w.y_ND, w.row_D}, stream));
-
+    TRY(gemm_store(down, static_cast<const T *>(a.down_bias_ED), a.down_bias_se, w.y_ND, w.row_D, stream));
     return sum_slots<T>(a, {a.weights_RK, a.wdtype == MOE_F32}, w, y_RD, bad, stream);
 }
 
@@ -128,15 +129,17 @@ size_t moe_expert_mlp_workspace(const moe_expert_args *a, cudaStream_t) { return
 int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *h_NU, cudaStream_t stream) {
     TRY(check(*a));
     return by_float(a->dtype, [&]<class T>(T) {
-        const auto run = gated_act(a->act) ? forward<T, true> : forward<T, false>;
-        return run(*a, workspace, static_cast<T *>(y_RD), static_cast<T *>(h_NU), stream);
+        return forward(*a, workspace, static_cast<T *>(y_RD), static_cast<T *>(h_NU), stream);
     });
 }
 
 // ---- backward 1: dA' = dy Wd, then all that its tile gives ----------------------------------------------------------
-template <class T, bool gated>
+// whole: every piece of h is, so that its loads have no branch between them, nor the registers of one. Else the product
+// takes the tile that leaves most registers.
+template <class T, bool whole>
 struct dact_epilogue {
     static constexpr bool sums_rows = true;
+    bool               gated;
     int                plain;
     int64_t            F, row_F, flat_ids, pieces;
     const int32_t     *order_N;
@@ -149,20 +152,23 @@ struct dact_epilogue {
         const float   s = f >= 0 && f < flat_ids ? weights[f] : 0;
         const T      *h = h_NU + p * (gated ? 2 * F : F) + j;
         T            *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
-        float gate[8], up[8], value[8], slope[8], sa[8], dgate[8], dup[8], ds = 0;
-        load8(h, n, gate);
-        if (gated) load8(h + F, n, up);
-        act8(plain, gate, value, slope);
+        float value[8], slope[8], up[8], x[8], ds = 0;
+        if (whole) n = 8;
+        load8(piece_at<whole>(h), n, x);
+        act8(plain, x, value, slope);
+        load8(piece_at<whole>(gated ? h + F : h), n, up);
         for (int v = 0; v < 8; v++) {
-            const float a = gated ? value[v] * up[v] : value[v], sda = s * c[0][v];
+            if (!gated) up[v] = 1;
+            const float a = value[v] * up[v];
             if (v < n) ds = fmaf(c[0][v], a, ds);
-            sa[v] = s * a;
-            dgate[v] = (gated ? sda * up[v] : sda) * slope[v];          // a = f(gate) * up
-            dup[v] = sda * value[v];
+            x[v] = s * a;
         }
-        store8(sa_NF + p * row_F + j, n, sa);
-        store8(dh, n, dgate);
-        if (gated) store8(dh + row_F, n, dup);
+        store8(piece_at<true>(sa_NF + p * row_F + j), 8, x);
+        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up[v] * slope[v];          // a = f(gate) * up
+        store8(piece_at<true>(dh), 8, x);
+        if (!gated) return ds;
+        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * value[v];
+        store8(piece_at<true>(dh + row_F), 8, x);
         return ds;
     }
     __device__ void row(int64_t p, int64_t piece, float sum) const { ds_NP[p * pieces + piece] = sum; }
@@ -187,25 +193,32 @@ static int up_gradients(const moe_expert_args &a, const moe_expert_grads &g, con
     return gemm_wgrad(product, dup, stream);
 }
 
-template <class T, bool gated>
+template <class T>
 static int backward(const moe_expert_args &a, void *workspace, const moe_expert_grads &g, cudaStream_t stream) {
     const verdict bad = verdict_of(OP_expert_mlp_backward);
+    const bool gated = gated_act(a.act);
     const lent<T> w(a, true, workspace);
-    const routing_weights<T> s = {a.weights_RK, a.wdtype == MOE_F32};
     const gemm_product<T> dact = {
         .R = a.N, .E = a.E, .N = a.F, .K = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, ROWS)},
         .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
-    const dact_epilogue<T, gated> emit = {act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK, s,
-                                          static_cast<const T *>(g.h_NU), w.a_NF, w.dh_NU, w.ds_NP};
-    TRY(gemm_rows<1>(dact, emit, stream));
+    const auto emit = [&]<bool whole>(std::bool_constant<whole>) {
+        return dact_epilogue<T, whole>{gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
+                                       {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU), w.a_NF,
+                                       w.dh_NU, w.ds_NP};
+    };
+    if (a.F % 8 == 0 && aligned16(g.h_NU)) TRY(gemm_rows<1>(dact, emit(std::true_type{}), stream));
+    else {
+        TRY(gemm_check(dact));
+        TRY((gemm_launch<tile_small, 1, false, true, false>(dact, emit(std::false_type{}), stream)));
+    }
 
     const gemm_product<T> dx = {
         .R = a.N, .E = a.E, .N = a.D, .K = a.F, .terms = gated ? 2 : 1, .bins_E = a.bins_E,
         .a = {sorted<T>(w.dh_NU, w.row_U, ROWS), sorted<T>(w.dh_NU + w.row_F, w.row_U, ROWS)},
         .b = {transposed<T>(a.gate_EFD), transposed<T>(a.up_EFD)}, .bad = bad,
     };
-    TRY(gemm_rows<1>(dx, copy_epilogue<T>{{}, w.y_ND, w.row_D}, stream));
+    TRY(gemm_store<T>(dx, nullptr, 0, w.y_ND, w.row_D, stream));
 
     const gemm_product<T> ddown = {
         .R = a.N, .E = a.E, .N = a.F, .M = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, SUMS)},
@@ -223,8 +236,5 @@ size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a, cudaStream_t)
 int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe_expert_grads *g,
                             cudaStream_t stream) {
     TRY(check(*a));
-    return by_float(a->dtype, [&]<class T>(T) {
-        const auto run = gated_act(a->act) ? backward<T, true> : backward<T, false>;
-        return run(*a, workspace, *g, stream);
-    });
+    return by_float(a->dtype, [&]<class T>(T) { return backward<T>(*a, workspace, *g, stream); });
 }

@@ -44,11 +44,10 @@ template <class T>
 struct bias {
     const T *p;                                 // may be NULL
     int64_t  se;
-    __device__ void add(int64_t e, int64_t j, int n, float (&x)[8]) const {
-        if (!p) return;
-        float b[8];
-        load8(p + e * se + j, n, b);
-        for (int v = 0; v < 8; v++) x[v] += b[v];
+    // x = c + p[e, j .. j+n)
+    __device__ void add(int64_t e, int64_t j, int n, const float (&c)[8], float (&x)[8]) const {
+        if (p) load8(p + e * se + j, n, x);
+        for (int v = 0; v < 8; v++) x[v] = p ? c[v] + x[v] : c[v];
     }
 };
 template <class T>
@@ -148,7 +147,7 @@ static __device__ inline void add_rows(const bias_sums<T> &g, const column_sum<T
         const T   *row = c.rows + (!c.of_dy ? p : known ? f / g.K : 0) * c.stride + j;
         const float s = !c.of_dy ? 1 : known ? g.s[f] : 0;
         float x[8];
-        load8(whole ? static_cast<const T *>(__builtin_assume_aligned(row, 16)) : row, n, x);
+        load8(piece_at<whole>(row), n, x);
         for (int v = 0; v < 8; v++) sum[v] = fmaf(s, x[v], sum[v]);
     }
 }
