@@ -210,9 +210,11 @@ inline Tensor empty(Place place, ScalarType scalar, std::initializer_list<int64_
     int64_t strides[4], stride = 1;
     for (size_t i = shape.size(); i-- > 0; stride *= shape.begin()[i]) strides[i] = stride;
     AtenTensorHandle made;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(shape.size()), shape.begin(), strides,
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar)), place.type, place.index, &made));
+    if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar)), place.type,
+                                 place.index, &made))
+        throw std::runtime_error("moe_ext: torch has no memory for " + std::to_string(stride) + " elements on " +
+                                 place.text() + ". Hint: fewer tokens in a batch");
     return Tensor(made);
 }
 inline Tensor empty(In like, int dtype, std::initializer_list<int64_t> shape) {

@@ -20,7 +20,7 @@ MOE_CUDA_WORKSPACES(X)
 
 namespace {
 enum { MAX_DEVICES = 64 };
-thread_local char last_error[256];
+thread_local char last_error[1024];
 std::mutex making;
 // Mapped host memory: a kernel's complaint is read without a copy or a synchronisation. One allocation per device for
 // the life of the process.

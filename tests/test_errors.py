@@ -222,3 +222,10 @@ def test_a_verdict_waits_for_check_or_the_next_call(device):
 
 def test_check_has_nothing_to_say(device):
     moe_ext.check(device)
+
+
+def test_no_memory(device):
+    x, bins = torch.ones(1, 2, device=device), torch.tensor([1, 2], dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match=r"no memory for \d+ elements on (cpu|cuda:0)\. Hint: fewer tokens"):
+        ops.replicate(x, bins, 2**50)
+    assert ops.replicate(x, bins, 2).tolist() == [[1, 1]]
