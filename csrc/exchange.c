@@ -20,8 +20,8 @@ int64_t moe_message_bytes(const moe_message *m) { return message_layout(m).bytes
 
 // -- plan -------------------------------------------------------------------------------------------------------------
 typedef struct {
-    int64_t        T, K, P, local;              // local = E/P
-    const int32_t *ids, *counts;
+    int64_t        T, P;
+    const int32_t *counts;
     int32_t       *send, *place;
 } plan_job;
 
@@ -50,12 +50,12 @@ int moe_exchange_plan(int64_t T, int64_t K, int64_t E, int64_t P, const int32_t 
     if (K < 0 || K > MOE_MAX_EXPERTS) return MOE_BAD_SHAPE;
     for (int64_t f = 0; f < T * K; f++)
         if (ids_TK[f] < -1 || ids_TK[f] >= E) return MOE_BAD_INDEX;
-    plan_job j = {T, K, P, E / P, ids_TK, counts_P2, send_M, place_TP};
+    plan_job j = {T, P, counts_P2, send_M, place_TP};
     memset(counts_P2, 0, (size_t)(P * 8));
     for (int64_t i = 0; i < T * P; i++) place_TP[i] = -1;
     for (int64_t f = 0; f < T * K; f++) {
         if (ids_TK[f] < 0) continue;
-        const int64_t p = ids_TK[f] / j.local;
+        const int64_t p = ids_TK[f] / (E / P);
         int32_t *place = place_TP + f / K * P + p;
         counts_P2[2 * p] += *place < 0;         // the token's first expert there
         counts_P2[2 * p + 1]++;
