@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import SMALLEST
-from compare import against_reference, close, gradcheck
+from compare import against_reference, close, gradcheck, same
 from devices import widest
 from drawn import drawn_case
 from hypothesis import given, settings
@@ -56,6 +56,42 @@ def test_grouped_gemm(case, dtype, device, strides):
 
 def test_grouped_gemm_wgrad(case, dtype, device):
     check_grouped_gemm_wgrad(ops, case, dtype, device)
+
+
+# Rows, the ends of the experts, inner and outer width. On the two multiprocessors of the host harness they take every
+# tile of cuda/gemm.cuh in each of the three products, several of them per block, and edges in all directions.
+TILES = {
+    "big": (300, [2, 300], 72, 264),
+    "medium": (710, [130, 690], 40, 520),
+    "small": (200, [1, 1, 70, 71, 199], 136, 136),
+    "big sums": (310, [300], 264, 136),
+    "medium sums": (320, [5, 100, 200, 310], 128, 120),
+}
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "transposed"])
+@pytest.mark.parametrize("tiles", TILES)
+def test_tiles(tiles, strides, dtype, device):
+    R, ends, I, O = TILES[tiles]
+    times = 8 if device == "cuda" else 1  # a GPU needs more tiles before it prefers large ones
+    R, ends, O = R * times, [end * times for end in ends], O * times
+    bins_E = torch.tensor(ends, dtype=torch.int32, device=device)
+    x_RI, w_EIO = torch.randn(R, I), torch.randn(len(ends), I, O) / I**0.5
+    inputs = {"x_RI": x_RI.to(device, dtype), "w_EIO": w_EIO.to(device, dtype)}
+    against_reference(ops, lambda ops, x_RI, w_EIO: ops.grouped_gemm(x_RI, STRIDES[strides](w_EIO), bins_E), inputs)
+
+
+def test_rows_do_not_know_their_batch(dtype, device):
+    """A row has the same bits in any tile, wherever it stands and whatever else is there."""
+    x_RI, w_IO = torch.randn(300, 72).to(device, dtype), torch.randn(72, 264).to(device, dtype)
+
+    def product(*ends):
+        bins_E = torch.tensor(ends, dtype=torch.int32, device=device)
+        return ops.grouped_gemm(x_RI[: ends[-1]].contiguous(), w_IO.expand(len(ends), 72, 264).contiguous(), bins_E)
+
+    y_RO = product(300)
+    same(product(40), y_RO[:40])
+    same(product(0, 7, 150, 150, 300), y_RO)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
