@@ -160,3 +160,11 @@ def test_saved_bytes(act, stored, dtype, device):
         ops.expert_mlp(inputs["x_RD"], gate, up, down, inputs["weights_RK"], index, act=act, gate_bias=gate_bias,
                        up_bias=up_bias, down_bias=inputs["down_bias"], num_copies=N)  # fmt: skip
     assert sum(kept.values()) == dtype.itemsize * (T * D + N * U)
+
+
+@pytest.mark.parametrize("act, stored", [("swiglu", "w13"), ("swiglu", "transposed"), ("gelu", "separate")])
+def test_big_tiles(act, stored, dtype, device):
+    """Wide and long enough for the largest tile of cuda/gemm.cu in the products with an epilogue of their own."""
+    more = 8 if device == "cuda" else 1
+    case = Case("big_tiles", Shape(T=210 * more, d=24, h=200 * more, E=2, k=2), "balanced")
+    check_expert_mlp(ops, case, dtype, device, act=act, biases=BIASES, stored=stored)
