@@ -3,6 +3,7 @@
 Grouped GEMM, each of its three forms alone (bf16, the up and the down projection of a layer), against
   bmm          cuBLAS batched on equal shares: the same FLOPs without raggedness; mm: one product of the same FLOPs
   grouped-mm   torch.nn.functional.grouped_mm          loop   one torch.mm per expert, counts already on the host
+  cublas       one cublasGemmEx per expert, called from C, which copies the counts to the host first
 Layer: route_index + expert_mlp (SwiGLU), forward and forward + backward, against
   bound        bmm, activation, bmm and a sum over K on equal shares: no routing at all
   grouped-mm, loop    as in benchmarks/ops.py
@@ -14,12 +15,12 @@ the card's dense peak and least bytes over the copy bandwidth of this run. Routi
 with its few large experts; drawn anew every round. Each round, every contender runs once on the same routing, after 256
 MB of writes that empty the L2 cache and let the host run ahead; times are CUDA events, medians over the rounds.
 
-Prints Markdown, and writes it with the figures to benchmarks/results/<device>-<commit>.{md,json} after every section.
+Prints Markdown, and writes it with the figures to benchmarks/results/<device>-<commit>.{md,json} after every job; says
+on stderr what it has done. The default shapes take about three minutes; --all adds larger ones, up to 80 GB of memory.
 --dry runs all of it on tiny shapes on the CPU, where times mean nothing.
 """
 
 import argparse
-import functools
 import json
 import platform
 import re
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 import moe_ext
 from benchmarks.ops import commit, grouped_mm, ours, sorted_mm, swiglu
 from moe_ext import ops
+from tests import cublas
 from tests.cases import Shape, balanced, skewed
 
 SHAPES = {  # T, d, h, E, k
@@ -49,6 +51,15 @@ SHAPES = {  # T, d, h, E, k
     "qwen3-30b-32k": Shape(32768, 2048, 768, 128, 8),
     "olmoe": Shape(32768, 2048, 1024, 64, 8),
     "mixtral": Shape(8192, 4096, 14336, 8, 2),
+}
+MORE_SHAPES = {  # with --all
+    "sonic-1.4b-256": Shape(40960, 768, 256, 128, 8),
+    "sonic-1.4b-512": Shape(40960, 768, 512, 64, 4),
+    "sonic-1.4b-1024": Shape(40960, 768, 1024, 32, 2),
+    "sonic-120b-512": Shape(32768, 4096, 512, 256, 16),
+    "sonic-120b-1024": Shape(32768, 4096, 1024, 128, 8),
+    "sonic-120b-2048": Shape(32768, 4096, 2048, 64, 4),
+    "deepseek-v3": Shape(8192, 7168, 2048, 256, 8),
 }
 DRY_SHAPES = {"dry": Shape(64, 32, 48, 4, 2)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -85,6 +96,7 @@ class Bench:
             "dtype": options.dtype, "gpu": gpu_state(), "gemm": [], "layer": [], "movement": [], "other": [],
         }  # fmt: skip
         self.copy_bandwidth = self.state = None
+        self.cublas = None if options.dry else cublas.load()
 
     def warm_up(self):
         """Two seconds of dense products: the clocks of sustained load."""
@@ -193,6 +205,15 @@ def loop_wgrad(x_RI, dy_RO, counts):
     return dw_EIO
 
 
+def cublas_forward(table, x_RI, w_EIO, bins_E):
+    return cublas.grouped_gemm(table, x_RI, w_EIO, bins_E, x_RI.new_empty(len(x_RI), w_EIO.shape[2]))
+
+
+def cublas_wgrad(table, x_RI, dy_RO, bins_E):
+    dw_EIO = x_RI.new_empty(len(bins_E), x_RI.shape[1], dy_RO.shape[1])
+    return cublas.grouped_gemm_wgrad(table, x_RI, dy_RO, bins_E, dw_EIO)
+
+
 def bench_gemm(bench, name, shape, routing):
     T, D, width, E, K = shape
     for projection, I, O in (("up", D, 2 * width), ("down", width, D)):
@@ -209,6 +230,7 @@ def bench_gemm(bench, name, shape, routing):
                 "mm": lambda r, x=x_RI, w=w_EIO: x @ w[0],
                 "grouped-mm": lambda r, x=x_RI, w=w_EIO: F.grouped_mm(x, w, offs=r.bins_E),
                 "loop": lambda r, x=x_RI, w=w_EIO: loop_forward(x, w, r.counts),
+                "cublas": lambda r, x=x_RI, w=w_EIO: cublas_forward(bench.cublas, x, w, r.bins_E),
             },
             "dgrad": {
                 "ours": lambda r, dy=dy_RO, w=w_EOI: ops.grouped_gemm(dy, w, r.bins_E),
@@ -216,6 +238,7 @@ def bench_gemm(bench, name, shape, routing):
                 "mm": lambda r, dy=dy_RO, w=w_EOI: dy @ w[0],
                 "grouped-mm": lambda r, dy=dy_RO, w=w_EOI: F.grouped_mm(dy, w, offs=r.bins_E),
                 "loop": lambda r, dy=dy_RO, w=w_EOI: loop_forward(dy, w, r.counts),
+                "cublas": lambda r, dy=dy_RO, w=w_EOI: cublas_forward(bench.cublas, dy, w, r.bins_E),
             },
             "wgrad": {
                 "ours": lambda r, x=x_RI, dy=dy_RO: ops.grouped_gemm_wgrad(x, dy, r.bins_E),
@@ -223,11 +246,14 @@ def bench_gemm(bench, name, shape, routing):
                 "mm": lambda r, x=x_RI, dy=dy_RO: x.T @ dy,
                 "grouped-mm": lambda r, x=x_RI, dy=dy_RO: F.grouped_mm(x.T, dy, offs=r.bins_E),
                 "loop": lambda r, x=x_RI, dy=dy_RO: loop_wgrad(x, dy, r.counts),
+                "cublas": lambda r, x=x_RI, dy=dy_RO: cublas_wgrad(bench.cublas, x, dy, r.bins_E),
             },
         }
         work = 2 * R * I * O, (R * I + E * I * O + R * O) * bench.dtype.itemsize
         for form, contenders in forms.items():
-            seconds, failed = bench.race(contenders, Routed(bench, shape, routing), {"grouped-mm", "loop"})
+            if not bench.cublas:        # a dry run, which has no GPU
+                del contenders["cublas"]
+            seconds, failed = bench.race(contenders, Routed(bench, shape, routing), {"grouped-mm", "loop", "cublas"})
             head = dict(shape=name, **shape._asdict(), projection=projection, form=form, routing=routing, rows=R)
             bench.line("gemm", head, seconds, failed, work)
 
@@ -373,7 +399,7 @@ def bench_other(bench, shape, vocabulary):
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # section -> columns of its head, and peers
-    "gemm": (["shape", "projection", "form", "routing"], ["bmm", "mm", "grouped-mm", "loop"]),
+    "gemm": (["shape", "projection", "form", "routing"], ["bmm", "mm", "grouped-mm", "loop", "cublas"]),
     "layer": (["shape", "pass", "routing"], ["bound", "grouped-mm", "loop"]),
     "movement": (["op", "T", "D", "K"], []),
     "other": (["op", "T", "E", "K"], ["torch"]),
@@ -417,7 +443,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--sections", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES | MORE_SHAPES, default=list(SHAPES))
+    parser.add_argument("--all", action="store_true", help="the default shapes and the larger ones")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seconds", type=float, default=0.4, help="of rounds per line")
@@ -429,24 +456,25 @@ def main(arguments=None):
     elif not moe_ext.has_cuda():
         sys.exit(f"error: no GPU to measure: {moe_ext._C.cuda() or 'torch sees no CUDA device'}. Hint: --dry")
     bench = Bench(options)
-    shapes = DRY_SHAPES if options.dry else {name: SHAPES[name] for name in options.shapes}
+    every = SHAPES | MORE_SHAPES
+    shapes = DRY_SHAPES if options.dry else every if options.all else {name: every[name] for name in options.shapes}
     widest = max(shapes.values(), key=lambda shape: shape.T * shape.d)
-    jobs = [("movement", functools.partial(bench_movement, bench, widest))]     # first: it measures the bandwidth
-    jobs += [("other", functools.partial(bench_other, bench, widest, 96 if options.dry else 128256))]
+    jobs = [("movement", bench_movement, widest)]       # first: it measures the bandwidth
+    jobs += [("other", bench_other, widest, 96 if options.dry else 128256)]
     for name, shape in shapes.items():
         for routing in options.routings:
-            jobs += [("gemm", functools.partial(bench_gemm, bench, name, shape, routing))]
-            jobs += [("layer", functools.partial(bench_layer, bench, name, shape, routing, backward))
-                     for backward in (False, True)]  # fmt: skip
+            jobs += [("gemm", bench_gemm, name, shape, routing)]
+            jobs += [("layer", bench_layer, name, shape, routing, backward) for backward in (False, True)]
     errors = []
     bench.warm_up()
-    for section, job in jobs:
+    for section, job, *arguments in jobs:
         if section in options.sections or section == "movement":
-            bench.state = gpu_state()
+            bench.state, begin = gpu_state(), time.perf_counter()
             try:
-                job()
+                job(bench, *arguments)
             except RuntimeError as error:       # out of memory before the race
-                errors.append(f"{section}: {error}")
+                errors.append(f"{section} {arguments}: {error}")
+            print(f"{section} {arguments}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
             path = write(bench.report, options.out)
