@@ -23,6 +23,7 @@ CASES = [
 def main(device="cuda", *names):
     torch.manual_seed(0)
     for name in names or CHECKS:
+        print(name, flush=True)
         for case in CASES:
             for dtype in (torch.float32, torch.bfloat16):
                 CHECKS[name](ops, case, dtype, device)
