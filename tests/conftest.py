@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config, items):
         kernels = device == "cuda" or devices.simt
         wrong = "c_core" if kernels else "kernels"
         runs = only in (None, device) and not item.get_closest_marker(wrong)
-        runs = runs and params.get("dtype", torch.float32) in devices.floats(device)
+        runs = runs and (params.get("dtype") != torch.float64 or torch.float64 in devices.floats(device))
         (kept if runs else left_out).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)

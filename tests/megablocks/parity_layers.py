@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
-from upstream import megablocks
+from upstream import DEVICE, megablocks
 
 import moe_ext
 from moe_ext.layers import arguments, moe, router
@@ -19,12 +19,15 @@ their_arguments, their_moe, their_router = (getattr(megablocks.layers, name) for
 
 # Theirs cannot be built with fewer than 128 features in all experts of a rank; sparse ones need whole blocks of 128.
 SMALL, BLOCK = dict(hidden_size=6, ffn_hidden_size=32), dict(hidden_size=128, ffn_hidden_size=128)
-TOLERANCE = 2e-6  # of a tensor's maximum, in fp32
+TOLERANCE = 2e-6 if DEVICE == "cpu" else 1e-5  # of a tensor's maximum, in fp32; a GPU's sums have other orders
 
 
 def configure(module, mlp_impl="grouped", **changes):
-    """Their Arguments refuse "sparse" with this Triton, needlessly in the interpreter: it is set afterwards."""
-    base = dict(SMALL, moe_num_experts=4, moe_top_k=2, fp16=False, device="cpu")
+    """Their Arguments refuse "sparse" with this Triton, needlessly in the interpreter: it is set afterwards. On a GPU
+    they are right."""
+    if mlp_impl == "sparse" and DEVICE != "cpu":
+        pytest.skip("their sparse kernels do not run on a GPU with this Triton")
+    base = dict(SMALL, moe_num_experts=4, moe_top_k=2, fp16=False, device=DEVICE)
     args = module.Arguments(**base | changes | {"mlp_impl": "grouped"})
     args.mlp_impl = mlp_impl
     return args
@@ -56,7 +59,7 @@ def run(layer, x, batched, z):
     torch.manual_seed(7)  # for jitter
     out = layer(x)
     y, bias = out if isinstance(out, tuple) else (out, None)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    dy = torch.randn(y.shape, generator=torch.Generator(DEVICE).manual_seed(1))
     aux = losses(layer, batched, z)
     objective = (y * dy).sum() + (aux if torch.is_tensor(aux) else 0)
     objective = objective if bias is None else objective + (bias * dy.flatten(0, -2).sum(0)).sum()
@@ -216,6 +219,7 @@ PARALLEL = {
 }
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the ranks are forked, which CUDA does not survive")
 @pytest.mark.parametrize("case", PARALLEL)
 def test_expert_parallel(case, tmp_path):
     world, name, changes = PARALLEL[case]

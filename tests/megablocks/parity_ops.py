@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from upstream import megablocks
+from upstream import DEVICE, megablocks
 
 from moe_ext import compat, ops
 
@@ -11,7 +11,7 @@ upstream = megablocks.ops
 
 def routing(T, K, E, seed=0, among=None):
     """(indices, bin_ids, bins, padded_bins) of random ids; `among` limits them to some experts."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     ids = torch.randint(among or E, (T * K,), generator=generator, dtype=torch.int32)
     bin_ids, indices = upstream.sort(ids, 8)
     counts = upstream.histogram(ids, E)
@@ -23,7 +23,7 @@ def run(op, *args):
     args = [a.clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     leaves = [a for a in args if torch.is_tensor(a) and a.is_floating_point()]
     y = op(*args)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator(DEVICE).manual_seed(9)).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
@@ -126,7 +126,7 @@ def test_grouped_gemm(trans_b):
     """Against the stand-in, which is the loop over experts that grouped_gemm runs."""
     import grouped_gemm
 
-    sizes = torch.tensor([3, 0, 4])
+    sizes = torch.tensor([3, 0, 4], device="cpu")  # where grouped_gemm wants them
     a, b = torch.randn(7, 5), torch.randn(3, 6, 5) if trans_b else torch.randn(3, 5, 6)
     for got, want in zip(
         run(compat.ops.gmm, a, b, sizes, trans_b), run(grouped_gemm.ops.gmm, a, b, sizes, trans_b), strict=True

@@ -1,21 +1,25 @@
-"""The real MegaBlocks on a CPU, as the oracle of the parity files beside this one.
+"""The real MegaBlocks as the oracle of the parity files beside this one, on a GPU or on a CPU (MOE_PARITY_DEVICE).
 
-MegaBlocks 0.10.0 runs without a GPU in Triton's interpreter once three things are given to it before its first import:
-TRITON_INTERPRET=1, a `torch.cuda.current_device` that answers "cpu", and stand-ins in plain torch for its two compiled
-modules, `megablocks_ops` and `grouped_gemm`. After the import each Triton kernel keeps one of its tuning candidates,
-because choosing among several needs a GPU. All this changes the process, so the parity files are not named test_*:
-tests/test_megablocks.py runs each of them in a process of its own. (No __init__.py here: it would hide the real one.)
+Before its first import it is given stand-ins in plain torch for its two compiled modules: `grouped_gemm`, whose own
+kernels know bf16 alone, and `megablocks_ops`, unless that is installed on a GPU. Of several tuning candidates, which
+choose no other result, each Triton kernel keeps one. On a GPU the kernels then run as they are. On a CPU they run in
+Triton's interpreter, with TRITON_INTERPRET=1 and a `torch.cuda.current_device` that answers "cpu". All this changes the
+process, so the parity files are not named test_*: tests/test_megablocks.py runs each of them in a process of its own.
+(No __init__.py here: it would hide the real one.)
 
-Limits: fp32; fp16 and bf16 only where rows are copied, because the interpreter truncates fp32 to bf16. A routed row
-costs about 3 ms, so cases are small.
+Limits of the interpreter: fp32; fp16 and bf16 only where rows are copied, because it truncates fp32 to bf16. A routed
+row costs about 3 ms, so cases are small.
 """
 
+import importlib.util
 import os
 import sys
 import types
 from pathlib import Path
 
 import torch
+
+DEVICE = os.environ.get("MOE_PARITY_DEVICE", "cpu")
 
 sys.path.append(str(Path(__file__).parents[1]))  # tests/ranks.py
 
@@ -41,8 +45,9 @@ def exclusive_cumsum(x, dim, out):
 
 
 def indices(padded_bins, block, rows, cols, out):
-    expert = torch.searchsorted(padded_bins.long(), torch.arange(rows) * block, right=True)
-    out.copy_((expert[:, None] * cols + torch.arange(cols)).flatten())
+    begin_R, cols_C = (torch.arange(n, device=out.device) for n in (rows, cols))
+    expert_R = torch.searchsorted(padded_bins.long(), begin_R * block, right=True)
+    out.copy_((expert_R[:, None] * cols + cols_C).flatten())
 
 
 def counts_of(bins):
@@ -54,7 +59,7 @@ def replicate_forward(x, bins, out):
 
 
 def replicate_backward(dy, bins, out):
-    expert = torch.arange(len(bins)).repeat_interleave(counts_of(bins))
+    expert = torch.arange(len(bins), device=bins.device).repeat_interleave(counts_of(bins))
     out.zero_().index_add_(1, expert, dy[:, : int(bins[-1])])
 
 
@@ -72,22 +77,25 @@ def backend_gmm(a, b, batch_sizes, trans_a=False, trans_b=False, c=None):
     return y if c is None else c.copy_(y)
 
 
-def module(name, *functions):
+def stand_in(name, *functions, **members):
     sys.modules[name] = types.ModuleType(name)
-    vars(sys.modules[name]).update({f.__name__: f for f in functions})
+    vars(sys.modules[name]).update({f.__name__: f for f in functions}, **members)
 
 
 def load():
-    """Import megablocks under the interpreter, with its stand-ins; a sentence says what to do where that cannot be."""
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("triton is already imported: run the parity files in a process of their own")
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    module("megablocks_ops", sort, histogram, inclusive_cumsum, exclusive_cumsum, indices, replicate_forward,
-           replicate_backward)  # fmt: skip
-    module("grouped_gemm")
-    sys.modules["grouped_gemm"].ops = types.SimpleNamespace(gmm=gmm)
-    sys.modules["grouped_gemm"].backend = types.SimpleNamespace(gmm=backend_gmm)
+    """Import megablocks, with its stand-ins; a sentence says what to do where that cannot be."""
+    if DEVICE == "cpu":
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError("triton is already imported: run the parity files in a process of their own")
+        os.environ["TRITON_INTERPRET"] = "1"
+        torch.cuda.current_device = lambda: torch.device("cpu")
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+        torch.set_default_device(DEVICE)  # of what the parity files make; the stand-ins go by their arguments
+    if DEVICE == "cpu" or importlib.util.find_spec("megablocks_ops") is None:
+        stand_in("megablocks_ops", sort, histogram, inclusive_cumsum, exclusive_cumsum, indices, replicate_forward,
+                 replicate_backward)  # fmt: skip
+    stand_in("grouped_gemm", ops=types.SimpleNamespace(gmm=gmm), backend=types.SimpleNamespace(gmm=backend_gmm))
     try:
         import megablocks
         import megablocks.ops
