@@ -1,5 +1,4 @@
-// acts.h: the value and the derivative of one activation of one number: the same code, and so in float the same bits,
-// in C and in CUDA.
+// acts.h: the value and the derivative of one activation of one number, the same code in C and in CUDA.
 //
 //   silu       x s                    s + x s (1 - s)                  s = 1 / (1 + e^-x)
 //   gelu       x P                    P + x p                          P, p: normal distribution and density
@@ -17,7 +16,7 @@ VMATH_FN double vexp_f64(double x) { return exp(x); }
 
 // P(-|x|) = e^(-x^2/2) u Q(u), u = 1 / (1 + 0.3 |x|): a fit of erfcx over all |x|, relative error 3e-8, tails included.
 VMATH_FN void normal_f32(float x, float *cdf, float *pdf) {
-    float e = vexp_f32(-0.5f * x * x), u = 1.0f / vfma_f32(0.3f, fabsf(x), 1.0f);
+    float e = vexp_f32(-0.5f * x * x), u = vrcp_f32(vfma_f32(0.3f, fabsf(x), 1.0f));
     float p = -0x1.1b000ep-6f;
     p = vfma_f32(p, u, 0x1.87eb14p-4f);
     p = vfma_f32(p, u, -0x1.89ed6cp-3f);
@@ -72,11 +71,11 @@ VMATH_FN __attribute__((always_inline)) REAL NAME(act_value)(int plain, REAL x, 
     if (plain == GELU_TANH) {
         const REAL c = (REAL)(2 * 0.79788456080286535588);      // 2 sqrt(2/pi)
         REAL t = x < -20 ? -20 : x > 20 ? 20 : x;               // s is 0 or 1 from here on: keeps x^3 finite
-        REAL s = 1 / (1 + NAME(vexp)(-c * t * NAME(vfma)((REAL)0.044715 * t, t, 1)));
+        REAL s = NAME(vrcp)(1 + NAME(vexp)(-c * t * NAME(vfma)((REAL)0.044715 * t, t, 1)));
         *derivative = NAME(vfma)(t * s * (1 - s) * c, NAME(vfma)((REAL)0.134145 * t, t, 1), s);
         return x * s;
     }
-    REAL s = 1 / (1 + NAME(vexp)(-x));
+    REAL s = NAME(vrcp)(1 + NAME(vexp)(-x));
     *derivative = s * NAME(vfma)(x, 1 - s, 1);
     return x * s;
 }

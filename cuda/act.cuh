@@ -1,4 +1,4 @@
-// act.cuh: activations of a piece of eight columns; the formulas are those of the C core (csrc/acts.h), bit for bit.
+// act.cuh: activations of a piece of eight columns; the formulas are those of the C core (csrc/acts.h).
 #ifndef MOE_ACT_CUH
 #define MOE_ACT_CUH
 #include "../csrc/acts.h"

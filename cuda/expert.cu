@@ -19,8 +19,6 @@
 // sees h before it is rounded.
 // N is the host's word, which the grids need; bins[E-1] that is another: MOE_BAD_BINS. A flat id or a position out of
 // range: MOE_BAD_INDEX, and that copy counts as zeros.
-#include <type_traits>
-
 #include "expert_sums.cuh"
 
 // ---- the door -------------------------------------------------------------------------------------------------------
@@ -134,9 +132,7 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
 }
 
 // ---- backward 1: dA' = dy Wd, then all that its tile gives ----------------------------------------------------------
-// whole: every piece of h is, so that its loads have no branch between them, nor the registers of one. Else the product
-// takes the tile that leaves most registers.
-template <class T, bool whole>
+template <class T>
 struct dact_epilogue {
     static constexpr bool sums_rows = true;
     bool               gated;
@@ -153,10 +149,9 @@ struct dact_epilogue {
         const T      *h = h_NU + p * (gated ? 2 * F : F) + j;
         T            *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
         float value[8], slope[8], up[8], x[8], ds = 0;
-        if (whole) n = 8;
-        load8(piece_at<whole>(h), n, x);
+        load8(h, n, x);
         act8(plain, x, value, slope);
-        load8(piece_at<whole>(gated ? h + F : h), n, up);
+        load8(gated ? h + F : h, n, up);
         for (int v = 0; v < 8; v++) {
             if (!gated) up[v] = 1;
             const float a = value[v] * up[v];
@@ -202,16 +197,10 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
         .R = a.N, .E = a.E, .N = a.F, .K = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, ROWS)},
         .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
-    const auto emit = [&]<bool whole>(std::bool_constant<whole>) {
-        return dact_epilogue<T, whole>{gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
-                                       {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU), w.a_NF,
-                                       w.dh_NU, w.ds_NP};
-    };
-    if (a.F % 8 == 0 && aligned16(g.h_NU)) TRY(gemm_rows<1>(dact, emit(std::true_type{}), stream));
-    else {
-        TRY(gemm_check(dact));
-        TRY((gemm_launch<tile_small, 1, false, true, false>(dact, emit(std::false_type{}), stream)));
-    }
+    const dact_epilogue<T> emit = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
+                                   {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU), w.a_NF,
+                                   w.dh_NU, w.ds_NP};
+    TRY(gemm_rows<1>(dact, emit, stream));
 
     const gemm_product<T> dx = {
         .R = a.N, .E = a.E, .N = a.D, .K = a.F, .terms = gated ? 2 : 1, .bins_E = a.bins_E,

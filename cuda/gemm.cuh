@@ -224,7 +224,8 @@ gemm_kernel(const gemm_product<T> g, const Epilogue emit) {
                 c.put(pass, mine);
                 __syncwarp();
 #pragma unroll 1
-                for (int r = lane_id() / across; r < sums::pass_rows; r += 32 / across) {
+                for (int r0 = 0; r0 < sums::pass_rows; r0 += 32 / across) {     // all lanes of a warp as often
+                    const int r = r0 + lane_id() / across;
                     const int i = now.i0 + c.m0 + pass * sums::pass_rows + r;
                     const bool inside = i < now.i_end && n > 0;
                     float x[parts][8], sum = 0;
