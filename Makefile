@@ -37,6 +37,7 @@ train: build
 
 test: build lint test-c .venv/parity
 	$(PY) -m pytest
+	$(MAKE) test-simt
 
 # ---- C tests: each under every instruction set of this CPU, and AVX-512's kernels lowered to AVX2 where that is the best ---
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -D_GNU_SOURCE -ffp-contract=off -Icsrc
@@ -60,6 +61,19 @@ ifeq ($(strip $(ISAS)),base avx2)
 	gcc $(C_FLAGS) -O2 -mavx2 -mfma -mf16c -Wno-psabi -fPIC -c csrc/isa_avx512.c -o $(LOWERED)/csrc/isa_avx512.o
 	$(call run-c-tests,$(LOWERED),-DCHECK_LOWERED,avx2)
 endif
+
+# ---- the CUDA kernels on the host: the op tests again, served by cuda/; then with every access under ASan ----------------
+SIMT       := $(if $(filter x86_64,$(shell uname -m)),plain asan)
+SIMT_TESTS := $(addprefix tests/test_,$(addsuffix .py,random index permute gemm expert route head errors exchange cublas))
+.PHONY: test-simt $(SIMT:%=simt-%)
+test-simt: $(SIMT:%=simt-%)
+simt-plain: build
+	$(MAKE) -sj2 -f tests/simt/Makefile VARIANT=plain
+	$(PY) -m pytest --simt=build/simt/plain/libmoe_simt.so $(SIMT_TESTS)
+simt-asan: build
+	$(MAKE) -sj2 -f tests/simt/Makefile VARIANT=asan
+	LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
+	    $(PY) -m pytest --simt=build/simt/asan/libmoe_simt.so $(SIMT_TESTS) -m "not slow"
 
 # ---- the same under sanitizers: a second build in build/address and build/thread -----------------------------------
 ASAN_PRELOAD := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so.6)

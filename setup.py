@@ -53,7 +53,8 @@ ISA_FLAGS = {  # files compiled once per instruction set; isa.c picks one when t
 }
 # Hopper files (*_sm90.cu) use instructions that exist only there; the others carry PTX for newer devices.
 NVCC_FLAGS = (
-    f"-std=c++20 -O3 --fmad=false {NVCC_WERROR} -Xcompiler -fPIC,-fvisibility=hidden -lineinfo -Xptxas -v"
+    f"-std=c++20 -O3 --fmad=false {NVCC_WERROR} -Xcompiler -fPIC,-fvisibility=hidden -lineinfo "
+    "--compress-mode=size -Xptxas -v"
 )
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"
 COMMON = f"-gencode arch=compute_80,code=[compute_80,sm_80] {HOPPER}"
@@ -161,7 +162,7 @@ def nvcc() -> str | None:
     """nvcc from $NVCC, $CUDA_HOME, PATH or its usual folder; None if it is not wanted or not there."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    wanted = os.environ.get("MOE_CUDA", "0")
+    wanted = os.environ.get("MOE_CUDA", "auto")
     if wanted == "1" and not found:
         sys.exit("moe_ext: MOE_CUDA=1, but there is no nvcc. Set CUDA_HOME to the CUDA toolkit, or MOE_CUDA=0.")
     return None if wanted == "0" or SANITIZE else found

@@ -15,7 +15,7 @@
 // finite, is MOE_BAD_VALUE: its scores and weights are NaN, its ids those of equal logits. In the backward an id
 // outside [0,E) is MOE_BAD_INDEX and its row's gradient zero; a row's ids are distinct.
 //
-// Forward: up to E = 1024 and K = 32 a group of 8 or 32 lanes per row, all in registers; beyond, a block per row, which
+// Forward: up to E = 512 and K = 32 a group of 8 or 32 lanes per row, all in registers; beyond, a block per row, which
 // sorts. Backward: a warp per row.
 #include <cmath>
 
@@ -335,7 +335,7 @@ router_sort_kernel(router_rule rule, int P, const T *logits_TE, const float *bia
 template <int w, int v>
 struct tile { static constexpr int W = w, V = v; };
 
-// f(the lanes per row and experts per lane for E <= 1024).
+// f(the lanes per row and experts per lane for E <= 512).
 template <class F>
 static int by_tile(int E, F f) {
     if (E <= 8)   return f(tile<8, 1>());
@@ -343,8 +343,7 @@ static int by_tile(int E, F f) {
     if (E <= 64)  return f(tile<32, 2>());
     if (E <= 128) return f(tile<32, 4>());
     if (E <= 256) return f(tile<32, 8>());
-    if (E <= 512) return f(tile<32, 16>());
-    return f(tile<32, 32>());
+    return f(tile<32, 16>());
 }
 
 int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, void *weights_TK,
@@ -355,7 +354,7 @@ int moe_router(const moe_router_args *a, const void *logits_TE, const float *sel
         const auto *logits = static_cast<const T *>(logits_TE);
         auto *weights = static_cast<T *>(weights_TK), *scores = static_cast<T *>(scores_TE);
         const verdict complain = verdict_of(OP_router);
-        if (rule.E > 1024 || rule.K > 32) {
+        if (rule.E > 512 || rule.K > 32) {
             int P = 1;
             while (P < rule.E) P *= 2;
             return launch(router_sort_kernel<T>, rule.T, 256, sorted_row::bytes(P), stream, rule, P, logits,

@@ -60,7 +60,7 @@ def test_a_machine_without_a_gpu_is_told_so():
         pytest.skip("needs a machine without a GPU")
     library = ctypes.CDLL(LIBRARY)
     library.moe_cuda_table.restype = ctypes.POINTER(ctypes.c_void_p)
-    ready, error = library.moe_cuda_table()[:2]
+    ready, error = library.moe_cuda_table()[1:3]
     assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(ready)(0) != 0
     assert b"there is no CUDA device here" in ctypes.CFUNCTYPE(ctypes.c_char_p)(error)()
 
