@@ -178,7 +178,8 @@ def binaries() -> dict[str, tuple[list[Path], list[str]]]:
     link += ["-Wl,--exclude-libs,ALL", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-lm", "-ldl"]
     result = {"moe_ext._C": (sources, link)}
     if cuda := sorted(Path("cuda").glob("*.cu")) if nvcc() else []:
-        link = [nvcc(), "-shared", "-cudart", "static", "-Xlinker", "-z,defs", "-Xlinker", "--exclude-libs,ALL", "-ldl"]
+        link = [nvcc(), "-shared", "-cudart", "static", "-Xlinker", "-z,defs", "-Xlinker", "--exclude-libs,ALL", "-ldl",
+                "-Xlinker", "--version-script=cuda/exports.map"]
         result["moe_ext.libmoe_cuda"] = (cuda, link)
     return result
 
