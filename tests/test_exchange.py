@@ -61,7 +61,7 @@ def check_pack(impl, case, dtype, device, K=8):
     ids_TK, E, P = routed(case, device, K)
     plan = reference.exchange_plan(ids_TK, E, P)
     T, D, S = case.shape.T, case.shape.d, int(plan.counts_P2[:, 0].sum())
-    for weights_dtype in {dtype, torch.float32}:
+    for weights_dtype in dict.fromkeys((dtype, torch.float32)):
         x_TD = case.randn(T, D, salt=1, dtype=dtype, device=device)
         weights_TK = case.randn(T, K, salt=2, dtype=weights_dtype, device=device)
         for arguments in (
@@ -93,7 +93,7 @@ def check_combine(impl, case, dtype, device, K=8):
     S, D = int(plan.counts_P2[:, 0].sum()), case.shape.d
     rows_SD = case.randn(S, D, salt=3, dtype=dtype, device=device)
     same(impl.exchange_combine(rows_SD, plan.place_TP), reference.exchange_combine(rows_SD, plan.place_TP))
-    for weights_dtype in {dtype, torch.float32}:
+    for weights_dtype in dict.fromkeys((dtype, torch.float32)):
         weights_SK = case.randn(S, K, salt=4, dtype=weights_dtype, device=device)
         message_SW = reference.exchange_pack(rows_SD, None, weights_SK, None, E, P, S)
         got = impl.exchange_combine(message_SW, plan.place_TP, ids_TK, E, D, weights_dtype)
