@@ -97,10 +97,11 @@ struct Door {
             const char *why;
             if (!(cuda = moe_cuda_find(&why))) fail(why);
             guard.emplace(place->index);
-            if (cuda->ready(place->index) != MOE_OK) fail(cuda->error());
             if (!moe_cuda_stream(place->index, &stream)) fail("torch does not say which CUDA stream is current");
-        } else if (cuda) cuda->ready(0);
-        if (cuda) read_verdict(false);
+        }
+        if (!cuda) return;
+        if (cuda->ready(place->type == CUDA ? place->index : 0) != MOE_OK) fail(cuda->error());
+        read_verdict(false);
     }
 
     // Raises what a kernel complained of.

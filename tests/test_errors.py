@@ -220,6 +220,14 @@ def test_a_verdict_waits_for_check_or_the_next_call(device):
     assert done.returncode == 0 and "all told later" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.kernels
+@pytest.mark.skipif(not devices.simt, reason="needs a device that is too old")
+def test_an_old_device_is_refused(device):
+    program = "from test_errors import Inputs; moe_ext.ops.route_index(Inputs(device).ids, 3)"
+    said = devices.python(program, device, SIMT_SM="75").stderr.splitlines()[-1]
+    assert "moe_ext::route_index: CUDA device 0 is sm_75; these kernels need sm_80 (A100) or newer" in said
+
+
 def test_check_has_nothing_to_say(device):
     moe_ext.check(device)
 
