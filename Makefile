@@ -72,8 +72,8 @@ simt-plain: build
 	$(PY) -m pytest --simt=build/simt/plain/libmoe_simt.so $(SIMT_TESTS)
 simt-asan: build
 	$(MAKE) -sj2 -f tests/simt/Makefile VARIANT=asan
-	LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
-	    $(PY) -m pytest --simt=build/simt/asan/libmoe_simt.so $(SIMT_TESTS) -m "not slow"
+	LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	    $(PY) -m pytest --simt=build/simt/asan/libmoe_simt.so $(SIMT_TESTS)
 
 # ---- the same under sanitizers: a second build in build/address and build/thread -----------------------------------
 ASAN_PRELOAD := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so.6)
@@ -81,7 +81,7 @@ OP_TESTS     := $(addprefix tests/test_,$(addsuffix .py,index permute gemm exper
 sanitize: build
 	MOE_SANITIZE=address $(PY) setup.py -q build_ext
 	$(call run-c-tests,build/address,-fsanitize=address$(comma)undefined,$(ISAS))
-	MOE_BINARY=build/address/moe_ext LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
+	MOE_BINARY=build/address/moe_ext LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	    $(PY) -m pytest $(OP_TESTS)
 	MOE_SANITIZE=thread $(PY) setup.py -q build_ext
 	$(call run-c-tests,build/thread,-fsanitize=thread,$(lastword $(ISAS)))
