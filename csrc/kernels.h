@@ -40,10 +40,6 @@ void moe_parallel(int64_t n, int64_t grain, moe_body body, void *arg);
 // How many rows of `width` elements are worth a thread.
 static inline int64_t moe_row_grain(int64_t width) { return 16384 / (width > 1 ? width : 1) + 1; }
 
-static inline int64_t moe_size(int dtype) {
-    static const int8_t bytes[] = {8, 4, 2, 2, 2, 4, 8};
-    return bytes[dtype];
-}
 static inline bool    moe_is_float(int dtype) { return dtype >= MOE_F64 && dtype <= MOE_F16; }
 static inline int64_t moe_real_size(int dtype) { return dtype == MOE_F64 ? 8 : 4; }
 #endif

@@ -25,6 +25,10 @@ extern "C" {
 
 // The first four are floating.
 typedef enum { MOE_F64, MOE_F32, MOE_BF16, MOE_F16, MOE_I16, MOE_I32, MOE_I64 } moe_dtype;
+static inline int64_t moe_size(int dtype) {         // bytes of an element
+    static const int8_t bytes[] = {8, 4, 2, 2, 2, 4, 8};
+    return bytes[dtype];
+}
 
 typedef enum {
     MOE_OK,

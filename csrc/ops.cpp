@@ -213,8 +213,7 @@ Tensor activation_backward(In h, In da, Text act) {
 
 // Where up begins in one tensor [gate | up]: `offset` elements further, with the strides of gate.
 void *after(void *p, int64_t offset, int dtype) {
-    const int64_t size = dtype == MOE_F64 ? 8 : dtype == MOE_F32 ? 4 : 2;
-    return p ? static_cast<char *>(p) + offset * size : nullptr;
+    return p ? static_cast<char *>(p) + offset * moe_size(dtype) : nullptr;
 }
 
 moe_expert_args expert_args(Door &door, In x, In gate, MaybeIn up, In down,

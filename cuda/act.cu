@@ -16,7 +16,7 @@ struct act_job {
     int64_t N, F;
 };
 static int job_of(int dtype, int act, int64_t N, int64_t F, act_job *job) {
-    if (dtype != MOE_F32 && dtype != MOE_BF16 && dtype != MOE_F16) return MOE_BAD_DTYPE;
+    if (!is_float(dtype)) return MOE_BAD_DTYPE;
     if (!known_act(act)) return MOE_BAD_VALUE;
     if (N < 0 || F < 0 || (F > 0 && N > INT64_MAX / 16 / F)) return MOE_BAD_SHAPE;
     *job = gated_act(act) ? act_job{act_plain(act), N, F} : act_job{act_plain(act), 1, N * F};

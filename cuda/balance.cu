@@ -16,7 +16,7 @@
 #include "common.cuh"
 
 static int check_rows(int dtype, int64_t T, int64_t E) {
-    if (dtype != MOE_F32 && dtype != MOE_BF16 && dtype != MOE_F16) return MOE_BAD_DTYPE;
+    if (!is_float(dtype)) return MOE_BAD_DTYPE;
     return T < 0 || E < 1 || E > MOE_MAX_EXPERTS || T > INT64_MAX / (8 * E) ? MOE_BAD_SHAPE : MOE_OK;
 }
 static int check_scopes(int64_t T, int64_t S, int64_t K, int64_t E) {

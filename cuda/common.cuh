@@ -19,10 +19,6 @@ static __host__ __device__ inline int64_t min64(int64_t a, int64_t b) { return a
 static __host__ __device__ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static __host__ __device__ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-static inline int64_t dtype_size(int dtype) {
-    static const int8_t bytes[] = {8, 4, 2, 2, 2, 4, 8};
-    return bytes[dtype];
-}
 
 // ---- dtypes ---------------------------------------------------------------------------------------------------------
 static __host__ __device__ inline float bits_float(uint32_t u) {
@@ -36,6 +32,8 @@ template <class T> static __device__ inline T from_float(float x);
 template <> __device__ inline float from_float<float>(float x) { return x; }
 template <> __device__ inline bf16 from_float<bf16>(float x) { return {bits_bf16(x)}; }
 template <> __device__ inline f16 from_float<f16>(float x) { return {bits_f16(x)}; }
+
+static inline bool is_float(int dtype) { return dtype == MOE_F32 || dtype == MOE_BF16 || dtype == MOE_F16; }
 
 // f(T{}) for the type of a dtype; MOE_BAD_DTYPE for another.
 template <class F>

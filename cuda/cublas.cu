@@ -78,7 +78,7 @@ class products {
         : blas(blas), handle(handle), dtype(dtype), stream(stream) {}
 
     const void *at(const void *p, int64_t offset) const {
-        return static_cast<const char *>(p) + offset * dtype_size(dtype);
+        return static_cast<const char *>(p) + offset * moe_size(dtype);
     }
     // c[m, n] = a[m, k] b[k, n], c by rows.
     int by_rows(int64_t m, int64_t n, int64_t k, matrix a, matrix b, matrix c) const {
@@ -97,7 +97,7 @@ class products {
         if (m == 0 || n == 0) return MOE_OK;
         if (!c.by_rows) return multiply(n, m, k, b.t(), a.t(), c.t());
         if (k) return by_rows(m, n, k, a, b, c);
-        const auto size = static_cast<size_t>(dtype_size(dtype));
+        const auto size = static_cast<size_t>(moe_size(dtype));
         return cuda_status(cudaMemset2DAsync(const_cast<void *>(c.p), c.stride * size, 0, n * size, m, stream),
                            "writing zeros");
     }
@@ -135,7 +135,7 @@ class products {
 };
 
 int check(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, moe_mat w) {
-    if (dtype != MOE_F32 && dtype != MOE_BF16 && dtype != MOE_F16) return MOE_BAD_DTYPE;
+    if (!is_float(dtype)) return MOE_BAD_DTYPE;
     if (R < 0 || E < 1 || I < 0 || O < 0) return MOE_BAD_SHAPE;
     return rows_fit(w, O) || columns_fit(w, I) ? MOE_OK : MOE_BAD_SHAPE;
 }

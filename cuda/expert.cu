@@ -23,7 +23,7 @@
 
 // ---- the door -------------------------------------------------------------------------------------------------------
 static int check(const moe_expert_args &a) {
-    if (a.dtype != MOE_F32 && a.dtype != MOE_BF16 && a.dtype != MOE_F16) return MOE_BAD_DTYPE;
+    if (!is_float(a.dtype)) return MOE_BAD_DTYPE;
     if (a.wdtype != MOE_F32 && a.wdtype != a.dtype) return MOE_BAD_DTYPE;
     if (!known_act(a.act) || (gated_act(a.act) && !a.up_EFD.p && a.E * a.F * a.D != 0)) return MOE_BAD_VALUE;
     // K > E is fine: a rank may own fewer experts than a token chooses, with -1 for the rest

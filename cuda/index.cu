@@ -379,7 +379,7 @@ int moe_replicate(int dtype, int64_t rows, int64_t nb, int64_t n, const void *x_
         return launch(replicate_kernel<Bits>, strided_grid(max64(1, rows * n), 256), 256, 0, stream, rows, nb, n,
                       static_cast<const Bits *>(x_rb), bins_b, static_cast<Bits *>(y_rn), verdict_of(OP_replicate));
     };
-    switch (dtype_size(dtype)) {
+    switch (moe_size(dtype)) {
     case 2:  return run(uint16_t{});
     case 4:  return run(uint32_t{});
     default: return run(uint64_t{});

@@ -119,7 +119,7 @@ static __device__ void check_bins(const moe_layout &l, verdict bad) {
 // The door of all three functions; `weighs` if wdtype counts.
 static bool overflows(int64_t rows, int64_t D) { return D > 0 && rows > INT64_MAX / 8 / D; }
 static int check(int dtype, int wdtype, bool weighs, int64_t D, const moe_layout *l) {
-    if (dtype != MOE_F32 && dtype != MOE_BF16 && dtype != MOE_F16) return MOE_BAD_DTYPE;
+    if (!is_float(dtype)) return MOE_BAD_DTYPE;
     if (weighs && wdtype != MOE_F32 && wdtype != dtype) return MOE_BAD_DTYPE;
     if (D < 0 || l->N < 0 || l->K < 1 || l->E < 0 || l->P < 0 || l->capacity < 0) return MOE_BAD_SHAPE;
     if (l->K > MOE_MAX_EXPERTS || l->N % l->K || l->N > INT32_MAX) return MOE_BAD_SHAPE;
@@ -207,7 +207,7 @@ int moe_gather(int dtype, int wdtype, int64_t D, const moe_layout *layout, const
                void *y_PD, cudaStream_t stream) {
     TRY(check(dtype, wdtype, weights_N, D, layout));
     if (D == 0) return MOE_OK;
-    const int64_t row_bytes = D * dtype_size(dtype);
+    const int64_t row_bytes = D * moe_size(dtype);
     const weights w = {weights_N, wdtype == MOE_F32};
     if (!weights_N) return gather_rows<void>(row_bytes, *layout, w, x_TD, y_PD, stream);
     return by_float(dtype, [&]<class T>(T) { return gather_rows<T>(row_bytes, *layout, w, x_TD, y_PD, stream); });
@@ -272,7 +272,7 @@ size_t moe_scatter_workspace(const moe_layout *layout, cudaStream_t) {
 int moe_scatter(int dtype, int wdtype, int64_t D, const moe_layout *layout, const void *x_PD, const void *weights_N,
                 void *workspace, void *y_TD, cudaStream_t stream) {
     TRY(check(dtype, wdtype, weights_N, D, layout));
-    const int64_t tokens = layout->N / layout->K, row_bytes = D * dtype_size(dtype);
+    const int64_t tokens = layout->N / layout->K, row_bytes = D * moe_size(dtype);
     if (tokens == 0 || D == 0) return MOE_OK;
     const weights w = {weights_N, wdtype == MOE_F32};
     auto *const row_N = static_cast<int64_t *>(workspace);
@@ -337,7 +337,7 @@ int moe_scatter_dweights(int dtype, int wdtype, int64_t D, const moe_layout *lay
     auto *const row_N = static_cast<int64_t *>(workspace);
     TRY(invert(*layout, row_N, verdict_of(OP_scatter_dweights), stream));
     return by_float(dtype, [&]<class T>(T) {
-        const bool whole = pack_width(D * dtype_size(dtype), x_PD, dy_TD) == 16;
+        const bool whole = pack_width(D * moe_size(dtype), x_PD, dy_TD) == 16;
         return launch(whole ? dweights_kernel<T, true> : dweights_kernel<T, false>, ceil_div(N, THREADS / 32), THREADS,
                       0, stream, N, layout->K, D, row_N, static_cast<const T *>(x_PD), static_cast<const T *>(dy_TD),
                       wdtype == MOE_F32, dweights_N);

@@ -45,9 +45,7 @@ inline int __all_sync(uint32_t mask, int predicate, AT) { return __ballot_sync(m
 #define BEFORE(p) (simt::maybe_yield(), RACE(access(race::ATOMIC, p, sizeof *p, __builtin_return_address(0))))
 RMW atomicAdd(T *p, T x) { BEFORE(p); const T old = *p; *p = static_cast<T>(old + x); return old; }
 RMW atomicMax(T *p, T x) { BEFORE(p); const T old = *p; if (x > old) *p = x; return old; }
-RMW atomicMin(T *p, T x) { BEFORE(p); const T old = *p; if (x < old) *p = x; return old; }
 RMW atomicOr(T *p, T x) { BEFORE(p); const T old = *p; *p = old | x; return old; }
-RMW atomicExch(T *p, T x) { BEFORE(p); const T old = *p; *p = x; return old; }
 RMW atomicCAS(T *p, T expected, T x) { BEFORE(p); const T old = *p; if (old == expected) *p = x; return old; }
 RMW atomicCAS_system(T *p, T expected, T x) {
     BEFORE(p);
@@ -56,14 +54,12 @@ RMW atomicCAS_system(T *p, T expected, T x) {
 }
 #undef RMW
 #undef BEFORE
-inline void __threadfence() {}
 inline void __threadfence_system() { fence_system(); }
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-template <class T> T __ldg(const T *p) { return *p; }
 inline uint32_t __float_as_uint(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 inline float __uint_as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 inline int __float_as_int(float x) { int u; memcpy(&u, &x, 4); return u; }
