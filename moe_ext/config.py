@@ -129,7 +129,8 @@ class TrainConfig:
     steps: int = 1000                   # optimizer steps
     micro_batch: int = 8                # sequences per forward on one rank
     accumulation: int = 1               # forwards per optimizer step
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"     # activations (bf16: autocast over fp32 parameters)
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"     # activations (16 bits: autocast, fp32 parameters)
+    loss_scale: float = 65536.0         # fp16: the loss times this at first; halved by an overflow
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if the ops run there
     recompute: bool = False             # activation checkpointing: keep only each block's input
     eval_every: int = 250               # steps between evaluations; one more at the end; 0: only at the end
@@ -138,6 +139,7 @@ class TrainConfig:
     keep_last: int = 2                  # checkpoints kept; 0: all
     sample_tokens: int = 64             # tokens of text sampled from the last checkpoint at the end; 0: none
     sample_prompt: str = "def "         # text that the sample continues
+    timeout: float = 120.0              # seconds that a rank may keep the others waiting before the run ends
     profile_steps: int = 0              # steps traced by torch.profiler from the third on, to RUN/profile
     memory_snapshot: bool = False       # CUDA allocations of the profiled steps, for pytorch.org/memory_viz
 
@@ -175,17 +177,61 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    pp: int = 1                         # pipeline stages
-    rep: int = 1                        # replicas of the sharded model
-    fsdp: int = 1                       # ranks that shard parameters
-    sp: int = 1                         # ranks that share a sequence (Ulysses)
-    tp: int = 1                         # ranks that share a matrix
-    ep: int = 1                         # ranks that share the experts
+    """world = pp * rep * fsdp * sp * tp ranks; the experts divide fsdp * sp * tp of them anew, as efsdp * ep * etp."""
+    pp: int = 1                         # pipeline stages; only 1 yet
+    rep: int = 1                        # replicas of the sharded model (HSDP; with fsdp 1: DDP)
+    fsdp: int = 1                       # ranks that share the parameters, each with its own sequences
+    sp: int = 1                         # ranks that share a sequence (Ulysses); only 1 yet
+    tp: int = 1                         # ranks that share every matrix and, between them, the sequence
+    ep: int = 1                         # ranks that share the experts, whole ones each
+    etp: int = 1                        # ranks that share every expert: 1 or tp
+    transport: Literal["torch", "windows", "nccl"] = "torch"    # of the token exchange (moe_ext.parallel.transport)
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        require(all(size == 1 for size in sizes.values()), f"mesh is {sizes}: this version trains in one process, "
-                "so every size must be 1")
+        for name, size in self.sizes.items():
+            require(size >= 1, f"mesh.{name} is {size}; it must be positive")
+        require(self.pp == self.sp == 1, f"mesh.pp is {self.pp} and mesh.sp {self.sp}: pipeline stages and Ulysses "
+                "are not built yet; set both to 1")
+        require(self.etp in (1, self.tp), f"mesh.etp is {self.etp}; it must be 1 or mesh.tp = {self.tp}")
+        shared = self.fsdp * self.sp * self.tp
+        if shared % (self.ep * self.etp):
+            raise ConfigError(f"mesh.ep * mesh.etp = {self.ep * self.etp} does not divide mesh.fsdp * mesh.tp = "
+                              f"{shared}: the nearest mesh.ep that does is "
+                              f"{nearest(self.ep, divisors(shared // self.etp))}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "transport"}
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.pp * self.rep * self.fsdp * self.sp * self.tp
+
+    @property
+    def dp(self) -> int:
+        """Ranks, or groups of tp ranks, with sequences of their own."""
+        return self.rep * self.fsdp
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks that share the parameters of one rank's experts."""
+        return self.fsdp * self.sp * self.tp // (self.ep * self.etp)
+
+
+def meshes(world: int) -> list[MeshConfig]:
+    """Every mesh of a number of ranks."""
+    return [MeshConfig(rep=rep, fsdp=world // rep // tp, tp=tp, ep=ep, etp=etp)
+            for rep in divisors(world) for tp in divisors(world // rep) for etp in sorted({1, tp})
+            for ep in divisors(world // rep // etp)]
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def nearest(wanted: int, choices: list[int]) -> int:
+    return min(choices, key=lambda choice: (abs(choice - wanted), choice))
 
 
 @dataclass(frozen=True)
@@ -212,6 +258,26 @@ class Config:
     def __post_init__(self):
         require(self.optim.warmup + self.optim.decay <= self.train.steps, f"optim.warmup {self.optim.warmup} + "
                 f"optim.decay {self.optim.decay} steps do not fit in train.steps {self.train.steps}")
+        model, moe, mesh = self.model, self.model.moe, self.mesh
+        shares = {"tp": {"model.seq_len": model.seq_len, "model.heads": model.heads, "key/value heads": model.kv_groups,
+                         "model.moe.shared_hidden": moe.shared_hidden}}
+        if not moe.experts or moe.dense_layers:
+            shares["tp"]["model.hidden"] = model.hidden
+        if moe.experts:
+            shares |= {"ep": {"model.moe.experts": moe.experts},
+                       "etp": {"model.moe.hidden": moe.hidden},
+                       "efsdp": {"model.dim": model.dim, "model.moe.hidden": moe.hidden}}
+        else:
+            require(mesh.ep == mesh.etp == 1, "mesh.ep and mesh.etp spread experts, but model.moe.experts is 0: set "
+                    "both to 1")
+        if mesh.tp > 1:
+            shares["fsdp"] = {"model.dim": model.dim}
+        for axis, widths in shares.items():
+            size = getattr(mesh, axis)
+            for name, width in widths.items():
+                if width % size:
+                    raise ConfigError(f"mesh.{axis} {size} does not divide {name} {width}: the nearest that does is "
+                                      f"{nearest(size, divisors(width))}")
 
     @property
     def run_folder(self) -> Path:
@@ -219,7 +285,11 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.train.accumulation * self.train.micro_batch * self.model.seq_len
+        return self.sequences_per_step * self.model.seq_len
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.train.accumulation * self.train.micro_batch * self.mesh.dp
 
 
 def build(cls, table: dict, prefix: str = ""):

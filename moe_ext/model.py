@@ -138,6 +138,26 @@ def drop(x_BSD, p, draws: Draws | None, name):
     return ops.dropout(x_BSD.flatten(0, 1), p, **draws.at(name)).view_as(x_BSD)
 
 
+class Head(nn.Linear):
+    """x_BSD -> logits_BSV; with targets the cross-entropy summed over the tokens, for which the logits never exist in
+    full. `cross_entropy` takes (x_TD, w_VD, targets_T)."""
+    def __init__(self, dim, vocab_size, **options):
+        super().__init__(dim, vocab_size, bias=False, **options)
+        self.cross_entropy = ops.linear_cross_entropy
+
+    def forward(self, x_BSD, targets_BS=None):
+        if targets_BS is None:
+            return super().forward(x_BSD)
+        return self.cross_entropy(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
+
+
+def normal_(parameter, std, seed, place):
+    """Fills a whole parameter [.., n] with N(0, std), drawn by row and column of its [rows, n] view."""
+    rows = parameter.view(-1, parameter.shape[-1])
+    rows.copy_(ops.random_normal(*rows.shape, seed=seed, step=0, site=place, std=std, dtype=rows.dtype,
+                                 device=rows.device))
+
+
 class GPT(nn.Module):
     """tokens_BS int64 -> losses or logits. Parameters are drawn by `init_weights`; dtype is theirs."""
     def __init__(self, config: ModelConfig, *, seed: int = 0, dtype=torch.float32, device=None):
@@ -148,7 +168,7 @@ class GPT(nn.Module):
         self.embed_positions = nn.Embedding(c.seq_len, c.dim, **options) if c.position == "learned" else None
         self.layers = nn.ModuleList(Block(c, i, **options) for i in range(c.layers))
         self.norm = make_norm(c, **options)
-        self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False, **options)
+        self.lm_head = Head(c.dim, c.vocab_size, **options)
         if c.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
@@ -156,7 +176,7 @@ class GPT(nn.Module):
             self.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self, seed: int):
+    def init_weights(self, seed: int, normal_=normal_):
         """Every value is a function of (seed, parameter's name, index in the whole parameter), so no mesh changes it.
         Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases and noise 0."""
         for name, p in self.named_parameters():
@@ -167,9 +187,10 @@ class GPT(nn.Module):
             else:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2_EDF"))
                 std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
-                rows = p.view(-1, p.shape[-1])
-                rows.copy_(ops.random_normal(*rows.shape, seed=seed, step=0, site=site(name), std=std,
-                                             dtype=p.dtype, device=p.device))
+                normal_(p, std, seed, site(name))
+        for moe in self.moe_layers():
+            if moe.select_bias_E is not None:
+                moe.select_bias_E.zero_()
 
     def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None):
         """-> the last norm's output [B,S,D], list of Routing. `draws` are used in training only."""
@@ -201,7 +222,7 @@ class GPT(nn.Module):
     def forward(self, tokens_BS, targets_BS, draws: Draws | None = None) -> Losses:
         """targets_BS int64, -100 where a token does not count."""
         x_BSD, routings = self.hidden(tokens_BS, draws)
-        token_loss = ops.linear_cross_entropy(x_BSD.flatten(0, 1), self.lm_head.weight, targets_BS.flatten())
+        token_loss = self.lm_head(x_BSD, targets_BS)
         if not routings:
             none = torch.zeros((), dtype=torch.int32, device=tokens_BS.device)
             return Losses(token_loss, torch.zeros_like(token_loss), none.new_zeros(0, 0), none)
@@ -226,7 +247,7 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         idle = 0
         for moe in self.moe_layers():
-            experts = sum(p.numel() for p in (moe.w13_E2FD, moe.w2_EDF, moe.w13_bias, moe.w2_bias) if p is not None)
+            experts = sum(p.numel() for p in moe.experts.parameters())
             idle += experts // moe.num_experts * (moe.num_experts - moe.top_k)
         return total, total - idle
 

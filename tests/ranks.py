@@ -1,30 +1,5 @@
-"""Ranks for tests: forked from this process, which has imported everything, and joined by gloo over a file."""
+"""Ranks for tests; see moe_ext.parallel.ranks."""
 
-import os
-import traceback
+from moe_ext.parallel.ranks import run_ranks
 
-import torch
-import torch.distributed as dist
-
-
-def run_ranks(world, body, folder):
-    """Call body(rank) in `world` forked gloo ranks and return what they returned, in rank order."""
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                torch.set_num_threads(1)  # the parent's pool of threads did not survive the fork
-                store = dist.FileStore(f"{folder}/store", world)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-                torch.save(body(rank), f"{folder}/{rank}.pt")
-                dist.barrier()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world, "a rank failed; its traceback is above"
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
+__all__ = ["run_ranks"]

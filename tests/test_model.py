@@ -106,8 +106,9 @@ def literal_moe(layer, x_SD, capacity):
         for e in chosen:
             taken[e] += 1
             if taken[e] <= capacity:
-                gate, up = (layer.w13_E2FD[e] @ x + layer.w13_bias[e]).chunk(2)
-                out = out + p[e] / total * (layer.w2_EDF[e] @ (gate * gate.sigmoid() * up) + layer.w2_bias[e])
+                w = layer.experts
+                gate, up = w.w13_E2FD[e] @ x + w.w13_bias[e]
+                out = out + p[e] / total * (w.w2_EDF[e] @ (gate * gate.sigmoid() * up) + w.w2_bias[e])
         y.append(out)
         probabilities.append(p)
         choices.append(chosen)
@@ -161,8 +162,8 @@ def test_exchange_sees_a_part_of_the_experts():
         count = 3 if first == 0 else 1
         part = FusedMoE(8, 6, 4, 2, exchange=Half(first, count), dtype=torch.float64)
         part.gate.weight = whole.gate.weight
-        part.w13_E2FD = torch.nn.Parameter(whole.w13_E2FD[first:first + count].detach())
-        part.w2_EDF = torch.nn.Parameter(whole.w2_EDF[first:first + count].detach())
+        for name, p in whole.experts.named_parameters():
+            setattr(part.experts, name, torch.nn.Parameter(p[first:first + count].detach()))
         parts.append(part(x_BSD)[0])
     torch.testing.assert_close(parts[0] + parts[1], whole(x_BSD)[0], rtol=0, atol=1e-14)
     assert parts[0].abs().sum() > 0 and parts[1].abs().sum() > 0
@@ -270,13 +271,14 @@ def test_initial_values_know_name_and_index_only():
             assert p.abs().max() == 0, name
         elif p.ndim == 1:
             assert (p == 1).all(), name
-    w2_EDF = model.layers[1].mlp.w2_EDF
+    w2_EDF = model.layers[1].mlp.experts.w2_EDF
     std = 0.02 / math.sqrt(2 * model.config.layers)
-    rows = reference.random_normal(16, 12, seed=11, step=0, site=site("layers.1.mlp.w2_EDF"), row0=2 * 16, std=std)
+    place = site("layers.1.mlp.experts.w2_EDF")
+    rows = reference.random_normal(16, 12, seed=11, step=0, site=place, row0=2 * 16, std=std)
     torch.testing.assert_close(w2_EDF[2].detach(), rows, rtol=1e-5, atol=1e-7)     # expert 2 as its rank draws it
     assert 0.8 * std < w2_EDF.std() < 1.2 * std
-    assert not torch.equal(w2_EDF, model.layers[0].mlp.w2_EDF)
-    assert not torch.equal(w2_EDF, GPT(VARIANTS["noisy_biased"], seed=12).layers[1].mlp.w2_EDF)
+    assert not torch.equal(w2_EDF, model.layers[0].mlp.experts.w2_EDF)
+    assert not torch.equal(w2_EDF, GPT(VARIANTS["noisy_biased"], seed=12).layers[1].mlp.experts.w2_EDF)
 
 
 def test_names_are_those_of_qwen3_moe():
@@ -285,7 +287,7 @@ def test_names_are_those_of_qwen3_moe():
     assert names == attention | {
         "embed_tokens.weight", "norm.weight", "lm_head.weight",
         "layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.weight",
-        "layers.0.mlp.gate.weight", "layers.0.mlp.w13_E2FD", "layers.0.mlp.w2_EDF"}
+        "layers.0.mlp.gate.weight", "layers.0.mlp.experts.w13_E2FD", "layers.0.mlp.experts.w2_EDF"}
 
 
 @pytest.mark.parametrize("model, total, active", [

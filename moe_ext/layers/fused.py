@@ -4,9 +4,9 @@
     weights_TK, ids_TK = router(logits)    ids become -1 where capacity drops a copy
     y_t = sum_k weights_tk * down_e(act(gate_e x_t) * up_e x_t) + shared(x_t)        with e = ids_tk
 
-Shapes as in reference.py; B sequences of S tokens, T = B*S. Parameters, in Hugging Face's fused layout: gate.weight
-[E,D], w13_E2FD = [gate | up] ([E,F,D] if `act` has no gate), w2_EDF; with biases w13_bias [E,2F], w2_bias [E,D];
-noise_E; shared.*_proj. Buffer: select_bias_E.
+Shapes as in reference.py; B sequences of S tokens, T = B*S. Parameters, in the memory order of Hugging Face's fused
+layout: gate.weight [E,D], noise_E, experts.w13_E2FD [E,2,F,D] = gate, up ([E,1,F,D] if `act` has no gate),
+experts.w2_EDF; with biases experts.w13_bias [E,2,F], experts.w2_bias [E,D]; shared.*_proj. Buffer: select_bias_E.
 
 The layer keeps nothing between calls: losses and counts are returned, so a recomputed forward cannot count twice, and
 every random number is a function of (seed, step, name, global token), so it routes as the first did. Capacity, noise,
@@ -36,6 +36,8 @@ class Draws(NamedTuple):
     seed: int
     step: int       # optimizer step
     row0: int = 0   # index of the first token among all tokens of the step
+    run: int = 0    # sequence parallelism: rows come in runs of so many consecutive tokens, 0: all of them,
+    stride: int = 0 # of which each begins so many tokens after the last
 
     def at(self, name: str) -> dict:
         """Arguments of the random ops for the place `name`."""
@@ -57,6 +59,17 @@ class Exchange(Protocol):
         """-> y_TD, the sum of each token's rows."""
 
 
+class Peers(Protocol):
+    """The ranks that hold the other tokens of a scope, as many each; see the layer's `peers`."""
+    ranks: int
+    def sum(self, x):
+        """The sum of all ranks' x, on each of them."""
+    def gather(self, x_BSn):
+        """-> the tokens of all ranks, in the order in which one process would hold them."""
+    def own(self, x_BSn):
+        """The part of gather's result that this rank gave."""
+
+
 class MLP(nn.Module):
     """The dense MLP act(gate x) * up x -> down, or act(up x) -> down without a gate. x [..., D] -> [..., D]."""
     def __init__(self, dim, hidden, *, act="swiglu", bias=False, dtype=None, device=None):
@@ -72,12 +85,36 @@ class MLP(nn.Module):
         return self.down_proj(ops.activation(h.flatten(0, -2), self.act).view(*h.shape[:-1], -1))
 
 
+class Experts(nn.Module):
+    """The experts that live in this process: rows x_RD with the ids and weights of their K choices (-1: elsewhere) ->
+    y_RD, each row's experts weighted and summed. num_copies: how many ids are >= 0; None: all of them."""
+    def __init__(self, num_experts, dim, hidden, *, act, bias, dtype=None, device=None):
+        super().__init__()
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        E, D, F, halves = num_experts, dim, hidden, 2 if act in GATED else 1
+        self.act = act
+        self.w13_E2FD = parameter(E, halves, F, D)
+        self.w2_EDF = parameter(E, D, F)
+        self.w13_bias = parameter(E, halves, F) if bias else None
+        self.w2_bias = parameter(E, D) if bias else None
+
+    def forward(self, x_RD, weights_RK, ids_RK, num_copies=None):
+        index = ops.route_index(ids_RK, self.w2_EDF.shape[0])
+        w13_bias = None if self.w13_bias is None else self.w13_bias.flatten(1, 2)
+        return ops.expert_mlp(x_RD, self.w13_E2FD.flatten(1, 2), None, self.w2_EDF, weights_RK, index, act=self.act,
+                              gate_bias=w13_bias, down_bias=self.w2_bias, num_copies=num_copies)
+
+
 class FusedMoE(nn.Module):
     """x_BSD -> y_BSD, Routing.
 
     `name` is the layer's place in the model: it keys its random numbers. `bias` gives the experts biases,
     `select_bias` a selection bias that `update_select_bias` moves; the rest is as in config.MoEConfig. `exchange`
-    stands between router and experts when these live on several ranks: then w13 and w2 hold this rank's experts.
+    stands between router and experts when these live on several ranks: then `experts` holds this rank's. `peers` are
+    the ranks that share this one's scopes (balance loss, capacity) when those reach beyond it.
     dtype: of the parameters; the router computes in fp32 (fp64 for fp64), whatever autocast says.
     """
     def __init__(self, dim, hidden, num_experts, top_k, *, name="moe", act="swiglu", bias=False,
@@ -91,88 +128,90 @@ class FusedMoE(nn.Module):
         self.score, self.norm_p, self.scale, self.balanced = score, norm_p or None, scale, balanced
         self.jitter, self.capacity_factor, self.drop_by, self.scope = jitter, capacity_factor, drop_by, scope
         self.balance_form, self.balance_weight, self.z_weight = balance_form, balance_weight, z_weight
-        self.exchange = exchange
+        self.exchange, self.peers = exchange, None
 
-        def parameter(*shape):
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-
-        E, D, U = num_experts, dim, hidden * (2 if act in GATED else 1)
-        self.gate = nn.Linear(D, E, bias=False, dtype=dtype, device=device)
-        self.w13_E2FD = parameter(E, U, D)
-        self.w2_EDF = parameter(E, D, hidden)
-        self.w13_bias = parameter(E, U) if bias else None
-        self.w2_bias = parameter(E, D) if bias else None
-        self.noise_E = parameter(E) if noise else None
-        self.shared = MLP(D, shared_hidden, act=act, bias=bias, dtype=dtype, device=device) if shared_hidden else None
-        self.register_buffer("select_bias_E", torch.zeros(E, device=device) if select_bias else None)
+        options = dict(dtype=dtype, device=device)
+        self.gate = nn.Linear(dim, num_experts, bias=False, **options)
+        self.noise_E = nn.Parameter(torch.empty(num_experts, **options)) if noise else None
+        self.experts = Experts(num_experts, dim, hidden, act=act, bias=bias, **options)
+        self.shared = MLP(dim, shared_hidden, act=act, bias=bias, **options) if shared_hidden else None
+        self.register_buffer("select_bias_E", torch.zeros(num_experts, device=device) if select_bias else None)
         self.reset_parameters()
 
     def reset_parameters(self):
         """Matrices from U(-1/sqrt(in), 1/sqrt(in)) as in nn.Linear, biases and noise zero. The GPT draws its own."""
-        for p in (self.w13_E2FD, self.w2_EDF):
-            nn.init.uniform_(p, -p.shape[2] ** -0.5, p.shape[2] ** -0.5)
-        for p in (self.w13_bias, self.w2_bias, self.noise_E):
+        experts = self.experts
+        for p in (experts.w13_E2FD, experts.w2_EDF):
+            nn.init.uniform_(p, -p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)
+        for p in (experts.w13_bias, experts.w2_bias, self.noise_E):
             if p is not None:
                 nn.init.zeros_(p)
 
     def forward(self, x_BSD, draws: Draws | None = None):
-        B, S, D = x_BSD.shape
-        x_TD = x_BSD.reshape(B * S, D)
-        rows_per_scope = S if self.scope == "sequence" else None
-        with torch.autocast(x_TD.device.type, enabled=False):
-            weights_TK, ids_TK, routing = self.route(x_TD, rows_per_scope, draws)
-        y_TD = self.experts(x_TD, weights_TK, ids_TK)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            weights_TK, ids_TK, routing = self.route(x_BSD, draws)
+        x_TD = x_BSD.flatten(0, 1)
+        num_copies = int((ids_TK >= 0).sum()) if self.training and self.capacity_factor else None
+        if self.exchange is None:
+            y_TD = self.experts(x_TD, weights_TK, ids_TK, num_copies)
+        else:
+            x_RD, weights_RK, ids_RK, num_copies, plan = self.exchange.dispatch(x_TD, weights_TK, ids_TK)
+            y_TD = self.exchange.combine(self.experts(x_RD, weights_RK, ids_RK, num_copies), plan)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view(B, S, D), routing
+        return y_TD.view(x_BSD.shape), routing
 
-    def route(self, x_TD, rows_per_scope, draws):
-        """-> weights_TK, ids_TK (-1 where dropped), Routing. rows_per_scope: tokens of one scope, None: all."""
+    def route(self, x_BSD, draws):
+        """-> weights_TK, ids_TK (-1 where dropped), Routing."""
+        B, S, _ = x_BSD.shape
         real = torch.promote_types(self.gate.weight.dtype, torch.float32)
-        x_TD = x_TD.to(real)
+        x_TD = x_BSD.flatten(0, 1).to(real)
         random = self.training and draws is not None
         if self.jitter and random:
             x_TD = ops.jitter(x_TD, self.jitter, **draws.at(self.name + ".jitter"))
-        logits_TE = F.linear(x_TD, self.gate.weight.to(real))
+        logits_TE = self.gate(x_TD) if real == self.gate.weight.dtype else F.linear(x_TD, self.gate.weight.to(real))
         if self.noise_E is not None and random:
             logits_TE = ops.noisy(logits_TE, self.noise_E.to(real), **draws.at(self.name + ".noise"))
         weights_TK, ids_TK, scores_TE = ops.router(
             logits_TE, self.top_k, score=self.score, select_bias_E=self.select_bias_E,
             norm_p=self.norm_p, scale=self.scale, balanced=self.balanced and self.training)
-        counts_GE = ops.balance_counts(ids_TK, self.num_experts, rows_per_scope)
+        counts_GE = ops.balance_counts(ids_TK, self.num_experts, S if self.scope == "sequence" else None)
         loss, kept_TK, dropped = logits_TE.new_zeros(()), ids_TK, ids_TK.new_zeros(())
         if self.training:
             if self.balance_weight:
-                if self.score == "sigmoid":     # affinities become a distribution first (DeepSeek-V3, eq. 19)
-                    scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-                balance = ops.balance_loss(scores_TE, counts_GE, self.top_k, form=self.balance_form)
-                loss = loss + self.balance_weight * balance
+                loss = loss + self.balance_weight * self.balance_loss(scores_TE, counts_GE)
             if self.z_weight:
                 loss = loss + self.z_weight * ops.z_loss(logits_TE)
             if self.capacity_factor:
-                kept_TK = self.drop(ids_TK, scores_TE.detach(), rows_per_scope)
+                kept_TK = self.drop(ids_TK, scores_TE.detach(), B)
                 dropped = (kept_TK < 0).sum(dtype=torch.int32)
         return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped)
 
-    def drop(self, ids_TK, scores_TE, rows_per_scope):
-        """In each scope an expert keeps ceil(factor * K * tokens / E) copies: the first, or those of largest score."""
-        tokens = rows_per_scope or len(ids_TK)
-        capacity = math.ceil(self.capacity_factor * self.top_k * tokens / self.num_experts)
-        priority_TK = scores_TE.gather(1, ids_TK.long()) if self.drop_by == "probability" else None
-        return ops.capacity_drop(ids_TK, self.num_experts, capacity, rows_per_scope=rows_per_scope,
-                                 priority_TK=priority_TK)
+    def balance_loss(self, scores_TE, counts_GE):
+        if self.score == "sigmoid":     # affinities become a distribution first (DeepSeek-V3, eq. 19)
+            scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        if self.peers is None:
+            return ops.balance_loss(scores_TE, counts_GE, self.top_k, form=self.balance_form)
+        # The mean over all of a scope's tokens stands for them: one row per scope, so "switch" divides by 1, not by S.
+        G, E = counts_GE.shape
+        tokens = len(scores_TE) // G * self.peers.ranks
+        mean_GE = self.peers.sum(scores_TE.view(G, -1, E).sum(1)) / tokens
+        loss = ops.balance_loss(mean_GE, self.peers.sum(counts_GE), self.top_k, form=self.balance_form)
+        return loss / tokens if self.balance_form == "switch" else loss
 
-    def experts(self, x_TD, weights_TK, ids_TK):
-        """The weighted sum of each token's experts, here or wherever the exchange finds them."""
-        num_copies = None
-        if self.exchange is not None:
-            x_TD, weights_TK, ids_TK, num_copies, plan = self.exchange.dispatch(x_TD, weights_TK, ids_TK)
-        index = ops.route_index(ids_TK, self.w13_E2FD.shape[0])
-        if num_copies is None and self.training and self.capacity_factor:
-            num_copies = int(index.bins_E[-1])
-        y_TD = ops.expert_mlp(x_TD, self.w13_E2FD, None, self.w2_EDF, weights_TK, index, act=self.act,
-                              gate_bias=self.w13_bias, down_bias=self.w2_bias, num_copies=num_copies)
-        return y_TD if self.exchange is None else self.exchange.combine(y_TD, plan)
+    def drop(self, ids_TK, scores_TE, B):
+        """In each scope an expert keeps ceil(factor * K * tokens / E) copies: the first, or those of largest score."""
+        ids_BSK = ids_TK.view(B, -1, self.top_k)
+        priority_BSK = scores_TE.gather(1, ids_TK.long()).view_as(ids_BSK) if self.drop_by == "probability" else None
+        if self.peers is not None:
+            ids_BSK = self.peers.gather(ids_BSK)
+            priority_BSK = None if priority_BSK is None else self.peers.gather(priority_BSK)
+        B, S, K = ids_BSK.shape
+        tokens = S if self.scope == "sequence" else B * S
+        kept_TK = ops.capacity_drop(
+            ids_BSK.view(-1, K), self.num_experts, math.ceil(self.capacity_factor * K * tokens / self.num_experts),
+            rows_per_scope=tokens, priority_TK=None if priority_BSK is None else priority_BSK.view(-1, K))
+        return kept_TK if self.peers is None else self.peers.own(kept_TK.view(B, S, K)).reshape(ids_TK.shape)
 
     @torch.no_grad()
     def update_select_bias(self, counts_E, rate):

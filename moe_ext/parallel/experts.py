@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moe_ext import ops
+from moe_ext.parallel.collectives import gather, reduce_scatter
 
 
 class Trip(NamedTuple):
@@ -76,6 +77,14 @@ class _Combine(torch.autograd.Function):
         return trip.forth(trip.pack(dy_TD, None, None, trip.plan.send_M, trip.sent)), None
 
 
+def as_autocast(x):
+    """x as autocast hands it to matrix products: so it travels. Itself outside autocast, and in float64."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 class ExpertExchange:
     """Moves tokens to the ranks that own their experts and back, over a transport (moe_ext.parallel.transport).
 
@@ -92,9 +101,7 @@ class ExpertExchange:
     def dispatch(self, x_TD, weights_TK, ids_TK):
         """-> x_RD, weights_RK, ids_RK (int32, local, -1 where the expert lives elsewhere), number of ids_RK >= 0, and
         the trip that combine wants. weights_TK: float32 or x's dtype. Differentiable in x_TD and weights_TK."""
-        device = x_TD.device.type
-        if torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:
-            x_TD = x_TD.to(torch.get_autocast_dtype(device))
+        x_TD = as_autocast(x_TD)
         ids_TK = ids_TK.int().contiguous()
         plan = ops.exchange_plan(ids_TK, self.num_experts, self.transport.ranks)
         counts_PP2 = self.transport.counts(plan.counts_P2).long()
@@ -105,3 +112,24 @@ class ExpertExchange:
     def combine(self, y_RD, trip):
         """y_RD [R,D], one row for each row that dispatch received -> y_TD, the sum of each token's rows."""
         return _Combine.apply(y_RD, trip)
+
+
+class SplitExperts:
+    """The exchange of experts that are split over the ranks of `group` (expert TP), each with a part of F.
+
+    All tokens of the group go to each of its ranks, and of their partial results the sum comes back. `exchange`: between
+    the experts' owners with the same part, None if there is one.
+    """
+
+    def __init__(self, group, exchange=None):
+        self.group, self.exchange = group, exchange
+
+    def dispatch(self, x_TD, weights_TK, ids_TK):
+        x_TD, weights_TK, ids_TK = (gather(t, 0, self.group) for t in (as_autocast(x_TD), weights_TK, ids_TK))
+        if self.exchange is None:
+            return x_TD, weights_TK, ids_TK, int((ids_TK >= 0).sum()), None
+        return self.exchange.dispatch(x_TD, weights_TK, ids_TK)
+
+    def combine(self, y_RD, trip):
+        y_TD = y_RD if self.exchange is None else self.exchange.combine(y_RD, trip)
+        return reduce_scatter(y_TD, 0, self.group)

@@ -1,0 +1,116 @@
+"""The ranks of a run as meshes: who shares parameters, matrices, experts, sequences and scopes with whom.
+
+    dense   (rep, fsdp, tp)             all parameters but the experts'
+    sparse  (rep, efsdp, ep, etp)       the experts'; efsdp = fsdp*tp / (ep*etp)
+Both number the ranks alike, the last axis fastest. tp ranks see the same sequences and hold S/tp consecutive tokens of
+each between the modules; the rep*fsdp groups of tp ranks have sequences of their own. Axes of size 1 carry no traffic.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from moe_ext.config import MeshConfig, meshes, require
+from moe_ext.layers.fused import Draws
+from moe_ext.parallel.collectives import gather, scope_sum
+from moe_ext.parallel.transport import NcclTransport, TorchTransport, WindowTransport
+
+
+class Mesh:
+    """The mesh of an initialised process group of config.world ranks; of one process without any. All ranks make it.
+
+    config: the sizes. device: of the parameters. store: for the meeting of the windows and nccl transports, and
+    seconds, how long these wait for a rank. Errors: ConfigError if the sizes are not those of the process group.
+    """
+
+    def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0):
+        self.config, self.device = config, torch.device(device)
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        check_world(config, self.world)
+        self.dp_rank, self.tp_rank = divmod(self.rank, config.tp)
+        self.transport = None
+        if self.world > 1:
+            c, kind = config, self.device.type
+            self.dense = init_device_mesh(kind, (c.rep, c.fsdp, c.tp), mesh_dim_names=("rep", "fsdp", "tp"))
+            self.sparse = init_device_mesh(kind, (c.rep, c.efsdp, c.ep, c.etp),
+                                           mesh_dim_names=("rep", "efsdp", "ep", "etp"))
+            self.data = init_device_mesh(kind, (c.dp, c.tp), mesh_dim_names=("dp", "tp"))
+        if config.ep > 1:
+            group = self.sparse.get_group("ep")
+            if config.transport == "torch":
+                self.transport = TorchTransport(group)
+            else:
+                kind = WindowTransport if config.transport == "windows" else NcclTransport
+                self.transport = kind(store, config.ep, dist.get_rank(group), device=self.device, seconds=seconds,
+                                      name=f"experts/{dist.get_process_group_ranks(group)[0]}")
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank // self.config.etp % self.config.ep
+
+    @property
+    def etp_rank(self) -> int:
+        return self.rank % self.config.etp
+
+    def draws(self, seed: int, step: int, row0: int, seq_len: int) -> Draws:
+        """Where this rank's random numbers come from, for sequences row0, row0 + 1, .. of the step."""
+        mine = seq_len // self.config.tp
+        runs = dict(run=mine, stride=seq_len) if self.config.tp > 1 else {}
+        return Draws(seed, step, row0 * seq_len + self.tp_rank * mine, **runs)
+
+    def rows(self, micro: int, micro_batch: int) -> tuple[int, int]:
+        """This rank's rows [begin, end) of a step's sequences in its micro-batch number `micro`."""
+        begin = (micro * self.config.dp + self.dp_rank) * micro_batch
+        return begin, begin + micro_batch
+
+    def sum(self, *numbers: torch.Tensor) -> list[torch.Tensor]:
+        """The sum over all ranks of each tensor, in fp64, by one all-reduce."""
+        if self.world == 1:
+            return [n.double() for n in numbers]
+        flat = torch.cat([n.double().flatten() for n in numbers])
+        dist.all_reduce(flat)
+        return [part.view(n.shape) for part, n in zip(flat.split([n.numel() for n in numbers]), numbers, strict=True)]
+
+    def close(self) -> None:
+        """Frees the transport; every rank calls it after its last step."""
+        if hasattr(self.transport, "close"):
+            self.transport.close()
+
+
+class ScopePeers:
+    """The `peers` of an MoE layer: the ranks that share a scope's tokens: "sequence", the tp ranks; "micro_batch", all.
+    """
+
+    def __init__(self, mesh: Mesh, scope: str):
+        self.whole = scope == "micro_batch"
+        self.tp, self.dp = mesh.data.get_group("tp"), mesh.data.get_group("dp")
+        self.tp_rank, self.dp_rank = mesh.tp_rank, mesh.dp_rank
+        self.group = dist.group.WORLD if self.whole else self.tp
+        self.ranks = dist.get_world_size(self.group)
+
+    def sum(self, x):
+        return scope_sum(x, self.group)
+
+    def gather(self, x_BSn):
+        x_BSn = gather(x_BSn, 1, self.tp)
+        return gather(x_BSn, 0, self.dp) if self.whole else x_BSn
+
+    def own(self, x_BSn):
+        if self.whole:
+            x_BSn = x_BSn.chunk(dist.get_world_size(self.dp))[self.dp_rank]
+        return x_BSn.chunk(dist.get_world_size(self.tp), dim=1)[self.tp_rank]
+
+
+def check_world(config: MeshConfig, world: int) -> None:
+    """ConfigError, with the nearest mesh that fits, unless the mesh has `world` ranks."""
+    def distance(mesh):
+        return sum(abs(math.log(mesh.sizes[name] / size)) for name, size in config.sizes.items())
+
+    if config.world != world:
+        best = min(meshes(world), key=distance)
+        sizes = " ".join(f"--mesh.{name} {size}" for name, size in best.sizes.items() if size != config.sizes[name])
+        require(False, f"the mesh has rep {config.rep} * fsdp {config.fsdp} * tp {config.tp} = {config.world} ranks, "
+                f"but {world} {'process runs' if world == 1 else 'processes run'}: start {config.world}, or take the "
+                f"nearest mesh of {world}: {sizes}")

@@ -1,0 +1,103 @@
+"""A plain model on a mesh, from outside: tensor and expert parallelism, then FSDP2 around what they left to each rank.
+
+    mesh = Mesh(config.mesh, device)
+    model = GPT(config.model, device="meta")        # or with values, the same on every rank
+    parallelize(model, mesh)
+    initialize(model, config.train.seed, device)    # what one process draws, box by box; not with values
+    loss = token_loss / tokens_of_the_step + aux_loss / (accumulation * dp * tp);  loss.backward()
+    sum_replicated(model, mesh)                     # moe_ext.parallel.tensor; once per step, before clipping
+
+Experts: Shard(0) over ep, F over etp. FSDP shards a dimension that tp, ep and etp leave alone, so that each rank holds one
+box of a parameter. It sums gradients and divides nothing: the loss already has the global denominators.
+"""
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moe_ext.layers.fused import FusedMoE
+from moe_ext.model import GPT, Block
+from moe_ext.parallel.experts import ExpertExchange, SplitExperts
+from moe_ext.parallel.init import box_normal
+from moe_ext.parallel.mesh import Mesh, ScopePeers
+from moe_ext.parallel.tensor import ROWS, distribute, tensor_parallel
+
+
+def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = None) -> None:
+    """Spread a GPT, a Block or an FusedMoE over the mesh, in place. One process: nothing.
+
+    dtype: in which the experts' weights travel and compute where that is less than theirs, as under autocast.
+    """
+    c = mesh.config
+    if mesh.world == 1:
+        return
+    layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
+    for layer in layers:
+        expert_parallel(layer, mesh)
+    if c.tp > 1:
+        tensor_parallel(model, mesh)
+    policy = {}
+    if dtype is not None:
+        policy["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        shard(layer.experts, mesh.sparse, "efsdp", lambda name: experts_dim(name, c.etp), **policy)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    theirs = {p for layer in layers for p in layer.experts.parameters()}
+    for module in dict.fromkeys([*blocks, model]):
+        shard(module, mesh.dense, "fsdp", lambda name: 1 if c.tp > 1 and ROWS.search(name) else 0,
+              ignored_params=theirs)
+
+
+def expert_parallel(layer: FusedMoE, mesh: Mesh) -> None:
+    c = mesh.config
+    axes = [axis for axis in ("ep", "etp") if getattr(c, axis) > 1]
+    if axes:
+        def placements(name):
+            # both matrices have F there; w13's bias is whole and sliced, w2's is whole and added by rank 0
+            on = {"ep": Shard(0), "etp": Replicate() if "bias" in name else Shard(2)}
+            return [on[axis] for axis in axes]
+
+        def used(name, local):
+            if c.etp > 1 and name == "w13_bias":
+                return local.chunk(c.etp, dim=2)[mesh.etp_rank]
+            return local * (mesh.etp_rank == 0) if c.etp > 1 and name == "w2_bias" else local
+
+        distribute(layer.experts, mesh.sparse[tuple(axes)], placements, used)
+    if c.ep > 1:
+        layer.exchange = ExpertExchange(layer.num_experts, mesh.transport)
+    if c.etp > 1:
+        layer.exchange = SplitExperts(mesh.sparse.get_group("etp"), layer.exchange)
+    if (c.dp if layer.scope == "micro_batch" else 1) * c.tp > 1:
+        layer.peers = ScopePeers(mesh, layer.scope)
+
+
+def experts_dim(name: str, etp: int) -> int:
+    """The dimension of an expert parameter that FSDP shards: neither ep's nor etp's."""
+    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1}[name]
+
+
+def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
+    """fully_shard over (rep, axis), each parameter along dim(its name); gradients are summed, never averaged."""
+    sizes = dict(zip(device_mesh.mesh_dim_names, device_mesh.shape, strict=True))
+    if sizes["rep"] * sizes[axis] == 1:
+        return
+    names = {id(p): name for name, p in module.named_parameters()}
+    fully_shard(module, mesh=device_mesh["rep", axis] if sizes["rep"] > 1 else device_mesh[axis],
+                shard_placement_fn=lambda p: Shard(dim(names[id(p)])), **options)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)      # gloo has no PREMUL_SUM
+
+
+def initialize(model: GPT, seed: int, device) -> None:
+    """Memory and initial values for a parallelized GPT from the meta device: every box as one process draws it."""
+    model.to_empty(device=device)
+    if model.config.tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.init_weights(seed, normal_box_)
+
+
+def normal_box_(p, std, seed, place):
+    local = p.to_local()
+    size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    local.copy_(box_normal(p.shape, start, size, seed=seed, site=place, std=std, dtype=p.dtype, device=local.device))

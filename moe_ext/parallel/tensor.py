@@ -1,0 +1,123 @@
+"""Tensor parallelism with sequence parallelism, from outside: tp ranks share every matrix and, between them, the tokens.
+
+Between the modules a rank holds S/tp consecutive tokens of each sequence, so norms, router and dropout do a part of the
+work. Attention, MLPs and head compute on whole sequences with a part of the columns (Megatron-LM; Korthikanti et al.):
+
+    x [B,S/tp,D] -> gather -> q, k, v | gate, up: rows of W -> .. -> o | down: columns of W -> reduce_scatter -> [B,S/tp,D]
+    embedding, head: rows of the vocabulary (moe_ext.parallel.vocabulary)
+
+Parameters become DTensors over tp, sharded where the table says and replicated elsewhere. Activations stay ordinary
+tensors: while a module runs, its parameters are shadowed by what this rank computes with. A replicated parameter's
+gradient is then this rank's part; `sum_replicated` adds the parts once per step.
+"""
+import functools
+import re
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from moe_ext.layers.fused import MLP, Experts
+from moe_ext.model import GPT, Attention
+from moe_ext.parallel.collectives import gather, reduce_scatter
+from moe_ext.parallel.experts import as_autocast
+from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocabulary_parallel_embedding
+
+ROWS = re.compile(r"(^|\.)((q|k|v|gate|up)_proj|embed_tokens|lm_head)\.weight$")        # of W: outputs of the layer
+COLUMNS = re.compile(r"(^|\.)(o|down)_proj\.weight$")                                   # inputs
+SLICED = re.compile(r"(^|\.)(q|k|v|gate|up)_proj\.bias$")       # replicated, each rank adds its outputs' part
+ONCE = re.compile(r"(^|\.)(o|down)_proj\.bias$")                # replicated, rank 0 adds it
+
+
+def tensor_parallel(model: nn.Module, mesh) -> None:
+    """Spread a plain GPT, or a part of it, over mesh.dense's tp ranks; all but the experts. In place."""
+    tp = mesh.dense["tp"]
+    group = tp.get_group()
+    rank, ranks = mesh.tp_rank, mesh.config.tp
+
+    def placement(name):
+        return Shard(0) if ROWS.search(name) else Shard(1) if COLUMNS.search(name) else Replicate()
+
+    def used(name, local):
+        if SLICED.search(name):
+            return local.chunk(ranks)[rank]
+        return local * (rank == 0) if ONCE.search(name) else local
+
+    distribute(model, tp, lambda name: [placement(name)], used)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            whole_sequences(module, 1, group)
+        elif isinstance(module, MLP):           # token by token: the order in which they are gathered does not matter
+            whole_sequences(module, 0, group)
+    if isinstance(model, GPT):
+        vocabulary = dict(vocab_size=model.config.vocab_size, group=group)
+        embed, head = model.embed_tokens, model.lm_head
+        embed.forward = lambda tokens_BS: reduce_scatter(
+            vocabulary_parallel_embedding(tokens_BS, embed.weight, **vocabulary), 1, group)
+        head.cross_entropy = functools.partial(vocabulary_parallel_cross_entropy, **vocabulary)
+        head.register_forward_pre_hook(lambda _, args: (gather(as_autocast(args[0]), 1, group), *args[1:]))
+        if model.embed_positions is not None:
+            model.embed_positions.register_forward_hook(lambda _, args, x_SD: x_SD.chunk(ranks)[rank])
+
+
+def whole_sequences(module: nn.Module, dim: int, group) -> None:
+    """The module gets all ranks' tokens along `dim`, and of its partial results the sum of this rank's tokens leaves."""
+    module.register_forward_pre_hook(lambda _, args: (gather(as_autocast(args[0]), dim, group), *args[1:]))
+    module.register_forward_hook(lambda _, args, y: reduce_scatter(y, dim, group))
+
+
+def distribute(root: nn.Module, device_mesh, placements, used) -> None:
+    """Make root's parameters, all but those of Experts inside it, DTensors with placements(name) on `device_mesh`.
+
+    While a module runs, it sees used(name, local tensor) in their stead. A tied parameter stays tied.
+    """
+    made = {}
+    experts = [module for module in root.modules() if isinstance(module, Experts) and module is not root]
+    inside = {id(part) for module in experts for part in module.modules()}
+    for prefix, module in root.named_modules():
+        if id(module) in inside:
+            continue
+        names = {name: f"{prefix}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None}
+        for name, full_name in names.items():
+            p = module._parameters[name]
+            if id(p) not in made:
+                made[id(p)] = nn.Parameter(distribute_tensor(p.detach(), device_mesh, placements(full_name),
+                                                             src_data_rank=None), requires_grad=p.requires_grad)
+            module._parameters[name] = made[id(p)]
+        if names:
+            compute_on_local(module, names, used)
+
+
+def compute_on_local(module: nn.Module, names: dict[str, str], used) -> None:
+    """An instance attribute hides the parameter of its name from `self.name` inside forward."""
+    def hide(module, args):
+        for name, full_name in names.items():
+            p = module._parameters[name]
+            module.__dict__[name] = used(full_name, p.to_local() if isinstance(p, DTensor) else p)
+
+    def show(module, args, result):
+        for name in names:
+            module.__dict__.pop(name, None)
+
+    module.register_forward_pre_hook(hide)
+    module.register_forward_hook(show, always_call=True)
+
+
+def sum_replicated(model: nn.Module, mesh) -> None:
+    """After the last backward of a step: add up the tp (etp) ranks' parts of the replicated parameters' gradients."""
+    for axis in ("tp", "etp"):
+        if getattr(mesh.config, axis) > 1:
+            parts = [p.grad.to_local() for p in model.parameters() if p.grad is not None and replicated(p, axis)]
+            group = (mesh.dense if axis == "tp" else mesh.sparse).get_group(axis)
+            for dtype in {part.dtype for part in parts}:
+                same = [part for part in parts if part.dtype == dtype]
+                flat = torch.cat([part.flatten() for part in same])
+                dist.all_reduce(flat, group=group)
+                torch._foreach_copy_(same, [sum.view_as(part) for part, sum in
+                                            zip(same, flat.split([part.numel() for part in same]), strict=True)])
+
+
+def replicated(p, axis: str) -> bool:
+    names = p.device_mesh.mesh_dim_names
+    return axis in names and p.placements[names.index(axis)].is_replicate()
