@@ -239,6 +239,7 @@ class LogConfig:
     folder: str = "runs"                # the run folder is FOLDER/NAME
     name: str = ""                      # "": the recipe's file name
     every: int = 10                     # steps between step lines
+    trace_exchange: bool = False        # print and check every step of the token exchange (moe_ext.parallel.trace)
     tensorboard: bool = True            # write FOLDER/NAME/tb
     peak_tflops: float = 0.0            # of the device, for "mfu"; 0: not printed
 

@@ -19,6 +19,7 @@ from moe_ext.config import Config, ConfigError, load, require
 from moe_ext.data import IndexedDataset, Loader, unigram_entropy
 from moe_ext.log import beside
 from moe_ext.model import GPT, build, precision
+from moe_ext.parallel.mesh import Mesh
 
 
 class Run(NamedTuple):
@@ -43,21 +44,28 @@ def load_run(folder: str | Path, path: str | Path | None = None) -> Run:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int = 0) -> float:
-    """Mean loss in nats per token over `batches` micro-batches of `dataset`, always the same rows (0: all of them)."""
-    rows_per_batch, device = config.train.micro_batch, model.norm.weight.device
+def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int = 0, mesh: Mesh | None = None) -> float:
+    """Mean loss in nats per token over `batches` micro-batches of `dataset`, always the same rows (0: all of them).
+
+    A micro-batch is that of all ranks together. mesh: of a model that lies on one; every rank calls, all get the mean.
+    """
+    rows_per_batch, device = config.train.micro_batch * config.mesh.dp, model.norm.weight.device
+    mine = rows_per_batch // (mesh.config.dp if mesh else 1)
+    first = mesh.dp_rank * mine if mesh else 0
     loader = Loader(dataset, seq_len=config.model.seq_len, batch_size=rows_per_batch,
                     vocab_size=config.model.vocab_size)
     rows = min(batches * rows_per_batch or loader.samples, loader.samples)
-    training, total = model.training, 0.0
+    training, total = model.training, torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
     for begin in range(0, rows, rows_per_batch):
-        batch = loader.batch(0, min(rows_per_batch, rows - begin))
+        batch = loader.batch(first, first + mine)
+        batch.targets[max(0, rows - begin - first):] = -100     # rows past the last: ranks go on together
         with precision(config, device):
-            total += model(batch.tokens.to(device), batch.targets.to(device)).token_loss.item()
+            total += model(batch.tokens.to(device), batch.targets.to(device)).token_loss
         loader.advance()
     model.train(training)
-    return total / (rows * config.model.seq_len)
+    total, = mesh.sum(total / mesh.config.tp) if mesh else [total]
+    return total.item() / (rows * config.model.seq_len)
 
 
 def main() -> None:

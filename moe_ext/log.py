@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -149,6 +149,16 @@ class Log:
         self.metrics.close()
         if self.board:
             self.board.close()
+
+
+class Silence:
+    """The Log of a rank that writes nothing."""
+    def say(self, text): pass
+    def tick(self, tokens): pass
+    def step(self, step, **numbers): pass
+    def evaluation(self, step, valid_loss, unigram_entropy): pass
+    def paused(self): return nullcontext()
+    def close(self): pass
 
 
 def open_whole_lines(path: Path):

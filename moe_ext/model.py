@@ -281,5 +281,6 @@ def build(config: Config) -> GPT:
 
 
 def precision(config: Config, device: torch.device):
-    """The context of a run's forwards: autocast to bf16 for train.dtype bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.dtype == "bf16")
+    """The context of a run's forwards: autocast for train.dtype bf16 and fp16."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.dtype)
+    return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)

@@ -1,12 +1,14 @@
 """The driver: `torchrun -m moe_ext.train recipes/tiny.toml [--train.steps 100 ...] [--resume auto] [--dry-run]`.
 
-`python -m moe_ext.train` does the same in one process. The run folder is log.folder/log.name:
+`python -m moe_ext.train` does the same in one process. Every rank of the mesh runs this loop; what it computes does not
+depend on the mesh (README, "Which mesh should I use"). Rank 0 writes the run folder, log.folder/log.name:
     config.toml       every field, defaults included: `moe_ext.train RUN/config.toml` repeats the run
     run.log           what the console showed          metrics.jsonl, tb/   the same as numbers (moe_ext.log)
     ckpt/step-NNNNNN  checkpoints (moe_ext.checkpoint) tokenizer.json       a copy, so that the folder is whole
     plot.png          loss and expert load             profile/             traces, with train.profile_steps
-SIGTERM and the first Ctrl-C save a checkpoint and end the run with exit status 0; `--resume auto` continues it bit for
-bit. A loss or gradient that is not finite ends the run with a sentence before it reaches the parameters.
+SIGTERM and the first Ctrl-C save a checkpoint and end the run with exit status 0; `--resume auto` continues it, bit for
+bit on the same mesh. A loss or gradient that is not finite ends the run with a sentence before it reaches the
+parameters (in fp16 it skips the step and halves the loss scale). A rank that dies ends all others with a sentence.
 """
 from __future__ import annotations
 
@@ -26,10 +28,13 @@ from moe_ext.config import Config, ConfigError, dumps, parse, plain, require
 from moe_ext.data import IndexedDataset, Loader, unigram_entropy
 from moe_ext.evaluate import evaluate, load_run
 from moe_ext.generate import complete
-from moe_ext.layers.fused import Draws
-from moe_ext.log import Log, plot
-from moe_ext.model import GPT, build, pick_device, precision
-from moe_ext.optim import adamw, clip_grad_norm, learning_rate, set_learning_rate
+from moe_ext.log import Log, Silence, plot
+from moe_ext.model import GPT, precision
+from moe_ext.optim import LossScaler, adamw, learning_rate, set_learning_rate
+from moe_ext.parallel.launch import joined
+from moe_ext.parallel.mesh import Mesh, check_world
+from moe_ext.parallel.shard import build
+from moe_ext.parallel.tensor import sum_replicated
 from moe_ext.plan import describe
 
 
@@ -43,29 +48,49 @@ class Command(Config):
 def train(config: Config, resume: str = "") -> Path:
     """One run from start, or from a checkpoint, to its last step; returns the run folder. Errors: ConfigError,
     CheckpointError, FileNotFoundError, FloatingPointError (a loss or gradient that is not finite)."""
-    t, folder, device = config.train, config.run_folder, pick_device(config)
-    start_from = find_checkpoint(folder, resume)
+    folder = config.run_folder
+    with joined(config, resumable=lambda: resumable(folder)) as mesh:
+        log, done = fit(config, mesh, resume)
+    if done and config.train.sample_tokens and config.data.tokenizer and mesh.rank == 0:
+        log.say(f"sample: {complete(load_run(folder), config.train.sample_prompt, config.train.sample_tokens)}")
+    if done and mesh.rank == 0:
+        try:
+            log.say(f"plot: {plot(folder)}")
+        except RuntimeError as error:       # matplotlib is an extra
+            log.say(str(error))
+    log.close()
+    return folder
+
+
+def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
+    """The training loop of one rank -> its log, and whether the run is done (False: it was asked to stop)."""
+    t, folder, device = config.train, config.run_folder, mesh.device
+    start_from = find_checkpoint(folder, resume, mesh)
 
     # what a step needs
     loader = Loader(IndexedDataset(config.data.train), seq_len=config.model.seq_len, seed=t.seed,
-                    batch_size=t.accumulation * t.micro_batch, vocab_size=config.model.vocab_size)
+                    batch_size=config.sequences_per_step, vocab_size=config.model.vocab_size)
     valid = IndexedDataset(config.data.valid) if config.data.valid else None
     torch.manual_seed(t.seed)
-    model = build(config)
+    model = build(config, mesh)
     optimizer = adamw(model, config.optim)
+    scaler = LossScaler(t.loss_scale) if t.dtype == "fp16" else None
     done, best = 0, None
     if start_from is not None:
         state = checkpoint.load(start_from, model=model, optimizer=optimizer, loader=loader,
                                 config=dataclasses.asdict(config))
         done, best = state.step, state.best_loss
+        if scaler and state.extra:
+            scaler.load_state_dict(state.extra)
 
     # the run folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(dumps(config))
-    if config.data.tokenizer:
-        shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+    if mesh.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(dumps(config))
+        if config.data.tokenizer:
+            shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
     log = Log(folder, steps=t.steps, tensorboard=config.log.tensorboard, flops_per_token=model.flops_per_token(),
-              peak_flops=config.log.peak_tflops * 1e12)
+              peak_flops=config.log.peak_tflops * 1e12 * mesh.world) if mesh.rank == 0 else Silence()
     log.say(describe(config, model))
     log.say(f"continuing from {start_from}" if start_from else f"writing {folder}")
     entropy = unigram_entropy(valid) if valid else math.nan
@@ -73,26 +98,34 @@ def train(config: Config, resume: str = "") -> Path:
     def save(step):
         with log.paused():
             path = checkpoint.save(folder / "ckpt", model=model, optimizer=optimizer, loader=loader, step=step,
-                                   config=dataclasses.asdict(config), best_loss=best, keep_last=t.keep_last)
+                                   config=dataclasses.asdict(config), best_loss=best, keep_last=t.keep_last,
+                                   extra=scaler.state_dict() if scaler else {})
             log.say(f"saved {path}")
 
-    with Stop() as stop, Profile(config, device) as profile:
+    with Stop() as stop, Profile(config, mesh) as profile:
         for step in range(done + 1, t.steps + 1):
+            mesh.at(f"step {step}")
             set_learning_rate(optimizer, lr := learning_rate(step, config.optim, t.steps))
             loss, aux, counts_LE = 0.0, 0.0, 0
             for micro in range(t.accumulation):
-                batch = loader.batch(micro * t.micro_batch, (micro + 1) * t.micro_batch)
-                draws = Draws(t.seed, step, row0=batch.row0 * config.model.seq_len)
+                batch = loader.batch(*mesh.rows(micro, t.micro_batch))
+                draws = mesh.draws(t.seed, step, batch.row0, config.model.seq_len)
                 with precision(config, device):
                     out = model(batch.tokens.to(device), batch.targets.to(device), draws)
-                token_loss, aux_loss = out.token_loss / config.tokens_per_step, out.aux_loss / t.accumulation
-                (token_loss + aux_loss).backward()
-                loss, aux = loss + token_loss.detach(), aux + aux_loss.detach()
-                counts_LE = counts_LE + out.counts_LE.long()
-            if not math.isfinite(loss):
+                token_loss = out.token_loss / config.tokens_per_step
+                aux_loss = out.aux_loss / (t.accumulation * mesh.world)
+                scaled = token_loss + aux_loss if scaler is None else (token_loss + aux_loss) * scaler.scale
+                scaled.backward()
+                loss, aux = loss + token_loss.detach() / mesh.config.tp, aux + aux_loss.detach()
+                counts_LE = counts_LE + out.counts_LE
+            sum_replicated(model, mesh)
+            asked = torch.tensor(float(bool(stop.asked)), device=device)
+            loss, aux, counts_LE, asked = mesh.sum(loss, aux, counts_LE, asked)
+            counts_LE = counts_LE.long()
+            if not math.isfinite(loss) and scaler is None:
                 raise FloatingPointError(f"step {step}: the loss is {loss:g}: lower optim.lr, lengthen optim.warmup or "
                                          f"set optim.clip; {resumable(folder)}")
-            grad_norm = clip_grad_norm(model.named_parameters(), config.optim.clip)
+            ...
             optimizer.step()
             optimizer.zero_grad()
             model.update_select_bias(counts_LE)
@@ -105,24 +138,15 @@ def train(config: Config, resume: str = "") -> Path:
                 log.step(step, loss=float(loss), aux=float(aux), grad_norm=grad_norm, lr=lr, counts_LE=counts_LE)
             if valid and (last or (t.eval_every and step % t.eval_every == 0)):
                 with log.paused():
-                    valid_loss = evaluate(model, config, valid, t.eval_batches)
+                    valid_loss = evaluate(model, config, valid, t.eval_batches, mesh)
                     log.evaluation(step, valid_loss, entropy)
                 best = valid_loss if best is None else min(best, valid_loss)
-            if last or stop.asked or (t.save_every and step % t.save_every == 0):
+            if last or asked or (t.save_every and step % t.save_every == 0):
                 save(step)
-            if stop.asked and not last:
-                log.say(f"stopped by {stop.asked} after step {step}; continue with --resume auto")
-                log.close()
-                return folder
-
-    if t.sample_tokens and config.data.tokenizer:
-        log.say(f"sample: {complete(load_run(folder), t.sample_prompt, t.sample_tokens)}")
-    try:
-        log.say(f"plot: {plot(folder)}")
-    except RuntimeError as error:       # matplotlib is an extra
-        log.say(str(error))
-    log.close()
-    return folder
+            if asked and not last:
+                log.say(f"stopped by {stop.asked or 'another rank'} after step {step}; continue with --resume auto")
+                return log, False
+    return log, True
 
 
 class Stop:
@@ -142,9 +166,9 @@ class Stop:
             signal.signal(number, handler)
 
 
-def find_checkpoint(folder: Path, resume: str) -> Path | None:
+def find_checkpoint(folder: Path, resume: str, mesh: Mesh) -> Path | None:
     """Where to start from. A run folder that holds checkpoints is never written over without being asked."""
-    newest = checkpoint.latest(folder / "ckpt")
+    newest = mesh.agreed(checkpoint.latest(folder / "ckpt"))
     require(newest is None or resume != "", f"{folder} holds {newest and newest.name} of an earlier run: continue it "
             "with --resume auto, choose another --log.name, or delete the folder")
     return newest if resume in ("", "auto") else Path(resume)
@@ -157,12 +181,14 @@ def resumable(folder: Path) -> str:
 
 class Profile:
     """torch.profiler over train.profile_steps steps from the third on, with CUDA's memory history if asked for:
-    profile/trace.json (chrome://tracing), ops.txt, memory.pickle. Does nothing if there are none."""
+    profile/trace.json (chrome://tracing), ops.txt, memory.pickle; on a mesh trace-rank0.json and so on. Does nothing if
+    there are none."""
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config, mesh: Mesh):
         self.folder, self.trace, self.memory = config.run_folder / "profile", None, config.train.memory_snapshot
-        require(not self.memory or device.type == "cuda", f"train.memory_snapshot records CUDA allocations, but "
-                f"train.device is {device.type}: leave it off; profile/ops.txt shows what each op allocates")
+        self.rank = f"-rank{mesh.rank}" if mesh.world > 1 else ""
+        require(not self.memory or mesh.device.type == "cuda", f"train.memory_snapshot records CUDA allocations, but "
+                f"train.device is {mesh.device.type}: leave it off; profile/ops.txt shows what each op allocates")
         if config.train.profile_steps:
             schedule = torch.profiler.schedule(wait=1, warmup=1, active=config.train.profile_steps, repeat=1)
             self.trace = torch.profiler.profile(schedule=schedule, on_trace_ready=self.write, profile_memory=True)
@@ -179,11 +205,11 @@ class Profile:
             self.trace.step()
 
     def write(self, trace):
-        self.folder.mkdir(exist_ok=True)
-        trace.export_chrome_trace(str(self.folder / "trace.json"))
-        (self.folder / "ops.txt").write_text(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(self.folder / f"trace{self.rank}.json"))
+        (self.folder / f"ops{self.rank}.txt").write_text(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
         if self.memory:
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory{self.rank}.pickle"))
 
     def __exit__(self, *exception):
         if self.trace:
@@ -195,12 +221,11 @@ class Profile:
 def main() -> None:
     try:
         command = parse(sys.argv[1:], Command)
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        require(world == 1, f"torchrun started {world} processes, but this version trains in one: --nproc-per-node 1")
-        if command.dry_run:
-            print(describe(command, GPT(command.model, device="meta")))
-        else:
+        if not command.dry_run:
             train(plain(command), command.resume)
+        elif int(os.environ.get("RANK", 0)) == 0:
+            check_world(command.mesh, int(os.environ.get("WORLD_SIZE", command.mesh.world)))
+            print(describe(command, GPT(command.model, device="meta")))
     except (ConfigError, checkpoint.CheckpointError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 

@@ -7,8 +7,8 @@
     loss = token_loss / tokens_of_the_step + aux_loss / (accumulation * dp * tp);  loss.backward()
     sum_replicated(model, mesh)                     # moe_ext.parallel.tensor; once per step, before clipping
 
-Experts: Shard(0) over ep, F over etp. FSDP shards a dimension that tp, ep and etp leave alone, so that each rank holds one
-box of a parameter. It sums gradients and divides nothing: the loss already has the global denominators.
+Experts: Shard(0) over ep, F over etp. FSDP shards a dimension that tp, ep and etp leave alone, so that each rank holds
+one box of a parameter. It sums gradients and divides nothing: the loss already has the global denominators.
 """
 import torch
 from torch import nn
@@ -16,25 +16,29 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moe_ext.config import Config
 from moe_ext.layers.fused import FusedMoE
 from moe_ext.model import GPT, Block
+from moe_ext.model import build as plain_build
 from moe_ext.parallel.experts import ExpertExchange, SplitExperts
 from moe_ext.parallel.init import box_normal
 from moe_ext.parallel.mesh import Mesh, ScopePeers
 from moe_ext.parallel.tensor import ROWS, distribute, tensor_parallel
+from moe_ext.parallel.trace import TracedExchange
 
 
-def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = None) -> None:
+def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = None, trace: bool = False) -> None:
     """Spread a GPT, a Block or an FusedMoE over the mesh, in place. One process: nothing.
 
     dtype: in which the experts' weights travel and compute where that is less than theirs, as under autocast.
+    trace: print and check every step of the token exchange.
     """
     c = mesh.config
     if mesh.world == 1:
         return
     layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
     for layer in layers:
-        expert_parallel(layer, mesh)
+        expert_parallel(layer, mesh, trace)
     if c.tp > 1:
         tensor_parallel(model, mesh)
     policy = {}
@@ -49,7 +53,7 @@ def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = Non
               ignored_params=theirs)
 
 
-def expert_parallel(layer: FusedMoE, mesh: Mesh) -> None:
+def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
     c = mesh.config
     axes = [axis for axis in ("ep", "etp") if getattr(c, axis) > 1]
     if axes:
@@ -66,6 +70,8 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh) -> None:
         distribute(layer.experts, mesh.sparse[tuple(axes)], placements, used)
     if c.ep > 1:
         layer.exchange = ExpertExchange(layer.num_experts, mesh.transport)
+        if trace:
+            layer.exchange = TracedExchange(layer.exchange, layer.name)
     if c.etp > 1:
         layer.exchange = SplitExperts(mesh.sparse.get_group("etp"), layer.exchange)
     if (c.dp if layer.scope == "micro_batch" else 1) * c.tp > 1:
@@ -87,6 +93,19 @@ def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
                 shard_placement_fn=lambda p: Shard(dim(names[id(p)])), **options)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)      # gloo has no PREMUL_SUM
+
+
+def build(config: Config, mesh: Mesh) -> GPT:
+    """The GPT of a run at its initial values, on its mesh; parameters fp32 (fp64 for train.dtype fp64)."""
+    if mesh.world == 1:
+        return plain_build(config)
+    dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
+    model = GPT(config.model, dtype=dtype, device="meta")
+    parallelize(model, mesh, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.dtype),
+                trace=config.log.trace_exchange)
+    initialize(model, config.train.seed, mesh.device)
+    model.recompute = config.train.recompute
+    return model
 
 
 def initialize(model: GPT, seed: int, device) -> None:
