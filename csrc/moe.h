@@ -200,11 +200,13 @@ int moe_xent(int dtype, int64_t M, int64_t V, int64_t ignore_index, double grad_
              void *logits_MV, void *loss_M, void *lse_M);
 
 // ---- random.c: numbers that do not know the mesh (Philox4x32-10) ---------------------------------------------------
-// Element (row, col) of a site is a pure function of (seed, step, site, row0 + row, col).
+// Element (r, col) of a site is a pure function of (seed, step, site, row, col), where row is the global number of the
+// matrix's row r: row0 + r, or row0 + r / run * stride + r % run if run > 0, for a rank that holds `run` rows of every
+// `stride`. run >= 0; stride >= run where there is more than one run.
 //   counter = {low row, high row, col / 4, step}; key = {low seed, high seed ^ site}; word col % 4.
 // Numbers are computed in float whatever the dtype, so that MOE_F64 sees those of MOE_F32, and rounded once; philox.h
 // says how. step, site < 2^32.
-typedef struct { uint64_t seed; int64_t step, site, row0; } moe_random_key;
+typedef struct { uint64_t seed; int64_t step, site, row0, run, stride; } moe_random_key;
 // In [low, high), before rounding to bf16 or fp16.
 int moe_uniform(int dtype, moe_random_key key, int64_t rows, int64_t cols, double low, double high, void *y);
 // Box-Muller on words (0,1), (2,3).

@@ -531,42 +531,52 @@ Tensor xent_(In logits, In targets, int64_t ignore_index, double grad_scale) {
 
 // ---- random numbers -------------------------------------------------------------------------------------------------
 
-moe_random_key random_key(int64_t seed, int64_t step, int64_t site, int64_t row0) {
-    return {static_cast<uint64_t>(seed), step, site, row0};
-}
+struct Key : moe_random_key {
+    Key(int64_t seed, int64_t step, int64_t site, int64_t row0, int64_t run, int64_t stride)
+        : moe_random_key{static_cast<uint64_t>(seed), step, site, row0, run, stride} {}
 
-const char KEY_RULE[] = "step and site must lie in [0, 2^32) and row0 must not be negative, got ";
+    // What it must obey, and what it is.
+    friend std::ostream &operator<<(std::ostream &s, const Key &k) {
+        return s << "step and site must lie in [0, 2^32), row0 and run must not be negative, stride must be at least "
+                    "run if rows > run > 0, and row numbers must fit int64, got step=" << k.step << ", site=" << k.site
+                 << ", row0=" << k.row0 << ", run=" << k.run << " and stride=" << k.stride;
+    }
+};
 
 // Random numbers have the shape, dtype and device of `like`, whose values are not read.
-Tensor random_uniform(In like, double low, double high, int64_t seed, int64_t step, int64_t site, int64_t row0) {
+Tensor random_uniform(In like, double low, double high, int64_t seed, int64_t step, int64_t site, int64_t row0,
+                      int64_t run, int64_t stride) {
     Door door{"random_uniform"};
     Dim rows{"rows"}, cols{"cols"};
     door.in("like", like, FLOATS, {&rows, &cols}, ANY);
     Tensor y = empty(like, dtype_of(like), {rows, cols});
-    door.done(RUN(uniform, dtype_of(like), random_key(seed, step, site, row0), rows, cols, low, high, y.data_ptr()),
-              "got ", low, " and ", high, ", wanted low < high; ", KEY_RULE, step, ", ", site, " and ", row0);
+    const Key key{seed, step, site, row0, run, stride};
+    door.done(RUN(uniform, dtype_of(like), key, rows, cols, low, high, y.data_ptr()),
+              "got ", low, " and ", high, ", wanted low < high; ", key);
     return y;
 }
 
-Tensor random_normal(In like, double mean, double std, int64_t seed, int64_t step, int64_t site, int64_t row0) {
+Tensor random_normal(In like, double mean, double std, int64_t seed, int64_t step, int64_t site, int64_t row0,
+                     int64_t run, int64_t stride) {
     Door door{"random_normal"};
     Dim rows{"rows"}, cols{"cols"};
     door.in("like", like, FLOATS, {&rows, &cols}, ANY);
     Tensor y = empty(like, dtype_of(like), {rows, cols});
-    door.done(RUN(normal, dtype_of(like), random_key(seed, step, site, row0), rows, cols, mean, std, y.data_ptr()),
-              "got ", mean, " and ", std, ", wanted finite mean and std >= 0; ", KEY_RULE, step, ", ", site, " and ",
-              row0);
+    const Key key{seed, step, site, row0, run, stride};
+    door.done(RUN(normal, dtype_of(like), key, rows, cols, mean, std, y.data_ptr()),
+              "got ", mean, " and ", std, ", wanted finite mean and std >= 0; ", key);
     return y;
 }
 
-Tensor dropout(In x, double p, int64_t seed, int64_t step, int64_t site, int64_t row0) {
+Tensor dropout(In x, double p, int64_t seed, int64_t step, int64_t site, int64_t row0, int64_t run,
+               int64_t stride) {
     Door door{"dropout"};
     Dim rows{"rows"}, cols{"cols"};
     void *x_rc = door.in("x", x, FLOATS, {&rows, &cols});
     if (!(p >= 0 && p < 1)) door.fail("p is ", p, ", wanted 0 <= p < 1");
     Tensor y = empty(x, dtype_of(x), {rows, cols});
-    door.done(RUN(dropout, dtype_of(x), random_key(seed, step, site, row0), rows, cols, p, x_rc, y.data_ptr()),
-              KEY_RULE, step, ", ", site, " and ", row0);
+    const Key key{seed, step, site, row0, run, stride};
+    door.done(RUN(dropout, dtype_of(x), key, rows, cols, p, x_rc, y.data_ptr()), key);
     return y;
 }
 

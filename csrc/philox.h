@@ -10,7 +10,9 @@
 // Errors over all 2^24 arguments: log 8.3e-8 relative, sin and cos 1.1e-7 absolute.
 #ifndef MOE_PHILOX_H
 #define MOE_PHILOX_H
+#include "moe.h"
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __CUDACC__
@@ -31,6 +33,19 @@ PHILOX_FN philox_block philox(philox_block c, uint32_t key0, uint32_t key1) {
         key1 += 0xBB67AE85u;
     }
     return c;
+}
+
+// The global number of a matrix's row.
+PHILOX_FN int64_t philox_row(const moe_random_key *key, int64_t row) {
+    return key->row0 + (key->run ? row / key->run * key->stride + row % key->run : row);
+}
+
+// Whether the key is one for so many rows: within its limits, and all row numbers within int64.
+PHILOX_FN bool philox_key_ok(const moe_random_key *key, int64_t rows) {
+    if (key->step < 0 || key->step > UINT32_MAX || key->site < 0 || key->site > UINT32_MAX) return false;
+    if (key->run < 0 || key->row0 < 0 || key->row0 > INT64_MAX - rows) return false;
+    const int64_t strides = key->run && rows ? (rows - 1) / key->run : 0;
+    return !strides || (key->stride >= key->run && key->stride <= (INT64_MAX - rows - key->row0) / strides);
 }
 
 // The words of columns 4*block .. 4*block+3.

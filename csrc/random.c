@@ -1,11 +1,13 @@
-// random.c: numbers that do not know the mesh. Element (row, col) is a pure function of seed, step, site, row0 + row
-// and col, whatever part of the matrix a rank holds and however many threads fill it; philox.h has the generator.
+// random.c: numbers that do not know the mesh. Element (row, col) is a pure function of seed, step, site, the row's
+// global number and col, whatever part of the matrix a rank holds and however many threads fill it; philox.h has the
+// generator.
 //
 //   uniform  low + (high-low) * u       normal  mean + std * z       dropout  x / (1-p) where u >= p, else 0
 //
 // Matrices [rows, cols], row-major. Numbers are computed in float whatever the dtype (MOE_F64 holds those of MOE_F32)
 // and rounded once, which in 16 bits may turn a value just below `high` into high; dropout scales in real.
-// cols <= 2^34; step and site in [0, 2^32); row0 >= 0.
+// cols <= 2^34; moe.h says what a key may be.
+#include "philox.h"
 #include "real.h"
 #include <math.h>
 
@@ -52,11 +54,9 @@ static void random_rows(int64_t begin, int64_t end, void *arg) {
 
 static int fill(random_job *job, int64_t rows) {
     if (!moe_is_float(job->dtype)) return MOE_BAD_DTYPE;
-    const moe_random_key *key = &job->key;
     if (rows < 0 || job->cols < 0 || job->cols > INT64_C(1) << 34) return MOE_BAD_SHAPE;
     if (job->cols > 0 && rows > INT64_MAX / 8 / job->cols) return MOE_BAD_SHAPE;
-    if (key->step < 0 || key->step > UINT32_MAX || key->site < 0 || key->site > UINT32_MAX) return MOE_BAD_VALUE;
-    if (key->row0 < 0 || key->row0 > INT64_MAX - rows) return MOE_BAD_VALUE;
+    if (!philox_key_ok(&job->key, rows)) return MOE_BAD_VALUE;
     moe_parallel(rows, 4096 / (job->cols + 1) + 1, random_rows, job);
     return MOE_OK;
 }

@@ -21,7 +21,7 @@ __global__ void random_kernel(random_job job, const T *x, T *y) {
     const int64_t blocks = ceil_div(job.cols, 4), stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < job.rows * blocks; i += stride) {
         const int64_t row = i / blocks, col = i % blocks * 4;
-        const philox_block b = philox_at(job.key.seed, job.key.step, job.key.site, job.key.row0 + row, col / 4);
+        const philox_block b = philox_at(job.key.seed, job.key.step, job.key.site, philox_row(&job.key, row), col / 4);
         float u[4];
         for (int w = 0; w < 4; w++) u[w] = philox_uniform(b.word[w]);
         if (what == NORMAL)
@@ -38,11 +38,9 @@ __global__ void random_kernel(random_job job, const T *x, T *y) {
 
 template <draw what>
 static int fill(int dtype, random_job job, const void *x, void *y, cudaStream_t stream) {
-    const moe_random_key &key = job.key;
     if (job.rows < 0 || job.cols < 0 || job.cols > INT64_C(1) << 34) return MOE_BAD_SHAPE;
     if (job.cols > 0 && job.rows > INT64_MAX / 8 / job.cols) return MOE_BAD_SHAPE;
-    if (key.step < 0 || key.step > UINT32_MAX || key.site < 0 || key.site > UINT32_MAX) return MOE_BAD_VALUE;
-    if (key.row0 < 0 || key.row0 > INT64_MAX - job.rows) return MOE_BAD_VALUE;
+    if (!philox_key_ok(&job.key, job.rows)) return MOE_BAD_VALUE;
     const int64_t grid = strided_grid(job.rows * ceil_div(job.cols, 4), 256);
     return by_float(dtype, [&]<class T>(T) {
         return launch(random_kernel<what, T>, grid, 256, 0, stream, job, static_cast<const T *>(x),

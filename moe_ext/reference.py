@@ -387,13 +387,13 @@ def linear_cross_entropy(x_TD, w_VD, targets_T, *, ignore_index=-100, chunk=1024
 _low = 0xFFFFFFFF
 
 
-def _philox(rows, cols, seed, step, site, row0, device):
+def _philox(rows, cols, device, *, seed, step, site, row0=0, run=0, stride=0):
     """Philox4x32-10 (Salmon et al., 2011) -> int64 words in [0, 2^32), [rows, cols rounded up to 4], a function of
-    (seed, step, site, row0 + row, col) alone: word col % 4 of counter {low row, high row, col / 4, step} under
-    key {low seed, high seed ^ site}."""
-    row, block = torch.meshgrid(
-        row0 + torch.arange(rows, device=device), torch.arange((cols + 3) // 4, device=device), indexing="ij"
-    )
+    (seed, step, site, row, col) alone: word col % 4 of counter {low row, high row, col / 4, step} under
+    key {low seed, high seed ^ site}. Rows count from row0, `stride` from one run of `run` rows to the next (0: one)."""
+    r = torch.arange(rows, device=device)
+    row = row0 + (r // run * stride + r % run if run else r)
+    row, block = torch.meshgrid(row, torch.arange((cols + 3) // 4, device=device), indexing="ij")
     c0, c1, c2, c3 = row & _low, row >> 32 & _low, block & _low, torch.full_like(row, step & _low)
     k0, k1 = seed & _low, (seed >> 32 ^ site) & _low
     for _ in range(10):
@@ -408,37 +408,34 @@ def _unit(words):
     return (words >> 8).double() * 2.0**-24
 
 
-def random_uniform(rows, cols, *, seed, step, site, row0=0, low=0.0, high=1.0, dtype=torch.float32, device=None):
+def random_uniform(rows, cols, *, low=0.0, high=1.0, dtype=torch.float32, device=None, **key):
     """-> [rows,cols] in [low, high), computed in float32 whatever the dtype; two-byte dtypes may round up to high."""
     low, width, high = torch.tensor([low, high - low, high], device=device).unbind()
-    u = _unit(_philox(rows, cols, seed, step, site, row0, device)[:, :cols]).float()
+    u = _unit(_philox(rows, cols, device, **key)[:, :cols]).float()
     return torch.minimum(width * u + low, high.nextafter(torch.full_like(high, -math.inf))).to(dtype)
 
 
-def random_normal(rows, cols, *, seed, step, site, row0=0, mean=0.0, std=1.0, dtype=torch.float32, device=None):
+def random_normal(rows, cols, *, mean=0.0, std=1.0, dtype=torch.float32, device=None, **key):
     """-> [rows,cols] by Box-Muller: columns 2i and 2i+1 are the two numbers made of the words 2i and 2i+1."""
-    words = _philox(rows, cols, seed, step, site, row0, device)
+    words = _philox(rows, cols, device, **key)
     u, v = 1 - _unit(words[:, 0::2]), _unit(words[:, 1::2])  # u in (0, 1]
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
     z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :cols]
     return (mean + std * z).to(dtype)
 
 
-def dropout(x, p, *, seed, step, site, row0=0):
+def dropout(x, p, **key):
     """x / (1-p) where the element's uniform number is >= p, else 0. x [rows,cols]."""
-    u = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, device=x.device)
+    u = random_uniform(*x.shape, device=x.device, **key)
     return (x * (u >= p).double() / (1 - p)).to(x.dtype)
 
 
-def jitter(x, eps, *, seed, step, site, row0=0):
+def jitter(x, eps, **key):
     """x * U[1-eps, 1+eps)."""
-    u = random_uniform(*x.shape, seed=seed, step=step, site=site, row0=row0, low=1 - eps, high=1 + eps,
-                       dtype=x.dtype, device=x.device)  # fmt: skip
-    return x * u
+    return x * random_uniform(*x.shape, low=1 - eps, high=1 + eps, dtype=x.dtype, device=x.device, **key)
 
 
-def noisy(logits_TE, scale_E, *, seed, step, site, row0=0):
+def noisy(logits_TE, scale_E, **key):
     """logits + scale * N(0,1)."""
-    z = random_normal(*logits_TE.shape, seed=seed, step=step, site=site, row0=row0,
-                      dtype=logits_TE.dtype, device=logits_TE.device)  # fmt: skip
+    z = random_normal(*logits_TE.shape, dtype=logits_TE.dtype, device=logits_TE.device, **key)
     return logits_TE + scale_E * z

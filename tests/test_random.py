@@ -6,6 +6,7 @@ from compare import against_reference, evaluate, gradcheck, same
 from devices import widest
 
 from moe_ext import ops, reference
+from moe_ext.layers.fused import Draws
 
 KEY = dict(seed=1234567890123, step=17, site=5)
 
@@ -80,6 +81,48 @@ def test_an_element_is_a_function_of_its_place(device):
         assert (different == whole).float().mean() < 0.01, other
 
 
+RUNS = dict(row0=2, run=3, stride=10)  # rows 2, 3, 4, 12, 13, 14, 22, ..
+ROWS = [2, 3, 4, 12, 13, 14, 22, 23, 24, 32]  # the last run is short
+
+
+def test_a_rank_of_runs_draws_its_rows(device):
+    """A rank that holds a part of each sequence draws what it would cut from the whole, one run or an empty one too."""
+    for draw in (ops.random_uniform, ops.random_normal):
+        whole = draw(40, 31, **KEY, device=device)
+        same(draw(len(ROWS), 31, **KEY, **RUNS, device=device), whole[ROWS])
+        same(draw(3, 31, **KEY, row0=2, run=3, device=device), whole[2:5])
+        same(draw(0, 31, **KEY, **RUNS, device=device), whole[:0])
+    same(reference.random_uniform(len(ROWS), 31, **KEY, **RUNS, device=device),
+         ops.random_uniform(len(ROWS), 31, **KEY, **RUNS, device=device))  # fmt: skip
+    far = dict(row0=1 << 33, run=1, stride=1 << 40)  # beyond 32 bits
+    second = ops.random_uniform(2, 5, **KEY, **far, device=device)[1:]
+    same(second, ops.random_uniform(1, 5, **KEY, row0=(1 << 33) + (1 << 40), device=device))
+
+
+def test_runs_in_forward_and_backward(device):
+    """Every op on x, keyed as a model does it, and its gradient: a rank gets its rows of what one process gets."""
+    x, scale_E, upstream = (torch.randn(n, 31, device=device).squeeze(0) for n in (40, 1, 40))
+    for call in (
+        lambda x, s, **key: ops.dropout(x, 0.4, **key),
+        lambda x, s, **key: ops.jitter(x, 0.1, **key),
+        lambda x, s, **key: ops.noisy(x, s, **key),
+    ):
+
+        def results(rows, call=call, **runs):
+            part = x[rows].requires_grad_()
+            y = call(part, scale_E, **Draws(7, 5, **runs).at("place"))
+            return y.detach(), *torch.autograd.grad(y, part, upstream[rows])
+
+        for whole, part in zip(results(slice(None)), results(ROWS, **RUNS), strict=True):
+            same(part, whole[ROWS])
+
+
+@pytest.mark.parametrize("run, stride", [(-1, 0), (3, 0), (3, 2), (1, 1 << 62)])
+def test_bad_runs(run, stride, device):
+    with pytest.raises(RuntimeError, match=f"dropout: .*at least run if rows > run.*run={run} and stride={stride}$"):
+        ops.dropout(torch.ones(4, 2, device=device), 0.5, **KEY, run=run, stride=stride)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99])
 def test_dropout(p, dtype, device):
     x = torch.randn(64, 129).to(dtype).to(device)
@@ -91,7 +134,7 @@ def test_dropout(p, dtype, device):
 @pytest.mark.c_core
 def test_gradients():
     x = torch.randn(4, 6, dtype=torch.float64) + 3
-    gradcheck(lambda x: ops.dropout(x, 0.4, **KEY), {"x": x})
+    gradcheck(lambda x: ops.dropout(x, 0.4, **KEY, run=1, stride=2), {"x": x})
     gradcheck(lambda x: ops.jitter(x, 0.1, **KEY), {"x": x})
     gradcheck(lambda x, s: ops.noisy(x, s, **KEY), {"x": x, "s": torch.rand(6, dtype=torch.float64)})
 

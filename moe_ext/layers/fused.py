@@ -41,7 +41,7 @@ class Draws(NamedTuple):
 
     def at(self, name: str) -> dict:
         """Arguments of the random ops for the place `name`."""
-        return dict(seed=self.seed, step=self.step, site=site(name), row0=self.row0)
+        return dict(seed=self.seed, step=self.step, site=site(name), row0=self.row0, run=self.run, stride=self.stride)
 
 
 class Routing(NamedTuple):

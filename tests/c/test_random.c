@@ -77,6 +77,22 @@ static void test_draws(void) {
         for (int s = 0; s < 7; s++) check_draw(all_dtypes[d], shape[s][0], shape[s][1]);
 }
 
+// A rank that holds rows 2, 3, 4 of every 10 draws those rows of the whole; the last run may be short.
+static void test_runs(void) {
+    enum { RUNS = 5, COLS = 300 };
+    const moe_random_key runs = {.seed = key0.seed, .step = 7, .site = 3, .row0 = 2, .run = 3, .stride = 10};
+    float *whole = check_alloc(4 * 10 * RUNS * COLS), *part = check_alloc(4 * 3 * RUNS * COLS);
+    check_threads = 3;
+    CHECK_OK(moe_normal(MOE_F32, key0, 10 * RUNS, COLS, 0, 1, whole));
+    for (int64_t rows = 0; rows <= 3 * RUNS; rows++) {
+        CHECK_OK(moe_normal(MOE_F32, runs, rows, COLS, 0, 1, part));
+        for (int64_t r = 0; r < rows; r++)
+            CHECK(!memcmp(part + r * COLS, whole + (2 + r / 3 * 10 + r % 3) * COLS, 4 * COLS), "row %d of %d", (int)r,
+                  (int)rows);
+    }
+    free(whole); free(part);
+}
+
 // MOE_F64 holds the numbers of MOE_F32; another seed half, step, site or row gives others.
 static void test_keys(void) {
     enum { N = 64 };
@@ -181,6 +197,12 @@ static void test_bad_random(void) {
     CHECK_STATUS(moe_normal(MOE_F32, bad, 2, 2, 0, 1, y), MOE_BAD_VALUE);
     bad = key0, bad.row0 = INT64_MAX;
     CHECK_STATUS(moe_normal(MOE_F32, bad, 2, 2, 0, 1, y), MOE_BAD_VALUE);
+    bad = key0, bad.run = -1;
+    CHECK_STATUS(moe_normal(MOE_F32, bad, 2, 2, 0, 1, y), MOE_BAD_VALUE);
+    bad = key0, bad.run = 2, bad.stride = 1;
+    CHECK_STATUS(moe_normal(MOE_F32, bad, 3, 1, 0, 1, y), MOE_BAD_VALUE);
+    bad.run = 1, bad.stride = INT64_MAX / 2;
+    CHECK_STATUS(moe_normal(MOE_F32, bad, 4, 1, 0, 1, y), MOE_BAD_VALUE);
     for (int i = 0; i < 4; i++) CHECK(y[i] == 9, "an output was touched: %g", y[i]);
 }
 
@@ -241,6 +263,7 @@ static void tests(void) {
     test_known_answers();
     test_functions();
     test_draws();
+    test_runs();
     test_keys();
     test_tables();
     test_moments();
