@@ -3,10 +3,12 @@
 # make gpu     prove everything on one GPU and time it (tests/gpu/run.py): PART=build,conformance,.. runs some parts
 # make sanitize   the core and the ops under ASan + UBSan, the core under TSan        make clean
 #
-# The first run creates .venv. Options: PYTHON=python3.12, MOE_TORCH="torch==2.11.0" (any pip arguments), TEXT=file or folder.
+# The first run creates .venv. Options: PYTHON=python3.12, MOE_TORCH="torch==2.11.0" (any pip arguments), TEXT=file or folder,
+# RECIPE=file with RANKS, the size of its mesh.
 PYTHON    ?= python3
 MOE_TORCH ?= torch==2.13.0
 RECIPE    ?= recipes/tiny.toml
+RANKS     ?= 2
 BIN       := .venv/bin
 PY        := $(BIN)/python
 comma     := ,
@@ -33,7 +35,7 @@ build: .venv/installed
 # ---- the two commands ------------------------------------------------------------------------------------------------
 train: build
 	$(PY) -m moe_ext.data prepare --out data/tiny $(if $(TEXT),--text $(TEXT))
-	$(BIN)/torchrun --standalone --nproc-per-node 1 -m moe_ext.train $(RECIPE) --resume auto
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m moe_ext.train $(RECIPE) --resume auto
 
 test: build lint test-c .venv/parity
 	$(PY) -m pytest

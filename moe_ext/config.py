@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -148,6 +149,9 @@ class TrainConfig:
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
         for name in ("eval_every", "save_every", "keep_last", "sample_tokens", "profile_steps"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it cannot be negative")
+        require(self.timeout > 0, f"train.timeout is {self.timeout}; it must be positive")
+        require(self.loss_scale >= 1 and math.frexp(self.loss_scale)[0] == 0.5, f"train.loss_scale is "
+                f"{self.loss_scale}; it must be a power of two from 1 on")
         require(not self.memory_snapshot or self.profile_steps > 0, "train.memory_snapshot records the profiled "
                 "steps: set train.profile_steps too")
 

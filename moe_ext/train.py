@@ -31,6 +31,7 @@ from moe_ext.generate import complete
 from moe_ext.log import Log, Silence, plot
 from moe_ext.model import GPT, precision
 from moe_ext.optim import LossScaler, adamw, learning_rate, set_learning_rate
+from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import build
@@ -47,9 +48,9 @@ class Command(Config):
 
 def train(config: Config, resume: str = "") -> Path:
     """One run from start, or from a checkpoint, to its last step; returns the run folder. Errors: ConfigError,
-    CheckpointError, FileNotFoundError, FloatingPointError (a loss or gradient that is not finite)."""
+    CheckpointError, FileNotFoundError, FloatingPointError (a loss or gradient that is not finite), RankFailure."""
     folder = config.run_folder
-    with joined(config, resumable=lambda: resumable(folder)) as mesh:
+    with joined(config, facts(config, resume=resume), hint=lambda: resumable(folder)) as mesh:
         log, done = fit(config, mesh, resume)
     if done and config.train.sample_tokens and config.data.tokenizer and mesh.rank == 0:
         log.say(f"sample: {complete(load_run(folder), config.train.sample_prompt, config.train.sample_tokens)}")
@@ -74,14 +75,13 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
     torch.manual_seed(t.seed)
     model = build(config, mesh)
     optimizer = adamw(model, config.optim)
-    scaler = LossScaler(t.loss_scale) if t.dtype == "fp16" else None
+    scaler = LossScaler(t.loss_scale, enabled=t.dtype == "fp16")
     done, best = 0, None
     if start_from is not None:
         state = checkpoint.load(start_from, model=model, optimizer=optimizer, loader=loader,
                                 config=dataclasses.asdict(config))
         done, best = state.step, state.best_loss
-        if scaler and state.extra:
-            scaler.load_state_dict(state.extra)
+        scaler.load_state_dict(state.extra)
 
     # the run folder
     if mesh.rank == 0:
@@ -99,7 +99,7 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
         with log.paused():
             path = checkpoint.save(folder / "ckpt", model=model, optimizer=optimizer, loader=loader, step=step,
                                    config=dataclasses.asdict(config), best_loss=best, keep_last=t.keep_last,
-                                   extra=scaler.state_dict() if scaler else {})
+                                   extra=scaler.state_dict())
             log.say(f"saved {path}")
 
     with Stop() as stop, Profile(config, mesh) as profile:
@@ -114,21 +114,23 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
                     out = model(batch.tokens.to(device), batch.targets.to(device), draws)
                 token_loss = out.token_loss / config.tokens_per_step
                 aux_loss = out.aux_loss / (t.accumulation * mesh.world)
-                scaled = token_loss + aux_loss if scaler is None else (token_loss + aux_loss) * scaler.scale
-                scaled.backward()
+                (scaler.scale * (token_loss + aux_loss)).backward()
                 loss, aux = loss + token_loss.detach() / mesh.config.tp, aux + aux_loss.detach()
                 counts_LE = counts_LE + out.counts_LE
             sum_replicated(model, mesh)
             asked = torch.tensor(float(bool(stop.asked)), device=device)
             loss, aux, counts_LE, asked = mesh.sum(loss, aux, counts_LE, asked)
             counts_LE = counts_LE.long()
-            if not math.isfinite(loss) and scaler is None:
+            if not math.isfinite(loss):
                 raise FloatingPointError(f"step {step}: the loss is {loss:g}: lower optim.lr, lengthen optim.warmup or "
                                          f"set optim.clip; {resumable(folder)}")
-            ...
-            optimizer.step()
+            grad_norm = scaler.clip(model.named_parameters(), config.optim.clip)
+            if grad_norm is not None:
+                optimizer.step()
+                model.update_select_bias(counts_LE)
+            else:
+                log.say(f"step {step}: a gradient overflowed, so it moves nothing; the loss scale is {scaler.scale:g}")
             optimizer.zero_grad()
-            model.update_select_bias(counts_LE)
             loader.advance()
             profile.step()
 
@@ -226,7 +228,7 @@ def main() -> None:
         elif int(os.environ.get("RANK", 0)) == 0:
             check_world(command.mesh, int(os.environ.get("WORLD_SIZE", command.mesh.world)))
             print(describe(command, GPT(command.model, device="meta")))
-    except (ConfigError, checkpoint.CheckpointError, FileNotFoundError, FloatingPointError) as error:
+    except (ConfigError, checkpoint.CheckpointError, FileNotFoundError, FloatingPointError, RankFailure) as error:
         sys.exit(f"error: {error}")
 
 
