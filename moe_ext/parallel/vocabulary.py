@@ -124,7 +124,7 @@ class _CrossEntropy(torch.autograd.Function):
             loss_C, share_C = _join(own_C, at_C, owner_C, group)
             loss += loss_C.where(counts_C, 0).sum()
             dlogits_Cv = logits_Cv.mul_(share_C[:, None])  # a CPU multiplies bf16 by float32 in a float32 copy
-            if v:  # element a_r has its -1 on the wrong ranks too, and was rounded beside it
+            if v:  # xent_ subtracted 1 from element a_r on every rank, and rounded
                 exact_C = ((-own_C).exp() * share_C - here_C).where(counts_C, 0)
                 dlogits_Cv.scatter_(1, near_C[:, None], exact_C[:, None].to(dlogits_Cv.dtype))
             if need_dx:
