@@ -1,0 +1,66 @@
+"""Initial values of parts of parameters: every box has the bits of the same place in the whole."""
+
+import math
+
+import pytest
+import torch
+from compare import same
+
+from moe_ext import ops
+from moe_ext.model import normal_
+from moe_ext.parallel import init
+from moe_ext.parallel.init import box_normal
+
+KEY = dict(seed=11, site=1234567890, std=0.02)
+BOXES = {  # shape: [(start, size), ..]
+    (7, 13): [((0, 0), (7, 13)), ((2, 0), (3, 13)), ((0, 5), (7, 6)), ((6, 12), (1, 1)), ((1, 3), (0, 5))],
+    (5, 6, 9): [((0, 0, 0), (5, 6, 9)), ((3, 0, 0), (2, 6, 9)), ((0, 2, 0), (5, 3, 9)), ((1, 4, 3), (3, 2, 5))],
+    (3, 2, 4, 10): [((0, 0, 0, 0), (3, 2, 4, 10)), ((1, 0, 1, 0), (2, 2, 2, 10)), ((0, 1, 0, 7), (3, 1, 4, 3))],
+    (2, 3, 2, 3, 5): [((0, 1, 1, 0, 2), (2, 2, 1, 3, 3))],
+    (4, 8): [((4, 0), (0, 8)), ((9, 0), (0, 8)), ((0, 8), (4, 0))],  # what FSDP leaves to a rank behind the last row
+    (0, 8): [((0, 0), (0, 8))],
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The [rows, cols] of each draw."""
+    sizes = []
+
+    def random_normal(rows, cols, **options):
+        sizes.append((rows, cols))
+        return draw(rows, cols, **options)
+
+    draw = ops.random_normal
+    monkeypatch.setattr(ops, "random_normal", random_normal)
+    return sizes
+
+
+@pytest.mark.parametrize("piece", [init.PIECE, 30, 1])
+@pytest.mark.parametrize("shape", BOXES, ids=str)
+def test_a_box_is_the_slice_of_the_whole(shape, piece, dtype, device, drawn, monkeypatch):
+    monkeypatch.setattr(init, "PIECE", piece)
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    normal_(whole, KEY["std"], KEY["seed"], KEY["site"])
+    for start, size in BOXES[shape]:
+        drawn.clear()
+        box = box_normal(shape, start, size, dtype=dtype, device=device, **KEY)
+        same(box, whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))].reshape(size))
+        assert sum(rows for rows, _ in drawn) == (math.prod(size[:-1]) if box.numel() else 0), "rows beyond the box"
+        assert all(rows * cols <= max(piece, cols) and cols <= shape[-1] for rows, cols in drawn), "memory"
+
+
+def test_a_last_row_of_a_huge_parameter():
+    """Row numbers beyond 32 bits, of which no rank could draw the whole."""
+    shape, row = (1 << 20, 1 << 16, 6), (1 << 36) - 1
+    want = ops.random_normal(1, 6, step=0, row0=row, **KEY)
+    same(box_normal(shape, ((1 << 20) - 1, (1 << 16) - 1, 0), (1, 1, 6), **KEY), want.view(1, 1, 6))
+
+
+@pytest.mark.parametrize("shape, start, size", [
+    ((4, 8), (0, 0), (5, 8)), ((4, 8), (3, 0), (2, 8)), ((4, 8), (-1, 0), (2, 8)), ((4, 8), (0, 0), (4, -1)),
+    ((4, 8), (0,), (4, 8)), ((4, 8), (0, 0), (4,)), ((8,), (0,), (8,)),
+])  # fmt: skip
+def test_a_box_outside_is_refused(shape, start, size):
+    with pytest.raises(ValueError, match=r"box_normal: got the box of size .* wanted one inside shape"):
+        box_normal(shape, start, size, **KEY)
