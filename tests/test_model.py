@@ -83,7 +83,7 @@ def test_variant_equals_reference_ops(name, device, monkeypatch):
     want, want_grads = losses_and_grads(model, tokens, targets)
     assert torch.equal(got.counts_LE, want.counts_LE) and got.dropped == want.dropped
     # the generator's own arithmetic is fp32 at heart, whatever the dtype of its numbers
-    tolerance = 1e-7 if config.moe.noise or config.moe.jitter or config.dropout else 1e-11
+    tolerance = 4e-7 if config.moe.noise or config.moe.jitter or config.dropout else 1e-11
     if dtype == torch.float32:
         tolerance = 1e-4
     assert_close({"token": got.token_loss, "aux": got.aux_loss}, {"token": want.token_loss, "aux": want.aux_loss},
