@@ -1,39 +1,77 @@
-"""Clip gradients by their global norm: g *= min(1, max_norm / |g|), |g| = sqrt(sum over all parameters of g^2)."""
+"""Clip gradients by their global norm: g *= min(1, max_norm / |g|), |g| = sqrt(sum over all parameters of g^2).
+
+On any mesh: a DTensor counts once, however many ranks hold a copy of it, and parameters may lie on different meshes.
+"""
 import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 
 class NonFiniteGradient(FloatingPointError):
     """A gradient holds NaN or infinity; no gradient and no parameter has been changed."""
 
 
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """The norm in float64, piece by piece: torch widens what it measures, and a piece of 2^15 stays in the cache."""
+def _square(x: torch.Tensor) -> torch.Tensor:
+    """|x|^2 in float64, piece by piece: torch widens what it measures, and a piece of 2^15 stays in the cache."""
     pieces = x.flatten().split(2**15)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in pieces]))
+    norms = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces])
+    return torch.linalg.vector_norm(norms).square()
 
 
-def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], max_norm: float = 0.0) -> float:
-    """Scale all gradients in place so that their global norm is at most max_norm; return the norm before.
+def _copies(name: str, grad: torch.Tensor, world: int) -> int:
+    """How many of the world's ranks hold each value: a dimension that shards makes shards, every other makes copies,
+    be it of this parameter's mesh or not."""
+    if not isinstance(grad, DTensor):
+        return world
+    if any(placement.is_partial() for placement in grad.placements):
+        raise ValueError(f"gradient of {name}: got placements {grad.placements}, wanted shards and replicas: reduce it "
+                         "first, a norm of parts is not the norm of their sum")
+    dims = zip(grad.device_mesh.shape, grad.placements, strict=True)
+    return world // math.prod(size for size, placement in dims if not placement.is_replicate())
 
-    named_parameters: as from model.named_parameters(); those without a gradient are skipped. max_norm: 0 measures only.
-    Squares are summed in float64: a finite float32 gradient of any size neither overflows nor vanishes. One host read.
-    NonFiniteGradient names the first bad parameter; a driver that would rather skip the step catches it and zeroes the
-    gradients.
+
+@torch.no_grad()
+def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], max_norm: float = 0.0,
+                   scale: float = 1.0) -> float:
+    """Divide all gradients in place by scale and clip their global norm to max_norm; return the norm between the two.
+
+    named_parameters: as from model.named_parameters(); those without a gradient are skipped. max_norm: 0 only measures
+    and divides. scale: what the loss was multiplied by (LossScaler). One pass writes the gradients, or none if nothing
+    changes. Squares are summed in float64: a finite float32 gradient of any size neither overflows nor vanishes; a
+    float64 gradient beyond 1e154 counts as not finite, one below 1e-162 as zero. One host read.
+
+    Called by all ranks, with the same parameters in the same order; a gradient is a DTensor, sharded and replicated at
+    will, or a plain tensor, of which every rank has a copy. One all-reduce, so all ranks return the same number and
+    replicas that were bitwise equal stay so.
+
+    NonFiniteGradient, with the same words on all ranks, names the first bad parameter; a driver that would rather skip
+    the step catches it and zeroes the gradients. ValueError: a gradient that is still partial.
     """
+    world = dist.get_world_size() if dist.is_initialized() else 1
     named = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
     if not named:
         return 0.0
-    grads = [grad for _, grad in named]
-    norms = torch.stack([_norm(grad) for grad in grads]).tolist()
+    copies = [_copies(name, grad, world) for name, grad in named]
+    shards = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in named]
+    squares = torch.stack([_square(shard) for shard in shards])
+    if world > 1:
+        dist.all_reduce(squares)
+    norms = [math.sqrt(square / c) for square, c in zip(squares.tolist(), copies, strict=True)]
     total = math.hypot(*norms)
     if not math.isfinite(total):
-        bad, grad = next(pair for pair, norm in zip(named, norms, strict=True) if not math.isfinite(norm))
-        raise NonFiniteGradient(f"gradient of {bad}: {int(grad.isnan().sum())} NaN and {int(grad.isinf().sum())} "
-                                f"infinite of {grad.numel()} values: lower optim.lr, lengthen optim.warmup, or look "
-                                "for a division by zero in the loss")
-    if 0 < max_norm < total:
-        torch._foreach_mul_(grads, max_norm / total)
+        i = next(i for i, norm in enumerate(norms) if not math.isfinite(norm))
+        counts = torch.stack([shards[i].isnan().sum(), shards[i].isinf().sum()])
+        if world > 1:
+            dist.all_reduce(counts)
+        nan, inf = (math.ceil(count / copies[i]) for count in counts.tolist())     # up: one replica alone may be bad
+        name, grad = named[i]
+        raise NonFiniteGradient(f"gradient of {name}: {nan} NaN and {inf} infinite of {grad.numel()} values: lower "
+                                "optim.lr, lengthen optim.warmup, or look for a division by zero in the loss")
+    total /= scale
+    factor = (max_norm / total if 0 < max_norm < total else 1.0) / scale
+    if factor != 1:
+        torch._foreach_mul_(shards, factor)
     return total
