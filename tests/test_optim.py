@@ -1,4 +1,5 @@
-"""Parameter groups, the schedules against published learning rates, and clipping against float64."""
+"""Parameter groups, the schedules against published learning rates, clipping against float64, and loss scaling."""
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 
 from moe_ext.config import OptimConfig
 from moe_ext.optim import (
+    LossScaler,
     NonFiniteGradient,
     adamw,
     clip_grad_norm,
@@ -167,3 +169,103 @@ def test_a_bad_gradient_is_named_before_anything_moves(bad, count):
     with pytest.raises(NonFiniteGradient, match=rf"layer.1.weight: {count} of 25 values: lower optim.lr"):
         clip_grad_norm(named, 1.0)
     assert torch.equal(named[0][1].grad, torch.full((4,), 7.0))
+
+
+@pytest.mark.parametrize("max_norm, factor", [(0.0, 1 / 64), (1e9, 1 / 64), (0.25, 0.25 / 5 / 64)])
+def test_scaled_gradients_are_divided_and_clipped_in_one_pass(max_norm, factor, monkeypatch):
+    passes, multiply = [], torch._foreach_mul_
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda *args: (passes.append(1), multiply(*args)))
+    named = parameters(torch.tensor([3.0 * 64], dtype=torch.float64), torch.tensor([-4.0 * 64], dtype=torch.float64))
+    assert clip_grad_norm(named, max_norm, scale=64.0) == 5.0
+    assert [p.grad.item() for _, p in named] == pytest.approx([192 * factor, -256 * factor], rel=1e-15)
+    assert passes == [1]
+
+
+# ---- loss scaling ----------------------------------------------------------------------------------------------------
+def scaled_step(scaler, exponent):
+    """One step of a parameter whose float16 gradient is 2^exponent times the scale; what clip returned."""
+    p = nn.Parameter(torch.ones(()))
+    loss = p.half().float() * 2.0**exponent
+    (scaler.scale * loss).backward()
+    norm = scaler.clip([("weight", p)])
+    assert norm is None or norm == p.grad == 2.0**exponent
+    return norm
+
+
+def steps(scaler, pattern):
+    """Good steps (g) and overflows (o): what clip returned and the scale after it."""
+    return [(scaler.clip(parameters(torch.tensor([math.inf if step == "o" else 1.0]))), scaler.scale)
+            for step in pattern]
+
+
+@pytest.mark.parametrize("safe", range(9, 32))
+def test_skips_as_megatron_does(safe):
+    """Megatron-LM from 2^32 with hysteresis 2, where 2^safe is the largest scale that float16 bears: the first
+    overflow does not halve, and min(20, 33 - safe) of 20 steps are skipped."""
+    scaler, scales, skipped = LossScaler(2.0**32, window=1000, hysteresis=2), [], 0
+    for _ in range(20):
+        skipped += scaled_step(scaler, 15 - safe) is None
+        scales.append(str(scaler.scale))
+    assert scales[:3] == ["4294967296.0", "2147483648.0", "1073741824.0" if safe < 31 else "2147483648.0"]
+    assert skipped == min(20, 33 - safe)
+
+
+def test_gradients_that_float16_cannot_hold_survive():
+    p = nn.Parameter(torch.ones(()))
+    (p.half().float() * 2.0**-30).backward()
+    assert p.grad == 0
+    assert scaled_step(LossScaler(), -30) == 2.0**-30
+
+
+@pytest.mark.parametrize("hysteresis, scales", [
+    (1, [8, 16, 8, 4, 4, 2, 2, 4]), (3, [8, 16, 16, 16, 16, 8, 8, 16])])
+def test_the_scale_halves_and_doubles(hysteresis, scales):
+    """Window 2: an overflow starts the window anew, a doubling the hysteresis."""
+    scaler = LossScaler(8.0, window=2, hysteresis=hysteresis)
+    assert [scale for _, scale in steps(scaler, "ggoogogg")] == scales
+    assert steps(scaler, "o")[0][1] == (scales[-1] / 2 if hysteresis == 1 else scales[-1])
+
+
+def test_overflow_leaves_the_gradients_to_be_dropped():
+    named = parameters(torch.tensor([3.0]), torch.tensor([math.inf]))
+    assert LossScaler().clip(named, 1.0) is None
+    assert named[0][1].grad == 3.0
+
+
+def test_no_scale_is_left_below_one():
+    scaler, named = LossScaler(2.0), parameters(torch.tensor([math.nan]))
+    assert scaler.clip(named) is None and scaler.scale == 1.0
+    with pytest.raises(FloatingPointError, match=r"even at a loss scale of 1: gradient of layer.0.weight: 1 NaN"):
+        scaler.clip(named)
+    assert scaler.scale == 1.0
+
+
+def test_without_float16_it_is_clip_grad_norm():
+    scaler, named = LossScaler(enabled=False, window=1), parameters(torch.tensor([3.0, 4.0]))
+    assert scaler.clip(named, 1.0) == 5.0 and scaler.scale == 1.0 and scaler.state_dict() == {}
+    torch.testing.assert_close(named[0][1].grad, torch.tensor([0.6, 0.8]))
+    with pytest.raises(NonFiniteGradient):
+        scaler.clip(parameters(torch.tensor([math.nan])))
+
+
+def test_a_scaler_goes_on_from_its_state():
+    scaler, resumed = LossScaler(window=3, hysteresis=2), LossScaler(window=3, hysteresis=2)
+    steps(scaler, "gggog")
+    resumed.load_state_dict(json.loads(json.dumps(scaler.state_dict())))
+    assert steps(resumed, "ggogo") == steps(scaler, "ggogo")
+
+
+def test_a_foreign_state_is_refused():
+    scaler = LossScaler()
+    with pytest.raises(ValueError, match=r"got the state \{\}, wanted the keys \['scale', .* another train.dtype"):
+        scaler.load_state_dict(LossScaler(enabled=False).state_dict())
+    assert scaler.state_dict() == LossScaler().state_dict()
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (dict(scale=0.5), "scale: got 0.5, wanted a power of two from 1 on"), (dict(scale=1000.0), "scale: got 1000.0"),
+    (dict(scale=math.inf), "scale: got inf"), (dict(scale=math.nan), "scale: got nan"),
+    (dict(window=0), "window: got 0, wanted at least 1"), (dict(hysteresis=0), "hysteresis: got 0")])
+def test_settings_out_of_range(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LossScaler(**arguments)
