@@ -1,7 +1,6 @@
 """Every mesh computes what one process computes: losses, gradients and updated parameters, in fp64."""
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 import time
@@ -12,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe_ext.config import MeshConfig, ModelConfig, MoEConfig, OptimConfig, meshes
-from moe_ext.layers.fused import Draws
 from moe_ext.model import GPT
 from moe_ext.optim import adamw
 from moe_ext.parallel.mesh import Mesh
@@ -38,7 +36,9 @@ class Case:
 
 
 def clip_grad_norm(named, max_norm):
-    import torch.distributed as dist, math
+    import math
+
+    import torch.distributed as dist
     grads, total = [], torch.zeros((), dtype=torch.float64)
     for n, p in named:
         g = p.grad
@@ -136,7 +136,7 @@ if __name__ == "__main__":
                     t = time.time()
                     try:
                         worst = prove(Case(m, model), folder)
-                    except AssertionError as e:
+                    except AssertionError:
                         print("FAIL", m.sizes, name, flush=True)
                         continue
                     k = max(worst, key=worst.get)

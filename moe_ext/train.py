@@ -81,7 +81,8 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
         state = checkpoint.load(start_from, model=model, optimizer=optimizer, loader=loader,
                                 config=dataclasses.asdict(config))
         done, best = state.step, state.best_loss
-        scaler.load_state_dict(state.extra)
+        if scaler.enabled and state.extra:
+            scaler.load_state_dict(state.extra)
 
     # the run folder
     if mesh.rank == 0:
@@ -209,7 +210,8 @@ class Profile:
     def write(self, trace):
         self.folder.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(self.folder / f"trace{self.rank}.json"))
-        (self.folder / f"ops{self.rank}.txt").write_text(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
+        table = trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+        (self.folder / f"ops{self.rank}.txt").write_text(table)
         if self.memory:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory{self.rank}.pickle"))
 

@@ -73,7 +73,7 @@ def test_command_line_comes_last(tmp_path):
     ("[train]\nmicro_batch = 0\n", ["train.micro_batch is 0"]),
     ("[train]\nmemory_snapshot = true\n", ["set train.profile_steps"]),
     ("[mesh]\npp = 2\n", ["mesh.pp is 2", "not built yet"]),
-    ("[mesh]\nfsdp = 4\nep = 3\n", ["mesh.ep * mesh.etp = 3 does not divide mesh.fsdp * mesh.tp = 4", "that does is 2"]),
+    ("[mesh]\nfsdp = 4\nep = 3\n", ["mesh.ep * mesh.etp = 3 does not divide mesh.fsdp * mesh.tp = 4", "does is 2"]),
     ("[mesh]\ntp = 2\netp = 4\n", ["mesh.etp is 4", "1 or mesh.tp = 2"]),
     ("[mesh]\ntp = 3\n", ["mesh.tp 3 does not divide model.seq_len 256", "nearest that does is 2"]),
     ("[mesh]\nfsdp = 2\nep = 2\n", ["mesh.ep and mesh.etp spread experts"]),

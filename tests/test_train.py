@@ -197,7 +197,7 @@ def test_memory_snapshot_needs_cuda(data, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
-    def broken(config):
+    def broken(config, mesh):
         model = build(config)
         torch.nn.init.constant_(model.lm_head.weight, 1e38)
         return model

@@ -117,8 +117,8 @@ class ExpertExchange:
 class SplitExperts:
     """The exchange of experts that are split over the ranks of `group` (expert TP), each with a part of F.
 
-    All tokens of the group go to each of its ranks, and of their partial results the sum comes back. `exchange`: between
-    the experts' owners with the same part, None if there is one.
+    All tokens of the group go to each of its ranks, and of their partial results the sum comes back. `exchange`:
+    between the owners of the same part of different experts, None if there is one.
     """
 
     def __init__(self, group, exchange=None):

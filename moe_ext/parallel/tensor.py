@@ -1,9 +1,9 @@
-"""Tensor parallelism with sequence parallelism, from outside: tp ranks share every matrix and, between them, the tokens.
+"""Tensor with sequence parallelism, from outside: tp ranks share every matrix and, between the modules, the tokens.
 
 Between the modules a rank holds S/tp consecutive tokens of each sequence, so norms, router and dropout do a part of the
 work. Attention, MLPs and head compute on whole sequences with a part of the columns (Megatron-LM; Korthikanti et al.):
 
-    x [B,S/tp,D] -> gather -> q, k, v | gate, up: rows of W -> .. -> o | down: columns of W -> reduce_scatter -> [B,S/tp,D]
+    [B,S/tp,D] -> gather -> q, k, v | gate, up: rows of W -> .. -> o | down: columns of W -> reduce_scatter -> [B,S/tp,D]
     embedding, head: rows of the vocabulary (moe_ext.parallel.vocabulary)
 
 Parameters become DTensors over tp, sharded where the table says and replicated elsewhere. Activations stay ordinary
@@ -62,7 +62,7 @@ def tensor_parallel(model: nn.Module, mesh) -> None:
 
 
 def whole_sequences(module: nn.Module, dim: int, group) -> None:
-    """The module gets all ranks' tokens along `dim`, and of its partial results the sum of this rank's tokens leaves."""
+    """The module gets all ranks' tokens along `dim`; of its partial results the sum leaves, for this rank's tokens."""
     module.register_forward_pre_hook(lambda _, args: (gather(as_autocast(args[0]), dim, group), *args[1:]))
     module.register_forward_hook(lambda _, args, y: reduce_scatter(y, dim, group))
 
