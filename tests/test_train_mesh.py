@@ -79,7 +79,7 @@ def test_resume_is_bitwise_on_its_mesh_and_right_on_any_other(data, alone, tmp_p
 
 
 def test_16_bits(data, tmp_path):                                                           # noqa: F811
-    """bf16 and fp16 learn alike on one rank and on two; the scaler is checkpointed, an overflow skips everyone's step."""
+    """bf16 and fp16 learn alike on one rank and on two; the scaler is checkpointed, an overflow skips all steps."""
     for dtype in ("bf16", "fp16"):
         options = dict(train__dtype=dtype, train__steps=10)
         runs = [fit(data, tmp_path / f"{dtype}{name}", tmp_path / f"store-{dtype}{name}", **options, **mesh)
