@@ -1,29 +1,41 @@
-"""Checkpoints that are whole or absent, load completely or not at all, and continue bit for bit.
+"""Checkpoints that are whole or absent, load completely or not at all, and continue bit for bit, on any mesh.
 
     RUN/ckpt/step-000500/
-        shard-*.safetensors     tensors, by torch.distributed.checkpoint: readable on any mesh, without pickle
+        shard-*.safetensors     tensors, by torch.distributed.checkpoint, one file of each rank, without pickle
             model.NAME          parameters and persistent buffers
             optim.NAME.STATE    the optimizer's state of parameter NAME (exp_avg, exp_avg_sq, step, ...)
-            rng.cpu, rng.cuda   torch's generators
+            rng.cpu, rng.cuda   torch's generators, those of rank 0
         state.json              format, step, best_loss, config, the loader's position, which states each parameter has
 
 A save writes a folder step-000500.tmp-*, syncs every file and the folder to disk, and renames it: a kill at any moment
 leaves a folder that does not count, beside the previous checkpoint. Tied parameters are stored once, under their
 first name. Learning rate, weight decay and betas are not state: they come from the config of the run that continues.
+
+With torch.distributed, all ranks of the default group call save and load together, on a folder that all of them see; an
+error of one rank is raised on every rank. A DTensor is stored as boxes: the file of a rank holds its box under the
+tensor's name, and the JSON under DCP_SHARDING_INFO in the file's metadata gives each box's first index, {NAME:
+{"saved_offsets": [..]}}. A box that several ranks hold is written by one of them, so the boxes tile the tensor. What one
+process saves is one file of whole tensors for any reader of safetensors; what a mesh saves becomes that when one process
+loads and saves it.
 """
 import json
+import math
 import os
+import pickle
 import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 FORMAT = 1
@@ -41,42 +53,65 @@ class State(NamedTuple):
     config: dict                # dataclasses.asdict of the run's Config
     loader: dict                # Loader.state_dict()
     optimizer: dict             # {"class": "AdamW", "states": {NAME: {STATE: shape}}} of each parameter that it moves
+    extra: dict                 # what else the run needs, as save was given it: JSON values
 
 
 def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader, step: int,
-         config: dict, best_loss: float | None = None, keep_last: int = 0) -> Path:
-    """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all).
+         config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None) -> Path:
+    """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all). Collective.
 
-    loader: anything with state_dict() -> JSON values. config: dataclasses.asdict(Config).
+    loader: anything with state_dict() -> JSON values. config: dataclasses.asdict(Config). extra: more JSON values.
+    folder and all that is not a tensor are those of rank 0. Errors: CheckpointError, OSError, on every rank the same.
     """
-    folder = Path(folder)
+    work, final = on_rank_0(lambda: begin(Path(folder), f"step-{step:06d}"))
+
+    def content():
+        if not work.is_dir():
+            raise CheckpointError(f"{work}: made by rank 0, but rank {rank()} does not see it: give the full path of "
+                                  "a folder on storage that all ranks share")
+        states = {name: optimizer.state.get(p, {}) for name, p in moved_parameters(model, optimizer).items()}
+        tensors = model_tensors(model) | flat(states) | (generator_tensors() if rank() == 0 else {})
+        shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
+        moved = {"class": type(optimizer).__name__, "states": shapes}
+        return tensors, State(step, best_loss, config, loader.state_dict(), moved, extra or {})
+
+    tensors, state = together(content)
+    with dcp_errors(f"{final} was not saved, earlier checkpoints are as they were"):
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True),
+                 planner=Contiguous(flatten_state_dict=False), no_dist=ranks() == 1)
+    on_rank_0(lambda: finish(work, final, state, keep_last))
+    return final
+
+
+class Contiguous(DefaultSavePlanner):
+    """Writes each box in row-major order, as safetensors wants it, whatever the strides of a rank's tensor."""
+
+    def transform_object(self, write_item, object):
+        return object.contiguous()
+
+
+def begin(folder: Path, name: str) -> tuple[Path, Path]:
+    """The folder to write into, and the one that it will become."""
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder)
-    final = folder / f"step-{step:06d}"
-    work = Path(tempfile.mkdtemp(prefix=final.name + ".tmp-", dir=folder))
+    work = Path(tempfile.mkdtemp(prefix=name + ".tmp-", dir=folder))
     work.chmod(0o755)
+    return work, folder / name
 
-    moved = moved_parameters(model, optimizer)
-    states = {name: optimizer.state.get(parameter, {}) for name, parameter in moved.items()}
-    tensors = model_tensors(model) | flat(states) | generator_tensors()
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with one_process():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True), no_dist=True)
-    shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
-    state = State(step, best_loss, config, loader.state_dict(), {"class": type(optimizer).__name__, "states": shapes})
+
+def finish(work: Path, final: Path, state: State, keep_last: int) -> None:
+    """Every rank has written and synced its file: complete the folder, let it count, and discard old ones."""
     (work / "state.json").write_text(json.dumps({"format": FORMAT, **state._asdict()}, indent=1))
-
-    for path in [*work.iterdir(), work]:
-        sync(path)
+    sync(work / "state.json")
+    sync(work)
     if final.exists():                                  # the same step again: whole under one name or the other
         final.rename(final.with_name(final.name + ".old"))
     work.rename(final)
-    sync(folder)
-    clear(folder)
-    others = [path for path in whole(folder) if path != final]
+    sync(final.parent)
+    clear(final.parent)
+    others = [path for path in whole(final.parent) if path != final]
     for path in others[:max(0, len(others) + 1 - keep_last)] if keep_last else []:
         discard(path)
-    return final
 
 
 def clear(folder: Path) -> None:
@@ -96,7 +131,7 @@ def whole(folder: str | Path) -> list[Path]:
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a folder, None if there is none."""
+    """The newest complete checkpoint of a folder, None if there is none. Ranks that must agree: on_rank_0."""
     return next(reversed(whole(folder)), None)
 
 
@@ -111,7 +146,7 @@ def read_state(path: str | Path) -> State:
         raise CheckpointError(f"{file}: {error}; a damaged file: use an earlier checkpoint") from None
     if state.pop("format", None) != FORMAT:
         raise CheckpointError(f"{file}: not of format {FORMAT}: load it with the version of moe_ext that wrote it")
-    return State(**state)
+    return State(**{"extra": {}, **state})              # the first checkpoints had none
 
 
 def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, loader=None,
@@ -121,10 +156,28 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
     Without an optimizer only the model is read (evaluation, sampling). config: the wanted dataclasses.asdict(Config);
     if its "model" differs from the checkpoint's, that is an error naming the fields. Every tensor of the model and the
     optimizer must be in the checkpoint with its shape and dtype, and every such tensor of the checkpoint in them;
-    nothing is touched before that is certain. Errors: FileNotFoundError, CheckpointError.
+    nothing is touched before that is certain on every rank. Collective; rank 0's path holds. The mesh is free: each
+    rank reads the boxes that it needs. Errors: FileNotFoundError, CheckpointError, on every rank the same.
     """
-    path = Path(path)
-    state = read_state(path)
+    path, state = on_rank_0(lambda: (Path(path), read_state(path)))
+    reader = HuggingFaceStorageReader(str(path))
+    tensors, states = together(lambda: room(path, state, reader, model, optimizer, config))
+    if loader is not None:
+        together(lambda: loader.load_state_dict(state.loader))
+    with dcp_errors(f"{path}: damaged or unreadable, use an earlier checkpoint"):
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks() == 1)
+    if optimizer is not None:
+        for name, parameter in moved_parameters(model, optimizer).items():
+            optimizer.state[parameter] = states[name]
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return state
+
+
+def room(path: Path, state: State, reader: HuggingFaceStorageReader, model: torch.nn.Module,
+         optimizer: torch.optim.Optimizer | None, config: dict | None) -> tuple[dict, dict]:
+    """What load reads into, {stored name: tensor}, and of it the optimizer's {NAME: {STATE: tensor}}, if all fits."""
     if config is not None:
         differing = differences(state.config["model"], config["model"], "model")
         if differing:
@@ -134,29 +187,59 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
         raise CheckpointError(f"{path}: optimizer: got the state of {state.optimizer['class']}, wanted that of "
                               f"{type(optimizer).__name__}: resume with the optimizer that wrote it")
     try:
-        reader = HuggingFaceStorageReader(str(path))
         stored = reader.read_metadata().state_dict_metadata
-        tensors = model_tensors(model)
-        check(path, "model.", stored, tensors)
-        if optimizer is not None:
-            states = empty_states(path, model, optimizer, state.optimizer["states"], stored)
-            generators = {name: t for name, t in generator_tensors().items() if name == "rng.cpu" or name in stored}
-            check(path, "rng.cpu", stored, {"rng.cpu": generators["rng.cpu"]})
-            tensors |= flat(states) | generators
-        if loader is not None:
-            loader.load_state_dict(state.loader)
-        with one_process():
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {error}; a truncated or damaged .safetensors file: use an earlier "
                               "checkpoint") from None
+    tensors, states = model_tensors(model), {}
+    check(path, "model.", stored, tensors)
     if optimizer is not None:
-        for name, parameter in moved_parameters(model, optimizer).items():
-            optimizer.state[parameter] = states[name]
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return state
+        states = empty_states(path, model, optimizer, state.optimizer["states"], stored)
+        generators = {name: t for name, t in generator_tensors().items() if name == "rng.cpu" or name in stored}
+        check(path, "rng.cpu", stored, {"rng.cpu": generators["rng.cpu"]})
+        tensors |= flat(states) | generators
+    return tensors, states
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def together(action: Callable):
+    """action() of this rank; an error of any rank is raised on every rank, that of the lowest one. Collective."""
+    value, error = None, None
+    try:
+        value = action()
+    except Exception as caught:
+        error = caught
+    errors = [error]
+    if ranks() > 1:
+        errors = [None] * ranks()
+        dist.all_gather_object(errors, portable(error))
+    for error in errors:
+        if error is not None:
+            raise error
+    return value
+
+
+def on_rank_0(action: Callable):
+    """What action() gives on rank 0, or its error, on every rank: `on_rank_0(lambda: latest(folder))`. Collective."""
+    value = [together(action if rank() == 0 else lambda: None)]
+    if ranks() > 1:
+        dist.broadcast_object_list(value, src=0)
+    return value[0]
+
+
+def portable(error: Exception | None) -> Exception | None:
+    """The error, or a CheckpointError that says the same if it does not survive the way to another rank."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return CheckpointError(f"rank {rank()}: {type(error).__name__}: {error}")
 
 
 def differences(got: dict, wanted: dict, name: str) -> list[str]:
@@ -171,19 +254,26 @@ def differences(got: dict, wanted: dict, name: str) -> list[str]:
     return lines
 
 
-def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """model.NAME -> parameter or persistent buffer, one name for tied ones."""
-    tensors, seen = {}, set()
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """NAME -> parameter or persistent buffer, one name for tied ones.
+
+    From state_dict, not named_parameters: it makes FSDP2 put the sharded parameters back, which are the optimizer's,
+    where a forward has left the gathered ones.
+    """
+    tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors["model." + name] = tensor.detach()
-    return tensors
+        tensors.setdefault(id(tensor), (name, tensor))
+    return dict(tensors.values())
+
+
+def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """model.NAME -> parameter or persistent buffer."""
+    return {"model." + name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
 
 def moved_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
     """NAME -> parameter, of those that the optimizer moves, in its order."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
     return {names[id(parameter)]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
@@ -222,26 +312,30 @@ def empty_states(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
 
     check_names(path, "optim.", stored, {f"optim.{name}.{key}" for name, of in listed.items() for key in of})
 
-    def room(name, key, shape):
+    def empty(name, key, shape):
         parameter, dtype = moved[name], stored[f"optim.{name}.{key}"].properties.dtype
-        if shape == list(parameter.shape):
+        if shape == list(parameter.shape) and key != "step":
             return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return torch.empty(shape, dtype=dtype, device=scalar.get(id(parameter), parameter.device))
 
-    states = {name: {key: room(name, key, shape) for key, shape in of.items()} for name, of in listed.items()}
+    states = {name: {key: empty(name, key, shape) for key, shape in of.items()} for name, of in listed.items()}
     check(path, "optim.", stored, flat(states))
     return states
 
 
 def check(path: Path, section: str, stored: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """CheckpointError unless the stored names of a section, their shapes and dtypes are those of `tensors`."""
+    """CheckpointError unless the stored names of a section, their shapes and dtypes are those of `tensors`, and every
+    stored tensor is complete: its boxes, which are disjoint, hold as many values as it has."""
     check_names(path, section, stored, tensors.keys())
     for name, tensor in tensors.items():
+        values = sum(math.prod(box.sizes) for box in stored[name].chunks)
         got = f"{stored[name].properties.dtype} {list(stored[name].size)}"
+        if values != math.prod(stored[name].size):
+            got += f" in boxes of together {values} values"
         wanted = f"{tensor.dtype} {list(tensor.shape)}"
         if got != wanted:
             raise CheckpointError(f"{path}: {name}: got {got}, wanted {wanted}: build the model with the config of the "
-                                  "checkpoint, or use another checkpoint")
+                                  "checkpoint, copy all files of its folder, or use another checkpoint")
 
 
 def check_names(path: Path, section: str, stored: dict, wanted) -> None:
@@ -254,14 +348,17 @@ def check_names(path: Path, section: str, stored: dict, wanted) -> None:
 
 
 @contextmanager
-def one_process():
-    """Around torch.distributed.checkpoint without a process group: no warning about that, ordinary exceptions."""
+def dcp_errors(what: str):
+    """Around torch.distributed.checkpoint: no warning about a single process, and instead of its BaseException, which
+    would pass every `except Exception`, a CheckpointError with the first rank's error, on every rank."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             yield
-        except dcp.api.CheckpointException as error:    # a BaseException that would pass every `except Exception`
-            raise CheckpointError(str(error)) from None
+        except dcp.api.CheckpointException as error:
+            first = min(error.failures)
+            cause = error.failures[first][0]
+            raise CheckpointError(f"{what}: rank {first}: {type(cause).__name__}: {cause}") from None
 
 
 def sync(path: Path) -> None:
