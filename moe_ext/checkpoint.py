@@ -12,11 +12,11 @@ leaves a folder that does not count, beside the previous checkpoint. Tied parame
 first name. Learning rate, weight decay and betas are not state: they come from the config of the run that continues.
 
 With torch.distributed, all ranks of the default group call save and load together, on a folder that all of them see; an
-error of one rank is raised on every rank. A DTensor is stored as boxes: the file of a rank holds its box under the
-tensor's name, and the JSON under DCP_SHARDING_INFO in the file's metadata gives each box's first index, {NAME:
-{"saved_offsets": [..]}}. A box that several ranks hold is written by one of them, so the boxes tile the tensor. What one
-process saves is one file of whole tensors for any reader of safetensors; what a mesh saves becomes that when one process
-loads and saves it.
+error of one rank is raised on every rank. A DTensor is stored as boxes: a rank's file holds its box under the tensor's
+name, and the JSON under DCP_SHARDING_INFO in the file's metadata gives the first index of each box, {NAME:
+{"saved_offsets": [..]}}. A box that several ranks have is written by one of them, so the boxes tile the tensor. What
+one process saves is one file of whole tensors for any reader of safetensors; what a mesh saves becomes that when one
+process loads and saves it.
 """
 import json
 import math
@@ -157,7 +157,7 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
     if its "model" differs from the checkpoint's, that is an error naming the fields. Every tensor of the model and the
     optimizer must be in the checkpoint with its shape and dtype, and every such tensor of the checkpoint in them;
     nothing is touched before that is certain on every rank. Collective; rank 0's path holds. The mesh is free: each
-    rank reads the boxes that it needs. Errors: FileNotFoundError, CheckpointError, on every rank the same.
+    rank reads the boxes that it needs. Errors: FileNotFoundError, CheckpointError, OSError, on every rank the same.
     """
     path, state = on_rank_0(lambda: (Path(path), read_state(path)))
     reader = HuggingFaceStorageReader(str(path))
