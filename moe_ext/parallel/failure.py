@@ -1,11 +1,11 @@
 """When one rank of a run fails, every rank ends: soon, with one sentence, with exit status 1.
 
-    store, rank, world = next(dist.rendezvous("env://", timeout=..))        # torchrun's store outlives rank 0
+    store, rank, world = join(timeout=120.0)                                # torchrun's store, which outlives rank 0
     with Watch(store, rank, world, timeout=120.0, hint=resumable) as watch: # before anything that can fail or wait
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
         agree(store, rank, world, facts(config, resume=resume))             # ConfigError on all ranks, or on none
         ..
-        watch.at("step 12")                                                 # 5 us: for the sentence
+        watch.at("step 12")                                                 # for the sentence; 20 us
 
     error: rank 1 (pid 4242 on node7) died in step 12 (killed or crashed); rank 0 was in step 12; --resume auto ..
 
@@ -41,6 +41,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -52,6 +53,13 @@ from moe_ext.config import Config, ConfigError
 PATIENCE = 6            # beats of silence that convict a rank once another one has had a RuntimeError
 LINGER = 20             # seconds within which a process that has lost another rank must have ended
 LEFT = "left"           # the last heartbeat of a rank that ended well
+
+
+def join(timeout: float) -> tuple[dist.Store, int, int]:
+    """(store, rank, world) as torchrun's environment has them; `timeout`: seconds to wait for the store."""
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    # after a restart (--max-restarts) the store still holds the keys of the attempt that failed
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, world
 
 
 class RankFailure(RuntimeError):
@@ -102,10 +110,12 @@ class Watch:
         beats = None
         while not self.answered.wait(self.timeout / 2) and beats != self.beats:
             beats = self.beats
-        if self.guard_sigterm:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if not self.answered.is_set():
+        if self.answered.is_set():
+            os.close(self.wake)
+        else:
             self.failure = f"the store of the run has not answered for {self.timeout:g} s"
+        if self.guard_sigterm and good_end and not self.failure:    # else not even now: the sentence is not printed yet
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.failure and (good_end or isinstance(error, RuntimeError)):
             raise RankFailure(self._sentence()) from error
 
