@@ -8,6 +8,7 @@ import signal
 import sys
 import termios
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,17 +61,27 @@ class Keyboard:
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
 
 
+def sleeps(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 def test_each_rank_is_asked_in_its_turn():
+    read, write = os.pipe()
+
     def body(rank):
         secret = 40 + rank
+        os.write(write, b"!")
         set_trace()
         assert secret == 50 + rank
 
     keyboard = Keyboard(body)
+    here = b""
+    while len(here) < 2 or not all(map(sleeps, keyboard.pids)):     # one in its prompt, one until it is asked
+        here += os.read(read, 2) if len(here) < 2 else b""
     asked = []
     for _ in range(2):
         text, rank = keyboard.ask()
-        assert "-> assert secret == 50 + rank" in text
+        assert text.count("-> assert secret == 50 + rank") == 1
         for line, answer in (("p secret", f"{40 + rank}\r\n"), ("secret += 10", ""), ("p secret", f"{50 + rank}\r\n")):
             keyboard.type(line)
             assert keyboard.ask() == (answer, rank)     # the other one is silent until this one goes on
