@@ -22,6 +22,7 @@ const char *moe_status_text(int status) {
     case MOE_BAD_VALUE: return "a value is NaN or not one of the known choices";
     case MOE_CUDA_FAILED: return "work on the CUDA device failed";
     case MOE_PEER_SILENT: return "a rank did not answer in time";
+    case MOE_WIRE_FAILED: return "ranks could not exchange rows through shared memory";
     case MOE_NO_ISA:    return "MOE_ISA must be base, avx2 or avx512, and one that this CPU has";
     }
     return "unknown status";

@@ -40,6 +40,7 @@ typedef enum {
     MOE_NO_ISA,         // MOE_ISA names an instruction set that this CPU lacks or that nobody knows
     MOE_CUDA_FAILED,    // from libmoe_cuda.so alone: queueing work on the device failed (cuda/api.h: error() says why)
     MOE_PEER_SILENT,    // from libmoe_cuda.so alone: a rank did not answer in time
+    MOE_WIRE_FAILED,    // from windows.c alone: a rank is dead or silent, no memory (moe_windows_error() says why)
 } moe_status;
 const char *moe_status_text(int status);
 
@@ -238,6 +239,26 @@ int moe_exchange_unpack(const moe_message *m, int64_t R, const void *rows_RB, vo
 // ids[t,k], 0 where that is -1. Backward of pack, and of a sent row per rank.
 int moe_exchange_combine(const moe_message *m, int64_t T, int64_t S, int64_t E, int64_t P, const int32_t *place_TP,
                          const int32_t *ids_TK, const void *rows_SB, void *y_TD, void *weights_TK);
+
+// ---- windows.c: rows between the ranks of one host, through shared memory -------------------------------------------
+// Unlike the rest these functions allocate and wait. All ranks make the same calls in the same order, one at a time. A
+// rank that dies, or is silent for `seconds`, ends the call of every other with MOE_WIRE_FAILED, and every later one.
+typedef struct moe_windows moe_windows;
+enum { MOE_WINDOW_HANDLE_BYTES = 64 };
+// Why the last MOE_WIRE_FAILED of this thread, in a sentence.
+const char *moe_windows_error(void);
+// This rank's window, with room to receive `bytes` (the same on all ranks), and the handle that lets the others in.
+int moe_windows_open(int ranks, int rank, int64_t bytes, double seconds, void *handle, moe_windows **windows);
+// Once, before the first exchange: the handles of all ranks.
+int moe_windows_join(moe_windows *windows, const void *handles_P);
+// all_Pn[p] = mine_n of rank p.
+int moe_windows_counts(moe_windows *windows, int64_t n, const int32_t *mine_n, int32_t *all_Pn);
+// bytes_PP[p][q], the same everywhere: what p sends to q. `sent` holds a rank's pieces in the order of their receivers,
+// `received` in that of their senders.
+int moe_windows_rows(moe_windows *windows, const int64_t *bytes_PP, const void *sent, void *received);
+// Lets go of what belongs to other ranks. When all have left, each may close.
+int  moe_windows_leave(moe_windows *windows);
+void moe_windows_close(moe_windows *windows);
 
 // ---- dataset.c -----------------------------------------------------------------------------------------------------
 // Fisher-Yates by Philox, so that an epoch's order is a function of (seed, epoch) alone.

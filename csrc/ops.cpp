@@ -589,31 +589,59 @@ void check(In like) {
     if (door.cuda) door.read_verdict(true);
 }
 
-// ---- wires: the transports of cuda/api.h, in a library of ops of their own ------------------------------------------
+// ---- wires: the transports of cuda/api.h and the windows of the C core, in a library of their own --------------------
 // A wire is an int64, the address of what open made. The first argument says which device's wire it is.
 
-void enter_wire(Door &door, In like) {
-    door.enter(like);
-    if (!door.cuda) door.fail("this transport moves CUDA tensors, got one on ", door.place->text(),
-                              ". Hint: TorchTransport");
-}
 moe_wire *wire_at(int64_t wire) { return reinterpret_cast<moe_wire *>(static_cast<intptr_t>(wire)); }
+
+struct host_windows final : moe_wire {
+    moe_windows *const windows;
+    explicit host_windows(moe_windows *opened) : windows(opened) {}
+    static int open(int ranks, int rank, int64_t bytes, double seconds, void *handle, moe_wire **wire) {
+        moe_windows *opened;
+        const int status = moe_windows_open(ranks, rank, bytes, seconds, handle, &opened);
+        if (status == MOE_OK) *wire = new host_windows(opened);
+        return status;
+    }
+    int counts(int64_t n, const int32_t *mine_n, int32_t *all_Pn, moe_stream) override {
+        return moe_windows_counts(windows, n, mine_n, all_Pn);
+    }
+    int rows(const int64_t *bytes_PP, const void *sent, void *received, moe_stream) override {
+        return moe_windows_rows(windows, bytes_PP, sent, received);
+    }
+    int join(const void *handles_P) override { return moe_windows_join(windows, handles_P); }
+    int leave(moe_stream) override { return moe_windows_leave(windows); }
+    ~host_windows() override { moe_windows_close(windows); }
+};
+
+struct WireDoor : Door {
+    void enter_cuda(In like) {
+        enter(like);
+        if (!cuda) fail("this transport moves CUDA tensors, got one on ", place->text(), ". Hint: WindowTransport");
+    }
+    template <class... Parts>
+    void done(int status, const Parts &...wanted) const {
+        if (status == MOE_WIRE_FAILED) fail(moe_windows_error());
+        Door::done(status, wanted...);
+    }
+};
 
 Tensor on_host(int dtype, int64_t rows, int64_t cols) {
     return empty(torch::stable::full({0}, 0), dtype, {rows, cols});
 }
 
 Tensor nccl_id(In like) {
-    Door door{"nccl_id"};
-    enter_wire(door, like);
+    WireDoor door{"nccl_id"};
+    door.enter_cuda(like);
     Tensor id = on_host(MOE_I64, 1, MOE_NCCL_ID_BYTES / 8);
     door.done(door.cuda->nccl_id(id.data_ptr()));
     return id;
 }
 
 int64_t nccl_open(In like, In id, int64_t ranks, int64_t rank, double seconds) {
-    Door door{"nccl_open"}, host{"nccl_open"};
-    enter_wire(door, like);
+    WireDoor door{"nccl_open"};
+    Door host{"nccl_open"};
+    door.enter_cuda(like);
     Dim one{"1", 1}, words{"16", MOE_NCCL_ID_BYTES / 8};
     const void *name = host.in("id", id, only(MOE_I64), {&one, &words});
     moe_wire *wire = nullptr;
@@ -623,19 +651,20 @@ int64_t nccl_open(In like, In id, int64_t ranks, int64_t rank, double seconds) {
 }
 
 std::tuple<int64_t, Tensor> window_open(In like, int64_t ranks, int64_t rank, int64_t bytes, double seconds) {
-    Door door{"window_open"};
-    enter_wire(door, like);
+    WireDoor door{"window_open"};
+    door.enter(like);
     Tensor handle = on_host(MOE_I64, 1, MOE_WINDOW_HANDLE_BYTES / 8);
+    const auto open = door.cuda ? door.cuda->window_open : host_windows::open;
     moe_wire *wire = nullptr;
-    door.done(door.cuda->window_open(static_cast<int>(ranks), static_cast<int>(rank), bytes, seconds, handle.data_ptr(),
-                                     &wire),
+    door.done(open(static_cast<int>(ranks), static_cast<int>(rank), bytes, seconds, handle.data_ptr(), &wire),
               "wanted 0 <= rank=", rank, " < ranks=", ranks, ", bytes=", bytes, " >= 0 and seconds=", seconds, " > 0");
     return {static_cast<int64_t>(reinterpret_cast<intptr_t>(wire)), handle};
 }
 
 void wire_join(In like, int64_t wire, In handles) {
-    Door door{"wire_join"}, host{"wire_join"};
-    enter_wire(door, like);
+    WireDoor door{"wire_join"};
+    Door host{"wire_join"};
+    door.enter(like);
     Dim P{"P"}, words{"8", MOE_WINDOW_HANDLE_BYTES / 8};
     const void *handles_P = host.in("handles", handles, only(MOE_I64), {&P, &words});
     door.done(wire_at(wire)->join(handles_P));
@@ -643,35 +672,34 @@ void wire_join(In like, int64_t wire, In handles) {
 
 // -> [ranks, n] on the host.
 Tensor wire_counts(In mine, int64_t wire, int64_t ranks) {
-    Door door{"wire_counts"};
+    WireDoor door{"wire_counts"};
     Dim n{"n"};
-    enter_wire(door, mine);
     auto *mine_n = door.i32("mine", mine, {&n});
     Tensor all = on_host(MOE_I32, ranks, n);
     door.done(wire_at(wire)->counts(n, mine_n, i32(all), door.stream));
     return all;
 }
 
-// bytes: [ranks, ranks], from row p to rank q. -> `rows` rows like those of `sent`.
+// bytes: [ranks, ranks], from row p to rank q. -> `rows` rows like those of `sent`, whose dtype is any.
 Tensor wire_rows(In sent, int64_t wire, std::vector<int64_t> bytes, int64_t rows) {
-    Door door{"wire_rows"};
-    Dim S{"S"}, W{"width"};
-    enter_wire(door, sent);
-    const void *rows_SW = door.in("sent", sent, FLOATS, {&S, &W});
-    Tensor received = empty(sent, dtype_of(sent), {rows, W});
-    door.done(wire_at(wire)->rows(bytes.data(), rows_SW, received.data_ptr(), door.stream));
+    WireDoor door{"wire_rows"};
+    door.enter(sent);
+    if (sent.dim() != 2 || !sent.is_contiguous()) door.fail("sent is not a contiguous matrix. Hint: sent.contiguous()");
+    if (door.cuda && sent.element_size() % 2) door.fail("between GPUs an element of sent has at least 2 bytes, got 1");
+    Tensor received = empty(*door.place, sent.scalar_type(), {rows, sent.size(1)});
+    door.done(wire_at(wire)->rows(bytes.data(), sent.data_ptr(), received.data_ptr(), door.stream));
     return received;
 }
 
 void wire_leave(In like, int64_t wire) {
-    Door door{"wire_leave"};
-    enter_wire(door, like);
+    WireDoor door{"wire_leave"};
+    door.enter(like);
     door.done(wire_at(wire)->leave(door.stream));
 }
 
 void wire_close(In like, int64_t wire) {
-    Door door{"wire_close"};
-    enter_wire(door, like);
+    WireDoor door{"wire_close"};
+    door.enter(like);
     delete wire_at(wire);
 }
 

@@ -36,8 +36,9 @@ enum moe_cuda_op {
 template <class Result, class... Args>
 auto with_stream(Result (*)(Args...)) -> Result (*)(Args..., moe_stream);
 
-// Moves rows between ranks (nccl.cu, windows.cu). All ranks of a wire make the same calls in the same order, each on
-// one stream. A rank that does not answer within the timeout breaks the wire: MOE_CUDA_FAILED, and error() says who.
+// Moves rows between ranks: nccl.cu, windows.cu, and in csrc/ops.cpp the C core's windows. All ranks of a wire make the
+// same calls in the same order, each on one stream. A rank that does not answer within the timeout breaks the wire:
+// MOE_CUDA_FAILED, and error() says who.
 struct moe_wire {
     // mine_n int32 on the device -> all_Pn on the host, those of every rank. Waits: the one host read of an exchange.
     virtual int counts(int64_t n, const int32_t *mine_n, int32_t *all_Pn, moe_stream stream) = 0;
@@ -50,7 +51,7 @@ struct moe_wire {
     virtual int leave(moe_stream stream) = 0;
     virtual ~moe_wire() = default;
 };
-enum { MOE_NCCL_ID_BYTES = 128, MOE_WINDOW_HANDLE_BYTES = 64 };
+enum { MOE_NCCL_ID_BYTES = 128 };
 
 struct moe_cuda {
     size_t size;        // sizeof(moe_cuda): two builds that do not fit are not used together

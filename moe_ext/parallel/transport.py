@@ -2,7 +2,8 @@
 
     TorchTransport    torch.distributed's all_to_all_single: gloo, NCCL, any device. The default.
     NcclTransport     NCCL called from C on a communicator of its own, on the current stream. CUDA.
-    WindowTransport   rows written straight into the receiver's memory by CUDA IPC. The GPUs of one host.
+    WindowTransport   rows written straight into the receiver's memory. The ranks of one host: on CPUs through shared
+                      memory, on GPUs through CUDA IPC.
 
 A transport has `ranks`, `rank` and
 
@@ -15,8 +16,9 @@ All ranks make the same calls in the same order, with the same rows_PP. The way 
 moved as bytes. Nothing here is differentiable; moe_ext.parallel.experts is.
 
 A rank that does not answer within the timeout ends the others with a RuntimeError; the transport is broken then, and
-says so again at the next call. Launch order: collectives of another communicator beside an NcclTransport belong on the
-same stream, or in the same order on all ranks; WindowTransport's kernels wait on the device in the same way.
+says so again at the next call. Windows on CPUs need not wait for the timeout if the rank has died, and say that.
+Launch order: collectives of another communicator beside an NcclTransport belong on the same stream, or in the same
+order on all ranks; the kernels of a WindowTransport on GPUs wait on the device in the same way.
 """
 
 from datetime import timedelta
@@ -63,7 +65,7 @@ def _bytes(x):
 
 
 class _Wire:
-    """A wire of libmoe_cuda.so. `store`: a torch.distributed store that the ranks share, for the meeting alone; each
+    """A wire of libmoe_cuda.so or of the C core. `store`: a torch.distributed store that the ranks share, for the meeting alone; each
     transport needs a `name` of its own in it. seconds: how long a rank may keep the others waiting."""
 
     def __init__(self, store, ranks, rank, *, device="cuda", seconds=60.0, name="moe"):
@@ -71,16 +73,29 @@ class _Wire:
         self.like, self.wire, self.meetings = torch.empty(0, device=device), None, 0
 
     def counts(self, mine):
+        self._check(mine)
         all_PPn = _wire.wire_counts(mine.contiguous().view(-1), self.wire, self.ranks)
         return all_PPn.view(self.ranks, *mine.shape)
 
     def rows(self, sent, rows_PP):
+        self._check(sent)
+        send, receive = int(rows_PP[self.rank].sum()), int(rows_PP[:, self.rank].sum())
+        if rows_PP.shape != (self.ranks, self.ranks) or send != len(sent):
+            raise ValueError(
+                f"{type(self).__name__}.rows: rows_PP {list(rows_PP.shape)} sends {send} rows of rank {self.rank}, "
+                f"wanted [{self.ranks}, {self.ranks}] and the {len(sent)} rows of sent"
+            )
         row = sent.shape[1] * sent.element_size()
-        received = int(rows_PP[:, self.rank].sum())
-        return _wire.wire_rows(sent.contiguous(), self.wire, (rows_PP.long() * row).flatten().tolist(), received)
+        return _wire.wire_rows(sent.contiguous(), self.wire, (rows_PP.long() * row).flatten().tolist(), receive)
+
+    def _check(self, x):
+        if self.wire is None:
+            raise RuntimeError(f"{type(self).__name__} is closed")
+        if x.device != self.like.device:
+            raise ValueError(f"{type(self).__name__} moves tensors on {self.like.device}, got one on {x.device}")
 
     def close(self):
-        """Frees what the device holds. Every rank closes, after its last call."""
+        """Frees what the wire holds. Every rank closes, after its last call."""
         wire, self.wire = self.wire, None
         if wire is not None:
             try:
@@ -123,13 +138,18 @@ class WindowTransport(_Wire):
         self._open(bytes)
 
     def _open(self, bytes):
-        self.bytes = bytes
-        self.wire, handle = _wire.window_open(self.like, self.ranks, self.rank, bytes, self.seconds)
-        _wire.wire_join(self.like, self.wire, torch.stack(self._meet(handle.flatten())))
+        wire, handle = _wire.window_open(self.like, self.ranks, self.rank, bytes, self.seconds)
+        try:
+            _wire.wire_join(self.like, wire, torch.stack(self._meet(handle.flatten())))
+        except RuntimeError:
+            _wire.wire_close(self.like, wire)
+            raise
+        self.wire, self.bytes = wire, bytes
 
     def rows(self, sent, rows_PP):
         needed = int(rows_PP.sum(0).max()) * sent.shape[1] * sent.element_size()
         if needed > self.bytes:
+            self._check(sent)
             self.close()
             self._open(needed * 5 // 4)
         return super().rows(sent, rows_PP)
