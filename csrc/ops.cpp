@@ -589,7 +589,7 @@ void check(In like) {
     if (door.cuda) door.read_verdict(true);
 }
 
-// ---- wires: the transports of cuda/api.h and the windows of the C core, in a library of their own --------------------
+// ---- wires: the transports of cuda/api.h and the windows of the C core, in a library of their own -------------------
 // A wire is an int64, the address of what open made. The first argument says which device's wire it is.
 
 moe_wire *wire_at(int64_t wire) { return reinterpret_cast<moe_wire *>(static_cast<intptr_t>(wire)); }

@@ -65,8 +65,9 @@ def _bytes(x):
 
 
 class _Wire:
-    """A wire of libmoe_cuda.so or of the C core. `store`: a torch.distributed store that the ranks share, for the meeting alone; each
-    transport needs a `name` of its own in it. seconds: how long a rank may keep the others waiting."""
+    """A wire of libmoe_cuda.so or of the C core. `store`: a torch.distributed store that the ranks share, for the
+    meeting alone; each transport needs a `name` of its own in it. seconds: how long a rank may keep the others
+    waiting."""
 
     def __init__(self, store, ranks, rank, *, device="cuda", seconds=60.0, name="moe"):
         self.store, self.ranks, self.rank, self.seconds = dist.PrefixStore(name, store), ranks, rank, seconds
