@@ -43,7 +43,7 @@
 #define SYS_pidfd_open 434              // on every architecture, since Linux 5.3; older headers lack it
 #endif
 
-enum { MAX_RANKS = 128, LINE = 128, PAGE = 4096, SPINS = 100 };
+enum { MAX_RANKS = 128, LINE = 128, PAGE = 4096, HUGE = 1 << 21, SPINS = 100 };
 enum { COUNTS = 1024 };                 // numbers of one rank that a call of counts takes, at least
 enum { GRAIN = 1 << 18 };               // bytes of a copy that are worth a thread
 static const struct timespec SLICE = {0, 10000000};     // ns
@@ -194,6 +194,13 @@ int moe_windows_counts(moe_windows *w, int64_t n, const int32_t *mine_n, int32_t
     return exchange(w, push_P, pull_P, mine_n, all_Pn);
 }
 
+// `received` is new memory, and a page fault for each 4 KB of it would take longer than the copy.
+static void want_huge_pages(void *received, int64_t bytes) {
+    const uintptr_t begin = ((uintptr_t)received + HUGE - 1) / HUGE * HUGE;
+    const uintptr_t end = ((uintptr_t)received + (uintptr_t)bytes) / HUGE * HUGE;
+    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);    // a system without them loses nothing
+}
+
 int moe_windows_rows(moe_windows *w, const int64_t *bytes_PP, const void *sent, void *received) {
     piece   push_P[MAX_RANKS], pull_P[MAX_RANKS];
     int64_t from = 0;
@@ -210,6 +217,7 @@ int moe_windows_rows(moe_windows *w, const int64_t *bytes_PP, const void *sent, 
         }
         from += push_P[p].bytes;
     }
+    want_huge_pages(received, pull_P[w->ranks - 1].to + pull_P[w->ranks - 1].bytes);
     return exchange(w, push_P, pull_P, sent, received);
 }
 

@@ -49,7 +49,7 @@ class TorchTransport:
 
     def counts(self, mine):
         all_PPn = mine.new_empty(self.ranks, *mine.shape)
-        dist.all_gather_into_tensor(all_PPn.view(-1), mine.contiguous().view(-1), group=self.group)
+        dist.all_gather(list(all_PPn), mine.contiguous(), group=self.group)
         return all_PPn.cpu()
 
     def rows(self, sent, rows_PP):
