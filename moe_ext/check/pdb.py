@@ -1,0 +1,25 @@
+"""The debugger on any rank: moe_ext.parallel.pdb's set_trace in the middle of a distributed program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_ext.check.world import Command, World
+
+
+@dataclass(frozen=True)
+class Pdb(Command):
+    """Stop in the debugger: on every rank in turn, or on one."""
+
+    rank: int = -1  # the rank that stops; -1: all, one after the other
+
+    def run(self, world: World) -> bool:
+        from moe_ext.parallel.pdb import set_trace
+
+        with world.joined():
+            x = torch.arange(3, device=world.device) + 10 * world.rank
+            set_trace(rank=None if self.rank < 0 else self.rank)  # try: p x, p world.facts[0], c
+            world.say_each(f"rank {world.rank}: x is {x.tolist()}")
+        return True
