@@ -17,7 +17,9 @@ from ranks import run_ranks
 
 import moe_ext
 from moe_ext.check.all_to_all import AllToAll, draw_splits
+from moe_ext.check.dmoe import Dmoe
 from moe_ext.check.env import Env, faults, slowness
+from moe_ext.check.mesh import OneSentence
 from moe_ext.check.world import Facts, OnMesh, World, WorldError, identity
 from moe_ext.config import ConfigError
 
@@ -101,6 +103,89 @@ def test_env_notices_a_wrong_collective(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda x: (all_reduce(x), x.add_(dist.get_rank())))
     text, fine = run_check(2, Env(), tmp_path)
     assert fine == (False, False) and "wrong: all_reduce gives wrong values on rank 1\n" in text
+
+
+SMALL = dict(dim=16, hidden=8, dtype="fp64")
+
+
+@pytest.mark.c_core
+@pytest.mark.parametrize("world, sizes", [
+    (1, dict()),
+    (2, dict(shard=1, ep=2)),
+    (4, dict(dp=2, shard=1, ep=2)),
+    (2, dict(shard=2)),
+    (2, dict(shard=2, ep=2)),
+    (4, dict(dp=2, shard=2, ep=2)),
+    (4, dict(shard=4, ep=2)),
+], ids=str)
+def test_dmoe_equals_torch(world, sizes, tmp_path):
+    text, fine = run_check(world, Dmoe(**SMALL, **sizes), tmp_path)
+    assert fine == (True,) * world and len(re.findall(r"differs by \S+ of its maximum: ok", text)) == 10
+    assert ("DistributedDataParallel" in text) == (sizes.get("shard") == 1)
+
+
+def test_dmoe_in_the_dtype_and_at_the_size_of_the_seed(tmp_path):
+    text, fine = run_check(2, Dmoe(shard=2, ep=2), tmp_path)
+    assert fine == (True, True), text
+    assert "    x.size(): torch.Size([2, 3, 256])\n    x.device: cpu\n" in text
+
+
+@pytest.mark.c_core
+def test_dmoe_notices_another_activation(tmp_path, monkeypatch):
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: gelu(x, approximate="tanh"))
+    text, fine = run_check(2, Dmoe(**SMALL, shard=2, ep=2), tmp_path)
+    assert fine == (False, False) and re.search("output +differs by .*: WRONG", text)
+
+
+@pytest.mark.parametrize("sizes, sentence", [
+    (dict(tp=2), "TP is 2, but this check spreads experts"),
+    (dict(shard=1, ep=4), r"DP 1 \* EP 4 = 4, but there are 2 ranks"),
+    (dict(shard=2, ep=4), "mesh.ep"),
+])
+def test_dmoe_refuses_sizes(sizes, sentence, tmp_path):
+    def body(rank):
+        world = World(dist.FileStore(f"{tmp_path}/world", 2), rank, 2, rank, device="cpu", seconds=30)
+        with contextlib.redirect_stdout(io.StringIO()), pytest.raises(ConfigError, match=sentence):
+            Dmoe(**SMALL, **sizes).run(world)
+
+    run_ranks(2, body, tmp_path)
+
+
+TINY = dict(vocab=257, dim=16, heads=4, layers=2, steps=4, dtype="fp64")
+
+
+def losses(text):
+    found = re.findall(r"^(\d)th step loss: ([\d.]+)$", text, re.MULTILINE)
+    assert [step for step, _ in found] == list("0123")
+    return torch.tensor([float(loss) for _, loss in found], dtype=torch.float64)
+
+
+@pytest.mark.c_core
+def test_losses_do_not_depend_on_the_mesh(tmp_path):
+    text, _ = run_check(1, OneSentence(**TINY), tmp_path)
+    want = losses(text)
+    assert "mesh_3d: DeviceMesh('cpu', [[[0]]]" in text
+    for world, more in (
+        (2, dict(shard=2)),
+        (2, dict(dp=2, shard=1)),
+        (2, dict(tp=2)),
+        (2, dict(tp=2, loss_parallel=False)),
+        (4, dict(shard=2, tp=2)),
+    ):
+        folder = tmp_path / str(more)
+        folder.mkdir()
+        text, _ = run_check(world, OneSentence(**TINY, **more), folder)
+        assert (losses(text) - want).abs().max() < 1e-9, more
+    for line in ("mesh_3d: DeviceMesh('cpu', [[[0, 1], [2, 3]]], ", "fsdp_mesh: DeviceMesh('cpu', [[0, 2]], ",
+                 "tp_mesh: DeviceMesh('cpu', [0, 1], "):
+        assert line in text
+
+
+def test_mesh_leaves_a_trace_of_each_rank(tmp_path):
+    run_check(2, OneSentence(**TINY | dict(steps=1), shard=2, profile=tmp_path / "traces"), tmp_path)
+    names = {str(path.relative_to(tmp_path / "traces")) for path in tmp_path.rglob("*.json")}
+    assert names == {f"DP_1_SHARD_2_TP_1_USE_LOSS_PARALLEL_False/rank{rank}.json" for rank in (0, 1)}
 
 
 FACTS = Facts(rank=0, local_rank=0, size=2, host="a", pid=1, device="cpu", backend="gloo", torch="2.13", moe_ext="0.1",

@@ -6,12 +6,14 @@ import tyro
 
 from moe_ext import check
 from moe_ext.check.all_to_all import AllToAll
+from moe_ext.check.dmoe import Dmoe
 from moe_ext.check.env import Env
+from moe_ext.check.mesh import OneSentence
 from moe_ext.check.pdb import Pdb
 from moe_ext.check.world import World, WorldError
 from moe_ext.config import ConfigError
 
-COMMANDS = {"env": Env, "all-to-all": AllToAll, "pdb": Pdb}
+COMMANDS = {"env": Env, "all-to-all": AllToAll, "mesh": OneSentence, "dmoe": Dmoe, "pdb": Pdb}
 
 
 def main() -> None:

@@ -241,6 +241,11 @@ def knock(address: str, port: int, seconds: float) -> None:
             time.sleep(0.1)
 
 
+def describe(mesh) -> str:
+    """A DeviceMesh with its ranks, which torch's own text leaves out."""
+    return f"DeviceMesh('{mesh.device_type}', {mesh.mesh.tolist()}, mesh_dim_names={mesh.mesh_dim_names})"
+
+
 def own_address() -> str:
     """The address of the host's name, "" if it has none."""
     try:

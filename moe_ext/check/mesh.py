@@ -1,0 +1,125 @@
+"""A small GPT on any mesh: six steps on one sentence, whose losses must not depend on the mesh.
+
+    DP=1 SHARD=2 TP=1 torchrun --standalone --nproc-per-node 2 -m moe_ext.check mesh
+    DP=2 SHARD=2 TP=2 torchrun --standalone --nproc-per-node 8 -m moe_ext.check mesh --dtype fp64
+
+Every rank gets the same sentence, so all meshes see the same batch. The learning rate is far too high, on purpose: what
+is a little wrong in the first step is very wrong in the last. Rounding grows in the same way: compare meshes in fp64.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+
+from moe_ext.check.world import OnMesh, World, describe
+from moe_ext.config import Config, MeshConfig, ModelConfig
+from moe_ext.model import GPT
+from moe_ext.parallel.collectives import gather
+from moe_ext.parallel.mesh import Mesh
+from moe_ext.parallel.shard import initialize, parallelize
+from moe_ext.parallel.tensor import sum_replicated
+
+SENTENCE = "i love lingua and 3d parallelism :)"
+LENGTH = 48  # of the padded sentence: a multiple of every small tp
+
+
+@dataclass(frozen=True)
+class OneSentence(OnMesh):
+    """Six steps of a GPT on one sentence, on any mesh."""
+
+    dtype: Literal["fp32", "fp64"] = "fp32"  # of parameters and activations; fp64 runs on the CPU
+    loss_parallel: bool = True  # each tp rank holds the logits of its part of the vocabulary; else all of them
+    vocab: int = 4096  # rows of embedding and head, at least 256; GPT-2 has 50257
+    dim: int = 1024
+    heads: int = 8
+    layers: int = 4
+    steps: int = 6
+    profile: Path | None = None  # folder for a torch.profiler trace of each rank
+
+    def run(self, world: World) -> bool:
+        dp, fsdp, tp, _ = self.sizes(world.size)
+        model = ModelConfig(vocab_size=self.vocab, seq_len=LENGTH, layers=self.layers, dim=self.dim, heads=self.heads,
+                            hidden=4 * self.dim, act="gelu", norm="layernorm", norm_eps=1e-5)
+        config = Config(model=model, mesh=MeshConfig(rep=dp, fsdp=fsdp, tp=tp))
+        with world.joined():
+            mesh = Mesh(config.mesh, world.device, store=world.store)
+            gpt = self.build(config.model, mesh)
+            dense = mesh.dense if mesh.world > 1 else one_rank(world)
+            world.say_each(f"rank: {world.rank}, world size: {world.size}, device: {world.device}")
+            world.say(f"""
+    mesh_3d: {describe(dense)}
+    fsdp_mesh: {describe(dense["rep", "fsdp"])}
+    tp_mesh: {describe(dense["tp"])}
+
+    model: {gpt}
+
+tokens are bytes, not GPT-2's: losses are not those of a run with GPT-2's tokenizer""")
+            parallel = tp > 1 and self.loss_parallel
+            with self.profiled(world, f"DP_{dp}_SHARD_{fsdp}_TP_{tp}_USE_LOSS_PARALLEL_{parallel}"):
+                self.train(world, gpt, mesh)
+        return True
+
+    def build(self, config: ModelConfig, mesh: Mesh) -> GPT:
+        seed, dtype = 1234, torch.float64 if self.dtype == "fp64" else torch.float32
+        if mesh.world == 1:
+            return GPT(config, seed=seed, dtype=dtype, device=mesh.device)
+        model = GPT(config, dtype=dtype, device="meta")
+        parallelize(model, mesh)
+        initialize(model, seed, mesh.device)
+        if mesh.config.tp > 1 and not self.loss_parallel:
+            model.lm_head.cross_entropy = functools.partial(gathered_cross_entropy, vocab_size=config.vocab_size,
+                                                            group=mesh.dense.get_group("tp"))
+        return model
+
+    def train(self, world: World, model: GPT, mesh: Mesh) -> None:
+        tokens_BS, targets_BS, count = one_sentence(world.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(self.steps):
+            loss = model(tokens_BS, targets_BS).token_loss / (mesh.config.dp * count)
+            loss.backward()
+            if mesh.world > 1:
+                sum_replicated(model, mesh)
+            optimizer.step()
+            optimizer.zero_grad()
+            total = mesh.sum(loss.detach())[0] / mesh.config.tp
+            world.say(f"{step}th step loss: {total.item()}")
+
+    def profiled(self, world: World, name: str):
+        """torch.profiler around the steps; each rank writes PROFILE/name/rank<r>.json (chrome://tracing)."""
+        if self.profile is None:
+            return nullcontext()
+        folder = self.profile / name
+        folder.mkdir(parents=True, exist_ok=True)
+        world.say(f"traces: {folder}")
+        return torch.profiler.profile(
+            on_trace_ready=lambda trace: trace.export_chrome_trace(str(folder / f"rank{world.rank}.json")))
+
+
+def one_rank(world: World):
+    """The dense mesh of one process, which Mesh does not make."""
+    return init_device_mesh(world.device.type, (1, 1, 1), mesh_dim_names=("rep", "fsdp", "tp"))
+
+
+def one_sentence(device) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """-> tokens [1,LENGTH], targets [1,LENGTH] (-100 after the sentence), number of targets. A token is a byte."""
+    text = torch.tensor([list(SENTENCE.encode())], device=device)
+    count = text.shape[1] - 1
+    return F.pad(text[:, :-1], (0, LENGTH - count)), F.pad(text[:, 1:], (0, LENGTH - count), value=-100), count
+
+
+def gathered_cross_entropy(x_TD, w_vD, targets_T, *, vocab_size, group):
+    """The cross-entropy without loss parallelism: every rank gets all logits and computes the same loss."""
+    ranks = dist.get_world_size(group)
+    most = -(-vocab_size // ranks)      # rows of a rank that is full
+    logits_Tv = F.pad(x_TD @ w_vD.T, (0, most - len(w_vD)))
+    loss = F.cross_entropy(gather(logits_Tv, 1, group)[:, :vocab_size], targets_T, reduction="sum")
+    return loss.detach() + (loss - loss.detach()) / ranks   # gather's backward adds up what all ranks say
