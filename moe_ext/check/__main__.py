@@ -23,7 +23,7 @@ def main() -> None:
         world = World.from_environment(device=command.device, seconds=command.seconds)
         fine = command.run(world)
         world.gather()  # torchrun ends all ranks with the first that fails: none leaves before rank 0 has spoken
-    except (ConfigError, WorldError) as error:
+    except (ConfigError, OSError, WorldError) as error:
         sys.exit(f"error: {error}")
     sys.exit(not fine)
 

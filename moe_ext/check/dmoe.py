@@ -150,7 +150,7 @@ class Dmoe(OnMesh):
     def on_mesh(self, world: World, weights: dict[str, torch.Tensor]) -> tuple[Side, Side]:
         """FSDP2 around both; ours with expert parallelism too if EP > 1."""
         dp, fsdp, tp, ep = self.sizes(world.size)
-        mesh = Mesh(MeshConfig(rep=dp, fsdp=fsdp, tp=tp, ep=ep), world.device, store=world.store)
+        mesh = Mesh(MeshConfig(rep=dp, fsdp=fsdp, tp=tp, ep=ep), world.device)
         theirs, ours = TorchMoE(weights, self.top_k), self.layer(weights)
         parallelize(ours, mesh)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")   # nobody writes into it

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ext.check.world import OnMesh, World, describe
-from moe_ext.config import Config, MeshConfig, ModelConfig
+from moe_ext.config import Config, MeshConfig, ModelConfig, TrainConfig
 from moe_ext.model import GPT
 from moe_ext.parallel.collectives import gather
 from moe_ext.parallel.mesh import Mesh
-from moe_ext.parallel.shard import initialize, parallelize
+from moe_ext.parallel.shard import build
 from moe_ext.parallel.tensor import sum_replicated
 
 SENTENCE = "i love lingua and 3d parallelism :)"
@@ -49,10 +49,14 @@ class OneSentence(OnMesh):
         dp, fsdp, tp, _ = self.sizes(world.size)
         model = ModelConfig(vocab_size=self.vocab, seq_len=LENGTH, layers=self.layers, dim=self.dim, heads=self.heads,
                             hidden=4 * self.dim, act="gelu", norm="layernorm", norm_eps=1e-5)
-        config = Config(model=model, mesh=MeshConfig(rep=dp, fsdp=fsdp, tp=tp))
+        config = Config(model=model, mesh=MeshConfig(rep=dp, fsdp=fsdp, tp=tp),
+                        train=TrainConfig(seed=1234, dtype=self.dtype, device=world.device.type))
         with world.joined():
-            mesh = Mesh(config.mesh, world.device, store=world.store)
-            gpt = self.build(config.model, mesh)
+            mesh = Mesh(config.mesh, world.device)
+            gpt = build(config, mesh)
+            if tp > 1 and not self.loss_parallel:
+                gpt.lm_head.cross_entropy = functools.partial(gathered_cross_entropy, vocab_size=self.vocab,
+                                                              group=mesh.dense.get_group("tp"))
             dense = mesh.dense if mesh.world > 1 else one_rank(world)
             world.say_each(f"rank: {world.rank}, world size: {world.size}, device: {world.device}")
             world.say(f"""
@@ -67,18 +71,6 @@ tokens are bytes, not GPT-2's: losses are not those of a run with GPT-2's tokeni
             with self.profiled(world, f"DP_{dp}_SHARD_{fsdp}_TP_{tp}_USE_LOSS_PARALLEL_{parallel}"):
                 self.train(world, gpt, mesh)
         return True
-
-    def build(self, config: ModelConfig, mesh: Mesh) -> GPT:
-        seed, dtype = 1234, torch.float64 if self.dtype == "fp64" else torch.float32
-        if mesh.world == 1:
-            return GPT(config, seed=seed, dtype=dtype, device=mesh.device)
-        model = GPT(config, dtype=dtype, device="meta")
-        parallelize(model, mesh)
-        initialize(model, seed, mesh.device)
-        if mesh.config.tp > 1 and not self.loss_parallel:
-            model.lm_head.cross_entropy = functools.partial(gathered_cross_entropy, vocab_size=config.vocab_size,
-                                                            group=mesh.dense.get_group("tp"))
-        return model
 
     def train(self, world: World, model: GPT, mesh: Mesh) -> None:
         tokens_BS, targets_BS, count = one_sentence(world.device)

@@ -13,13 +13,14 @@ from moe_ext.check.world import Command, World
 class Pdb(Command):
     """Stop in the debugger: on every rank in turn, or on one."""
 
-    rank: int = -1  # the rank that stops; -1: all, one after the other
+    rank: int | None = None  # the rank that stops; none given: all, one after the other
+    seconds: float = 3600.0  # longest wait for another rank, which may be at its prompt
 
     def run(self, world: World) -> bool:
         from moe_ext.parallel.pdb import set_trace
 
         with world.joined():
             x = torch.arange(3, device=world.device) + 10 * world.rank
-            set_trace(rank=None if self.rank < 0 else self.rank)  # try: p x, p world.facts[0], c
+            set_trace(rank=self.rank)  # try: p x, !x += 1, c
             world.say_each(f"rank {world.rank}: x is {x.tolist()}")
         return True
