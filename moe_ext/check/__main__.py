@@ -22,7 +22,7 @@ def main() -> None:
                                                        description=check.__doc__)
         world = World.from_environment(device=command.device, seconds=command.seconds)
         fine = command.run(world)
-        world.gather()  # torchrun ends all ranks with the first that fails: none leaves before rank 0 has spoken
+        world.leave()
     except (ConfigError, OSError, WorldError) as error:
         sys.exit(f"error: {error}")
     sys.exit(not fine)

@@ -187,6 +187,15 @@ class World:
         """The texts of all ranks, in rank order."""
         self.say("\n".join(self.gather(text)))
 
+    def leave(self) -> None:
+        """The last call: nobody leaves before rank 0 has spoken, for torchrun ends all ranks with the first that fails,
+        and rank 0, which may hold the store, leaves last."""
+        self.gather()
+        if self.rank == 0:
+            self.store.wait([f"left/{rank}" for rank in range(1, self.size)], timedelta(seconds=self.seconds))
+        else:
+            self.store.set(f"left/{self.rank}", "")
+
     def agree(self, what: str, right: bool) -> bool:
         """Says whether all ranks found something right, and which did not."""
         bad = [rank for rank, said in enumerate(self.gather(str(right))) if said != "True"]
