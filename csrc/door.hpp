@@ -3,7 +3,7 @@
 // A Door belongs to one call of one op. `in` checks one tensor and returns its data; the first tensor decides where the
 // call runs: RUN(name, ...) is moe_<name>(...) on the CPU and its twin on torch's current stream on a GPU. `done` turns
 // a status into an exception. Messages name op, argument, got and wanted, and where possible what to type.
-// What a kernel finds wrong in memory comes later: the next call, or moe_ext.check(), raises it. MOE_CHECK=1 in the
+// What a kernel finds wrong in memory comes later: the next call, or moe_ext.synchronize(), raises it. MOE_CHECK=1 in the
 // environment waits after every call instead.
 #ifndef MOE_DOOR_HPP
 #define MOE_DOOR_HPP

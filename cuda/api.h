@@ -4,7 +4,7 @@
 // pointers are device memory (structs of arguments and moe_mat are read on the host during the call). A call only
 // queues work on the stream. What the CPU refuses because of values in memory (an id out of range, bins that decrease,
 // NaN logits) does not stop a kernel: it skips the bad piece, touches no memory that is not its own, and leaves a
-// verdict in the device's error word, which the next call and moe_ext.check() read.
+// verdict in the device's error word, which the next call and moe_ext.synchronize() read.
 // dtypes: MOE_F32, MOE_BF16, MOE_F16 and the integers; MOE_F64 is MOE_BAD_DTYPE.
 #ifndef MOE_API_H
 #define MOE_API_H

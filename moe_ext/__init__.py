@@ -42,7 +42,7 @@ _LAYERS = {
     "dMoE": "moe_ext.layers.dmoe",
     "get_load_balancing_loss": "moe_ext.layers.moe",
 }
-__all__ = ["__version__", "check", "has_cuda", "ops", *_LAYERS]
+__all__ = ["__version__", "has_cuda", "ops", "synchronize", *_LAYERS]
 
 
 def has_cuda() -> bool:
@@ -50,9 +50,9 @@ def has_cuda() -> bool:
     return _C.cuda() is None and torch.cuda.is_available()
 
 
-def check(device=None):
+def synchronize(device=None):
     """Waits for a CUDA device (by default the current one) and raises RuntimeError if a kernel found bad values in
-    memory since the last check: an id out of range, bins that decrease, NaN logits. Nothing to do on the CPU."""
+    memory since the last call: an id out of range, bins that decrease, NaN logits. Nothing to do on the CPU."""
     device = torch.device(device or ("cuda" if has_cuda() else "cpu"))
     torch.ops.moe_ext.check(torch.empty(0, device=device))
 

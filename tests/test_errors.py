@@ -2,7 +2,7 @@
 
 Sizes, dtypes and options are refused by the call, in the same words on every device. Values in memory the C core sees
 during the call; a kernel leaves a verdict that the call (MOE_CHECK=1, as in these tests), the next call or
-moe_ext.check() raises.
+moe_ext.synchronize() raises.
 """
 
 import math
@@ -195,11 +195,11 @@ for words, call in VALUES.items():
     inputs = finished()
     call(inputs)                                        # says nothing yet
     try:
-        moe_ext.check(device)
-        sys.exit(f"check() is silent about: {words}")
+        moe_ext.synchronize(device)
+        sys.exit(f"synchronize() is silent about: {words}")
     except RuntimeError as error:
         assert "moe_ext::check: " in str(error) and "of an earlier" in str(error), error
-    moe_ext.check(device)                               # a verdict is told once
+    moe_ext.synchronize(device)                               # a verdict is told once
     assert ops.route_index(inputs.ids, E).order_N.equal(inputs.order), "the device stays usable"
     call(inputs)
     finished()
@@ -229,7 +229,7 @@ def test_an_old_device_is_refused(device):
 
 
 def test_check_has_nothing_to_say(device):
-    moe_ext.check(device)
+    moe_ext.synchronize(device)
 
 
 def test_no_memory(device):

@@ -9,18 +9,3 @@
 Without torchrun each runs as one process. The exit status is 0 if everything was as it should be. `--help` lists the
 options of each; sizes of a mesh may also come from the environment (export DP=1 SHARD=2 TP=1 EP=1).
 """
-
-import sys
-from types import ModuleType
-
-from moe_ext import check as raise_kernel_errors  # the function, whose name this package takes once it is imported
-
-
-class Package(ModuleType):
-    """`moe_ext.check()` stays what it is without this package."""
-
-    def __call__(self, device=None):
-        return raise_kernel_errors(device)
-
-
-sys.modules[__name__].__class__ = Package

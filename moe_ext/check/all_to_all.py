@@ -39,7 +39,7 @@ def transports(world: World) -> Iterator:
     yield TorchTransport()
     for kind, usable in (
         (NcclTransport, world.device.type == "cuda"),
-        (WindowTransport, world.device.type == "cuda" and world.hosts == 1),
+        (WindowTransport, world.hosts == 1),
     ):
         if usable:
             transport = kind(world.store, world.size, world.rank, device=world.device, seconds=world.seconds,

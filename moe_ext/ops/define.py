@@ -97,5 +97,5 @@ def real(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Waits for like's device and raises what its kernels found wrong in memory; moe_ext.check() is its public face.
+# Waits for like's device and raises what its kernels found wrong in memory; moe_ext.synchronize() is its public face.
 define("check(Tensor like) -> ()", fake=lambda like: None)

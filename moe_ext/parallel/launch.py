@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from moe_ext.config import Config
 from moe_ext.model import pick_device
-from moe_ext.parallel.failure import Watch, agree
+from moe_ext.parallel.failure import Watch, agree, join
 from moe_ext.parallel.mesh import Mesh, check_world
 
 
@@ -32,7 +32,7 @@ def joined(config: Config, facts: dict, hint=str) -> Iterator[Mesh]:
     check_world(config.mesh, world)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    store, rank, world = join(timeout)
     with Watch(store, rank, world, timeout, hint) as watch:
         agree(store, rank, world, facts)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,

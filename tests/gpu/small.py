@@ -27,7 +27,7 @@ def main(device="cuda", *names):
         for case in CASES:
             for dtype in (torch.float32, torch.bfloat16):
                 CHECKS[name](ops, case, dtype, device)
-    moe_ext.check(device)
+    moe_ext.synchronize(device)
     print(f"{len(names or CHECKS)} ops pass on {device}")
 
 
