@@ -3,8 +3,8 @@
 One exchange is what the dispatch of an MoE layer does with its transport: counts, which every rank reads, then rows, as
 many to each rank, itself included. Ranks are forked processes of one thread each. A round runs the same exchanges over
 both transports, one after the other in turns, and takes as long as the slowest rank: its wall time, so that a rank that
-waits counts. A ratio is the median over rounds of (gloo's time / windows'): above 1 windows are faster. "counts" is an
-exchange without rows.
+waits counts; beside it stands the CPU time of all ranks, which a loaded machine disturbs least. A ratio is the median
+over rounds of (gloo's time / windows'): above 1 windows are faster. "counts" is an exchange without rows.
 
 Prints Markdown, writes benchmarks/results/exchange-<cpu>.json.
 """
@@ -37,7 +37,7 @@ def exchange(transport, counts, sent, rows_PP):
 
 
 def time_sizes(rank, folder, world, sizes, rounds):
-    """-> {bytes: {transport: seconds per exchange, [rounds]}} of this rank."""
+    """-> {bytes: {transport: (wall, CPU) seconds per exchange, [rounds]}} of this rank."""
     store = dist.FileStore(f"{folder}/windows", world)
     transports = {"gloo": TorchTransport(), "windows": WindowTransport(store, world, rank, device="cpu")}
     times = {bytes: {name: [] for name in transports} for bytes in sizes}
@@ -49,11 +49,12 @@ def time_sizes(rank, folder, world, sizes, rounds):
             results = []
             for name in sorted(transports, reverse=round % 2):
                 dist.barrier()
-                start = time.perf_counter()
+                wall, cpu = time.perf_counter(), time.process_time()
                 for _ in range(repeats):
                     result = exchange(transports[name], counts, sent, rows_PP)
                 if round:
-                    times[bytes][name].append((time.perf_counter() - start) / repeats)
+                    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                    times[bytes][name].append((wall / repeats, cpu / repeats))
                 else:
                     results.append(result)
             if round == 0 and not torch.equal(*results):
@@ -67,11 +68,14 @@ def time_world(world, sizes, rounds):
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(world, lambda rank: time_sizes(rank, folder, world, sizes, rounds), folder)
     for bytes in sizes:
-        gloo, windows = ([max(each) for each in zip(*(rank[bytes][name] for rank in ranks), strict=True)]
-                         for name in ("gloo", "windows"))  # fmt: skip
         line = {"world": world, "bytes": bytes}
-        line["us"] = {"gloo": 1e6 * statistics.median(gloo), "windows": 1e6 * statistics.median(windows)}
-        yield line | {"ratio": _ratio(gloo, windows)}
+        for clock, of_ranks in (("wall", max), ("cpu", sum)):
+            gloo, windows = ([of_ranks(rank[clock == "cpu"] for rank in round)
+                              for round in zip(*(rank[bytes][name] for rank in ranks), strict=True)]
+                             for name in ("gloo", "windows"))  # fmt: skip
+            line[clock] = {"gloo_us": 1e6 * statistics.median(gloo), "windows_us": 1e6 * statistics.median(windows),
+                           "ratio": _ratio(gloo, windows)}  # fmt: skip
+        yield line
 
 
 def main(
@@ -90,11 +94,13 @@ def main(
     """
     report = {**machine(), "exchange": []}
     print(f"{report['cpu']}, torch {report['torch']}, commit {report['commit']}\n")
-    print("| ranks | bytes of each | gloo us | windows us | x gloo |\n|---|---|---|---|---|")
+    heads = " | ".join(f"{clock}: gloo us | windows us | x gloo" for clock in ("wall", "CPU"))
+    print(f"| ranks | bytes of each | {heads} |\n" + "|---" * 8 + "|")
     for world in worlds:
         for line in time_world(world, sizes, rounds):
-            us = " | ".join(f"{line['us'][name]:.0f}" for name in ("gloo", "windows"))
-            print(f"| {world} | {size_of(line['bytes'])} | {us} | {line['ratio']:.2f} |")
+            columns = (f"{t['gloo_us']:.0f} | {t['windows_us']:.0f} | {t['ratio']:.2f}"
+                       for t in (line["wall"], line["cpu"]))  # fmt: skip
+            print(f"| {world} | {size_of(line['bytes'])} | {' | '.join(columns)} |")
             report["exchange"].append(line)
     out.mkdir(parents=True, exist_ok=True)
     cpu = re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-")
