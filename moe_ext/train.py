@@ -66,7 +66,7 @@ def train(config: Config, resume: str = "") -> Path:
 def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
     """The training loop of one rank -> its log, and whether the run is done (False: it was asked to stop)."""
     t, folder, device = config.train, config.run_folder, mesh.device
-    start_from = find_checkpoint(folder, resume, mesh)
+    start_from = find_checkpoint(folder, resume)
 
     # what a step needs
     loader = Loader(IndexedDataset(config.data.train), seq_len=config.model.seq_len, seed=t.seed,
@@ -169,9 +169,9 @@ class Stop:
             signal.signal(number, handler)
 
 
-def find_checkpoint(folder: Path, resume: str, mesh: Mesh) -> Path | None:
+def find_checkpoint(folder: Path, resume: str) -> Path | None:
     """Where to start from. A run folder that holds checkpoints is never written over without being asked."""
-    newest = mesh.agreed(checkpoint.latest(folder / "ckpt"))
+    newest = checkpoint.on_rank_0(lambda: checkpoint.latest(folder / "ckpt"))
     require(newest is None or resume != "", f"{folder} holds {newest and newest.name} of an earlier run: continue it "
             "with --resume auto, choose another --log.name, or delete the folder")
     return newest if resume in ("", "auto") else Path(resume)

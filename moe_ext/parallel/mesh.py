@@ -73,14 +73,6 @@ class Mesh:
         dist.all_reduce(flat)
         return [part.view(n.shape) for part, n in zip(flat.split([n.numel() for n in numbers]), numbers, strict=True)]
 
-    def agreed(self, value):
-        """Rank 0's value on every rank: what can be pickled, such as a path that only it looked for."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
-
     def at(self, place: str) -> None:
         """Where this rank is, for the sentence with which others end if it dies."""
 
