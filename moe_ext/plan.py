@@ -45,7 +45,7 @@ def describe(config: Config, model: GPT) -> str:
                   f"{' per rank' if mesh.world > 1 else ''}; the device has {mib(available)}",
     }
     if passing := [f"{mib(size)} {what}" for what, size in buffers(config, model).items() if size]:
-        rows["buffers"] = "beside that, at their peak about " + ", ".join(passing)
+        rows["buffers"] = "about " + ", ".join(passing)
     if mesh.world > 1:
         sent = [f"{axis} {mib(size)}" for axis, size in traffic(config, model).items() if size]
         rows["traffic"] = "each rank sends per step: " + ", ".join(sent)
@@ -256,5 +256,5 @@ def buffers(config: Config, model: GPT) -> dict[str, int]:
     if mesh.ep > 1:
         rows = t.micro_batch * config.model.seq_len // mesh.tp * mesh.etp * rows_per_token(m.experts, m.top_k, mesh.ep)
         messages = round(2 * rows * message(config.model.dim * half, 4 * m.top_k, real * m.top_k))
-    return {"of parameters and gradients that FSDP has whole": kept + 3 * max(blocks.values(), default=0),
-            "of autocast's copies of weights": cast, "of messages of the token exchange": messages}
+    return {"parameters and gradients whole in FSDP": kept + 3 * max(blocks.values(), default=0),
+            "weights cast by autocast": cast, "messages of the exchange": messages}
