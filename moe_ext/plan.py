@@ -137,11 +137,6 @@ def message(*parts: int) -> int:
     return sum(-(-part // 16) * 16 for part in parts)
 
 
-def outermost(box: Box, config: Config) -> bool:
-    """Whether FSDP keeps it whole from forward to backward: what no block has, and experts if it shards no block."""
-    return not box.block or config.mesh.rep * config.mesh.fsdp == 1
-
-
 def traffic(config: Config, model: GPT) -> dict[str, int]:
     """Bytes that one rank sends over each axis per optimizer step, in its forwards, backwards and sum_replicated.
 
@@ -162,7 +157,7 @@ def traffic(config: Config, model: GPT) -> dict[str, int]:
 
     micro = t.accumulation
     for box in boxes(config, model):
-        gathers = 1 if outermost(box, config) else 2                                # for forward and backward
+        gathers = 2 if box.block else 1             # for forward and backward; the root keeps what no block has
         pieces(box.fsdp, box.stored * (half if box.fsdp == "efsdp" else real), micro * gathers)
         pieces(box.fsdp, box.stored * real, micro)                                  # gradients
         total("rep", box.stored * real, micro)
@@ -246,10 +241,10 @@ def buffers(config: Config, model: GPT) -> dict[str, int]:
             copies[box.block] += box.whole * half
         if getattr(mesh, box.fsdp) > 1:
             size = box.whole * (half if mixed else real)
-            if outermost(box, config):
-                kept += size if box.block else 2 * size
-            else:
+            if box.block:
                 blocks[box.block] += size
+            else:
+                kept += 2 * size
     outside = copies.pop("", 0)
     cast = outside + (max if t.recompute else sum)(copies.values() or [0])
     messages = 0

@@ -45,7 +45,8 @@ def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = Non
     if dtype is not None:
         policy["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
-        shard(layer.experts, mesh.sparse, "efsdp", lambda name: experts_dim(name, c.etp), **policy)
+        shard(layer.experts, mesh.sparse, "efsdp", lambda name: experts_dim(name, c.etp), reshard_after_forward=True,
+              **policy)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     theirs = {p for layer in layers for p in layer.experts.parameters()}
     for module in dict.fromkeys([*blocks, model]):

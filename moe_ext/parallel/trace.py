@@ -7,16 +7,21 @@ it happens; and the invariants, counted once more from the ids, of which a viola
     back       = sent
 It costs an exchange of counts and a host read more per layer.
 """
+import sys
+
 import torch
 
 
 class TracedExchange:
-    """An ExpertExchange that says what it does. layer: its name in the lines; say: what takes a line."""
+    """An ExpertExchange that says what it does. layer: its name in the lines."""
 
-    def __init__(self, exchange, layer: str, say=lambda line: print(line, flush=True)):
+    def __init__(self, exchange, layer: str):
         self.exchange, self.layer = exchange, layer
         self.rank, self.ranks = exchange.transport.rank, exchange.transport.ranks
-        self.say = lambda text: say(f"[DEBUG] Rank {self.rank}: {layer}: {text}")
+
+    def say(self, text: str) -> None:
+        sys.stdout.write(f"[DEBUG] Rank {self.rank}: {self.layer}: {text}\n")     # one write: ranks share the console
+        sys.stdout.flush()
 
     def require(self, holds: bool, sentence: str) -> None:
         if not holds:
