@@ -65,7 +65,7 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
 
         def used(name, local):
             if c.etp > 1 and name == "w13_bias":
-                return local.chunk(c.etp, dim=2)[mesh.etp_rank]
+                return local.chunk(c.etp, dim=2)[mesh.etp_rank].contiguous()
             return local * (mesh.etp_rank == 0) if c.etp > 1 and name == "w2_bias" else local
 
         distribute(layer.experts, mesh.sparse[tuple(axes)], placements, used)
