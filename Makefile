@@ -1,5 +1,6 @@
 # make train   a GPT with experts from real text to samples and a plot      make test    everything CI checks
 # make build   compile what changed     make bench   the benchmark table     make lint    ruff
+# make proof   every mesh of 1, 2, 4 and 8 ranks against one process, in fp64: the whole table (moe_ext/proof.py)
 # make gpu     prove everything on one GPU and time it (tests/gpu/run.py): PART=build,conformance,.. runs some parts
 # make sanitize   the core and the ops under ASan + UBSan, the core under TSan        make clean
 #
@@ -28,7 +29,7 @@ SHELL       := bash
 	$(BIN)/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
-.PHONY: build train test bench lint sanitize clean
+.PHONY: build train test proof bench lint sanitize clean
 build: .venv/installed
 	$(PY) setup.py -q build_ext --inplace
 
@@ -89,6 +90,9 @@ sanitize: build
 	$(call run-c-tests,build/thread,-fsanitize=thread,$(lastword $(ISAS)))
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
+proof: build
+	$(PY) -m moe_ext.proof --path benchmarks/results/proof.json
+
 bench: build
 	$(PY) -m benchmarks.ops
 

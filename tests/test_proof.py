@@ -1,0 +1,228 @@
+"""The proof that every mesh computes what one process does: a part of `make proof`, and that it finds planted bugs."""
+
+import functools
+import math
+import re
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from moe_ext import ops, proof
+from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
+from moe_ext.layers.fused import Draws, Experts
+from moe_ext.model import GPT
+from moe_ext.parallel import shard, tensor
+from moe_ext.parallel.mesh import Mesh, ScopePeers
+from moe_ext.proof import AXES, EXPERTS, Case, prove
+
+pytestmark = pytest.mark.c_core
+
+
+def name_of(case):
+    sizes = "_".join(f"{axis}{getattr(case.mesh, axis)}" for axis in case.axes)
+    return f"{sizes or 'alone'}-{'dense' if case.dense else 'moe'}-{proof.part().index(case)}"
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {result.case: result for result in prove(proof.part())}
+
+
+@pytest.mark.parametrize("case", proof.part(), ids=name_of)
+def test_mesh_equals_one_process(case, results):
+    assert not results[case].wrong, f"{results[case].wrong}\n{case}"
+
+
+def test_every_two_options_meet_on_every_axis():
+    for dense in (False, True):
+        met = set().union(*(proof.covered(case) for case in proof.table() if case.dense == dense))
+        assert met >= proof.meetings(dense, AXES[:3] if dense else AXES)
+
+
+def test_experts_that_ep_does_not_divide_are_refused():
+    with pytest.raises(ConfigError, match=r"mesh\.ep 4 does not divide model\.moe\.experts 6"):
+        Config(model=ModelConfig(moe=MoEConfig(experts=6)), mesh=MeshConfig(fsdp=4, ep=4))
+
+
+# ---- planted bugs ----------------------------------------------------------------------------------------------------
+# Each is called by every rank before it builds its model, in a process that ends with the cell.
+
+
+def average_over_fsdp():
+    """FSDP's own divide factor."""
+    FSDPModule.set_gradient_divide_factor = FSDPModule.set_force_sum_reduction_for_comms = lambda *_: None
+
+
+def router_is_no_part_of_the_tp_sum():
+    replicated = tensor.replicated
+    tensor.replicated = lambda p, axis: replicated(p, axis) and p.shape != (EXPERTS, 32)
+
+
+def balance_loss_of_a_rank():
+    shard.ScopePeers = lambda mesh, scope: None
+
+
+def scope_ends_at_the_tp_group():
+    shard.ScopePeers = lambda mesh, scope: ScopePeers(mesh, "sequence")
+
+
+def combine_overwrites():
+    combine = ops.exchange_combine
+
+    def last_rank_wins(message_SW, place_TP, *more):
+        later_TP = place_TP.flip(1).ge(0).cumsum(1).flip(1)
+        return combine(message_SW, place_TP.where(later_TP == 1, -1), *more)
+
+    ops.exchange_combine = last_rank_wins
+
+
+def dispatch_forgets_the_weights_gradient():
+    combine = ops.exchange_combine
+
+    def without(*args):
+        y_TD = combine(*args)
+        return (y_TD[0], torch.zeros_like(y_TD[1])) if isinstance(y_TD, tuple) else y_TD
+
+    ops.exchange_combine = without
+
+
+def clip_by_mesh():
+    clip = proof.clip_grad_norm
+
+    def clip_each(named, max_norm):
+        named = list(named)
+        groups = {p.device_mesh: [pair for pair in named if pair[1].device_mesh == p.device_mesh] for _, p in named}
+        return math.hypot(*(clip(group, max_norm) for group in groups.values()))
+
+    proof.clip_grad_norm = clip_each
+
+
+def random_numbers_by_local_row():
+    Mesh.draws = lambda self, seed, step, row0, seq_len: Draws(seed, step, 0)
+
+
+def runs_forgotten():
+    Mesh.draws = lambda self, seed, step, row0, seq_len: Draws(
+        seed, step, row0 * seq_len + self.tp_rank * seq_len // self.config.tp)
+
+
+def bias_of_o_on_every_tp_rank():
+    tensor.ONCE = re.compile("(?!)")
+
+
+def while_experts_run(change):
+    """`change(name, parameter, what is used of it)` decides what the experts compute with."""
+    distribute = shard.distribute
+    shard.distribute = lambda root, device_mesh, placements, used: distribute(
+        root, device_mesh, placements, lambda name, local: change(name, local, used(name, local)))
+
+
+def bias_of_w2_on_every_etp_rank():
+    while_experts_run(lambda name, local, used: local if name == "w2_bias" else used)
+
+
+def bias_of_w13_split_in_another_order():
+    def other(name, local, used):
+        return local.chunk(2, dim=2)[1 - dist.get_rank() % 2].contiguous() if name == "w13_bias" else used
+
+    while_experts_run(other)
+
+
+def gradients_of_experts_stay_in_their_replica():
+    fully_shard = shard.fully_shard
+
+    def narrow(module, mesh, **more):
+        return fully_shard(module, mesh=mesh["efsdp"] if isinstance(module, Experts) else mesh, **more)
+
+    shard.fully_shard = narrow
+
+
+def selection_bias_by_local_counts():
+    forward, update = GPT.forward, GPT.update_select_bias
+
+    def remember(self, *args):
+        out = forward(self, *args)
+        self.local_counts = out.counts_LE.long() if self.training else self.local_counts
+        return out
+
+    GPT.forward, GPT.update_select_bias = remember, lambda self, counts_LE: update(self, self.local_counts)
+
+
+def replicated_gradients_stay_parts():
+    proof.sum_replicated = lambda model, mesh: None
+
+
+def initial_values_by_local_index():
+    box_normal = shard.box_normal
+    shard.box_normal = lambda shape, start, size, **more: box_normal(shape, [0] * len(shape), size, **more)
+
+
+def aux_loss_counts_on_every_rank():
+    forward = GPT.forward
+
+    def more(self, *args):
+        out = forward(self, *args)
+        return out._replace(aux_loss=out.aux_loss * dist.get_world_size())
+
+    GPT.forward = more
+
+
+def on(dense=False, **options):
+    sizes = {axis: options.pop(axis) for axis in AXES if axis in options}
+    return Case(MeshConfig(**sizes), dense, **options)
+
+
+BUGS = {
+    average_over_fsdp: on(fsdp=2),
+    router_is_no_part_of_the_tp_sum: on(tp=2),
+    balance_loss_of_a_rank: on(tp=2),
+    scope_ends_at_the_tp_group: on(fsdp=2, scope="micro_batch"),
+    combine_overwrites: on(fsdp=2, ep=2),
+    dispatch_forgets_the_weights_gradient: on(fsdp=2, ep=2),
+    clip_by_mesh: on(tp=2, ep=2),
+    random_numbers_by_local_row: on(True, rep=2, dropout=0.2),
+    runs_forgotten: on(True, tp=2, dropout=0.2),
+    bias_of_o_on_every_tp_rank: on(True, tp=2, bias=True),
+    bias_of_w2_on_every_etp_rank: on(tp=2, etp=2, bias=True),
+    bias_of_w13_split_in_another_order: on(tp=2, etp=2, bias=True),
+    gradients_of_experts_stay_in_their_replica: on(rep=2),
+    selection_bias_by_local_counts: on(fsdp=2, routing="moving"),
+    replicated_gradients_stay_parts: on(True, tp=2),
+    initial_values_by_local_index: on(True, fsdp=2),
+    aux_loss_counts_on_every_rank: on(fsdp=2),
+}
+
+
+@functools.cache
+def without_bug(case):
+    [result] = prove([case])
+    return result.wrong
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_planted_bug_is_found(bug):
+    case = BUGS[bug]
+    assert not without_bug(case)
+    [result] = prove([case], bug=bug)
+    assert result.errors, f"the cell was to disagree, not to end with: {result.wrong}"
+    assert result.wrong and max(result.errors.values()) > 1e-9, result
+
+
+# ---- cells that do not come to an end --------------------------------------------------------------------------------
+
+
+def test_a_cell_that_hangs_is_wrong():
+    [result] = prove([on(fsdp=2)], seconds=2, bug=lambda: time.sleep(300 * dist.get_rank()))
+    assert result.wrong.startswith("no answer within 2 s") and not result.errors
+
+
+def test_a_cell_that_fails_says_why():
+    def fail():
+        if dist.get_rank() == 1:
+            raise ArithmeticError("planted")
+
+    [result] = prove([on(tp=2)], bug=fail)
+    assert result.wrong == "ArithmeticError: planted" and not result.errors
