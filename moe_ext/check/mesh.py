@@ -2,6 +2,7 @@
 
     DP=1 SHARD=2 TP=1 torchrun --standalone --nproc-per-node 2 -m moe_ext.check mesh
     DP=2 SHARD=2 TP=2 torchrun --standalone --nproc-per-node 8 -m moe_ext.check mesh --dtype fp64
+    python -m moe_ext.check mesh --all          # the proof, moe_ext.proof: every mesh, forked from one process
 
 Every rank gets the same sentence, so all meshes see the same batch. The learning rate is far too high, on purpose: what
 is a little wrong in the first step is very wrong in the last. Rounding grows in the same way: compare meshes in fp64.
@@ -21,12 +22,13 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ext.check.world import OnMesh, World, describe
-from moe_ext.config import Config, MeshConfig, ModelConfig, TrainConfig
+from moe_ext.config import Config, MeshConfig, ModelConfig, TrainConfig, require
 from moe_ext.model import GPT
 from moe_ext.parallel.collectives import gather
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import build
 from moe_ext.parallel.tensor import sum_replicated
+from moe_ext.proof import prove_all
 
 SENTENCE = "i love lingua and 3d parallelism :)"
 LENGTH = 48  # of the padded sentence: a multiple of every small tp
@@ -44,8 +46,13 @@ class OneSentence(OnMesh):
     layers: int = 4
     steps: int = 6
     profile: Path | None = None  # folder for a torch.profiler trace of each rank
+    all: bool = False  # instead: the table of every mesh of 1, 2, 4 and 8 ranks against one process
 
     def run(self, world: World) -> bool:
+        if self.all:
+            require(world.size == 1, f"--all forks the ranks of every mesh itself: run it without torchrun, not as one "
+                    f"of {world.size}")
+            return prove_all(out=world.say)
         dp, fsdp, tp, _ = self.sizes(world.size)
         model = ModelConfig(vocab_size=self.vocab, seq_len=LENGTH, layers=self.layers, dim=self.dim, heads=self.heads,
                             hidden=4 * self.dim, act="gelu", norm="layernorm", norm_eps=1e-5)
