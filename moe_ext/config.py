@@ -277,6 +277,10 @@ class Config:
                     "both to 1")
         if mesh.tp > 1:
             shares["fsdp"] = {"model.dim": model.dim}
+        share = model.seq_len // mesh.tp * moe.top_k
+        require(not moe.balanced or mesh.world == 1 or share % moe.experts == 0, f"model.moe.balanced deals a rank's "
+                f"copies out from the first expert on, but the {share} of a sequence (model.seq_len / mesh.tp * "
+                f"model.moe.top_k) are no multiple of model.moe.experts {moe.experts}: another mesh would route others")
         for axis, widths in shares.items():
             size = getattr(mesh, axis)
             for name, width in widths.items():
