@@ -58,10 +58,11 @@ def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int =
     training, total = model.training, torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
     for begin in range(0, rows, rows_per_batch):
-        batch = loader.batch(first, first + mine)
-        batch.targets[max(0, rows - begin - first):] = -100     # rows past the last: ranks go on together
-        with precision(config, device):
-            total += model(batch.tokens.to(device), batch.targets.to(device)).token_loss
+        for micro in range(first, first + mine, config.train.micro_batch):
+            batch = loader.batch(micro, micro + config.train.micro_batch)
+            batch.targets[max(0, rows - begin - micro):] = -100     # rows past the last: ranks go on together
+            with precision(config, device):
+                total += model(batch.tokens.to(device), batch.targets.to(device)).token_loss
         loader.advance()
     model.train(training)
     total, = mesh.sum(total / mesh.config.tp) if mesh else [total]

@@ -11,6 +11,7 @@ is a rename. Nothing is kept between calls: losses, counts and the key/value cac
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -265,11 +266,15 @@ def pick_device(config: Config) -> torch.device:
     """train.device, "auto" being CUDA if the ops run there in train.dtype. ConfigError if CUDA is wanted and they do
     not."""
     cuda, fp64 = moe_ext.has_cuda(), config.train.dtype == "fp64"
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # torchrun's, on this host: a device for each
+    enough = not cuda or torch.cuda.device_count() >= ranks
+    require(enough or config.train.device != "cuda", f"train.device is cuda, but {ranks} processes share "
+            f"{torch.cuda.device_count()} CUDA devices: start as many as there are, or use cpu")
     require(cuda or config.train.device != "cuda", "train.device is cuda, but torch sees no CUDA device or this build "
             "of moe_ext has no CUDA kernels: use cpu")
     require(not fp64 or config.train.device != "cuda", "train.dtype is fp64, which has no CUDA kernels: use "
             "train.device cpu, or fp32 or bf16")
-    return torch.device("cuda" if cuda and not fp64 and config.train.device != "cpu" else "cpu")
+    return torch.device("cuda" if cuda and enough and not fp64 and config.train.device != "cpu" else "cpu")
 
 
 def build(config: Config) -> GPT:

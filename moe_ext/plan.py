@@ -15,7 +15,7 @@ import moe_ext
 from moe_ext.config import Config
 from moe_ext.model import GPT, pick_device
 from moe_ext.ops.expert import GATED
-from moe_ext.parallel.shard import experts_dim
+from moe_ext.parallel.shard import dense_dim, experts_dim
 from moe_ext.parallel.tensor import COLUMNS, ROWS
 
 
@@ -99,7 +99,7 @@ def boxes(config: Config, model: GPT) -> list[Box]:
             fsdp, dim, partial = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), "etp" if bias else ""
             whole = first_piece(p.shape, {0: mesh.ep} if bias else {0: mesh.ep, 2: mesh.etp})
         else:
-            fsdp, dim, partial = "fsdp", 1 if mesh.tp > 1 and rows else 0, "" if rows or columns else "tp"
+            fsdp, dim, partial = "fsdp", dense_dim(name, mesh.tp), "" if rows or columns else "tp"
             whole = first_piece(p.shape, {0: mesh.tp} if rows else {1: mesh.tp} if columns else {})
         stored = first_piece(whole, {dim: getattr(mesh, fsdp)})
         result.append(Box(name, math.prod(whole), math.prod(stored), fsdp, partial))
@@ -160,7 +160,7 @@ def traffic(config: Config, model: GPT) -> dict[str, int]:
         gathers = 2 if box.block else 1             # for forward and backward; the root keeps what no block has
         pieces(box.fsdp, box.stored * (half if box.fsdp == "efsdp" else real), micro * gathers)
         pieces(box.fsdp, box.stored * real, micro)                                  # gradients
-        total("rep", box.stored * real, micro)
+        total("rep", box.stored * real, 1)
         if box.partial:
             total(box.partial, box.stored * real, 1)
 

@@ -49,8 +49,7 @@ from moe_ext.model import GPT
 from moe_ext.optim import adamw, clip_grad_norm
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.ranks import run_ranks
-from moe_ext.parallel.shard import initialize, parallelize
-from moe_ext.parallel.tensor import sum_replicated
+from moe_ext.parallel.shard import backward, initialize, parallelize
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FLOOR = 1e-3    # of the largest of its kind, times the tolerance
@@ -340,12 +339,10 @@ def train(case: Case, mesh: Mesh) -> Record:
         for micro in range(case.accumulation):
             begin, end = mesh.rows(micro, micro_batch)
             out = model(tokens[step, begin:end], targets[step, begin:end], mesh.draws(SEED, step, begin, TOKENS))
-            token_loss = out.token_loss / (ROWS * TOKENS)
-            aux_loss = out.aux_loss / (case.accumulation * mesh.config.dp * mesh.config.tp)
-            (token_loss + aux_loss).backward()
-            loss, aux = loss + token_loss.detach() / mesh.config.tp, aux + aux_loss.detach()
+            parts = backward(model, out, mesh, tokens=ROWS * TOKENS, accumulation=case.accumulation,
+                             last=micro == case.accumulation - 1)
+            loss, aux = loss + parts[0], aux + parts[1]
             loads, dropped = loads + out.counts_LE, dropped + out.dropped
-        sum_replicated(model, mesh)
         norm = clip_grad_norm(model.named_parameters(), optim.clip)
         losses = dict(zip(("token", "aux"), mesh.sum(loss, aux), strict=True), norm=torch.tensor(norm).double())
         exact |= dict(zip((f"loads {step}", f"dropped {step}"), mesh.sum(loads, dropped), strict=True))

@@ -6,9 +6,10 @@ depend on the mesh (README, "Which mesh should I use"). Rank 0 writes the run fo
     run.log           what the console showed          metrics.jsonl, tb/   the same as numbers (moe_ext.log)
     ckpt/step-NNNNNN  checkpoints (moe_ext.checkpoint) tokenizer.json       a copy, so that the folder is whole
     plot.png          loss and expert load             profile/             traces, with train.profile_steps
-SIGTERM and the first Ctrl-C save a checkpoint and end the run with exit status 0; `--resume auto` continues it, bit for
-bit on the same mesh. A loss or gradient that is not finite ends the run with a sentence before it reaches the
-parameters (in fp16 it skips the step and halves the loss scale). A rank that dies ends all others with a sentence.
+SIGTERM to a rank and the first Ctrl-C save a checkpoint and end the run with exit status 0 (torchrun itself, given
+SIGTERM, kills after 30 s); `--resume auto` continues it, bit for bit on the same mesh. A loss or gradient that is not
+finite ends the run with a sentence before it reaches the parameters (in fp16 it skips the step and halves the loss
+scale). A rank that dies ends all others with a sentence.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from moe_ext import checkpoint
-from moe_ext.config import Config, ConfigError, dumps, parse, plain, require
+from moe_ext.config import Config, dumps, parse, plain, require
 from moe_ext.data import IndexedDataset, Loader, unigram_entropy
 from moe_ext.evaluate import evaluate, load_run
 from moe_ext.generate import complete
@@ -34,8 +35,7 @@ from moe_ext.optim import LossScaler, adamw, learning_rate, set_learning_rate
 from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
-from moe_ext.parallel.shard import build
-from moe_ext.parallel.tensor import sum_replicated
+from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
 
 
@@ -71,6 +71,8 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
     # what a step needs
     loader = Loader(IndexedDataset(config.data.train), seq_len=config.model.seq_len, seed=t.seed,
                     batch_size=config.sequences_per_step, vocab_size=config.model.vocab_size)
+    require(loader.identity() == checkpoint.on_rank_0(loader.identity), f"{config.data.train} is not the text that rank"
+            " 0 has there: copy its folder to every host, or use storage that they share")
     valid = IndexedDataset(config.data.valid) if config.data.valid else None
     torch.manual_seed(t.seed)
     model = build(config, mesh)
@@ -97,6 +99,7 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
     entropy = unigram_entropy(valid) if valid else math.nan
 
     def save(step):
+        mesh.at(f"step {step}, saving")
         with log.paused():
             path = checkpoint.save(folder / "ckpt", model=model, optimizer=optimizer, loader=loader, step=step,
                                    config=dataclasses.asdict(config), best_loss=best, keep_last=t.keep_last,
@@ -113,16 +116,13 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
                 draws = mesh.draws(t.seed, step, batch.row0, config.model.seq_len)
                 with precision(config, device):
                     out = model(batch.tokens.to(device), batch.targets.to(device), draws)
-                token_loss = out.token_loss / config.tokens_per_step
-                aux_loss = out.aux_loss / (t.accumulation * mesh.world)
-                (scaler.scale * (token_loss + aux_loss)).backward()
-                loss, aux = loss + token_loss.detach() / mesh.config.tp, aux + aux_loss.detach()
-                counts_LE = counts_LE + out.counts_LE
-            sum_replicated(model, mesh)
+                parts = backward(model, out, mesh, tokens=config.tokens_per_step, accumulation=t.accumulation,
+                                 last=micro == t.accumulation - 1, scale=scaler.scale)
+                loss, aux, counts_LE = loss + parts[0], aux + parts[1], counts_LE + out.counts_LE
             asked = torch.tensor(float(bool(stop.asked)), device=device)
             loss, aux, counts_LE, asked = mesh.sum(loss, aux, counts_LE, asked)
             counts_LE = counts_LE.long()
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) and not scaler.enabled:
                 raise FloatingPointError(f"step {step}: the loss is {loss:g}: lower optim.lr, lengthen optim.warmup or "
                                          f"set optim.clip; {resumable(folder)}")
             grad_norm = scaler.clip(model.named_parameters(), config.optim.clip)
@@ -140,6 +140,7 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
             if step == done + 1 or step % config.log.every == 0 or last:
                 log.step(step, loss=float(loss), aux=float(aux), grad_norm=grad_norm, lr=lr, counts_LE=counts_LE)
             if valid and (last or (t.eval_every and step % t.eval_every == 0)):
+                mesh.at(f"step {step}, evaluating")
                 with log.paused():
                     valid_loss = evaluate(model, config, valid, t.eval_batches, mesh)
                     log.evaluation(step, valid_loss, entropy)
@@ -153,7 +154,8 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
 
 
 class Stop:
-    """Between enter and exit, SIGTERM or Ctrl-C only sets `asked` to the signal's name; a second one acts as usual."""
+    """Between enter and exit, SIGTERM or Ctrl-C only sets `asked` to the signal's name. A second Ctrl-C acts as usual;
+    a second SIGTERM does not: a cluster's scheduler and torchrun may both pass on the first."""
     asked = ""
 
     def __enter__(self):
@@ -162,7 +164,7 @@ class Stop:
 
     def ask(self, number, frame):
         self.asked = signal.Signals(number).name
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -228,9 +230,9 @@ def main() -> None:
         if not command.dry_run:
             train(plain(command), command.resume)
         elif int(os.environ.get("RANK", 0)) == 0:
-            check_world(command.mesh, int(os.environ.get("WORLD_SIZE", command.mesh.world)))
+            check_world(command.mesh, int(os.environ.get("WORLD_SIZE", command.mesh.world)), plain(command))
             print(describe(command, GPT(command.model, device="meta")))
-    except (ConfigError, checkpoint.CheckpointError, FileNotFoundError, FloatingPointError, RankFailure) as error:
+    except (ValueError, OSError, FloatingPointError, RankFailure) as error:
         sys.exit(f"error: {error}")
 
 

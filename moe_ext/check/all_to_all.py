@@ -51,10 +51,9 @@ def transports(world: World) -> Iterator:
 def moves(transport, input, splits_PP, want) -> bool:
     """Whether a transport tells every rank the counts, brings the rows, and takes them back."""
     counts_PP = transport.counts(splits_PP[transport.rank].int()[:, None].to(input.device))[..., 0]
-    if not counts_PP.long().equal(splits_PP):
-        return False
     there = transport.rows(input[:, None], splits_PP)
-    return there[:, 0].equal(want) and transport.rows(there, splits_PP.T)[:, 0].equal(input)
+    back = transport.rows(there, splits_PP.T)
+    return counts_PP.long().equal(splits_PP) and there[:, 0].equal(want) and back[:, 0].equal(input)
 
 
 @dataclass(frozen=True)

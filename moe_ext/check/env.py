@@ -129,12 +129,12 @@ def collectives(world: World) -> list[str]:
     ):
         name = call.__name__
         try:
-            got = call()
-            bad = [rank for rank, said in enumerate(world.gather(str(got.equal(want)))) if said != "True"]
-            if bad:
-                wrong.append(f"{name} gives wrong values on {ranks(bad)}")
-            else:
-                world.say(f"{name:10}  right, {world.milliseconds(call):.2f} ms")
+            mine = "" if call().equal(want) else "gives wrong values"
         except RuntimeError as error:
-            return [*wrong, f"{name} fails on rank {me}: {first_line(error)}"]
+            mine = f"fails ({first_line(error)})"
+        said = world.gather(mine)       # what every rank does next, all do
+        bad = [rank for rank, words in enumerate(said) if words]
+        if bad:
+            return [*wrong, f"{name} {said[bad[0]]} on {ranks(bad)}"]
+        world.say(f"{name:10}  right, {world.milliseconds(call):.2f} ms")
     return wrong

@@ -6,6 +6,7 @@
 
 Every rank gets the same sentence, so all meshes see the same batch. The learning rate is far too high, on purpose: what
 is a little wrong in the first step is very wrong in the last. Rounding grows in the same way: compare meshes in fp64.
+Nothing is compared here but by the eye; --all compares.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ from moe_ext.config import Config, MeshConfig, ModelConfig, TrainConfig, require
 from moe_ext.model import GPT
 from moe_ext.parallel.collectives import gather
 from moe_ext.parallel.mesh import Mesh
-from moe_ext.parallel.shard import build
-from moe_ext.parallel.tensor import sum_replicated
-from moe_ext.proof import prove_all
+from moe_ext.parallel.shard import backward, build
 
 SENTENCE = "i love lingua and 3d parallelism :)"
 LENGTH = 48  # of the padded sentence: a multiple of every small tp
@@ -52,8 +51,10 @@ class OneSentence(OnMesh):
         if self.all:
             require(world.size == 1, f"--all forks the ranks of every mesh itself: run it without torchrun, not as one "
                     f"of {world.size}")
+            from moe_ext.proof import prove_all  # which imports more than any other check needs
             return prove_all(out=world.say)
-        dp, fsdp, tp, _ = self.sizes(world.size)
+        dp, fsdp, tp, ep = self.sizes(world.size)
+        require(ep == 1, f"EP is {ep}, but this model is dense: unset it, or see `check dmoe` and `check mesh --all`")
         model = ModelConfig(vocab_size=self.vocab, seq_len=LENGTH, layers=self.layers, dim=self.dim, heads=self.heads,
                             hidden=4 * self.dim, act="gelu", norm="layernorm", norm_eps=1e-5)
         config = Config(model=model, mesh=MeshConfig(rep=dp, fsdp=fsdp, tp=tp),
@@ -83,13 +84,10 @@ tokens are bytes, not GPT-2's: losses are not those of a run with GPT-2's tokeni
         tokens_BS, targets_BS, count = one_sentence(world.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(self.steps):
-            loss = model(tokens_BS, targets_BS).token_loss / (mesh.config.dp * count)
-            loss.backward()
-            if mesh.world > 1:
-                sum_replicated(model, mesh)
+            loss, _ = backward(model, model(tokens_BS, targets_BS), mesh, tokens=mesh.config.dp * count)
             optimizer.step()
             optimizer.zero_grad()
-            total = mesh.sum(loss.detach())[0] / mesh.config.tp
+            total, = mesh.sum(loss)
             world.say(f"{step}th step loss: {total.item()}")
 
     def profiled(self, world: World, name: str):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_ext.check.world import Command, World
+from moe_ext.parallel.pdb import set_trace
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,6 @@ class Pdb(Command):
     seconds: float = 3600.0  # longest wait for another rank, which may be at its prompt
 
     def run(self, world: World) -> bool:
-        from moe_ext.parallel.pdb import set_trace
-
         with world.joined():
             x = torch.arange(3, device=world.device) + 10 * world.rank
             set_trace(rank=self.rank)  # try: p x, !x += 1, c

@@ -85,6 +85,12 @@ class MLP(nn.Module):
         return self.down_proj(ops.activation(h.flatten(0, -2), self.act).view(*h.shape[:-1], -1))
 
 
+class Gate(nn.Linear):
+    """x_TD -> logits_TE in x's dtype, whatever that of the weight."""
+    def forward(self, x_TD):
+        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+
+
 class Experts(nn.Module):
     """The experts that live in this process: rows x_RD with the ids and weights of their K choices (-1: elsewhere) ->
     y_RD, each row's experts weighted and summed. num_copies: how many ids are >= 0; None: all of them."""
@@ -131,7 +137,7 @@ class FusedMoE(nn.Module):
         self.exchange, self.peers = exchange, None
 
         options = dict(dtype=dtype, device=device)
-        self.gate = nn.Linear(dim, num_experts, bias=False, **options)
+        self.gate = Gate(dim, num_experts, bias=False, **options)
         self.noise_E = nn.Parameter(torch.empty(num_experts, **options)) if noise else None
         self.experts = Experts(num_experts, dim, hidden, act=act, bias=bias, **options)
         self.shared = MLP(dim, shared_hidden, act=act, bias=bias, **options) if shared_hidden else None
@@ -169,7 +175,7 @@ class FusedMoE(nn.Module):
         random = self.training and draws is not None
         if self.jitter and random:
             x_TD = ops.jitter(x_TD, self.jitter, **draws.at(self.name + ".jitter"))
-        logits_TE = self.gate(x_TD) if real == self.gate.weight.dtype else F.linear(x_TD, self.gate.weight.to(real))
+        logits_TE = self.gate(x_TD)
         if self.noise_E is not None and random:
             logits_TE = ops.noisy(logits_TE, self.noise_E.to(real), **draws.at(self.name + ".noise"))
         weights_TK, ids_TK, scores_TE = ops.router(

@@ -16,7 +16,7 @@ class NonFiniteGradient(FloatingPointError):
 
 def _square(x: torch.Tensor) -> torch.Tensor:
     """|x|^2 in float64, piece by piece: torch widens what it measures, and a piece of 2^15 stays in the cache."""
-    pieces = x.flatten().split(2**15)
+    pieces = x.flatten().split(2**15) if x.device.type == "cpu" else [x.flatten()]
     norms = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces])
     return torch.linalg.vector_norm(norms).square()
 

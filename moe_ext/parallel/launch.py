@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from moe_ext.config import Config
 from moe_ext.model import pick_device
-from moe_ext.parallel.failure import Watch, agree, join
+from moe_ext.parallel.failure import LINGER, Watch, agree, join
 from moe_ext.parallel.mesh import Mesh, check_world
 
 
@@ -29,16 +29,16 @@ def joined(config: Config, facts: dict, hint=str) -> Iterator[Mesh]:
     if world == 1:
         yield Mesh(config.mesh, device)
         return
-    check_world(config.mesh, world)
+    check_world(config.mesh, world, config)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = join(timeout)
     with Watch(store, rank, world, timeout, hint) as watch:
-        agree(store, rank, world, facts)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(seconds=timeout))
-        mesh = Mesh(config.mesh, device, store=store, seconds=timeout)
-        mesh.at = watch.at
+        agree(store, rank, world, facts | {"the device": device.type})
+        # NCCL ends a process without a word: not before the Watch has spoken
+        backend, seconds = ("cpu:gloo,cuda:nccl", 2 * timeout + LINGER) if device.type == "cuda" else ("gloo", timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
+        mesh = Mesh(config.mesh, device, store=store, seconds=timeout, at=watch.at)
         yield mesh
         mesh.close()
         dist.destroy_process_group()

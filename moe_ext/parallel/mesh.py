@@ -5,13 +5,14 @@
 Both number the ranks alike, the last axis fastest. tp ranks see the same sequences and hold S/tp consecutive tokens of
 each between the modules; the rep*fsdp groups of tp ranks have sequences of their own. Axes of size 1 carry no traffic.
 """
+import dataclasses
 import math
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from moe_ext.config import MeshConfig, meshes, require
+from moe_ext.config import Config, ConfigError, MeshConfig, meshes
 from moe_ext.layers.fused import Draws
 from moe_ext.parallel.collectives import gather, scope_sum
 from moe_ext.parallel.transport import NcclTransport, TorchTransport, WindowTransport
@@ -21,11 +22,12 @@ class Mesh:
     """The mesh of an initialised process group of config.world ranks; of one process without any. All ranks make it.
 
     config: the sizes. device: of the parameters. store: for the meeting of the windows and nccl transports, and
-    seconds, how long these wait for a rank. Errors: ConfigError if the sizes are not those of the process group.
+    seconds, how long these wait for a rank. at: takes the place where this rank is, as "step 12", for the sentence with
+    which others end if it dies. Errors: ConfigError if the sizes are not those of the process group.
     """
 
-    def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0):
-        self.config, self.device = config, torch.device(device)
+    def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0, at=lambda place: None):
+        self.config, self.device, self.at = config, torch.device(device), at
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         check_world(config, self.world)
@@ -73,9 +75,6 @@ class Mesh:
         dist.all_reduce(flat)
         return [part.view(n.shape) for part, n in zip(flat.split([n.numel() for n in numbers]), numbers, strict=True)]
 
-    def at(self, place: str) -> None:
-        """Where this rank is, for the sentence with which others end if it dies."""
-
     def close(self) -> None:
         """Frees the transport; every rank calls it after its last step."""
         if hasattr(self.transport, "close"):
@@ -106,14 +105,22 @@ class ScopePeers:
         return x_BSn.chunk(dist.get_world_size(self.tp), dim=1)[self.tp_rank]
 
 
-def check_world(config: MeshConfig, world: int) -> None:
-    """ConfigError, with the nearest mesh that fits, unless the mesh has `world` ranks."""
-    def distance(mesh):
-        return sum(abs(math.log(mesh.sizes[name] / size)) for name, size in config.sizes.items())
+def check_world(mesh: MeshConfig, world: int, config: Config | None = None) -> None:
+    """ConfigError, with the nearest mesh that fits (the model of `config` too), unless the mesh has `world` ranks."""
+    def distance(other):
+        return sum(abs(math.log(other.sizes[name] / size)) for name, size in mesh.sizes.items())
 
-    if config.world != world:
-        best = min(meshes(world), key=distance)
-        sizes = " ".join(f"--mesh.{name} {size}" for name, size in best.sizes.items() if size != config.sizes[name])
-        require(False, f"the mesh has rep {config.rep} * fsdp {config.fsdp} * tp {config.tp} = {config.world} ranks, "
-                f"but {world} {'process runs' if world == 1 else 'processes run'}: start {config.world}, or take the "
-                f"nearest mesh of {world}: {sizes}")
+    def fits(other):
+        try:
+            return config is None or dataclasses.replace(config, mesh=other) is not None
+        except ConfigError:
+            return False
+
+    if mesh.world != world:
+        hint = f"start {mesh.world}"
+        if choices := [other for other in meshes(world) if fits(other)]:
+            best = min(choices, key=distance).sizes
+            sizes = " ".join(f"--mesh.{name} {size}" for name, size in best.items() if size != mesh.sizes[name])
+            hint += f", or take the nearest mesh of {world}: {sizes}"
+        raise ConfigError(f"the mesh has rep {mesh.rep} * fsdp {mesh.fsdp} * tp {mesh.tp} = {mesh.world} ranks, but "
+                          f"{world} {'process runs' if world == 1 else 'processes run'}: {hint}")

@@ -1,14 +1,16 @@
-"""Ranks for tests: forked from this process, which has imported everything, and joined by gloo over a file."""
+"""Ranks for proofs: forked from this process, which has imported everything, and joined by gloo over a file."""
 
 import os
 import traceback
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
 def run_ranks(world, body, folder):
-    """Call body(rank) in `world` forked gloo ranks and return what they returned, in rank order."""
+    """Call body(rank) in `world` forked gloo ranks and return what they returned, in rank order. `folder`: a new one
+    for each call, for the meeting and the results. RuntimeError if a rank fails; its traceback is on stderr."""
     children = []
     for rank in range(world):
         child = os.fork()
@@ -17,7 +19,8 @@ def run_ranks(world, body, folder):
             try:
                 torch.set_num_threads(1)  # the parent's pool of threads did not survive the fork
                 store = dist.FileStore(f"{folder}/store", world)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
+                                        timeout=timedelta(seconds=300))
                 torch.save(body(rank), f"{folder}/{rank}.pt")
                 dist.barrier()
                 status = 0
@@ -26,5 +29,7 @@ def run_ranks(world, body, folder):
             finally:
                 os._exit(status)
         children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world, "a rank failed; its traceback is above"
+    failed = [rank for rank, child in enumerate(children) if os.waitpid(child, 0)[1]]
+    if failed:
+        raise RuntimeError(f"ranks {failed} of {world} failed; their tracebacks are above")
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]

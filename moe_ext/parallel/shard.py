@@ -4,8 +4,7 @@
     model = GPT(config.model, device="meta")        # or with values, the same on every rank
     parallelize(model, mesh)
     initialize(model, config.train.seed, device)    # what one process draws, box by box; not with values
-    loss = token_loss / tokens_of_the_step + aux_loss / (accumulation * dp * tp);  loss.backward()
-    sum_replicated(model, mesh)                     # moe_ext.parallel.tensor; once per step, before clipping
+    loss, aux = backward(model, model(tokens, targets, draws), mesh, tokens=tokens_of_the_step)
 
 Experts: Shard(0) over ep, F over etp. FSDP shards a dimension that tp, ep and etp leave alone, so that each rank holds
 one box of a parameter. It sums gradients and divides nothing: the loss already has the global denominators.
@@ -18,12 +17,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import FusedMoE
-from moe_ext.model import GPT, Block
+from moe_ext.model import GPT, Block, Losses
 from moe_ext.model import build as plain_build
 from moe_ext.parallel.experts import ExpertExchange, SplitExperts
 from moe_ext.parallel.init import box_normal
 from moe_ext.parallel.mesh import Mesh, ScopePeers
-from moe_ext.parallel.tensor import ROWS, distribute, tensor_parallel
+from moe_ext.parallel.tensor import ROWS, distribute, sum_replicated, tensor_parallel
 from moe_ext.parallel.trace import TracedExchange
 
 
@@ -50,7 +49,7 @@ def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = Non
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     theirs = {p for layer in layers for p in layer.experts.parameters()}
     for module in dict.fromkeys([*blocks, model]):
-        shard(module, mesh.dense, "fsdp", lambda name: 1 if c.tp > 1 and ROWS.search(name) else 0,
+        shard(module, mesh.dense, "fsdp", lambda name: dense_dim(name, c.tp),
               ignored_params=theirs)
 
 
@@ -79,6 +78,11 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
         layer.peers = ScopePeers(mesh, layer.scope)
 
 
+def dense_dim(name: str, tp: int) -> int:
+    """The dimension of any other parameter that FSDP shards: not tp's."""
+    return 1 if tp > 1 and ROWS.search(name) else 0
+
+
 def experts_dim(name: str, etp: int) -> int:
     """The dimension of an expert parameter that FSDP shards: neither ep's nor etp's."""
     return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1}[name]
@@ -94,6 +98,24 @@ def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
                 shard_placement_fn=lambda p: Shard(dim(names[id(p)])), **options)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)      # gloo has no PREMUL_SUM
+
+
+def backward(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumulation: int = 1, last: bool = True,
+             scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The backward of a micro-batch -> (token loss per token, auxiliary loss): this rank's parts, whose sums over all
+    ranks and micro-batches are the step's.
+
+    tokens: of the step, on all ranks and in all its `accumulation` micro-batches. last: of these; then the gradients
+    are whole. scale: of the loss, for fp16. The tp ranks have the same token loss, of which each counts its part; of
+    the auxiliary loss every rank has the mean over its own scopes, so that the mean over the ranks is the whole.
+    """
+    if mesh.config.rep > 1:
+        model.set_requires_all_reduce(last)
+    token_loss, aux_loss = out.token_loss / tokens, out.aux_loss / (accumulation * mesh.world)
+    (scale * (token_loss + aux_loss)).backward()
+    if last:
+        sum_replicated(model, mesh)
+    return token_loss.detach() / mesh.config.tp, aux_loss.detach()
 
 
 def build(config: Config, mesh: Mesh) -> GPT:
@@ -112,7 +134,7 @@ def build(config: Config, mesh: Mesh) -> GPT:
 def initialize(model: GPT, seed: int, device) -> None:
     """Memory and initial values for a parallelized GPT from the meta device: every box as one process draws it."""
     model.to_empty(device=device)
-    if model.config.tied:
+    if model.config.tied:       # to_empty has given each its own
         model.lm_head.weight = model.embed_tokens.weight
     model.init_weights(seed, normal_box_)
 

@@ -110,7 +110,7 @@ def sum_replicated(model: nn.Module, mesh) -> None:
         if getattr(mesh.config, axis) > 1:
             parts = [p.grad.to_local() for p in model.parameters() if p.grad is not None and replicated(p, axis)]
             group = (mesh.dense if axis == "tp" else mesh.sparse).get_group(axis)
-            for dtype in {part.dtype for part in parts}:
+            for dtype in dict.fromkeys(part.dtype for part in parts):       # in one order on all ranks
                 same = [part for part in parts if part.dtype == dtype]
                 flat = torch.cat([part.flatten() for part in same])
                 dist.all_reduce(flat, group=group)
