@@ -2,14 +2,16 @@
 // and every rank writes its rows straight to their place in the receiver's window. The twin of cuda/windows.cu.
 //
 //   window  [ a flag per rank, 128 bytes apart | half 0 | half 1 ]
-//   epoch e (each call of counts or rows is one), with each peer p, the next rank first:
-//     push    my piece for p -> half e%2 of p's window, behind the pieces of the ranks before me
-//     raise   flag `me` of p's window = e, released
-//   then with each peer p, the rank before me first:
-//     await   flag p of my window has reached e, acquired
-//     pull    p's piece in my half e%2 -> the caller's memory
-// Two halves are enough: p writes half e%2 again in epoch e+2, for which it has seen my flag of epoch e+1, and I raised
-// that after my pulls of epoch e. Every rank raises every flag in every epoch, rows or not.
+//   epoch e (from one turn to the next):
+//     room    my piece for p has its place in half e%2 of p's window, behind the pieces of the ranks before me. The
+//             caller writes it there, straight from what it has
+//     turn    with each peer p, the next rank first: flag `me` of p's window = e, released
+//             with each peer p, the rank before me first: flag p of my window has reached e, acquired
+//     read    my half e%2 holds the pieces of all ranks, one behind the other. The caller takes what it wants from
+//             there, and is done before its next turn
+// Two halves are enough: p writes half e%2 again in epoch e+2, that is after its turn e+1, for which it has seen my flag
+// of e+1, and I raised that after my reads of epoch e. Every rank raises every flag in every epoch, rows or not. Before
+// its turn nobody looks at what a rank has written: it may fail, and begin the epoch again.
 //
 // A window is a memory file (memfd), which has no name: nobody has to remove it, whatever is killed when, and the size
 // of /dev/shm does not bound it. Peers open it as /proc/PID/fd/N; a random number in handle and window says that it is
@@ -63,13 +65,12 @@ struct moe_windows {
     int           ranks, rank, file, spins;
     int64_t       half;                 // bytes
     double        seconds;
-    uint32_t      epoch;
+    uint32_t      epoch;                // the one whose rows are being written
     header       *window[MAX_RANKS];
     struct pollfd life[MAX_RANKS];      // pidfds; -1, which poll passes over, at `rank`
     int           pid[MAX_RANKS];
     char          why[256];             // what broke the wire
 };
-typedef struct { int64_t from, to, bytes; } piece;
 
 static _Thread_local char last_error[256];
 const char *moe_windows_error(void) { return last_error; }
@@ -158,26 +159,39 @@ static void copy(char *to, const char *from, int64_t bytes) {
 
 static char *half_of(const moe_windows *w, int p) { return (char *)(w->window[p] + 1) + (w->epoch & 1) * w->half; }
 
-// push[p]: from `sent` to p's half; pull[p]: from my half, or for myself from `sent`, to `received`.
-static int exchange(moe_windows *w, const piece *push_P, const piece *pull_P, const void *sent, void *received) {
+static int ready(const moe_windows *w) {
     if (*w->why) return failed("%s", w->why);
     for (int p = 0; p < w->ranks; p++)
         if (!w->window[p]) return failed("the window of rank %d is not open yet", p);
-    const char  *x = sent;
-    char        *y = received;
+    return MOE_OK;
+}
+
+int moe_windows_room(moe_windows *w, const int64_t *bytes_PP, void **to_P) {
+    const int status = ready(w);
+    if (status != MOE_OK) return status;
+    for (int p = 0; p < w->ranks; p++) {
+        int64_t all = 0;
+        for (int q = 0; q < w->ranks; q++) {
+            const int64_t bytes = bytes_PP[q * w->ranks + p];
+            if (bytes < 0) return MOE_BAD_SHAPE;
+            if (bytes > w->half - all)
+                return failed("a window holds %lld bytes, rank %d is to receive more", (long long)w->half, p);
+            if (q == w->rank) to_P[p] = half_of(w, p) + all;
+            all += bytes;
+        }
+    }
+    return MOE_OK;
+}
+
+int moe_windows_turn(moe_windows *w, const void **received) {
+    int status = ready(w);
     const double deadline = now() + w->seconds;
+    for (int i = 1; status == MOE_OK && i < w->ranks; i++) raise_flag(w, (w->rank + i) % w->ranks);
+    for (int i = 1; status == MOE_OK && i < w->ranks; i++)
+        status = await_flag(w, (w->rank + w->ranks - i) % w->ranks, deadline);
+    if (status != MOE_OK) return status;
+    *received = half_of(w, w->rank);
     w->epoch++;
-    for (int i = 1; i < w->ranks; i++) {
-        const int p = (w->rank + i) % w->ranks;
-        copy(half_of(w, p) + push_P[p].to, x + push_P[p].from, push_P[p].bytes);
-        raise_flag(w, p);
-    }
-    copy(y + pull_P[w->rank].to, x + push_P[w->rank].from, push_P[w->rank].bytes);
-    for (int i = 1; i < w->ranks; i++) {
-        const int p = (w->rank + w->ranks - i) % w->ranks, status = await_flag(w, p, deadline);
-        if (status != MOE_OK) return status;
-        copy(y + pull_P[p].to, half_of(w, w->rank) + pull_P[p].from, pull_P[p].bytes);
-    }
     return MOE_OK;
 }
 
@@ -186,39 +200,37 @@ int moe_windows_counts(moe_windows *w, int64_t n, const int32_t *mine_n, int32_t
     if (n > w->half / 4 / w->ranks)
         return failed("a window holds %lld bytes, not %lld counts of %d ranks", (long long)w->half, (long long)n,
                       w->ranks);
-    piece push_P[MAX_RANKS], pull_P[MAX_RANKS];
-    for (int p = 0; p < w->ranks; p++) {
-        push_P[p] = (piece){0, 4 * n * w->rank, 4 * n};
-        pull_P[p] = (piece){4 * n * p, 4 * n * p, 4 * n};
-    }
-    return exchange(w, push_P, pull_P, mine_n, all_Pn);
+    int status = ready(w);
+    for (int p = 0; status == MOE_OK && p < w->ranks; p++)
+        memcpy(half_of(w, p) + 4 * n * w->rank, mine_n, (size_t)(4 * n));
+    const void *received;
+    if (status == MOE_OK) status = moe_windows_turn(w, &received);
+    if (status == MOE_OK) memcpy(all_Pn, received, (size_t)(4 * n * w->ranks));
+    return status;
 }
 
-// `received` is new memory, and a page fault for each 4 KB of it would take longer than the copy.
-static void want_huge_pages(void *received, int64_t bytes) {
-    const uintptr_t begin = ((uintptr_t)received + HUGE - 1) / HUGE * HUGE;
-    const uintptr_t end = ((uintptr_t)received + (uintptr_t)bytes) / HUGE * HUGE;
+void moe_huge_pages(void *memory, int64_t bytes) {
+    const uintptr_t begin = ((uintptr_t)memory + HUGE - 1) / HUGE * HUGE;
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) / HUGE * HUGE;
     if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);    // a system without them loses nothing
 }
 
 int moe_windows_rows(moe_windows *w, const int64_t *bytes_PP, const void *sent, void *received) {
-    piece   push_P[MAX_RANKS], pull_P[MAX_RANKS];
-    int64_t from = 0;
+    void       *to_P[MAX_RANKS];
+    const void *pieces;
+    int         status = moe_windows_room(w, bytes_PP, to_P);
+    if (status != MOE_OK) return status;
+    const char *x = sent;
+    int64_t     bytes = 0;
     for (int p = 0; p < w->ranks; p++) {
-        int64_t all = 0;
-        for (int q = 0; q < w->ranks; q++) {
-            const int64_t bytes = bytes_PP[q * w->ranks + p];
-            if (bytes < 0) return MOE_BAD_SHAPE;
-            if (bytes > w->half - all)
-                return failed("a window holds %lld bytes, rank %d is to receive more", (long long)w->half, p);
-            if (q == w->rank) push_P[p] = (piece){from, all, bytes};
-            if (p == w->rank) pull_P[q] = (piece){all, all, bytes};
-            all += bytes;
-        }
-        from += push_P[p].bytes;
+        copy(to_P[p], x, bytes_PP[w->rank * w->ranks + p]);
+        x += bytes_PP[w->rank * w->ranks + p];
+        bytes += bytes_PP[p * w->ranks + w->rank];
     }
-    want_huge_pages(received, pull_P[w->ranks - 1].to + pull_P[w->ranks - 1].bytes);
-    return exchange(w, push_P, pull_P, sent, received);
+    moe_huge_pages(received, bytes);
+    status = moe_windows_turn(w, &pieces);
+    if (status == MOE_OK) copy(received, pieces, bytes);
+    return status;
 }
 
 // -- open and close ---------------------------------------------------------------------------------------------------
@@ -260,7 +272,7 @@ int moe_windows_open(int ranks, int rank, int64_t bytes, double seconds, void *h
     if (!w) return failed("no memory for the wire of rank %d", rank);
     const int64_t least = 4 * COUNTS * ranks;
     cpu_set_t     cores;
-    *w = (moe_windows){.ranks = ranks, .rank = rank, .seconds = seconds,
+    *w = (moe_windows){.ranks = ranks, .rank = rank, .seconds = seconds, .epoch = 1,
                        .file = memfd_create("moe_window", MFD_CLOEXEC),
                        .half = ((bytes > least ? bytes : least) + PAGE - 1) / PAGE * PAGE};
     if (!sched_getaffinity(0, sizeof cores, &cores) && CPU_COUNT(&cores) >= ranks) w->spins = SPINS;

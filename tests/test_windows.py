@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from compare import same
 from ranks import run_ranks
-from test_experts import E, experts, tensors
+from test_experts import ROUTED, E, experts, tensors
 from test_permute import any_bits
 
-from moe_ext.parallel.experts import ExpertExchange
+from moe_ext import ops
+from moe_ext.parallel.experts import ExpertExchange, Trip
 from moe_ext.parallel.transport import TorchTransport, WindowTransport
 
 pytestmark = pytest.mark.c_core
@@ -54,25 +55,100 @@ def test_windows_move_what_gloo_moves(world, tmp_path):
     run_ranks(world, body, tmp_path)
 
 
-@pytest.mark.parametrize("routing", ["random", "skewed", "one_takes_all", "all_absent"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_an_exchange_has_the_bits_of_gloo(routing, dtype, tmp_path):
-    sizes = [13, 0]
-    x, weights, ids_TK, w13, w2, dy = tensors(routing, sizes, dtype)
+DTYPES_OF_TRIPS = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                   (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]  # fmt: skip
 
-    def through(transport, rank):
-        here, exchange = slice(rank * E // 2, (rank + 1) * E // 2), ExpertExchange(E, transport)
+
+@pytest.mark.parametrize("sizes", [(13, 0), (9, 4, 0, 6)], ids=str)
+def test_an_exchange_has_the_bits_of_gloo(sizes, tmp_path):
+    """Forward and backward, for every routing, dtype of tokens and dtype of weights; gradients that are not contiguous.
+    The windows are too small at first."""
+    world = len(sizes)
+    share = E // world
+
+    def through(transport, rank, routing, dtype, weights_dtype):
+        x, weights, ids_TK, w13, w2, dy = tensors(routing, sizes)
         mine, its_weights, ids, its_dy = (t.split(sizes)[rank].clone() for t in (x, weights, ids_TK, dy))
-        leaves = [t.clone().requires_grad_() for t in (mine, its_weights, w13[here], w2[here])]
+        leaves = [mine.to(dtype), its_weights.to(weights_dtype)]
+        leaves += [t[rank * share : (rank + 1) * share].to(dtype) for t in (w13, w2)]
+        leaves = [t.requires_grad_() for t in leaves]
+        exchange = ExpertExchange(E, transport)
         x_RD, weights_RK, ids_RK, num_copies, trip = exchange.dispatch(*leaves[:2], ids)
         y = exchange.combine(experts(x_RD, weights_RK, ids_RK, *leaves[2:], num_copies), trip)
-        return y, *torch.autograd.grad(y, leaves, its_dy)
+        grads = torch.autograd.grad(y, leaves, its_dy[:, :1].to(dtype).expand(-1, y.shape[1]))
+        return x_RD.detach(), weights_RK.detach(), ids_RK, y.detach(), *grads
+
+    def body(rank):
+        windows, gloo, least = connect(tmp_path, world, rank, bytes=10), TorchTransport(), []
+        for routing in ROUTED:
+            for dtypes in DTYPES_OF_TRIPS:
+                got, want = (through(transport, rank, routing, *dtypes) for transport in (windows, gloo))
+                for g, w in zip(got, want, strict=True):
+                    same(g, w)
+            least.append(len(want[0]))
+        windows.close()
+        return min(least)
+
+    assert min(run_ranks(world, body, tmp_path)) == 0, "a rank that receives nothing is part of this test"
+
+
+def trip_of(transport, T, D):
+    """Tokens that go to every rank, and their way."""
+    ids_TK = torch.arange(transport.ranks, dtype=torch.int32).repeat(T, 1)
+    rows_PP = torch.full((transport.ranks, transport.ranks), T)
+    trip = Trip(transport, transport.ranks, ids_TK, ops.exchange_plan(ids_TK, *[transport.ranks] * 2), rows_PP)
+    return trip, torch.arange(T * D).view(T, D) + 100.0 * transport.rank, torch.ones(ids_TK.shape)
+
+
+def test_results_are_no_views_of_a_window(tmp_path):
+    def body(rank):
+        windows = connect(tmp_path, 2, rank)
+        trip, x, weights = trip_of(windows, 5, 4)
+        kept = [*windows.forth(trip, x, weights), *windows.back(trip, x.repeat(2, 1), weights.repeat(2, 1))]
+        copies = [t.clone() for t in kept]
+        for _ in range(4):
+            windows.rows(torch.full((10, 50), -1.0), trip.rows_PP)
+        windows.close()
+        for mine, copy in zip(kept, copies, strict=True):
+            same(mine, copy)
+
+    run_ranks(2, body, tmp_path)
+
+
+def test_a_call_that_one_rank_refuses(tmp_path):
+    """Before the others were told anything it was no call; a bad index among what returns comes when all have their
+    rows. Either way the ranks stay in step."""
 
     def body(rank):
         windows = connect(tmp_path, 2, rank)
-        for got, want in zip(through(windows, rank), through(TorchTransport(), rank), strict=True):
-            same(got, want)
+        trip, x, weights = trip_of(windows, 5, 4)
+        y = x.repeat(2, 1)
+        bad_send = trip._replace(plan=trip.plan._replace(send_M=trip.plan.send_M + 10))
+        bad_place = trip._replace(plan=trip.plan._replace(place_TP=trip.plan.place_TP + 10))
+        if rank == 0:
+            for call, sentence in [
+                (lambda: windows.forth(bad_send, x, weights), "send must hold flat pairs of a token and a rank"),
+                (lambda: windows.forth(trip, x, weights[1:]), r"weights has shape \[4, 2\], wanted \[T=5, K\]"),
+                (lambda: windows.forth(trip, x.long()), "x has dtype int64"),
+                (lambda: windows.forth(trip, x.to("meta")), "moves tensors on cpu, got one on meta"),
+                (lambda: windows.back(trip, y[1:]), r"y has shape \[9, 4\], wanted \[R=10, D\]"),
+                (lambda: windows.back(trip, y, weights), r"weights has shape \[5, 2\], wanted \[R=10, K\]"),
+            ]:
+                with pytest.raises((RuntimeError, ValueError), match=sentence):
+                    call()
+        x_RD, ids_RK, weights_RK = windows.forth(trip, x, weights)
+        same(x_RD, torch.cat([trip_of(TorchTransport(), 5, 4)[1] - 100.0 * rank + 100.0 * p for p in range(2)]))
+        same(ids_RK, torch.tensor([[0, -1], [-1, 0]][rank], dtype=torch.int32).repeat(10, 1))
+        same(weights_RK, torch.ones(10, 2))
+        if rank == 0:
+            with pytest.raises(RuntimeError, match="place must hold rows below S=10 or -1"):
+                windows.back(bad_place, y)
+        else:
+            windows.back(trip, y)
+        same(windows.back(trip, y)[0], 2 * x - 100.0 * rank + 100.0 * (1 - rank))
         windows.close()
+        with pytest.raises(RuntimeError, match="WindowTransport is closed"):
+            windows.forth(trip, x)
 
     run_ranks(2, body, tmp_path)
 

@@ -41,8 +41,8 @@ def exchange_plan(ids_TK, num_experts, ranks):
     return ExchangePlan(*_plan(ids_TK.contiguous(), num_experts, ranks))
 
 
-def _width(dtype, D, K, ids, weights):
-    """Elements of dtype in a row of a message; weights: their dtype or None."""
+def message_width(dtype, D, K, ids, weights):
+    """Elements of dtype in a row of a message; ids: whether it has any; weights: their dtype or None."""
     if not ids and weights is None:
         return D
 
@@ -55,7 +55,7 @@ def _width(dtype, D, K, ids, weights):
 
 def _fake_pack(x, ids, weights, send, num_experts, ranks, rows):
     K = next((t.shape[1] for t in (ids, weights) if t is not None), 0)
-    width = _width(x.dtype, x.shape[1], K, ids is not None, None if weights is None else weights.dtype)
+    width = message_width(x.dtype, x.shape[1], K, ids is not None, None if weights is None else weights.dtype)
     return x.new_empty(rows, width)
 
 

@@ -6,8 +6,8 @@
 Expert e lives on rank e // (E/P). A token goes once to each rank that owns one of its experts (moe_ext.ops.exchange).
 There is one host read per forward, of the counts; backward needs none, for it goes the same ways back:
 
-    dispatch  x, weights, ids -> wire -> x_RD, weights_RK, ids_RK           backward: dx and dweights in one message
-    combine   y_RD -> wire -> y_TD[t] = sum of t's rows, in rank order      backward: dy, once to each rank
+    dispatch  x, weights, ids -> forth -> x_RD, weights_RK, ids_RK      backward: dx, dweights -> back
+    combine   y_RD -> back -> y_TD[t] = sum of t's rows, in rank order  backward: dy -> forth
 
 Exchanges are collective: every rank runs forward and backward in the same order, also one that has or gets no tokens.
 """
@@ -34,47 +34,31 @@ class Trip(NamedTuple):
     def sent(self):
         return int(self.rows_PP[self.transport.rank].sum())
 
-    def pack(self, x, ids, weights, send, rows):
-        return ops.exchange_pack(x, ids, weights, send, self.num_experts, self.transport.ranks, rows)
-
-    def forth(self, message):
-        return self.transport.rows(message, self.rows_PP)
-
-    def back(self, message):
-        return self.transport.rows(message, self.rows_PP.T)
-
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weights_TK, trip):
-        ctx.trip, ctx.D, ctx.weights_dtype = trip, x_TD.shape[1], weights_TK.dtype
-        message = trip.pack(x_TD, trip.ids_TK, weights_TK, trip.plan.send_M, trip.sent)
-        x_RD, ids_RK, weights_RK = ops.exchange_unpack(trip.forth(message), ctx.D, *weights_TK.shape[1:],
-                                                       weights_TK.dtype)  # fmt: skip
+        ctx.trip = trip
+        x_RD, ids_RK, weights_RK = trip.transport.forth(trip, x_TD, weights_TK)
         ctx.mark_non_differentiable(ids_RK)
         return x_RD, weights_RK, ids_RK
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_RD, dweights_RK, _):
-        trip = ctx.trip
-        message = trip.back(trip.pack(dx_RD, None, dweights_RK, None, len(dx_RD)))
-        dx_TD, dweights_TK = ops.exchange_combine(message, trip.plan.place_TP, trip.ids_TK, trip.num_experts, ctx.D,
-                                                  ctx.weights_dtype)  # fmt: skip
-        return dx_TD, dweights_TK, None
+        return *ctx.trip.transport.back(ctx.trip, dx_RD, dweights_RK), None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RD, trip):
         ctx.trip = trip
-        return ops.exchange_combine(trip.back(y_RD), trip.plan.place_TP)
+        return trip.transport.back(trip, y_RD)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
-        trip = ctx.trip
-        return trip.forth(trip.pack(dy_TD, None, None, trip.plan.send_M, trip.sent)), None
+        return ctx.trip.transport.forth(ctx.trip, dy_TD)[0], None
 
 
 def as_autocast(x):

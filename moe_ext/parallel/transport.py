@@ -5,12 +5,22 @@
     WindowTransport   rows written straight into the receiver's memory. The ranks of one host: on CPUs through shared
                       memory, on GPUs through CUDA IPC.
 
-A transport has `ranks`, `rank` and
+A transport has `ranks`, `rank`, and for rows of any kind
 
     counts(mine) -> all        mine: int32 [ranks, n] on the device, what this rank has for each; all: int32 [ranks,
                                ranks, n] on the CPU, all[p][q] what p has for q. The one host read of an exchange.
     rows(sent, rows_PP) -> received     sent [S, W]: this rank's rows, in the order of their receivers; rows_PP: int
                                [ranks, ranks] on the CPU, from p to q. received: in the order of their senders.
+
+and for the rows of tokens, with a `trip` of moe_ext.parallel.experts, which knows the plan and the rows_PP of dispatch,
+
+    forth(trip, x_TD, weights_TK=None) -> x_RD, ids_RK, weights_RK      a token's row, once to each rank of its experts;
+                               with weights it takes its ids along. ids_RK: int32, local, -1 elsewhere
+    back(trip, y_RD, weights_RK=None) -> y_TD, weights_TK       the rows of forth return, and a token gets the sum of
+                               its rows, in rank order; the weights of each of its experts return to their places
+
+which are pack, rows and unpack or combine (moe_ext.ops.exchange), with the same bits on every transport. On CPUs
+windows pack straight into the receiver's memory, and unpack or combine straight from there.
 
 All ranks make the same calls in the same order, with the same rows_PP. The way back is rows(.., rows_PP.T). Rows are
 moved as bytes. Nothing here is differentiable; moe_ext.parallel.experts is.
@@ -26,14 +36,21 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moe_ext import ops
+from moe_ext.ops.exchange import message_width
+
 _library = torch.library.Library("moe_wire", "DEF")
 for _schema in (
     "nccl_id(Tensor like) -> Tensor",
     "nccl_open(Tensor like, Tensor id, int ranks, int rank, float seconds) -> int",
-    "window_open(Tensor like, int ranks, int rank, int bytes, float seconds) -> (int, Tensor)",
+    "window_open(Tensor like, int ranks, int rank, int bytes, float seconds) -> (int, Tensor, bool)",
     "wire_join(Tensor like, int wire, Tensor handles) -> ()",
     "wire_counts(Tensor mine, int wire, int ranks) -> Tensor",
     "wire_rows(Tensor sent, int wire, int[] bytes, int rows) -> Tensor",
+    "wire_forth(Tensor x, Tensor? weights, Tensor ids, Tensor send, int num_experts, int wire, int[] rows) "
+    "-> (Tensor, Tensor, Tensor)",
+    "wire_back(Tensor y, Tensor? weights, Tensor ids, Tensor place, int num_experts, int wire, int[] rows) "
+    "-> (Tensor, Tensor)",
     "wire_leave(Tensor like, int wire) -> ()",
     "wire_close(Tensor like, int wire) -> ()",
 ):
@@ -41,7 +58,26 @@ for _schema in (
 _wire = torch.ops.moe_wire
 
 
-class TorchTransport:
+class Transport:
+    """forth and back, made of `rows`."""
+
+    def forth(self, trip, x_TD, weights_TK=None):
+        ids_TK = None if weights_TK is None else trip.ids_TK
+        message = ops.exchange_pack(x_TD, ids_TK, weights_TK, trip.plan.send_M, trip.num_experts, self.ranks, trip.sent)
+        message = self.rows(message, trip.rows_PP)
+        if weights_TK is None:
+            return message, None, None
+        return ops.exchange_unpack(message, x_TD.shape[1], weights_TK.shape[1], weights_TK.dtype)
+
+    def back(self, trip, y_RD, weights_RK=None):
+        if weights_RK is None:
+            return ops.exchange_combine(self.rows(y_RD, trip.rows_PP.T), trip.plan.place_TP), None
+        message = ops.exchange_pack(y_RD, None, weights_RK, None, trip.num_experts, self.ranks, len(y_RD))
+        return ops.exchange_combine(self.rows(message, trip.rows_PP.T), trip.plan.place_TP, trip.ids_TK,
+                                    trip.num_experts, y_RD.shape[1], weights_RK.dtype)  # fmt: skip
+
+
+class TorchTransport(Transport):
     """`group`: a process group, None for all ranks. Its own timeout is what ends a wait for a dead peer."""
 
     def __init__(self, group=None):
@@ -64,7 +100,7 @@ def _bytes(x):
     return x.contiguous().as_strided(x.shape, (x.shape[1], 1)).view(torch.uint8)
 
 
-class _Wire:
+class _Wire(Transport):
     """A wire of libmoe_cuda.so or of the C core. `store`: a torch.distributed store that the ranks share, for the
     meeting alone; each transport needs a `name` of its own in it. seconds: how long a rank may keep the others
     waiting."""
@@ -139,7 +175,7 @@ class WindowTransport(_Wire):
         self._open(bytes)
 
     def _open(self, bytes):
-        wire, handle = _wire.window_open(self.like, self.ranks, self.rank, bytes, self.seconds)
+        wire, handle, self.straight = _wire.window_open(self.like, self.ranks, self.rank, bytes, self.seconds)
         try:
             _wire.wire_join(self.like, wire, torch.stack(self._meet(handle.flatten())))
         except RuntimeError:
@@ -148,9 +184,32 @@ class WindowTransport(_Wire):
         self.wire, self.bytes = wire, bytes
 
     def rows(self, sent, rows_PP):
-        needed = int(rows_PP.sum(0).max()) * sent.shape[1] * sent.element_size()
+        self._prepare(sent, sent.shape[1], rows_PP)
+        return super().rows(sent, rows_PP)
+
+    def forth(self, trip, x_TD, weights_TK=None):
+        if not self.straight:
+            return super().forth(trip, x_TD, weights_TK)
+        return self._straight(_wire.wire_forth, x_TD, weights_TK, True, trip, trip.plan.send_M, trip.rows_PP)
+
+    def back(self, trip, y_RD, weights_RK=None):
+        if not self.straight:
+            return super().back(trip, y_RD, weights_RK)
+        return self._straight(_wire.wire_back, y_RD, weights_RK, False, trip, trip.plan.place_TP, trip.rows_PP.T)
+
+    def _straight(self, op, x, weights, ids, trip, where, rows_PP):
+        """ids: whether they travel with weights."""
+        if weights is not None:
+            weights = weights.contiguous()
+        width = message_width(x.dtype, x.shape[1], trip.ids_TK.shape[1], ids and weights is not None,
+                              getattr(weights, "dtype", None))  # fmt: skip
+        self._prepare(x, width, rows_PP)
+        return op(x.contiguous(), weights, trip.ids_TK, where, trip.num_experts, self.wire, rows_PP.flatten().tolist())
+
+    def _prepare(self, x, width, rows_PP):
+        """Checks x, and makes room for rows of `width` elements of its dtype."""
+        self._check(x)
+        needed = int(rows_PP.sum(0).max()) * width * x.element_size()
         if needed > self.bytes:
-            self._check(sent)
             self.close()
             self._open(needed * 5 // 4)
-        return super().rows(sent, rows_PP)

@@ -1,5 +1,5 @@
-// test_windows.c: forked ranks that exchange counts and rows through shared memory: random sizes over many rounds, ranks
-// that come late; and how a wire ends: refusals, a killed rank, a silent one, handles of nobody.
+// test_windows.c: forked ranks that exchange counts and rows through shared memory, and write rows there themselves:
+// random sizes over many rounds, ranks that come late; and how a wire ends: refusals, a killed rank, a silent one, handles of nobody.
 //
 // Deadlines are far (SECONDS) where a test is to end without one; alarm() ends a rank that hangs.
 #include "check.h"
@@ -92,6 +92,26 @@ static void check_rows(moe_windows *w, int ranks, int rank, int round, const int
     free(sent); free(received);
 }
 
+// What check_rows does, without its copies. The room is asked for twice, and first filled with what nobody may see.
+static void check_turn(moe_windows *w, int ranks, int rank, int round, const int64_t *bytes_PP) {
+    const void *received = NULL;
+    void       *to_P[MAX];
+    int64_t     wrong = 0;
+    for (int attempt = 0; attempt < 2; attempt++) {
+        CHECK_OK(moe_windows_room(w, bytes_PP, to_P));
+        for (int p = 0; p < ranks; p++)
+            for (int64_t i = 0; i < bytes_PP[rank * ranks + p]; i++)
+                ((char *)to_P[p])[i] = attempt ? byte_of(round, rank, p, i) : -1;
+    }
+    CHECK_OK(moe_windows_turn(w, &received));
+    CHECK_OK(moe_windows_room(w, bytes_PP, to_P));         // of the next epoch: elsewhere than what is read
+    for (int p = 0; p < ranks; p++) memset(to_P[p], -1, (size_t)bytes_PP[rank * ranks + p]);
+    const char *y = received;
+    for (int p = 0; p < ranks; p++)
+        for (int64_t i = 0; i < bytes_PP[p * ranks + rank]; i++) wrong += *y++ != byte_of(round, p, rank, i);
+    CHECK(wrong == 0, "round %d: %d bytes in the window of rank %d are wrong", round, (int)wrong, rank);
+}
+
 static void random_rounds(moe_windows *w, int ranks, int rank) {
     uint64_t same = 7, own = (uint64_t)rank;
     int64_t  bytes_PP[MAX * MAX];
@@ -103,6 +123,7 @@ static void random_rounds(moe_windows *w, int ranks, int rank) {
         check_counts(w, ranks, rank, round, n);
         check_rows(w, ranks, rank, round, bytes_PP);
         if (!check_below(&own, 4)) sched_yield();
+        for (int turns = (int)check_below(&same, 4); turns--;) check_turn(w, ranks, rank, round + turns, bytes_PP);
         check_rows(w, ranks, rank, round, bytes_PP);
     }
     meet(2 * ranks);
@@ -120,13 +141,20 @@ static void refusals(moe_windows *w, int ranks, int rank) {
                   negative_PP[] = {0, 0, 0, 0, -1, 0, 0, 0, 0};
     char     row[16] = {0};
     int32_t  numbers[16] = {0};
+    void    *to_P[3];
+    const void *received;
+    CHECK_SAID(moe_windows_room(w, more_PP, to_P), "holds 65536 bytes, rank 0 is to receive more");
+    CHECK_STATUS(moe_windows_room(w, negative_PP, to_P), MOE_BAD_SHAPE);
     CHECK_SAID(moe_windows_rows(w, more_PP, row, row), "holds 65536 bytes, rank 0 is to receive more");
     CHECK_STATUS(moe_windows_rows(w, negative_PP, row, row), MOE_BAD_SHAPE);
     CHECK_SAID(moe_windows_counts(w, HALF, numbers, numbers), "holds 65536 bytes, not 65536 counts of 3 ranks");
     CHECK_STATUS(moe_windows_counts(w, -1, numbers, numbers), MOE_BAD_SHAPE);
     check_rows(w, ranks, rank, 0, full_PP);
+    check_turn(w, ranks, rank, 1, full_PP);
     meet(2 * ranks);
     CHECK_OK(moe_windows_leave(w));
+    CHECK_SAID(moe_windows_room(w, full_PP, to_P), "is not open");
+    CHECK_SAID(moe_windows_turn(w, &received), "is not open");
     CHECK_SAID(moe_windows_counts(w, 1, numbers, numbers), "is not open");
 }
 
@@ -167,6 +195,8 @@ static void test_handles_of_nobody(void) {
 static void rank_1_is_killed(moe_windows *w, int ranks, int rank) {
     int32_t one = 1, all[MAX];
     int64_t bytes_PP[MAX * MAX] = {0};
+    void   *to_P[MAX];
+    const void *received;
     char    said[256];
     CHECK_OK(moe_windows_counts(w, 1, &one, all));
     if (rank == 1) {
@@ -177,6 +207,8 @@ static void rank_1_is_killed(moe_windows *w, int ranks, int rank) {
     CHECK(strstr(moe_windows_error(), "has died"), "said \"%s\"", moe_windows_error());
     strcpy(said, moe_windows_error());
     CHECK_SAID(moe_windows_rows(w, bytes_PP, said, NULL), said);
+    CHECK_SAID(moe_windows_room(w, bytes_PP, to_P), said);
+    CHECK_SAID(moe_windows_turn(w, &received), said);
     meet(2 * ranks - 1);
     CHECK_SAID(moe_windows_leave(w), said);
 }
