@@ -1,10 +1,17 @@
-"""Rows between the ranks of one host, over windows of shared memory beside gloo: python -m benchmarks.exchange --help.
+"""The token exchange between the ranks of one host, over windows of shared memory beside gloo: python -m
+benchmarks.exchange --help.
 
-One exchange is what the dispatch of an MoE layer does with its transport: counts, which every rank reads, then rows, as
-many to each rank, itself included. Ranks are forked processes of one thread each. A round runs the same exchanges over
-both transports, one after the other in turns, and takes as long as the slowest rank: its wall time, so that a rank that
-waits counts; beside it stands the CPU time of all ranks, which a loaded machine disturbs least. A ratio is the median
-over rounds of (gloo's time / windows'): above 1 windows are faster. "counts" is an exchange without rows.
+    counts   what every rank has for every other, which all read
+    rows     counts, then rows of float32, as many to each rank, itself included
+    trip     what an MoE layer does with its exchange: dispatch and combine, forward and backward, of tokens that go to
+             two ranks each. The plan, counts, packing, four messages of that many rows each, sums; no experts, whose
+             results are the rows that they get
+"Bytes" are those of the values that one rank sends in a message.
+
+Ranks are forked processes of one thread each. A round runs the same exchanges over both transports, one after the other
+in turns, and takes as long as the slowest rank: its wall time, so that a rank that waits counts; beside it stands the
+CPU time of all ranks, which a loaded machine disturbs least. A ratio is the median over rounds of (gloo's time /
+windows'): above 1 windows are faster.
 
 Prints Markdown, writes benchmarks/results/exchange-<cpu>.json.
 """
@@ -20,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ops import _ratio, machine
+from moe_ext.parallel.experts import ExpertExchange
 from moe_ext.parallel.transport import TorchTransport, WindowTransport
 from tests.ranks import run_ranks
 
@@ -28,22 +36,42 @@ ROW = 4 * WIDTH
 
 
 def size_of(bytes):
-    return f"{bytes >> 20} MiB" if bytes >= 1 << 20 else f"{bytes >> 10} KiB" if bytes else "counts"
+    return f"{bytes >> 20} MiB" if bytes >= 1 << 20 else f"{bytes >> 10} KiB"
 
 
-def exchange(transport, counts, sent, rows_PP):
-    all_PP2 = transport.counts(counts)
-    return transport.rows(sent, rows_PP) if len(sent) else all_PP2
+def counts_of(world, rank, bytes):
+    mine = torch.full((world, 2), bytes // ROW // world, dtype=torch.int32)
+    return lambda transport: [transport.counts(mine)]
 
 
-def time_sizes(rank, folder, world, sizes, rounds):
-    """-> {bytes: {transport: (wall, CPU) seconds per exchange, [rounds]}} of this rank."""
+def rows_of(world, rank, bytes):
+    rows_PP = torch.full((world, world), bytes // ROW // world)
+    sent, counts = torch.randn(int(rows_PP[rank].sum()), WIDTH), counts_of(world, rank, bytes)
+    return lambda transport: [*counts(transport), transport.rows(sent, rows_PP)]
+
+
+def trip_of(world, rank, bytes):
+    T = bytes // ROW // 2
+    x_TD, dy_TD = torch.randn(T, WIDTH, requires_grad=True), torch.randn(T, WIDTH)
+    weights_TK = torch.rand(T, 2, requires_grad=True)
+    ids_TK = (torch.arange(T)[:, None] + torch.arange(2)).remainder(world).int()  # an expert per rank
+
+    def trip(transport):
+        exchange = ExpertExchange(world, transport)
+        x_RD, weights_RK, _, _, way = exchange.dispatch(x_TD, weights_TK, ids_TK)
+        y_TD = exchange.combine(x_RD, way)
+        return y_TD, *torch.autograd.grad([y_TD, weights_RK], [x_TD, weights_TK], [dy_TD, weights_RK.detach()])
+
+    return trip
+
+
+def time_lines(rank, folder, world, lines, rounds):
+    """-> {line: {transport: (wall, CPU) seconds per exchange, [rounds]}} of this rank."""
     store = dist.FileStore(f"{folder}/windows", world)
     transports = {"gloo": TorchTransport(), "windows": WindowTransport(store, world, rank, device="cpu")}
-    times = {bytes: {name: [] for name in transports} for bytes in sizes}
-    for bytes in sizes:
-        rows_PP = torch.full((world, world), bytes // ROW // world)
-        counts, sent = torch.stack([rows_PP[rank]] * 2, 1).int(), torch.randn(int(rows_PP[rank].sum()), WIDTH)
+    times = {line: {name: [] for name in transports} for line in lines}
+    for line, (what, bytes) in lines.items():
+        exchange = what(world, rank, bytes)
         repeats = max(1, min(20, (1 << 20) // max(bytes, 1)))
         for round in range(rounds + 1):  # the first warms up and compares
             results = []
@@ -51,13 +79,13 @@ def time_sizes(rank, folder, world, sizes, rounds):
                 dist.barrier()
                 wall, cpu = time.perf_counter(), time.process_time()
                 for _ in range(repeats):
-                    result = exchange(transports[name], counts, sent, rows_PP)
+                    result = exchange(transports[name])
                 if round:
                     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-                    times[bytes][name].append((wall / repeats, cpu / repeats))
+                    times[line][name].append((wall / repeats, cpu / repeats))
                 else:
                     results.append(result)
-            if round == 0 and not torch.equal(*results):
+            if round == 0 and not all(map(torch.equal, *results)):
                 raise AssertionError("gloo and windows move different rows")
     transports["windows"].close()
     return times
@@ -65,22 +93,25 @@ def time_sizes(rank, folder, world, sizes, rounds):
 
 def time_world(world, sizes, rounds):
     """-> lines of the table."""
+    lines = {"counts": (counts_of, 0)}
+    for name, what in (("rows", rows_of), ("trip", trip_of)):
+        lines |= {f"{name}, {size_of(bytes)}": (what, bytes) for bytes in sizes}
     with tempfile.TemporaryDirectory() as folder:
-        ranks = run_ranks(world, lambda rank: time_sizes(rank, folder, world, sizes, rounds), folder)
-    for bytes in sizes:
-        line = {"world": world, "bytes": bytes}
+        ranks = run_ranks(world, lambda rank: time_lines(rank, folder, world, lines, rounds), folder)
+    for name, (_, bytes) in lines.items():
+        line = {"world": world, "what": name.partition(",")[0], "bytes": bytes}
         for clock, of_ranks in (("wall", max), ("cpu", sum)):
             gloo, windows = ([of_ranks(rank[clock == "cpu"] for rank in round)
-                              for round in zip(*(rank[bytes][name] for rank in ranks), strict=True)]
-                             for name in ("gloo", "windows"))  # fmt: skip
+                              for round in zip(*(rank[name][transport] for rank in ranks), strict=True)]
+                             for transport in ("gloo", "windows"))  # fmt: skip
             line[clock] = {"gloo_us": 1e6 * statistics.median(gloo), "windows_us": 1e6 * statistics.median(windows),
                            "ratio": _ratio(gloo, windows)}  # fmt: skip
-        yield line
+        yield name, line
 
 
 def main(
     worlds: tuple[int, ...] = (2, 4),
-    sizes: tuple[int, ...] = (0, 16 << 10, 256 << 10, 4 << 20, 32 << 20),
+    sizes: tuple[int, ...] = (16 << 10, 256 << 10, 4 << 20, 32 << 20),
     rounds: int = 15,
     out: Path = Path("benchmarks/results"),
 ):
@@ -88,19 +119,19 @@ def main(
 
     Args:
         worlds: numbers of ranks.
-        sizes: bytes that each rank sends, a multiple of 1024 times its world; 0 is counts alone.
+        sizes: bytes that each rank sends in a message, a multiple of 2048 times its world.
         rounds: timed rounds per line, after one that warms up.
         out: folder of the JSON file.
     """
     report = {**machine(), "exchange": []}
     print(f"{report['cpu']}, torch {report['torch']}, commit {report['commit']}\n")
     heads = " | ".join(f"{clock}: gloo us | windows us | x gloo" for clock in ("wall", "CPU"))
-    print(f"| ranks | bytes of each | {heads} |\n" + "|---" * 8 + "|")
+    print(f"| ranks | exchange | {heads} |\n" + "|---" * 8 + "|")
     for world in worlds:
-        for line in time_world(world, sizes, rounds):
+        for name, line in time_world(world, sizes, rounds):
             columns = (f"{t['gloo_us']:.0f} | {t['windows_us']:.0f} | {t['ratio']:.2f}"
                        for t in (line["wall"], line["cpu"]))  # fmt: skip
-            print(f"| {world} | {size_of(line['bytes'])} | {' | '.join(columns)} |")
+            print(f"| {world} | {name} | {' | '.join(columns)} |")
             report["exchange"].append(line)
     out.mkdir(parents=True, exist_ok=True)
     cpu = re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-")
