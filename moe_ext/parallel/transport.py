@@ -20,7 +20,8 @@ and for the rows of tokens, with a `trip` of moe_ext.parallel.experts, which kno
                                its rows, in rank order; the weights of each of its experts return to their places
 
 which are pack, rows and unpack or combine (moe_ext.ops.exchange), with the same bits on every transport. On CPUs
-windows pack straight into the receiver's memory, and unpack or combine straight from there.
+windows pack straight into the receiver's memory, and unpack or combine straight from there. Without weights only x_RD
+or y_TD means something.
 
 All ranks make the same calls in the same order, with the same rows_PP. The way back is rows(.., rows_PP.T). Rows are
 moved as bytes. Nothing here is differentiable; moe_ext.parallel.experts is.
