@@ -254,8 +254,8 @@ int moe_windows_join(moe_windows *windows, const void *handles_P);
 // all_Pn[p] = mine_n of rank p.
 int moe_windows_counts(moe_windows *windows, int64_t n, const int32_t *mine_n, int32_t *all_Pn);
 // An exchange of rows: room, then the caller writes its pieces, then turn, then the caller reads theirs.
-//   room    bytes_PP[p][q], the same everywhere: what p sends to q. to_P[p] is where this rank's piece for p belongs, its
-//           own among them. No other rank notices room, or what is written: it may be called again.
+//   room    bytes_PP[p][q], the same everywhere: what p sends to q. to_P[p] is where this rank's piece for p belongs,
+//           its own among them. No other rank notices room, or what is written: it may be called again.
 //   turn    hands over what was written and waits for the others. `received` holds the pieces of all ranks in the order
 //           of their senders, and stays until this rank's next call of counts, rows or turn.
 int moe_windows_room(moe_windows *windows, const int64_t *bytes_PP, void **to_P);

@@ -695,9 +695,9 @@ Tensor wire_rows(In sent, int64_t wire, std::vector<int64_t> bytes, int64_t rows
     return received;
 }
 
-// One exchange over windows of the host, in which this rank sends `sent` rows and gets `received`. rows: [ranks, ranks],
-// from p to q. What one rank refuses before the turn was no call, and it may call again; what it refuses after, a bad
-// index of combine, finds it in step with the others.
+// One exchange over windows of the host, in which this rank sends `sent` rows and gets `received`. rows: [ranks,
+// ranks], from p to q. What one rank refuses before the turn was no call, and it may call again; what it refuses after,
+// a bad index of combine, finds it in step with the others.
 struct Exchange {
     const WireDoor &door;
     const host_windows &wire;
@@ -731,7 +731,7 @@ struct Exchange {
     }
 };
 
-// exchange_pack with send, the exchange, exchange_unpack. Weights and ids travel together, or none: then they are empty.
+// exchange_pack with send, the exchange, exchange_unpack. Without weights no ids travel either: both are empty.
 std::tuple<Tensor, Tensor, Tensor> wire_forth(In x, MaybeIn weights, In ids, In send, int64_t num_experts, int64_t wire,
                                               std::vector<int64_t> rows) {
     WireDoor door{"wire_forth"};

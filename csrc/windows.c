@@ -9,8 +9,8 @@
 //             with each peer p, the rank before me first: flag p of my window has reached e, acquired
 //     read    my half e%2 holds the pieces of all ranks, one behind the other. The caller takes what it wants from
 //             there, and is done before its next turn
-// Two halves are enough: p writes half e%2 again in epoch e+2, that is after its turn e+1, for which it has seen my flag
-// of e+1, and I raised that after my reads of epoch e. Every rank raises every flag in every epoch, rows or not. Before
+// Two halves are enough: p writes half e%2 again in epoch e+2, after its turn e+1, for which it has seen my flag of
+// e+1, and I raised that after my reads of epoch e. Every rank raises every flag in every epoch, rows or not. Before
 // its turn nobody looks at what a rank has written: it may fail, and begin the epoch again.
 //
 // A window is a memory file (memfd), which has no name: nobody has to remove it, whatever is killed when, and the size

@@ -1,5 +1,6 @@
 // test_windows.c: forked ranks that exchange counts and rows through shared memory, and write rows there themselves:
-// random sizes over many rounds, ranks that come late; and how a wire ends: refusals, a killed rank, a silent one, handles of nobody.
+// random sizes over many rounds, ranks that come late; and how a wire ends: refusals, a killed rank, a silent one,
+// handles of nobody.
 //
 // Deadlines are far (SECONDS) where a test is to end without one; alarm() ends a rank that hangs.
 #include "check.h"
