@@ -22,6 +22,14 @@ from torch.autograd.function import once_differentiable
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
+def as_autocast(x):
+    """x as autocast hands it to matrix products: so it travels. Itself outside autocast, and in float64."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 def gather_rows(x, dim, group):
     """gather without a gradient: for ids, masks and the backward of others."""
     ranks, dim = dist.get_world_size(group), _axis(x, dim)

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moe_ext import ops
-from moe_ext.parallel.collectives import gather, reduce_scatter
+from moe_ext.parallel.collectives import as_autocast, gather, reduce_scatter
 
 
 class Trip(NamedTuple):
@@ -59,14 +59,6 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_TD):
         return ctx.trip.transport.forth(ctx.trip, dy_TD)[0], None
-
-
-def as_autocast(x):
-    """x as autocast hands it to matrix products: so it travels. Itself outside autocast, and in float64."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 class ExpertExchange:

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moe_ext.layers.fused import MLP, Experts
 from moe_ext.model import GPT, Attention
-from moe_ext.parallel.collectives import gather, reduce_scatter
-from moe_ext.parallel.experts import as_autocast
+from moe_ext.parallel.collectives import as_autocast, gather, reduce_scatter
 from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocabulary_parallel_embedding
 
 ROWS = re.compile(r"(^|\.)((q|k|v|gate|up)_proj|embed_tokens|lm_head)\.weight$")        # of W: outputs of the layer

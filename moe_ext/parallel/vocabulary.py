@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_ext import ops
 from moe_ext.ops.define import real
-from moe_ext.parallel.collectives import gather_rows
+from moe_ext.parallel.collectives import as_autocast, gather_rows
 
 _xent_ = torch.ops.moe_ext.xent_.default
 
@@ -58,10 +58,7 @@ def vocabulary_parallel_cross_entropy(x_TD, w_vD, targets_T, *, vocab_size, grou
     Differentiable in x and w. The loss counts once, not once per rank: dw is whole, dx this rank's share, to be summed
     over ranks. Targets are checked before the first all-gather, so that all ranks raise; a GPU's host waits for that.
     """
-    device = x_TD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x_TD, w_vD = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x_TD, w_vD))
+    x_TD, w_vD = as_autocast(x_TD), as_autocast(w_vD)
     _check(x_TD, w_vD, targets_T, vocab_size, group, ignore_index, chunk)
     if dist.get_world_size(group) == 1:
         return ops.linear_cross_entropy(x_TD, w_vD, targets_T, ignore_index=ignore_index, chunk=chunk)
