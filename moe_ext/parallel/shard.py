@@ -27,7 +27,7 @@ from moe_ext.parallel.trace import TracedExchange
 
 
 def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = None, trace: bool = False) -> None:
-    """Spread a GPT, a Block or an FusedMoE over the mesh, in place. One process: nothing.
+    """Spread a GPT, a Block or a FusedMoE over the mesh, in place. One process: nothing.
 
     dtype: in which the experts' weights travel and compute where that is less than theirs, as under autocast.
     trace: print and check every step of the token exchange.
@@ -49,11 +49,11 @@ def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = Non
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     theirs = {p for layer in layers for p in layer.experts.parameters()}
     for module in dict.fromkeys([*blocks, model]):
-        shard(module, mesh.dense, "fsdp", lambda name: dense_dim(name, c.tp),
-              ignored_params=theirs)
+        shard(module, mesh.dense, "fsdp", lambda name: dense_dim(name, c.tp), ignored_params=theirs)
 
 
 def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
+    """The layer's experts over ep and etp, its exchange between them, and its peers where a scope reaches beyond it."""
     c = mesh.config
     axes = [axis for axis in ("ep", "etp") if getattr(c, axis) > 1]
     if axes:
