@@ -254,7 +254,7 @@ def test_memory_of_the_plan_is_near_the_truth():
 
 def test_several_processes_are_refused(data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="= 1 ranks, but 2 processes run: start 1, or take .* of 2: --mesh.fsdp 2"):
+    with pytest.raises(SystemExit, match=r"= 1 ranks, but 2 processes run: start 1, or take .* of 2: --mesh.fsdp 2"):
         main(monkeypatch, moe_ext.train, *flags(data, tmp_path))
 
 
