@@ -16,8 +16,6 @@ windows'): above 1 windows are faster.
 Prints Markdown, writes benchmarks/results/exchange-<cpu>.json.
 """
 
-import json
-import re
 import statistics
 import tempfile
 import time
@@ -26,10 +24,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.ops import _ratio, machine
+from benchmarks.ops import _ratio, machine, write
 from moe_ext.parallel.experts import ExpertExchange
+from moe_ext.parallel.ranks import run_ranks
 from moe_ext.parallel.transport import TorchTransport, WindowTransport
-from tests.ranks import run_ranks
 
 WIDTH = 256  # float32 elements of a row
 ROW = 4 * WIDTH
@@ -133,11 +131,7 @@ def main(
                        for t in (line["wall"], line["cpu"]))  # fmt: skip
             print(f"| {world} | {name} | {' | '.join(columns)} |")
             report["exchange"].append(line)
-    out.mkdir(parents=True, exist_ok=True)
-    cpu = re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-")
-    path = out / f"exchange-{cpu}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\n{path}")
+    write(report, out, "exchange-{cpu}.json")
 
 
 if __name__ == "__main__":

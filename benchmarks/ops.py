@@ -268,9 +268,13 @@ def main(
         print("This CPU has no bf16 instructions: torch's own bf16 products are left out.\n")
     print_layers(report["layers"])
     print_movement(report["movement"])
+    write(report, out, f"{{cpu}}-{report['commit']}.json")
+
+
+def write(report, out, name):
+    """The report into the folder `out`; {cpu} in `name` becomes that of the report."""
     out.mkdir(parents=True, exist_ok=True)
-    cpu = re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-")
-    path = out / f"{cpu}-{report['commit']}.json"
+    path = out / name.format(cpu=re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-"))
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{path}")
 

@@ -277,15 +277,24 @@ def pick_device(config: Config) -> torch.device:
     return torch.device("cuda" if cuda and enough and not fp64 and config.train.device != "cpu" else "cpu")
 
 
+def parameter_dtype(config: Config) -> torch.dtype:
+    """fp32; fp64 for train.dtype fp64."""
+    return torch.float64 if config.train.dtype == "fp64" else torch.float32
+
+
+def half_dtype(config: Config) -> torch.dtype | None:
+    """What autocast computes in; None if it does nothing."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.dtype)
+
+
 def build(config: Config) -> GPT:
-    """The GPT of a run at its initial values, on its device; parameters fp32 (fp64 for train.dtype fp64)."""
-    dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
-    model = GPT(config.model, seed=config.train.seed, dtype=dtype, device=pick_device(config))
+    """The GPT of a run at its initial values, on its device."""
+    model = GPT(config.model, seed=config.train.seed, dtype=parameter_dtype(config), device=pick_device(config))
     model.recompute = config.train.recompute
     return model
 
 
 def precision(config: Config, device: torch.device):
     """The context of a run's forwards: autocast for train.dtype bf16 and fp16."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.dtype)
+    half = half_dtype(config)
     return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)

@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import FusedMoE
-from moe_ext.model import GPT, Block, Losses
+from moe_ext.model import GPT, Block, Losses, half_dtype, parameter_dtype
 from moe_ext.model import build as plain_build
 from moe_ext.parallel.experts import ExpertExchange, SplitExperts
 from moe_ext.parallel.init import box_normal
@@ -119,13 +119,11 @@ def backward(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumula
 
 
 def build(config: Config, mesh: Mesh) -> GPT:
-    """The GPT of a run at its initial values, on its mesh; parameters fp32 (fp64 for train.dtype fp64)."""
+    """The GPT of a run at its initial values, on its mesh."""
     if mesh.world == 1:
         return plain_build(config)
-    dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
-    model = GPT(config.model, dtype=dtype, device="meta")
-    parallelize(model, mesh, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.dtype),
-                trace=config.log.trace_exchange)
+    model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
+    parallelize(model, mesh, dtype=half_dtype(config), trace=config.log.trace_exchange)
     initialize(model, config.train.seed, mesh.device)
     model.recompute = config.train.recompute
     return model
