@@ -1,7 +1,8 @@
 # make train   a GPT with experts from real text to samples and a plot      make test    everything CI checks
 # make build   compile what changed     make bench   the benchmark table     make lint    ruff
 # make proof   every mesh of 1, 2, 4 and 8 ranks against one process, in fp64: the whole table (moe_ext/proof.py)
-# make gpu     prove everything on one GPU and time it (tests/gpu/run.py): PART=build,conformance,.. runs some parts
+# make gpu     prove everything on one GPU and time it (tests/gpu/run.py): PART=build,conformance,.. runs some parts,
+#              LIMIT=600 ends in so many seconds and says what it left out
 # make sanitize   the core and the ops under ASan + UBSan, the core under TSan        make clean
 #
 # The first run creates .venv. Options: PYTHON=python3.12, MOE_TORCH="torch==2.11.0" (any pip arguments), TEXT=file or folder,
@@ -99,7 +100,7 @@ bench: build
 # With the Python at hand where there is no .venv: a GPU machine may have no network. COMMIT: its name without git.
 .PHONY: gpu
 gpu:
-	COMMIT=$(COMMIT) $(if $(wildcard .venv/installed),$(PY),$(PYTHON)) tests/gpu/run.py $(PART)
+	COMMIT=$(COMMIT) $(if $(wildcard .venv/installed),$(PY),$(PYTHON)) tests/gpu/run.py $(PART) $(LIMIT:%=--limit %)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -17,11 +17,13 @@ MB of writes that empty the L2 cache and let the host run ahead; times are CUDA 
 
 Prints Markdown, and writes it with the figures to benchmarks/results/<device>-<commit>.{md,json} after every job; says
 on stderr what it has done. The default shapes take about three minutes; --all adds larger ones, up to 80 GB of memory.
+--limit SECONDS leaves out, and says, what would begin later: the figures that say most come first.
 --dry runs all of it on tiny shapes on the CPU, where times mean nothing.
 """
 
 import argparse
 import json
+import math
 import platform
 import re
 import statistics
@@ -39,18 +41,18 @@ from moe_ext import ops
 from tests import cublas
 from tests.cases import Shape, balanced, skewed
 
-SHAPES = {  # T, d, h, E, k
-    "seed": Shape(2048, 768, 3072, 4, 2),
-    "sonic-7b-256": Shape(24576, 1536, 256, 128, 8),
-    "sonic-7b-512": Shape(24576, 1536, 512, 64, 4),
-    "sonic-7b-1024": Shape(24576, 1536, 1024, 32, 2),
-    "sonic-30b-256": Shape(32768, 4096, 256, 256, 16),
-    "sonic-30b-512": Shape(32768, 4096, 512, 128, 8),
-    "sonic-30b-1024": Shape(32768, 4096, 1024, 64, 4),
-    "qwen3-30b-8k": Shape(8192, 2048, 768, 128, 8),
+SHAPES = {  # T, d, h, E, k; those that say most first
     "qwen3-30b-32k": Shape(32768, 2048, 768, 128, 8),
     "olmoe": Shape(32768, 2048, 1024, 64, 8),
     "mixtral": Shape(8192, 4096, 14336, 8, 2),
+    "seed": Shape(2048, 768, 3072, 4, 2),
+    "sonic-7b-1024": Shape(24576, 1536, 1024, 32, 2),
+    "sonic-7b-512": Shape(24576, 1536, 512, 64, 4),
+    "sonic-7b-256": Shape(24576, 1536, 256, 128, 8),
+    "qwen3-30b-8k": Shape(8192, 2048, 768, 128, 8),
+    "sonic-30b-256": Shape(32768, 4096, 256, 256, 16),
+    "sonic-30b-512": Shape(32768, 4096, 512, 128, 8),
+    "sonic-30b-1024": Shape(32768, 4096, 1024, 64, 4),
 }
 MORE_SHAPES = {  # with --all
     "sonic-1.4b-256": Shape(40960, 768, 256, 128, 8),
@@ -94,6 +96,7 @@ class Bench:
         self.report = {
             "device": self.name, "commit": commit(), "torch": torch.__version__, "python": platform.python_version(),
             "dtype": options.dtype, "gpu": gpu_state(), "gemm": [], "layer": [], "movement": [], "other": [],
+            "left out": [],
         }  # fmt: skip
         self.copy_bandwidth = self.state = None
         self.cublas = None if options.dry else cublas.load()
@@ -418,6 +421,8 @@ def markdown(report):
     """One table per section. A ratio is their time over ours: above 1 we are faster."""
     text = f"# {report['device']}, commit {report['commit']}\n\ntorch {report['torch']}, {report['dtype']}; "
     text += f"clocks, power, heat and driver before: {report['gpu']}\n"
+    if report["left out"]:
+        text += f"\nleft out: {', '.join(dict.fromkeys(report['left out']))}\n"
     for section, (head, peers) in COLUMNS.items():
         titles = [*head, "ms", "TFLOP/s", "GB/s", "of roofline", *(f"x {peer}" for peer in peers)]
         text += f"\n## {section}\n\n| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|\n"
@@ -448,6 +453,7 @@ def main(arguments=None):
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seconds", type=float, default=0.4, help="of rounds per line")
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="begin no line later")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: tries the code, measures nothing")
     options = parser.parse_args(arguments)
@@ -461,15 +467,18 @@ def main(arguments=None):
     widest = max(shapes.values(), key=lambda shape: shape.T * shape.d)
     jobs = [("movement", bench_movement, widest)]       # first: it measures the bandwidth
     jobs += [("other", bench_other, widest, 96 if options.dry else 128256)]
-    for name, shape in shapes.items():
-        for routing in options.routings:
+    for routing in options.routings:
+        for name, shape in shapes.items():
             jobs += [("gemm", bench_gemm, name, shape, routing)]
             jobs += [("layer", bench_layer, name, shape, routing, backward) for backward in (False, True)]
-    errors = []
+    errors, deadline = [], time.perf_counter() + options.limit
     bench.warm_up()
     for section, job, *arguments in jobs:
         if section in options.sections or section == "movement":
             bench.state, begin = gpu_state(), time.perf_counter()
+            if begin >= deadline:
+                bench.report["left out"].append(" ".join([section, *(a for a in arguments if isinstance(a, str))]))
+                continue
             try:
                 job(bench, *arguments)
             except RuntimeError as error:       # out of memory before the race
@@ -477,9 +486,9 @@ def main(arguments=None):
             print(f"{section} {arguments}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
-            path = write(bench.report, options.out)
+            write(bench.report, options.out)
     print(markdown(bench.report))
-    print(path)
+    print(write(bench.report, options.out))
     lines = [line for section in COLUMNS for line in bench.report[section]]
     errors += [f"{line}" for line in lines if "ours" in line["failed"]]
     errors += [f"{line}" for line in lines if "its result is another than ours" in line["failed"].values()]

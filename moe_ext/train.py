@@ -191,7 +191,7 @@ class Profile:
 
     def __init__(self, config: Config, mesh: Mesh):
         self.folder, self.trace, self.memory = config.run_folder / "profile", None, config.train.memory_snapshot
-        self.rank = f"-rank{mesh.rank}" if mesh.world > 1 else ""
+        self.rank, self.device = f"-rank{mesh.rank}" if mesh.world > 1 else "", mesh.device
         require(not self.memory or mesh.device.type == "cuda", f"train.memory_snapshot records CUDA allocations, but "
                 f"train.device is {mesh.device.type}: leave it off; profile/ops.txt shows what each op allocates")
         if config.train.profile_steps:
@@ -212,7 +212,8 @@ class Profile:
     def write(self, trace):
         self.folder.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(self.folder / f"trace{self.rank}.json"))
-        table = trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+        cost = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table = trace.key_averages().table(sort_by=cost, row_limit=40)
         (self.folder / f"ops{self.rank}.txt").write_text(table)
         if self.memory:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory{self.rank}.pickle"))

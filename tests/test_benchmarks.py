@@ -3,16 +3,38 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
 
+def make_gpu(*arguments):
+    done = subprocess.run([sys.executable, "tests/gpu/run.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)  # fmt: skip
+    with tarfile.open(ROOT / "build" / "gpu.tar.gz") as archive:
+        return done, json.load(archive.extractfile("gpu/report.json")), archive.getnames()
+
+
 def test_make_gpu():
-    """The parts that take no other test's time."""
-    command = [sys.executable, "tests/gpu/run.py", "graph,sanitizer,train", "--dry"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """The parts that take no other test's time; and what is not done is said, in the report too."""
+    done, report, names = make_gpu("graph,sanitizer,train", "--dry")
     assert done.returncode == 0 and "4 of 4 ok" in done.stdout, done.stdout + done.stderr
+    assert [line["result"] for line in report] == ["ok"] * 4
+    assert {"gpu/train.log", "gpu/train.json", "gpu/memcheck-1-of-1.log"} <= set(names)
+    assert "left out: build (not asked for), conformance (not asked for)" in done.stdout
+
+    done, report, _ = make_gpu("train", "--dry", "--limit", "0.5")
+    assert done.returncode == 0 and "left out: train train, " in done.stdout, done.stdout + done.stderr
+    assert [line["result"] for line in report] == ["left out"]
+
+
+def test_shares_of_the_sanitizers_are_all_ops():
+    sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+    import small
+
+    shares = [small.share(f"{i}/4") for i in range(1, 5)]
+    assert sorted(name for names in shares for name in names) == sorted(small.CHECKS) and all(shares)
 
 
 def test_dry_run(tmp_path):
@@ -26,4 +48,13 @@ def test_dry_run(tmp_path):
         assert len(report[section]) == lines
         for line in report[section]:
             assert not line["failed"] and line["ms"]["ours"] > 0 and f"| {line['ms']['ours']:.3f} |" in done.stdout
-    assert file.with_suffix(".md").read_text() in done.stdout
+    assert file.with_suffix(".md").read_text() in done.stdout and report["left out"] == []
+
+
+def test_a_limit_leaves_out_and_says_what(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--limit", "0", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert not report["gemm"] and len(report["left out"]) == 8
+    assert "left out: movement, other, gemm dry balanced, layer dry balanced" in done.stdout

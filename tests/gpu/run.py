@@ -1,22 +1,25 @@
-"""make gpu: proves this tree on one GPU, then times it, in under ten minutes and without network.
+"""make gpu: proves this tree on one GPU, then times it, in a few minutes and without network.
 
     python tests/gpu/run.py [part,part ..] [--limit SECONDS] [--dry]
 
     build        the extension and libmoe_cuda.so; no kernel spills; python -m moe_ext
+then side by side, as many processes at once as there are CPU cores:
+    sanitizer    compute-sanitizer's racecheck, memcheck and synccheck over every op on small shapes
     conformance  instructions and primitives give the hashes of the host harness
     ops          the op tests on the GPU, movement bit for bit like the C core
     layers       drop-in layers, the GPT, torch.compile; real MegaBlocks where it is installed
     graph        every op and the dropless layer in CUDA graphs
     exchange     the token exchange on one card
-    sanitizer    compute-sanitizer's memcheck, racecheck and synccheck over every op on small shapes
     train        50 steps of the small GPT beside the CPU's
-    bench        benchmarks/gpu.py
+then alone on the card:
+    bench        benchmarks/gpu.py, in the time that is left
 
 Needs torch with CUDA, nvcc, setuptools; pytest and hypothesis for the test files. Nothing has to be installed but them:
-the extension is built in place. One line per result; a part that fails does not stop the next; exit status 1 if any
-did. Everything is written as it comes: results to build/gpu/report.json, what each command says to build/gpu/*.log.
---limit ends everything in time and says what did not fit. --dry tries the code of every part on the CPU and proves
-nothing.
+the extension is built in place, and what was built elsewhere is used if it is newer than its sources. One line per
+result: ok, FAILED, or left out with the reason: no time, not installed. What fails does not stop the rest; exit status
+1 if anything did. Everything is written as it comes, to build/gpu/: report.json, a log of each command, and at the end
+all of it with the benchmark's results as one archive, build/gpu.tar.gz.
+--limit ends everything in time. --dry tries the code of every part on the CPU and proves nothing.
 """
 
 import argparse
@@ -28,6 +31,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -39,20 +44,32 @@ LAYERS = ["layers", "model", "compile"]
 
 
 class Run:
-    """What came of one command. Its output goes to OUT/<name>.log; at the timeout it and its children are killed."""
+    """What came of one command: ok, or None if it was not begun or not ended within --limit. Its output goes to
+    OUT/<name>.log; at the timeout it and its children are killed."""
 
     deadline = math.inf
+    slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))     # a process that waits for a core measures it
 
     def __init__(self, name, command, timeout, **environment):
+        self.seconds, self.output = 0.0, ""
+        with self.slots:
+            left = self.deadline - time.perf_counter()
+            if left <= 0:
+                self.ok, self.last = None, "no time left"
+                return
+            self.run(name, list(map(str, command)), min(timeout, left), environment)
+            if not self.ok and timeout > left and self.seconds >= left:
+                self.ok = None
+
+    def run(self, name, command, timeout, environment):
         paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
                                     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment  # fmt: skip
         begin, self.ok, child = time.perf_counter(), False, None
-        timeout = max(0.0, min(timeout, self.deadline - begin))
         with (OUT / f"{name}.log").open("w+") as log:
             try:
-                child = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log,
-                                         stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                                         start_new_session=True)  # fmt: skip
                 self.ok = child.wait(timeout) == 0
             except OSError as error:
                 print(error, file=log)
@@ -77,13 +94,21 @@ def python(name, *arguments, timeout=300, **environment):
     return Run(name, [sys.executable, *arguments], timeout, **environment)
 
 
+def side_by_side(runs):
+    """{name: function that makes a Run} -> (name, Run) as they end; begun in the given order."""
+    with ThreadPoolExecutor(max(1, len(runs))) as pool:
+        begun = {pool.submit(make): name for name, make in runs.items()}
+        for done in as_completed(begun):
+            yield begun[done], done.result()
+
+
 def installed(name):
     """As a package of its own: the folder tests/megablocks of this tree is none."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None
 
 
-# ---- the parts: generators of (name, ok, detail) ---------------------------------------------------------------------
+# ---- the parts: generators of (name, ok or None if left out, detail) ------------------------------------------------
 
 
 def build(dry):
@@ -113,7 +138,7 @@ def conformance(dry):
     if run.ok:
         run = Run("conformance", [program], 60)
     if not run.ok:
-        yield "conformance", False, run.last
+        yield "conformance", run.ok, run.last
         return
     got, want = json.loads(run.output), json.loads((ROOT / "tests" / "gpu" / "conformance.json").read_text())
     for name in want:
@@ -123,21 +148,17 @@ def conformance(dry):
 
 def pytest(files, dry, timeout=400):
     """The test files at once, each in its own process."""
-    if not installed("pytest") or not installed("hypothesis"):
-        for file in files:
-            yield file, False, "not run: this Python has no pytest or no hypothesis"
+    if missing := [name for name in ("pytest", "hypothesis") if not installed(name)]:
+        yield from ((file, None, f"{' and '.join(missing)} not installed") for file in files)
         return
     options = ["--device=cpu", "--collect-only"] if dry else ["--device=cuda"]
 
     def test(file):
         arguments = ["-m", "pytest", "-p", "no:cacheprovider", *options, file]
-        return python(Path(file).stem, *arguments, timeout=timeout, OMP_NUM_THREADS="2")
+        return lambda: python(Path(file).stem, *arguments, timeout=timeout, OMP_NUM_THREADS="2")
 
-    with ThreadPoolExecutor(min(6, os.cpu_count() or 1)) as pool:
-        runs = {pool.submit(test, file): file for file in files}
-        for done in as_completed(runs):
-            run = done.result()
-            yield runs[done], run.ok and (dry or "passed" in run.last), f"{run.seconds:.0f} s: {run.last}"
+    for file, run in side_by_side({file: test(file) for file in files}):
+        yield file, run.ok and (dry or "passed" in run.last), f"{run.seconds:.0f} s: {run.last}"
 
 
 def tests_of(names):
@@ -149,11 +170,12 @@ def ops(dry):
 
 
 def layers(dry):
-    yield from pytest(tests_of(LAYERS), dry)
-    if missing := [name for name in ("megablocks", "stk", "triton") if not installed(name)]:
-        yield "megablocks", True, f"parity left out: {', '.join(missing)} not installed"
+    files, missing = tests_of(LAYERS), [name for name in ("megablocks", "stk", "triton") if not installed(name)]
+    if missing:
+        yield "megablocks", None, f"parity: {', '.join(missing)} not installed"
     else:
-        yield from pytest(["tests/test_megablocks.py"], dry)
+        files.insert(0, "tests/test_megablocks.py")
+    yield from pytest(files, dry)
 
 
 def graph(dry):
@@ -167,73 +189,112 @@ def exchange(dry):
 def sanitizer(dry):
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if not dry and not tool:
-        yield "compute-sanitizer", False, "not run: it is not installed"
+        yield "compute-sanitizer", None, "not installed"
         return
-    small = [sys.executable, "tests/gpu/small.py", "cpu" if dry else "cuda"]
 
-    def watch(kind):
+    def watch(kind, share):
         command = [] if dry else [tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "5"]
-        names = ["gather", "route_index"] if dry else []
-        return Run(kind, [*command, *small, *names], 240, PYTORCH_NO_CUDA_MEMORY_CACHING="1", MOE_CHECK="0")
+        small = [sys.executable, "tests/gpu/small.py", *(["cpu", "gather", "route_index"] if dry else ["cuda", share])]
+        return lambda: Run(f"{kind}-{share.replace('/', '-of-')}", [*command, *small], 500,
+                           PYTORCH_NO_CUDA_MEMORY_CACHING="1", MOE_CHECK="0")  # fmt: skip
 
-    kinds = ["memcheck"] if dry else ["memcheck", "racecheck", "synccheck"]
-    with ThreadPoolExecutor(3) as pool:
-        runs = {pool.submit(watch, kind): kind for kind in kinds}
-        for done in as_completed(runs):
-            run = done.result()
-            yield runs[done], run.ok, f"{run.seconds:.0f} s: {run.last}"
+    shares = {"memcheck": 1} if dry else {"racecheck": 4, "memcheck": 1, "synccheck": 1}    # racecheck takes longest
+    runs = {f"{kind} {i}/{n}": watch(kind, f"{i}/{n}") for kind, n in shares.items() for i in range(1, n + 1)}
+    for name, run in side_by_side(runs):
+        yield name, run.ok, f"{run.seconds:.0f} s: {run.last}"
 
 
 def train(dry):
-    run = python("train", "tests/gpu/train.py", *(["cpu", "1"] if dry else ["cuda", "50"]))
+    # Few threads: the CPU's half shares its cores with all that runs beside it.
+    run = python("train", "tests/gpu/train.py", *(["cpu", "1"] if dry else ["cuda", "50"]), OMP_NUM_THREADS="4")
     if not run.ok:
-        yield "train", False, run.last
+        yield "train", run.ok, run.last
         return
     report = json.loads(run.output.splitlines()[-1])
     (OUT / "train.json").write_text(json.dumps(report, indent=1))
     for name in (name for name in report if name.endswith(" ok")):
         off = report[name.removesuffix("ok") + "off"]
-        yield name.removesuffix(" ok"), report[name], f"off by {off['first']:.1e} at first, {off['worst']:.1e} at worst"
+        yield name.removesuffix(" ok"), report[name], "off by " + ", ".join(f"{off[at]:.1e} {at}" for at in off)
     first, last = report["cpu fp32"][0], report["cpu fp32"][-1]
     yield "learns", report["learns"], f"{first:.3f} to {last:.3f} nats on the CPU"
 
 
 def bench(dry):
-    options = ["--dry", "--out", OUT] if dry else []
-    run = python("bench", "-m", "benchmarks.gpu", *options, timeout=400)
+    left = min(600, Run.deadline - time.perf_counter() - 20)        # and time to write and say it
+    options = ["--dry"] if dry else ["--limit", f"{max(0, left):.0f}"]
+    run = python("bench", "-m", "benchmarks.gpu", "--out", OUT, *options, timeout=620)
     yield "bench", run.ok, f"{run.seconds:.0f} s: {run.last}"
+    for table in () if dry else OUT.glob("*.md"):
+        for file in (table, table.with_suffix(".json")):
+            shutil.copy(file, ROOT / "benchmarks" / "results")
+    for line in run.output.splitlines():
+        if line.startswith("left out: "):
+            yield "bench", None, line.removeprefix("left out: ")
 
 
-PARTS = [build, conformance, ops, layers, graph, exchange, sanitizer, train, bench]
+STAGES = [[build], [sanitizer, conformance, ops, layers, graph, exchange, train], [bench]]
+PARTS = {part.__name__: part for stage in STAGES for part in stage}
+WORDS = {True: "ok", False: "FAILED", None: "left out"}
+
+
+class Report:
+    """Every result, printed and written as it comes, from any thread."""
+
+    def __init__(self):
+        self.results, self.begin, self.lock = [], time.perf_counter(), threading.Lock()
+
+    def tell(self, part, name, ok, detail):
+        with self.lock:
+            word, at = WORDS[ok if ok is None else bool(ok)], round(time.perf_counter() - self.begin)
+            self.results.append(dict(part=part, name=name, result=word, detail=detail, at=at))
+            (OUT / "report.json").write_text(json.dumps(self.results, indent=1) + "\n")
+            print(f"{part:<12}{name:<32}{word:<10}{detail}", flush=True)
+
+    def run(self, part, dry):
+        try:
+            for result in part(dry):
+                self.tell(part.__name__, *result)
+        except Exception as error:      # of the part itself: the others still run
+            self.tell(part.__name__, part.__name__, False, f"{type(error).__name__}: {error}")
+
+    def named(self, word):
+        return [f"{r['part']} {r['name']}" for r in self.results if r["result"] == word]
+
+
+def pack():
+    """All that the parts wrote, as one file."""
+    archive = OUT.with_suffix(".tar.gz")
+    with tarfile.open(archive, "w:gz") as tar:
+        for file in sorted(OUT.glob("*.*")):
+            tar.add(file, Path("gpu", file.name))
+    return archive
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="?", default=",".join(part.__name__ for part in PARTS))
+    parser.add_argument("parts", nargs="?", default=",".join(PARTS))
     parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="of all parts together")
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
-    known = {part.__name__: part for part in PARTS}
-    if unknown := [name for name in options.parts.split(",") if name not in known]:
-        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(known)}")
+    wanted = options.parts.split(",")
+    if unknown := [name for name in wanted if name not in PARTS]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     OUT.mkdir(parents=True, exist_ok=True)
-    results, begin = [], time.perf_counter()
-    Run.deadline = begin + options.limit
-
-    def tell(part, name, ok, detail):
-        results.append(dict(part=part, name=name, ok=bool(ok), detail=detail, at=round(time.perf_counter() - begin)))
-        (OUT / "report.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{part:<12}{name:<32}{'ok    ' if ok else 'FAILED'}  {detail}", flush=True)
-
-    for name in options.parts.split(","):
-        try:
-            for result in known[name](options.dry):
-                tell(name, *result)
-        except Exception as error:      # of the part itself: the next ones still run
-            tell(name, name, False, f"{type(error).__name__}: {error}")
-    failed = [f"{r['part']} {r['name']}" for r in results if not r["ok"]]
-    passed, seconds = len(results) - len(failed), time.perf_counter() - begin
-    print(f"\n{passed} of {len(results)} ok in {seconds:.0f} s; {OUT}/report.json")
+    for old in OUT.glob("*.*"):
+        old.unlink()
+    report = Report()
+    Run.deadline = report.begin + options.limit
+    for stage in STAGES:
+        parts = [part for part in stage if part.__name__ in wanted]
+        with ThreadPoolExecutor(max(1, len(parts))) as pool:
+            list(pool.map(lambda part: report.run(part, options.dry), parts))
+    archive, seconds = pack(), time.perf_counter() - report.begin
+    passed, failed, left_out = (report.named(word) for word in WORDS.values())
+    print(f"\n{len(passed)} of {len(report.results)} ok in {seconds:.0f} s; {archive}")
+    if unasked := [name for name in PARTS if name not in wanted]:
+        left_out += [f"{name} (not asked for)" for name in unasked]
+    if left_out:
+        print("left out: " + ", ".join(left_out))
     sys.exit("FAILED: " + ", ".join(failed) if failed else 0)
 
 
