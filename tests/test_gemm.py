@@ -62,13 +62,11 @@ def test_each_set_of_gradients_alone(device):
     """And what a product keeps is the other factor of each gradient."""
     bins_E, inputs = gemm_inputs(CASES[1], torch.float32, device)
     dy_RO = CASES[1].randn(len(inputs["x_RI"]), CASES[1].shape.h, salt=3, dtype=torch.float32, device=device)
-    for call, inputs in (
-        (lambda x, y: ops.grouped_gemm(x, y, bins_E), {"x": inputs["x_RI"], "y": inputs["w_EIO"]}),
-        (lambda x, y: ops.grouped_gemm_wgrad(x, y, bins_E), {"x": inputs["x_RI"], "y": dy_RO}),
-    ):
-        each_set_alone(call, inputs)
+    for op, y in ((ops.grouped_gemm, inputs["w_EIO"]), (ops.grouped_gemm_wgrad, dy_RO)):
+        call, factors = lambda x, y, op=op: op(x, y, bins_E), {"x": inputs["x_RI"], "y": y}
+        each_set_alone(call, factors)
         for wanted, names in (("x", {"y"}), ("y", {"x"}), ("xy", {"x", "y"})):
-            assert kept(call, inputs, wanted) == (names, bins_E.nbytes)
+            assert kept(call, factors, wanted) == (names, bins_E.nbytes)
 
 
 # Rows, the ends of the experts, inner and outer width. On the two multiprocessors of the host harness they take every

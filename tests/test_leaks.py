@@ -77,7 +77,8 @@ def test_no_op_takes_a_string():
 
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith(("moe_ext::", "moe_wire::")):
-            schema = torch._C._get_schema(*(name.split(".") + [""])[:2])
+            op, _, overload = name.partition(".")
+            schema = torch._C._get_schema(op, overload)
             assert "str" not in [str(a.type) for a in schema.arguments], schema
 
 
