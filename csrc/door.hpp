@@ -193,15 +193,10 @@ struct Door {
         fail(arg, " has ", ids[i], " at flat position ", i, ", wanted 0 <= id < ", end, " or ", other);
     }
 
-    // The position of text among the choices of an enum.
-    template <size_t n>
-    int choice(const char *arg, const std::string &text, const char *const (&choices)[n]) const {
-        std::string all;
-        for (size_t i = 0; i < n; i++) {
-            if (text == choices[i]) return static_cast<int>(i);
-            all += (i ? ", " : "") + std::string(choices[i]);
-        }
-        fail(arg, " is \"", text, "\", wanted one of ", all);
+    // A value of an enum of moe.h. Python turns names into these numbers (moe_ext/ops/enums.py).
+    int choice(const char *arg, int64_t number, int last) const {
+        if (number < 0 || number > last) fail(arg, " is ", number, ", wanted 0 .. ", last);
+        return static_cast<int>(number);
     }
 };
 

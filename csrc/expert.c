@@ -7,6 +7,7 @@
 //   backward   1  tile [p, F]:   dA' = dy[r] Wd_e    A = act(h)    ds = <dA', A> in parts   sA = s A   dh = s dA' act'
 //              2  tiles of       dx_ND = dh [Wg ; Wu]_e    dWd_e = dy[r]^T sA    dW_e = dh^T x[r]    and bias sums
 //              3  row r:         dx_RD = sum over slots in order of dx_ND[p]    dweights = sum of ds (+ <dy[r], bd_e>)
+//              A gradient that is not wanted, and what only it needs, is left out: its place in the call is NULL.
 //
 // Each step is one parallel region. Rows of x and dy are gathered while they are packed; no sorted copy of them exists.
 // Saved for the backward: h_NU in storage type, nothing else. a, y, dh, sA, dx per copy live in the caller's workspace,
@@ -46,19 +47,21 @@ static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
     return c;
 }
 // The workspace: one list of pieces gives both their places and the size of all. workspace = NULL: only the size.
-static char *take(void *workspace, int64_t *used, int64_t bytes) {
-    char *piece = workspace ? (char *)workspace + *used : NULL;
-    *used += gemm_align(bytes);
+static char *take(void *workspace, int64_t *used, bool wanted, int64_t bytes) {
+    char *piece = workspace && wanted ? (char *)workspace + *used : NULL;
+    if (wanted) *used += gemm_align(bytes);
     return piece;
 }
-static int64_t carve(call *c, bool backward, void *workspace) {
+static int64_t carve(call *c, void *workspace) {
     const moe_expert_args *a = c->a;
+    const moe_expert_grads *g = c->g;
+    const bool dh = g && (g->dx_RD || g->dgate_EFD.p || g->dup_EFD.p || g->dgate_bias_EF || g->dup_bias_EF);
     int64_t used = 0;
-    c->act = take(workspace, &used, a->N * a->F * c->real);
-    c->out = take(workspace, &used, a->N * a->D * c->real);
-    c->dh  = take(workspace, &used, backward ? a->N * c->U * c->real : 0);
-    c->ds  = take(workspace, &used, backward ? a->N * c->pieces * c->real : 0);
-    c->scratch = take(workspace, &used, moe_threads() * gemm_scratch_size(c->f64));
+    c->act = take(workspace, &used, !g || g->ddown_EDF.p, a->N * a->F * c->real);
+    c->out = take(workspace, &used, !g || g->dx_RD, a->N * a->D * c->real);
+    c->dh  = take(workspace, &used, dh, a->N * c->U * c->real);
+    c->ds  = take(workspace, &used, g && g->dweights_RK, a->N * c->pieces * c->real);
+    c->scratch = take(workspace, &used, true, moe_threads() * gemm_scratch_size(c->f64));
     return used;
 }
 
@@ -179,13 +182,13 @@ static void sum_slots(int64_t begin, int64_t end, void *arg) {
 
 size_t moe_expert_mlp_workspace(const moe_expert_args *a) {
     call c = call_of(a, NULL);
-    return (size_t)carve(&c, false, NULL);
+    return (size_t)carve(&c, NULL);
 }
 int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *h_NU) {
     const int status = check(a);
     if (status != MOE_OK) return status;
     call c = call_of(a, NULL);
-    gemm_huge_pages(workspace, carve(&c, false, workspace));
+    gemm_huge_pages(workspace, carve(&c, workspace));
     gemm_huge_pages(h_NU, a->N * c.U * c.size);
     c.y = y_RD, c.h = h_NU;
     gemm_run(gemm_grid_tasks(&c.up), up_tile, &c, c.scratch, gemm_scratch_size(c.f64));
@@ -204,27 +207,33 @@ static void emit_dact(const gemm_product *g, int64_t i0, int64_t rows, void *til
         const int64_t p = t->begin + t->i + i0 + i;
         const double s = get(a->wdtype, a->weights_RK, a->order_RK[p]);
         const char *h = (const char *)c->h_in + (p * c->U + t->j) * c->size;
-        char *da = (char *)tile_c + i * ldc * c->real, *sa = c->act + (p * a->F + t->j) * c->real;
-        char *dgate = c->dh + (p * c->U + t->j) * c->real, *dup = c->gated ? dgate + a->F * c->real : NULL;
-        tile gate, up;
+        char *da = (char *)tile_c + i * ldc * c->real;
+        tile gate, up, act;
         moe_k->load(a->dtype, t->n, h, &gate);
         if (c->gated) moe_k->load(a->dtype, t->n, h + a->F * c->size, &up);
-        moe_k->act(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, sa);             // A = act(h)
-        const double ds = moe_k->dot(c->real_type, t->n, da, sa);                       // ds = <dA', A>
-        moe_k->scale(c->real_type, t->n, s, sa, sa);
-        moe_k->scale(c->real_type, t->n, s, da, da);
-        moe_k->dact(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, da, dgate, dup);
-        const int64_t at = p * c->pieces + t->j / c->up.columns;
-        if (c->f64) ((double *)c->ds)[at] = ds;
-        else        ((float *)c->ds)[at] = (float)ds;
+        if (c->ds || c->act)
+            moe_k->act(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, &act);       // A = act(h)
+        if (c->ds) {
+            const double ds = moe_k->dot(c->real_type, t->n, da, &act);                 // ds = <dA', A>
+            const int64_t at = p * c->pieces + t->j / c->up.columns;
+            if (c->f64) ((double *)c->ds)[at] = ds;
+            else        ((float *)c->ds)[at] = (float)ds;
+        }
+        if (c->act) moe_k->scale(c->real_type, t->n, s, &act, c->act + (p * a->F + t->j) * c->real);
+        if (c->dh) {
+            char *dgate = c->dh + (p * c->U + t->j) * c->real, *dup = c->gated ? dgate + a->F * c->real : NULL;
+            moe_k->scale(c->real_type, t->n, s, da, da);
+            moe_k->dact(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, da, dgate, dup);
+        }
     }
 }
+// For sA alone dA' is a sum of nothing.
 static void dact_tile(const void *arg, int64_t task, void *scratch) {
     const call *c = arg;
     const moe_expert_args *a = c->a;
     const gemm_task t = gemm_grid_task(&c->up, task);
     const gemm_product g = {
-        .f64 = c->f64, .m = t.m, .n = t.n, .k = a->D, .parts = 1,
+        .f64 = c->f64, .m = t.m, .n = t.n, .k = c->ds || c->dh ? a->D : 0, .parts = 1,
         .a = gathered(c, c->g->dy_RD, t.begin + t.i, false),
         .b = {{a->dtype, matrix_at(c, a->down_EDF, t.e, 0, t.j), .si = a->down_EDF.sc, .sk = a->down_EDF.sr}},
         .emit = emit_dact, .job = c, .task = &t,
@@ -290,23 +299,31 @@ static void dbias(const call *c, int64_t e) {
     if (g->ddown_bias_ED)
         bias_sum(c, e, a->D, a->dtype, g->dy_RD, a->D, true, (char *)g->ddown_bias_ED + e * g->ddown_bias_se * c->size);
 }
+// How many of each there are.
+typedef struct { int64_t dx, ddown, dgate, dup; } second_tasks;
+static second_tasks second_tasks_of(const call *c) {
+    const moe_expert_grads *g = c->g;
+    return (second_tasks){.dx = g->dx_RD ? gemm_grid_tasks(&c->down) : 0,
+                          .ddown = g->ddown_EDF.p ? gemm_grid_tasks(&c->ddown) : 0,
+                          .dgate = g->dgate_EFD.p ? gemm_grid_tasks(&c->dgate) : 0,
+                          .dup = c->gated && g->dup_EFD.p ? gemm_grid_tasks(&c->dup) : 0};
+}
 static void second_tile(const void *arg, int64_t task, void *scratch) {
     const call *c = arg;
-    const int64_t dx = gemm_grid_tasks(&c->down), ddown = gemm_grid_tasks(&c->ddown);
-    const int64_t dgate = gemm_grid_tasks(&c->dgate), dup = c->gated ? gemm_grid_tasks(&c->dup) : 0;
-    if (task < dx)              dx_tile(c, task, scratch);
-    else if ((task -= dx) < ddown)    ddown_tile(c, task, scratch);
-    else if ((task -= ddown) < dgate) dgate_tile(c, &c->dgate, c->g->dgate_EFD, 0, task, scratch);
-    else if ((task -= dgate) < dup)   dgate_tile(c, &c->dup, c->g->dup_EFD, c->a->F, task, scratch);
-    else                              dbias(c, task - dup);
+    const second_tasks n = second_tasks_of(c);
+    if (task < n.dx)                      dx_tile(c, task, scratch);
+    else if ((task -= n.dx) < n.ddown)    ddown_tile(c, task, scratch);
+    else if ((task -= n.ddown) < n.dgate) dgate_tile(c, &c->dgate, c->g->dgate_EFD, 0, task, scratch);
+    else if ((task -= n.dgate) < n.dup)   dgate_tile(c, &c->dup, c->g->dup_EFD, c->a->F, task, scratch);
+    else                                  dbias(c, task - n.dup);
 }
 
 // -- backward 3: dx as the forward's sum, and dweights ---------------------------------------------------------------
 static void sum_dslots(int64_t begin, int64_t end, void *arg) {
     const call *c = arg;
     const moe_expert_args *a = c->a;
-    sum_slots(begin, end, arg);
-    for (int64_t f = begin * a->K; f < end * a->K; f++) {
+    if (c->out) sum_slots(begin, end, arg);
+    for (int64_t f = begin * a->K; c->ds && f < end * a->K; f++) {
         const int64_t p = a->inverse_RK[f];
         double ds = 0;
         for (int64_t piece = 0; p >= 0 && piece < c->pieces; piece++)
@@ -320,25 +337,27 @@ static void sum_dslots(int64_t begin, int64_t end, void *arg) {
     }
 }
 
-size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a) {
-    static const moe_expert_grads backward;             // the sizes do not depend on where the gradients go
-    call c = call_of(a, &backward);
-    return (size_t)carve(&c, true, NULL);
+// Where a weight's gradient goes, before it is written.
+static void prepare(const call *c, moe_mat dw, int64_t rows, int64_t columns) {
+    if (dw.p) gemm_huge_pages(dw.p, gemm_extent(dw, c->a->E, rows, columns) * c->size);
+}
+size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a, const moe_expert_grads *g) {
+    call c = call_of(a, g);
+    return (size_t)carve(&c, NULL);
 }
 int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe_expert_grads *g) {
     const int status = check(a);
     if (status != MOE_OK) return status;
     call c = call_of(a, g);
-    gemm_huge_pages(workspace, carve(&c, true, workspace));
-    gemm_huge_pages(g->ddown_EDF.p, gemm_extent(g->ddown_EDF, a->E, a->D, a->F) * c.size);
-    gemm_huge_pages(g->dgate_EFD.p, gemm_extent(g->dgate_EFD, a->E, a->F, a->D) * c.size);
-    if (c.gated) gemm_huge_pages(g->dup_EFD.p, gemm_extent(g->dup_EFD, a->E, a->F, a->D) * c.size);
+    gemm_huge_pages(workspace, carve(&c, workspace));
+    prepare(&c, g->ddown_EDF, a->D, a->F);
+    prepare(&c, g->dgate_EFD, a->F, a->D);
+    prepare(&c, g->dup_EFD, a->F, a->D);
     c.h_in = g->h_NU, c.y = g->dx_RD;
     const int64_t scratch_size = gemm_scratch_size(c.f64);
-    const int64_t second = gemm_grid_tasks(&c.down) + gemm_grid_tasks(&c.ddown) + gemm_grid_tasks(&c.dgate) +
-                           (c.gated ? gemm_grid_tasks(&c.dup) : 0) + a->E;
-    gemm_run(gemm_grid_tasks(&c.up), dact_tile, &c, c.scratch, scratch_size);
-    gemm_run(second, second_tile, &c, c.scratch, scratch_size);
-    moe_parallel(a->R, moe_row_grain(a->K * a->D), sum_dslots, &c);
+    const second_tasks n = second_tasks_of(&c);
+    if (c.act || c.dh || c.ds) gemm_run(gemm_grid_tasks(&c.up), dact_tile, &c, c.scratch, scratch_size);
+    gemm_run(n.dx + n.ddown + n.dgate + n.dup + a->E, second_tile, &c, c.scratch, scratch_size);
+    if (c.out || c.ds) moe_parallel(a->R, moe_row_grain(a->K * a->D), sum_dslots, &c);
     return MOE_OK;
 }

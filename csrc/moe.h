@@ -147,7 +147,9 @@ typedef struct {
     void       *dgate_bias_EF, *dup_bias_EF, *ddown_bias_ED;    // NULL where the bias is NULL; strides as the bias
     int64_t     dgate_bias_se, dup_bias_se, ddown_bias_se;
 } moe_expert_grads;
-size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a);
+// Each output pointer may be NULL: that gradient is not wanted, and what only it needs is neither computed nor lent.
+// The others have the same bits whichever are wanted. x is read for dgate and dup alone, and may be NULL without them.
+size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a, const moe_expert_grads *g);
 int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe_expert_grads *g);
 
 // ---- route.c, balance.c --------------------------------------------------------------------------------------------

@@ -6,15 +6,12 @@
 // gradients are in moe_ext/ops/, where an op has the same name and order of arguments; shapes are spelled as in moe.h.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "door.hpp"
 
 namespace {
-
-using Text = const std::string &;
 
 // ---- index ----------------------------------------------------------------------------------------------------------
 
@@ -185,25 +182,27 @@ Tensor grouped_gemm_wgrad(In x, In dy, In bins) {
     return dw;
 }
 
-const char *const ACTS[] = {"swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"};  // as moe_act
+// The names of moe_act, for messages.
+const char *const ACTS[] = {"swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"};
 
-Tensor activation(In h, Text act) {
+Tensor activation(In h, int64_t act) {
     Door door{"activation"};
     Dim N{"N"}, U{"U"};
     void *h_NU = door.in("h", h, FLOATS, {&N, &U});
-    const int a = door.choice("act", act, ACTS);
-    if (moe_act_gated(a) && U % 2) door.fail("h has ", U.n, " columns, but ", act, " wants [gate | up] of equal width");
+    const int a = door.choice("act", act, MOE_RELU);
+    if (moe_act_gated(a) && U % 2)
+        door.fail("h has ", U.n, " columns, but ", ACTS[a], " wants [gate | up] of equal width");
     const int64_t F = moe_act_gated(a) ? U / 2 : U.n;
     Tensor y = empty(h, dtype_of(h), {N, F});
     door.done(RUN(activation, dtype_of(h), a, N, F, h_NU, y.data_ptr()));
     return y;
 }
 
-Tensor activation_backward(In h, In da, Text act) {
+Tensor activation_backward(In h, In da, int64_t act) {
     Door door{"activation_backward"};
     Dim N{"N"}, U{"U"}, F{"F"};
     void *h_NU = door.in("h", h, FLOATS, {&N, &U});
-    const int a = door.choice("act", act, ACTS);
+    const int a = door.choice("act", act, MOE_RELU);
     F.n = moe_act_gated(a) ? U / 2 : U.n;
     void *da_NF = door.in("da", da, only(dtype_of(h)), {&N, &F});
     Tensor dh = empty(h, dtype_of(h), {N, U});
@@ -218,17 +217,17 @@ void *after(void *p, int64_t offset, int dtype) {
 
 moe_expert_args expert_args(Door &door, In x, In gate, MaybeIn up, In down,
                             In weights, In order, In inverse, In bins,
-                            MaybeIn gate_bias, MaybeIn up_bias, MaybeIn down_bias, Text act,
+                            MaybeIn gate_bias, MaybeIn up_bias, MaybeIn down_bias, int64_t act,
                             int64_t num_copies) {
     Dim R{"R"}, K{"K"}, N{"R*K"}, E{"E"}, D{"D"}, F{"F"}, G{"gate rows"};
     const unsigned dtype = only(dtype_of(x));
     moe_expert_args a = {};
     a.dtype = dtype_of(x);
-    a.act = door.choice("act", act, ACTS);
+    a.act = door.choice("act", act, MOE_RELU);
     a.x_RD = door.in("x", x, FLOATS, {&R, &D});
     void *down_p = door.in("down", down, dtype, {&E, &D, &F}, ANY);
     const bool gated = moe_act_gated(a.act), adjacent = gated && !up;
-    if (up && !gated) door.fail("up is given, but act=\"", act, "\" has no gate. Hint: up=None");
+    if (up && !gated) door.fail("up is given, but act=\"", ACTS[a.act], "\" has no gate. Hint: up=None");
     if (up_bias && !up) door.fail("up_bias is given without up. Hint: gate_bias of both, [E, 2F]");
     G = {adjacent ? "2F" : "F", adjacent ? 2 * F.n : F.n};
     void *gate_p = door.in("gate", gate, dtype, {&E, &G, &D}, ANY);
@@ -257,7 +256,7 @@ const char EXPERT_RULE[] = "wanted index = route_index of the ids, and num_copie
 std::tuple<Tensor, Tensor> expert_mlp(In x, In gate, MaybeIn up, In down,
                                       In weights, In order, In inverse, In bins,
                                       MaybeIn gate_bias, MaybeIn up_bias, MaybeIn down_bias,
-                                      Text act, int64_t num_copies) {
+                                      int64_t act, int64_t num_copies) {
     Door door{"expert_mlp"};
     const moe_expert_args a = expert_args(door, x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias,
                                           down_bias, act, num_copies);
@@ -267,35 +266,43 @@ std::tuple<Tensor, Tensor> expert_mlp(In x, In gate, MaybeIn up, In down,
     return {y, h};
 }
 
-// Gradients of x, gate, up, down, weights and the three biases; an absent argument's gradient is an empty tensor.
+// Gradients of x, gate, up, down, weights and the three biases: bit i of `wanted` asks for the i-th. Of the others, and
+// of an absent argument, an empty tensor. x may be absent where gate's and up's are not asked for.
 using ExpertGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-ExpertGrads expert_mlp_backward(In dy, In h, In x, In gate, MaybeIn up,
+ExpertGrads expert_mlp_backward(In dy, In h, MaybeIn x, In gate, MaybeIn up,
                                 In down, In weights, In order, In inverse,
                                 In bins, MaybeIn gate_bias, MaybeIn up_bias, MaybeIn down_bias,
-                                Text act) {
+                                int64_t act, int64_t wanted) {
     Door door{"expert_mlp_backward"};
-    const moe_expert_args a = expert_args(door, x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias,
-                                          down_bias, act, h.size(0));
+    In like_x = x ? *x : dy;
+    moe_expert_args a = expert_args(door, like_x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias,
+                                    down_bias, act, h.size(0));
     Dim R{"R", a.R}, D{"D", a.D}, N{"N", a.N}, U{"U", moe_act_gated(a.act) ? 2 * a.F : a.F};
     moe_expert_grads g = {};
     g.dy_RD = door.in("dy", dy, only(a.dtype), {&R, &D});
     g.h_NU = door.in("h", h, only(a.dtype), {&N, &U});
-    auto grad = [&](MaybeIn t) { return t ? torch::stable::empty_like(*t) : empty(x, a.dtype, {0}); };
-    auto data = [](In dt, MaybeIn t) { return t ? dt.data_ptr() : nullptr; };
-    Tensor dx = grad(x), dgate = grad(gate), dup = grad(up), ddown = grad(down), dweights = grad(weights);
+    if (!x && wanted & 0b110) door.fail("x is absent, but the gradients of gate and up need it");
+    if (!x) a.x_RD = nullptr;
+    auto grad = [&, i = 0](MaybeIn t) mutable {
+        const bool is_wanted = wanted >> i++ & 1;
+        return t && is_wanted ? torch::stable::empty_like(*t) : empty(dy, a.dtype, {0});
+    };
+    auto data = [](In dt) { return dt.numel() ? dt.data_ptr() : nullptr; };
+    auto into = [](In dt) { return dt.numel() ? matrix(dt.data_ptr(), dt) : moe_mat{}; };
+    Tensor dx = grad(like_x), dgate = grad(gate), dup = grad(up), ddown = grad(down), dweights = grad(weights);
     Tensor dgate_bias = grad(gate_bias), dup_bias = grad(up_bias), ddown_bias = grad(down_bias);
     const bool adjacent = a.up_EFD.p && !up;
-    g.dx_RD = dx.data_ptr();
-    g.dweights_RK = dweights.data_ptr();
-    g.dgate_EFD = matrix(dgate.data_ptr(), dgate);
-    if (up) g.dup_EFD = matrix(dup.data_ptr(), dup);
-    if (adjacent) g.dup_EFD = g.dgate_EFD, g.dup_EFD.p = after(g.dgate_EFD.p, a.F * dgate.stride(1), a.dtype);
-    g.ddown_EDF = matrix(ddown.data_ptr(), ddown);
-    g.dgate_bias_EF = data(dgate_bias, gate_bias);
-    g.dup_bias_EF = adjacent ? after(g.dgate_bias_EF, a.F, a.dtype) : data(dup_bias, up_bias);
-    g.ddown_bias_ED = data(ddown_bias, down_bias);
+    g.dx_RD = data(dx);
+    g.dweights_RK = data(dweights);
+    g.dgate_EFD = into(dgate);
+    g.dup_EFD = adjacent ? g.dgate_EFD : into(dup);
+    if (adjacent) g.dup_EFD.p = after(g.dgate_EFD.p, a.F * g.dgate_EFD.sr, a.dtype);
+    g.ddown_EDF = into(ddown);
+    g.dgate_bias_EF = data(dgate_bias);
+    g.dup_bias_EF = adjacent ? after(g.dgate_bias_EF, a.F, a.dtype) : data(dup_bias);
+    g.ddown_bias_ED = data(ddown_bias);
     g.dgate_bias_se = a.gate_bias_se, g.dup_bias_se = a.up_bias_se, g.ddown_bias_se = a.down_bias_se;
-    Workspace work(door, RUN(expert_mlp_backward_workspace, &a));
+    Workspace work(door, RUN(expert_mlp_backward_workspace, &a, &g));
     door.done(RUN(expert_mlp_backward, &a, work.p, &g), EXPERT_RULE);
     return {dx, dgate, dup, ddown, dweights, dgate_bias, dup_bias, ddown_bias};
 }
@@ -380,10 +387,7 @@ std::tuple<Tensor, Tensor> exchange_combine(In message, In place, MaybeIn ids, i
 
 // ---- router ---------------------------------------------------------------------------------------------------------
 
-const char *const SCORES[] = {"softmax_topk", "topk_softmax", "sigmoid"};  // as moe_score
-const char *const BALANCES[] = {"switch", "mse"};                           // as moe_balance
-
-std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, int64_t k, Text score,
+std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, int64_t k, int64_t score,
                                           double norm_p, double scale, bool balanced) {
     Door door{"router"};
     Dim T{"T"}, E{"E"};
@@ -391,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, int64_
     auto *bias_E = static_cast<float *>(door.in("select_bias", select_bias, only(MOE_F32), {&E}));
     if (k < 1 || k > E) door.fail("k is ", k, ", wanted 1 .. E=", E.n);
     const int dtype = dtype_of(logits);
-    const moe_router_args a = {dtype, door.choice("score", score, SCORES), balanced, T, E, k, norm_p, scale};
+    const moe_router_args a = {dtype, door.choice("score", score, MOE_SIGMOID), balanced, T, E, k, norm_p, scale};
     Tensor weights = empty(logits, dtype, {T, k}), ids = empty(logits, MOE_I32, {T, k});
     Tensor scores = empty(logits, dtype, {T, E});
     door.done(RUN(router, &a, logits_TE, bias_E, weights.data_ptr(), i32(ids), scores.data_ptr()),
@@ -400,7 +404,7 @@ std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, int64_
 }
 
 Tensor router_backward(In logits, In scores, In ids, MaybeIn dweights,
-                       MaybeIn dscores, Text score, double norm_p, double scale) {
+                       MaybeIn dscores, int64_t score, double norm_p, double scale) {
     Door door{"router_backward"};
     Dim T{"T"}, E{"E"}, K{"K"};
     const int dtype = dtype_of(logits);
@@ -409,7 +413,7 @@ Tensor router_backward(In logits, In scores, In ids, MaybeIn dweights,
     auto *ids_TK = door.i32("ids", ids, {&T, &K});
     void *dweights_TK = door.in("dweights", dweights, only(dtype), {&T, &K});
     void *dscores_TE = door.in("dscores", dscores, only(dtype), {&T, &E});
-    const moe_router_args a = {dtype, door.choice("score", score, SCORES), 0, T, E, K, norm_p, scale};
+    const moe_router_args a = {dtype, door.choice("score", score, MOE_SIGMOID), 0, T, E, K, norm_p, scale};
     Tensor dlogits = empty(logits, dtype, {T, E});
     door.done(RUN(router_backward, &a, logits_TE, scores_TE, ids_TK, dweights_TK, dscores_TE, dlogits.data_ptr()));
     return dlogits;
@@ -450,13 +454,13 @@ int64_t rows_of_scope(const Door &door, int64_t T, int64_t G) {
     return T / G;
 }
 
-Tensor balance_loss(In scores, In counts, int64_t top_k, Text form) {
+Tensor balance_loss(In scores, In counts, int64_t top_k, int64_t form) {
     Door door{"balance_loss"};
     Dim T{"T"}, E{"E"}, G{"G"};
     void *scores_TE = door.in("scores", scores, FLOATS, {&T, &E});
     auto *counts_GE = door.i32("counts", counts, {&G, &E});
     const int64_t S = rows_of_scope(door, T, G);
-    const int f = door.choice("form", form, BALANCES);
+    const int f = door.choice("form", form, MOE_BALANCE_MSE);
     Tensor loss = empty(scores, real_of(dtype_of(scores)), {});
     Workspace work(door, RUN(balance_loss_workspace, T, S, E));
     door.done(RUN(balance_loss, dtype_of(scores), f, T, S, top_k, E, scores_TE, counts_GE, work.p, loss.data_ptr()),
@@ -465,14 +469,14 @@ Tensor balance_loss(In scores, In counts, int64_t top_k, Text form) {
 }
 
 Tensor balance_loss_backward(In scores, In counts, In dloss, int64_t top_k,
-                             Text form) {
+                             int64_t form) {
     Door door{"balance_loss_backward"};
     Dim T{"T"}, E{"E"}, G{"G"};
     void *scores_TE = door.in("scores", scores, FLOATS, {&T, &E});
     auto *counts_GE = door.i32("counts", counts, {&G, &E});
     void *dloss_p = door.in("dloss", dloss, only(real_of(dtype_of(scores))), {});
     Tensor dscores = empty(scores, dtype_of(scores), {T, E});
-    const int f = door.choice("form", form, BALANCES);
+    const int f = door.choice("form", form, MOE_BALANCE_MSE);
     const int64_t S = rows_of_scope(door, T, G);
     Workspace work(door, RUN(balance_loss_workspace, T, S, E));
     door.done(RUN(balance_loss_backward, dtype_of(scores), f, T, S, top_k, E, scores_TE, counts_GE, dloss_p, work.p,

@@ -11,6 +11,7 @@
 //              3  sums over p      dWd_e = dy[r]^T sA    dW_e = dh^T x[r]    db = sum of dh    dbd = sum of s dy[r]
 //              4  row r            dx_RD = sum over slots in order of dx_ND[p]
 //                 flat id f        dweights = sum of ds (+ <dy[r], bd_e>)
+//              A gradient that is not wanted, and what only it needs, is left out: its place in memory is NULL.
 //
 // Rows of x and dy are gathered while a product loads them (gemm.cuh); no sorted copy of them exists. Saved for the
 // backward: h_NU, nothing else. What lies between two launches is in the workspace, in the storage type: tensor cores
@@ -32,8 +33,8 @@ static int check(const moe_expert_args &a) {
     if (a.R > most / a.K || a.N > a.R * a.K || a.D > widest || a.F > widest) return MOE_BAD_SHAPE;
     return MOE_OK;
 }
-static size_t lent_bytes(const moe_expert_args &a, bool backward) {
-    return a.dtype == MOE_F32 ? lent<float>(a, backward, nullptr).bytes : lent<bf16>(a, backward, nullptr).bytes;
+static size_t lent_bytes(const moe_expert_args &a, const moe_expert_grads *g) {
+    return a.dtype == MOE_F32 ? lent<float>(a, g, nullptr).bytes : lent<bf16>(a, g, nullptr).bytes;
 }
 
 // ---- what products read ---------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ struct plain_epilogue {
 template <class T>
 static int forward(const moe_expert_args &a, void *workspace, T *y_RD, T *h_NU, cudaStream_t stream) {
     const verdict bad = verdict_of(OP_expert_mlp);
-    const lent<T> w(a, false, workspace);
+    const lent<T> w(a, nullptr, workspace);
     const bias<T> gate_bias = {static_cast<const T *>(a.gate_bias_EF), a.gate_bias_se};
     const bias<T> up_bias = {static_cast<const T *>(a.up_bias_EF), a.up_bias_se};
     const int plain = act_plain(a.act);
@@ -123,7 +124,7 @@ static int forward(const moe_expert_args &a, void *workspace, T *y_RD, T *h_NU, 
     return sum_slots<T>(a, {a.weights_RK, a.wdtype == MOE_F32}, w, y_RD, bad, stream);
 }
 
-size_t moe_expert_mlp_workspace(const moe_expert_args *a, cudaStream_t) { return lent_bytes(*a, false); }
+size_t moe_expert_mlp_workspace(const moe_expert_args *a, cudaStream_t) { return lent_bytes(*a, nullptr); }
 int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *h_NU, cudaStream_t stream) {
     TRY(check(*a));
     return by_float(a->dtype, [&]<class T>(T) {
@@ -147,7 +148,6 @@ struct dact_epilogue {
         const int32_t f = order_N[p];
         const float   s = f >= 0 && f < flat_ids ? weights[f] : 0;
         const T      *h = h_NU + p * (gated ? 2 * F : F) + j;
-        T            *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
         float value[8], slope[8], up[8], x[8], ds = 0;
         load8(h, n, x);
         act8(plain, x, value, slope);
@@ -158,7 +158,9 @@ struct dact_epilogue {
             if (v < n) ds = fmaf(c[0][v], a, ds);
             x[v] = s * a;
         }
-        store8(piece_at<true>(sa_NF + p * row_F + j), 8, x);
+        if (sa_NF) store8(piece_at<true>(sa_NF + p * row_F + j), 8, x);
+        if (!dh_NU) return ds;
+        T *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
         for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up[v] * slope[v];          // a = f(gate) * up
         store8(piece_at<true>(dh), 8, x);
         if (!gated) return ds;
@@ -166,7 +168,9 @@ struct dact_epilogue {
         store8(piece_at<true>(dh + row_F), 8, x);
         return ds;
     }
-    __device__ void row(int64_t p, int64_t piece, float sum) const { ds_NP[p * pieces + piece] = sum; }
+    __device__ void row(int64_t p, int64_t piece, float sum) const {
+        if (ds_NP) ds_NP[p * pieces + piece] = sum;
+    }
 };
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -176,14 +180,14 @@ static int up_gradients(const moe_expert_args &a, const moe_expert_grads &g, con
                         cudaStream_t stream) {
     const moe_mat &dgate = g.dgate_EFD, &dup = g.dup_EFD;
     const bool gated = gated_act(a.act);
-    const bool adjacent = gated && dup.p == static_cast<T *>(dgate.p) + a.F * dgate.sr && dup.se == dgate.se &&
+    const bool adjacent = gated && dgate.p && dup.p == static_cast<T *>(dgate.p) + a.F * dgate.sr && dup.se == dgate.se &&
                           dup.sr == dgate.sr && dup.sc == dgate.sc && w.row_F == a.F;
     gemm_product<T> product = {
         .R = a.N, .E = a.E, .N = a.D, .M = adjacent ? 2 * a.F : a.F, .bins_E = a.bins_E,
         .a = {sorted<T>(w.dh_NU, w.row_U, SUMS)}, .b = {gathered<T>(a, a.x_RD, SUMS)}, .bad = bad,
     };
-    TRY(gemm_wgrad(product, dgate, stream));
-    if (!gated || adjacent) return MOE_OK;
+    if (dgate.p) TRY(gemm_wgrad(product, dgate, stream));
+    if (!gated || adjacent || !dup.p) return MOE_OK;
     product.a[0].p += w.row_F;
     return gemm_wgrad(product, dup, stream);
 }
@@ -192,36 +196,38 @@ template <class T>
 static int backward(const moe_expert_args &a, void *workspace, const moe_expert_grads &g, cudaStream_t stream) {
     const verdict bad = verdict_of(OP_expert_mlp_backward);
     const bool gated = gated_act(a.act);
-    const lent<T> w(a, true, workspace);
-    const gemm_product<T> dact = {
-        .R = a.N, .E = a.E, .N = a.F, .K = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, ROWS)},
+    const lent<T> w(a, &g, workspace);
+    const gemm_product<T> dact = {                      // for sA alone dA' is a sum of nothing
+        .R = a.N, .E = a.E, .N = a.F, .K = w.dh_NU || w.ds_NP ? a.D : 0, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, ROWS)},
         .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
     const dact_epilogue<T> emit = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
                                    {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU), w.a_NF,
                                    w.dh_NU, w.ds_NP};
-    TRY(gemm_rows<1>(dact, emit, stream));
+    if (w.a_NF || w.dh_NU || w.ds_NP) TRY(gemm_rows<1>(dact, emit, stream));
 
     const gemm_product<T> dx = {
         .R = a.N, .E = a.E, .N = a.D, .K = a.F, .terms = gated ? 2 : 1, .bins_E = a.bins_E,
         .a = {sorted<T>(w.dh_NU, w.row_U, ROWS), sorted<T>(w.dh_NU + w.row_F, w.row_U, ROWS)},
         .b = {transposed<T>(a.gate_EFD), transposed<T>(a.up_EFD)}, .bad = bad,
     };
-    TRY(gemm_store<T>(dx, nullptr, 0, w.y_ND, w.row_D, stream));
+    if (w.y_ND) TRY(gemm_store<T>(dx, nullptr, 0, w.y_ND, w.row_D, stream));
 
     const gemm_product<T> ddown = {
         .R = a.N, .E = a.E, .N = a.F, .M = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, SUMS)},
         .b = {sorted<T>(w.a_NF, w.row_F, SUMS)}, .bad = bad,
     };
-    TRY(gemm_wgrad(ddown, g.ddown_EDF, stream));
+    if (w.a_NF) TRY(gemm_wgrad(ddown, g.ddown_EDF, stream));
     TRY(up_gradients(a, g, w, bad, stream));
     TRY(sum_biases(a, g, w, stream));
 
-    TRY(sum_slots<T>(a, {}, w, g.dx_RD, bad, stream));
-    return sum_dweights(a, g, w, stream);
+    if (w.y_ND) TRY(sum_slots<T>(a, {}, w, g.dx_RD, bad, stream));
+    return w.ds_NP ? sum_dweights(a, g, w, stream) : MOE_OK;
 }
 
-size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a, cudaStream_t) { return lent_bytes(*a, true); }
+size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a, const moe_expert_grads *g, cudaStream_t) {
+    return lent_bytes(*a, g);
+}
 int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe_expert_grads *g,
                             cudaStream_t stream) {
     TRY(check(*a));

@@ -13,7 +13,8 @@
 enum { THREADS = 256, IN_FLIGHT = 4, SUM_COLUMNS = 64, SUM_ROWS = THREADS * 8 / SUM_COLUMNS };
 
 // ---- the workspace: one list of pieces gives both their places and the size of all ----------------------------------
-// Its rows begin at multiples of 16 bytes whatever D and F are. workspace = NULL: only the size.
+// Its rows begin at multiples of 16 bytes whatever D and F are. g: of a backward, else NULL. What no wanted gradient
+// needs is NULL. workspace = NULL: only the size.
 template <class T>
 struct lent {
     int64_t row_F, row_D, row_U, pieces;        // elements of a row; parts of one ds
@@ -21,20 +22,21 @@ struct lent {
     float  *ds_NP;
     size_t  bytes = 0;
 
-    lent(const moe_expert_args &a, bool backward, void *workspace)
+    lent(const moe_expert_args &a, const moe_expert_grads *g, void *workspace)
         : row_F(round_up(a.F, 8)), row_D(round_up(a.D, 8)), row_U(gated_act(a.act) ? 2 * row_F : row_F),
           pieces(ceil_div(a.F, GEMM_PIECE)) {
-        a_NF = take<T>(workspace, a.N * row_F);
-        y_ND = take<T>(workspace, a.N * row_D);
-        dh_NU = take<T>(workspace, backward ? a.N * row_U : 0);
-        ds_NP = take<float>(workspace, backward ? a.N * pieces : 0);
+        const bool dh = g && (g->dx_RD || g->dgate_EFD.p || g->dup_EFD.p || g->dgate_bias_EF || g->dup_bias_EF);
+        a_NF = take<T>(workspace, !g || g->ddown_EDF.p, a.N * row_F);
+        y_ND = take<T>(workspace, !g || g->dx_RD, a.N * row_D);
+        dh_NU = take<T>(workspace, dh, a.N * row_U);
+        ds_NP = take<float>(workspace, g && g->dweights_RK, a.N * pieces);
     }
 
    private:
     template <class Element>
-    Element *take(void *workspace, int64_t n) {
-        void *piece = workspace ? static_cast<char *>(workspace) + bytes : nullptr;
-        bytes += static_cast<size_t>(round_up(n * static_cast<int64_t>(sizeof(Element)), 256));
+    Element *take(void *workspace, bool wanted, int64_t n) {
+        void *piece = workspace && wanted ? static_cast<char *>(workspace) + bytes : nullptr;
+        if (wanted) bytes += static_cast<size_t>(round_up(n * static_cast<int64_t>(sizeof(Element)), 256));
         return static_cast<Element *>(piece);
     }
 };

@@ -5,6 +5,8 @@ already rounded inputs, outputs and every gradient alike. The checks of an op ar
 that test_mutants.py can hand them a broken impl and see them fail.
 """
 
+import itertools
+
 import torch
 
 from moe_ext import reference
@@ -43,10 +45,11 @@ def close(got, plain, oracle, what="result", floor=None):
     assert error <= bound, f"{what}: error {error:.3e}, bound {bound:.3e}, largest {oracle.abs().max():.3e}"
 
 
-def evaluate(call, inputs):
-    """The floating results of call(**inputs) and the gradients of all floating inputs, by name, for an upstream
-    gradient that depends on nothing but the shapes."""
-    inputs = {name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+def evaluate(call, inputs, wanted=None):
+    """The floating results of call(**inputs) and the gradients of all floating inputs, or of the wanted ones, by name,
+    for an upstream gradient that depends on nothing but the shapes."""
+    wanted = floating(inputs) if wanted is None else wanted
+    inputs = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in inputs.items()}
     results = call(**inputs)
     results = [results] if isinstance(results, torch.Tensor) else [y for y in results if y.is_floating_point()]
     leaves = {name: x for name, x in inputs.items() if x.requires_grad}
@@ -55,6 +58,34 @@ def evaluate(call, inputs):
     grads = torch.autograd.grad(results, list(leaves.values()), upstream)
     values = {f"result {i}": y.detach() for i, y in enumerate(results)}
     return values | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def floating(inputs):
+    return [name for name, x in inputs.items() if x.is_floating_point()]
+
+
+def each_set_alone(call, inputs):
+    """Whichever inputs want gradients, theirs have the bits that they have among the gradients of all."""
+    names, all_together = floating(inputs), evaluate(call, inputs)
+    for n in range(1, len(names)):
+        for wanted in itertools.combinations(names, n):
+            for name, got in evaluate(call, inputs, wanted).items():
+                same(got, all_together[name], f"{name} where {', '.join(wanted)} want gradients")
+
+
+def kept(call, inputs, wanted):
+    """What call(**inputs) keeps for the gradients of the wanted: the names of inputs, and the bytes of the rest."""
+    inputs = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in inputs.items()}
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        results = call(**inputs)  # noqa: F841  alive, so that no address is used twice
+    names = {name for name, x in inputs.items() if storages.pop(x.untyped_storage().data_ptr(), None)}
+    return names, sum(storages.values())
 
 
 def doubles(inputs):

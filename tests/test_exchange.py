@@ -138,6 +138,22 @@ def test_a_row_that_is_not_aligned_moves_too(dtype, device):
     same(ops.exchange_combine(got, plan.place_TP), x + x)
 
 
+def test_weights_travel_alone(dtype, device):
+    """In rows of no values: gradients of x that nobody wants."""
+    ids_TK, E, P = routed(CASES[0], device)
+    plan = ops.exchange_plan(ids_TK, E, P)
+    S = int(plan.counts_P2[:, 0].sum())
+    weights_SK = CASES[0].randn(S, ids_TK.shape[1], salt=1, dtype=dtype, device=device)
+
+    def returned(D):
+        message = ops.exchange_pack(weights_SK.new_ones(S, D), None, weights_SK, None, E, P, S)
+        return ops.exchange_combine(message, plan.place_TP, ids_TK, E, D, dtype)
+
+    alone, beside = returned(0), returned(5)
+    assert alone[0].shape == (len(ids_TK), 0)
+    same(alone[1], beside[1])
+
+
 @settings(derandomize=True, max_examples=30, deadline=None)
 @given(drawn_case())
 def test_drawn_routings(device, case):

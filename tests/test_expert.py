@@ -1,14 +1,17 @@
 """The fused expert MLP: every way to store its weights, every bias and activation, and what it keeps for backward."""
 
+import functools
 import itertools
 
+import devices
 import pytest
 import torch
 from cases import CASES, SMALLEST, Case, Shape
-from compare import against_reference, gradcheck, same
+from compare import against_reference, each_set_alone, gradcheck, kept, same
 from drawn import drawn_case
 from hypothesis import given, settings
 from test_gemm import ACTIVATIONS, GATED
+from test_head import peak_bytes
 
 from moe_ext import ops, reference
 
@@ -122,6 +125,13 @@ def test_num_copies_defaults_to_all(device):
          ops.expert_mlp(*arguments, act="swiglu", num_copies=x["weights_RK"].numel()))  # fmt: skip
 
 
+@pytest.mark.parametrize("act, stored", [("swiglu", "separate"), ("swiglu", "w13"), ("gelu", "separate")])
+def test_each_set_of_gradients_alone(act, stored, device):
+    dtype = torch.bfloat16 if stored == "separate" else torch.float32
+    inputs = mlp_inputs(SMALLEST, dtype, device, act in GATED, BIASES)
+    each_set_alone(functools.partial(mlp_call(SMALLEST, act, device, stored), ops), inputs)
+
+
 @settings(derandomize=True, max_examples=30, deadline=None)
 @given(case=drawn_case())
 def test_drawn_routings(case, device):
@@ -160,6 +170,37 @@ def test_saved_bytes(act, stored, dtype, device):
         ops.expert_mlp(inputs["x_RD"], gate, up, down, inputs["weights_RK"], index, act=act, gate_bias=gate_bias,
                        up_bias=up_bias, down_bias=inputs["down_bias"], num_copies=N)  # fmt: skip
     assert sum(kept.values()) == dtype.itemsize * (T * D + N * U)
+
+
+FROZEN = ("x_RD", "weights_RK")  # what wants gradients where the experts are frozen
+
+
+@pytest.mark.parametrize("wanted", [FROZEN, FROZEN[1:], ("gate",), ("up", "x_RD"), ("down", "x_RD"), ("down_bias",)])
+def test_x_is_kept_for_the_gradients_of_gate_and_up_alone(wanted, device):
+    case = Case("saved", Shape(33, 16, 24, 4, 2), "some_absent")
+    inputs = mlp_inputs(case, torch.float32, device, True, BIASES)
+    names, rest = kept(functools.partial(mlp_call(case, "swiglu", device), ops), inputs, wanted)
+    (T, _, F, E, K), N = case.shape, int(case.ids().ge(0).sum())
+    assert ("x_RD" in names) == ("gate" in wanted or "up" in wanted)
+    assert rest == 4 * N * 2 * F + 4 * (2 * T * K + E), "h and the index"
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_frozen_experts_cost_no_memory(device, tmp_path):
+    """Neither their gradients nor, where torch lends it, the workspace of these. The C core's is in c/test_expert.c."""
+    case = Case("frozen", Shape(33, 16, 24, 4, 2), "some_absent")
+    call = mlp_call(case, "swiglu", device)
+
+    def peak(wanted):
+        inputs = mlp_inputs(case, torch.float32, device, True, BIASES)
+        leaves = [x.requires_grad_() for name, x in inputs.items() if name in wanted]
+        y_RD, dy_RD = call(ops, **inputs), torch.ones(33, 16)
+        return peak_bytes(lambda: torch.autograd.grad(y_RD, leaves, dy_RD), tmp_path / "trace.json"), inputs
+
+    (frozen, _), (everything, inputs) = peak(FROZEN), peak(mlp_inputs(case, torch.float32, device, True, BIASES))
+    weights = sum(x.nbytes for name, x in inputs.items() if name not in FROZEN)
+    workspace = 4 * int(case.ids().ge(0).sum()) * case.shape.h if devices.simt else 0
+    assert frozen <= everything - weights - workspace
 
 
 @pytest.mark.parametrize("act, stored", [("swiglu", "w13"), ("swiglu", "transposed"), ("gelu", "separate")])

@@ -1,12 +1,16 @@
 """Expert parallelism over gloo: P ranks compute what one process computes, in fp64, outputs and every gradient."""
 
+import itertools
+
 import pytest
 import torch
 from cases import ROUTINGS
+from compare import same
 from ranks import run_ranks
 
 import moe_ext
 from moe_ext import ops
+from moe_ext.ops.exchange import message_width
 from moe_ext.parallel.experts import ExpertExchange
 from moe_ext.parallel.transport import TorchTransport
 
@@ -43,15 +47,16 @@ def one_process(x, weights, ids_TK, w13, w2, dy):
     return y.detach(), torch.autograd.grad(y, leaves, dy)
 
 
-def on_ranks(rank, sizes, x, weights, ids_TK, w13, w2, dy):
-    """Outputs and gradients of one rank, and how many rows came to it."""
-    exchange = ExpertExchange(E, TorchTransport())
+def on_ranks(rank, sizes, x, weights, ids_TK, w13, w2, dy, transport=None, wanted=range(4)):
+    """Outputs and gradients of one rank, those of the wanted of x, weights, w13 and w2; how many rows came to it."""
+    exchange = ExpertExchange(E, transport or TorchTransport())
     here = slice(rank * E // len(sizes), (rank + 1) * E // len(sizes))
     x, weights, ids_TK, dy = (t.split(sizes)[rank].clone() for t in (x, weights, ids_TK, dy))
-    leaves = [t.clone().requires_grad_() for t in (x, weights, w13[here], w2[here])]
+    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((x, weights, w13[here], w2[here]))]
     x_RD, weights_RK, ids_RK, num_copies, trip = exchange.dispatch(*leaves[:2], ids_TK)
+    assert [x_RD.requires_grad, weights_RK.requires_grad] == [0 in wanted, 1 in wanted], "the experts make no others"
     y = exchange.combine(experts(x_RD, weights_RK, ids_RK, *leaves[2:], num_copies), trip)
-    return y.detach(), torch.autograd.grad(y, leaves, dy), len(x_RD)
+    return y.detach(), torch.autograd.grad(y, [leaves[i] for i in wanted], dy), len(x_RD)
 
 
 ROUTED = ["random", "skewed", "one_takes_all", "some_absent", "all_absent", "to_one_rank"]
@@ -69,6 +74,40 @@ def test_ranks_equal_one_process(routing, sizes, tmp_path):
         equal(torch.cat([grads[i] for _, grads, _ in got]), want[i], name)
     if routing in ("to_one_rank", "one_takes_all"):
         assert min(rows for *_, rows in got) == 0, "a rank that receives nothing is part of this test"
+
+
+class Measured(TorchTransport):
+    """Knows how wide the rows of its messages were."""
+
+    def __init__(self):
+        super().__init__()
+        self.widths = []
+
+    def rows(self, sent, rows_PP):
+        self.widths.append(sent.shape[1])
+        return super().rows(sent, rows_PP)
+
+
+@pytest.mark.c_core
+def test_gradients_that_are_not_wanted_do_not_travel(tmp_path):
+    """Frozen experts, a frozen router, a first layer: the others keep their bits, and the way back is narrower."""
+    sizes = (7, 5)
+    given = tensors("random", sizes)
+
+    def body(rank):
+        transport, dtype = Measured(), given[0].dtype
+        _, together, _ = on_ranks(rank, sizes, *given, transport)
+        for n in range(1, 4):
+            for wanted in itertools.combinations(range(4), n):
+                transport.widths.clear()
+                _, grads, _ = on_ranks(rank, sizes, *given, transport, wanted)
+                for i, grad in zip(wanted, grads, strict=True):
+                    same(grad, together[i], f"gradient {i} of {wanted}")
+                back = message_width(dtype, D * (0 in wanted), K, False, dtype if 1 in wanted else None)
+                ways = [message_width(dtype, D, K, True, dtype), D, D] + [back] * (0 in wanted or 1 in wanted)
+                assert transport.widths == ways, wanted
+
+    run_ranks(2, body, tmp_path)
 
 
 def layer_of(seed=0, **more):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import SMALLEST
-from compare import against_reference, close, gradcheck, same
+from cases import CASES, SMALLEST
+from compare import against_reference, close, each_set_alone, gradcheck, kept, same
 from devices import widest
 from drawn import drawn_case
 from hypothesis import given, settings
@@ -56,6 +56,17 @@ def test_grouped_gemm(case, dtype, device, strides):
 
 def test_grouped_gemm_wgrad(case, dtype, device):
     check_grouped_gemm_wgrad(ops, case, dtype, device)
+
+
+def test_each_set_of_gradients_alone(device):
+    """And what a product keeps is the other factor of each gradient."""
+    bins_E, inputs = gemm_inputs(CASES[1], torch.float32, device)
+    dy_RO = CASES[1].randn(len(inputs["x_RI"]), CASES[1].shape.h, salt=3, dtype=torch.float32, device=device)
+    for op, y in ((ops.grouped_gemm, inputs["w_EIO"]), (ops.grouped_gemm_wgrad, dy_RO)):
+        call, factors = lambda x, y, op=op: op(x, y, bins_E), {"x": inputs["x_RI"], "y": y}
+        each_set_alone(call, factors)
+        for wanted, names in (("x", {"y"}), ("y", {"x"}), ("xy", {"x", "y"})):
+            assert kept(call, factors, wanted) == (names, bins_E.nbytes)
 
 
 # Rows, the ends of the experts, inner and outer width. On the two multiprocessors of the host harness they take every

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 from cases import CASES, SMALLEST, Case, Shape
-from compare import against_reference, gradcheck, same
+from compare import against_reference, each_set_alone, gradcheck, kept, same
 from drawn import drawn_case
 from hypothesis import given, settings
 
@@ -116,6 +116,32 @@ def test_scatter(form, case, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_scatter_with_fp32_weights(form, case, dtype, device):
     check_scatter(ops, form, case, dtype, device, weights_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_set_of_gradients_alone(form, device):
+    """Of movement with weights; x is kept for their gradient alone."""
+    case, _ops = CASES[1], torch.ops.moe_ext
+    layout = Layout(form, case, device)
+    padded_bins = layout.padded_bins if form == "padded" else None
+    index = layout.index.order_N, layout.index.bins_E, padded_bins
+    where = layout.K, layout.capacity if form == "binned" else 0
+    x_TD, x_PD = (case.randn(n, 19, salt=n, dtype=torch.float32, device=device) for n in (layout.T, layout.P))
+    weights_N = case.randn(len(layout.ids_N), salt=3, dtype=torch.float32, device=device)
+    for call, x in (
+        (lambda x, other: _ops.gather(x, other, *index, layout.P, *where), x_TD),
+        (lambda x, other: _ops.scatter(x, other, *index, *where), x_PD),
+    ):
+        inputs = {"x": x, "other": weights_N}
+        each_set_alone(call, inputs)
+        assert kept(call, inputs, ["x"])[0] == {"other"} and "x" in kept(call, inputs, ["other"])[0]
+
+    def dweights(x, other):
+        return _ops.scatter_dweights(x, other, *index, *where, torch.float32)
+
+    inputs = {"x": x_PD, "other": x_TD}
+    each_set_alone(dweights, inputs)
+    assert kept(dweights, inputs, ["x"])[0] == {"other"} and kept(dweights, inputs, ["other"])[0] == {"x"}
 
 
 @pytest.mark.c_core

@@ -3,24 +3,26 @@
 import torch
 
 from moe_ext.ops.define import define
+from moe_ext.ops.enums import ACTS, GATED, number
 
 # ---- grouped GEMM: y = x w, dx = dy w^T, dw = x^T dy: the two ops are each other's gradients -------------------------
 
 
 def _save_grouped_gemm(ctx, inputs, output):
     x, w, bins = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w, bins)
+    need_dx, need_dw, _ = ctx.needs_input_grad[:3]
+    # A transposed weight gets its gradient in the memory order of the parameter behind it.
+    ctx.swapped = w.stride(1) == 1 and w.stride(2) != 1
+    ctx.save_for_backward(x if need_dw else None, w if need_dx else None, bins)
 
 
 def _backward_grouped_gemm(ctx, dy):
     x, w, bins = ctx.saved_tensors
-    dy = dy.contiguous()
-    dx = _grouped_gemm(dy, w.transpose(1, 2), bins) if ctx.needs_input_grad[0] else None
+    dy, (need_dx, need_dw, _) = dy.contiguous(), ctx.needs_input_grad[:3]
+    dx = _grouped_gemm(dy, w.transpose(1, 2), bins) if need_dx else None
     dw = None
-    if ctx.needs_input_grad[1]:
-        # A transposed weight gets its gradient in the memory order of the parameter behind it.
-        swapped = w.stride(1) == 1 and w.stride(2) != 1
-        dw = _grouped_gemm_wgrad(dy, x, bins).transpose(1, 2) if swapped else _grouped_gemm_wgrad(x, dy, bins)
+    if need_dw:
+        dw = _grouped_gemm_wgrad(dy, x, bins).transpose(1, 2) if ctx.swapped else _grouped_gemm_wgrad(x, dy, bins)
     return dx, dw, None
 
 
@@ -34,13 +36,16 @@ _grouped_gemm = define(
 
 
 def _save_grouped_gemm_wgrad(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    x, dy, bins = inputs
+    need_dx, need_ddy, _ = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(x if need_ddy else None, dy if need_dx else None, bins)
 
 
 def _backward_grouped_gemm_wgrad(ctx, g):
     x, dy, bins = ctx.saved_tensors
-    dx = _grouped_gemm(dy, g.transpose(1, 2), bins) if ctx.needs_input_grad[0] else None
-    ddy = _grouped_gemm(x, g, bins) if ctx.needs_input_grad[1] else None
+    need_dx, need_ddy, _ = ctx.needs_input_grad[:3]
+    dx = _grouped_gemm(dy, g.transpose(1, 2), bins) if need_dx else None
+    ddy = _grouped_gemm(x, g, bins) if need_ddy else None
     return dx, ddy, None
 
 
@@ -69,22 +74,19 @@ def grouped_gemm_wgrad(x_RI, dy_RO, bins_E):
 
 # ---- activations -----------------------------------------------------------------------------------------------------
 
-GATED = ("swiglu", "geglu", "geglu_tanh")  # act(gate) * up of [gate | up]
-
-
 def _save_activation(ctx, inputs, output):
     h, ctx.act = inputs
     ctx.save_for_backward(h)
 
 
 _activation = define(
-    "activation(Tensor h, str act) -> Tensor",
-    fake=lambda h, act: h.new_empty(h.shape[0], h.shape[1] // (2 if act in GATED else 1)),
+    "activation(Tensor h, int act) -> Tensor",
+    fake=lambda h, act: h.new_empty(h.shape[0], h.shape[1] // (2 if act < len(GATED) else 1)),
     save=_save_activation,
     backward=lambda ctx, da: (_activation_backward(*ctx.saved_tensors, da.contiguous(), ctx.act), None),
 )
 _activation_backward = define(
-    "activation_backward(Tensor h, Tensor da, str act) -> Tensor",
+    "activation_backward(Tensor h, Tensor da, int act) -> Tensor",
     fake=lambda h, da, act: torch.empty_like(h),
 )
 
@@ -92,7 +94,7 @@ _activation_backward = define(
 def activation(h_NU, act):
     """a [N,F] = act(gate) * up of h = [gate | up] for "swiglu" (silu), "geglu" (erf) and "geglu_tanh", U = 2F;
     act(h) for "silu", "gelu", "gelu_tanh" and "relu", U = F. Computed in float32 (float64 for float64)."""
-    return _activation(h_NU.contiguous(), act)
+    return _activation(h_NU.contiguous(), number("activation", "act", act, ACTS))
 
 
 # ---- the fused expert MLP --------------------------------------------------------------------------------------------
@@ -102,45 +104,54 @@ def _fake_expert_mlp(x, gate, up, down, weights, order, inverse, bins, gate_bias
     return torch.empty_like(x), x.new_empty(num_copies, gate.shape[1] + (0 if up is None else up.shape[1]))
 
 
+_MLP_GRADS = (0, 1, 2, 3, 4, 8, 9, 10)  # where x, gate, up, down, weights and the biases stand among the arguments
+
+
 def _save_expert_mlp(ctx, inputs, output):
-    # x and h are all that is kept of the activations: bytes * (R*D + N*U).
-    *tensors, ctx.act, _ = inputs
+    # x and h are all that is kept of the activations: bytes * (R*D + N*U). x is for the gradients of gate and up.
+    x, *tensors, ctx.act, _ = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, *tensors)
+    ctx.save_for_backward(h, x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, *tensors)
 
 
 def _backward_expert_mlp(ctx, dy, _):
+    grads = [None] * 13
     if dy is None:
-        return (None,) * 13
-    h, *tensors = ctx.saved_tensors
-    dx, dgate, dup, ddown, dweights, *dbiases = _expert_mlp_backward(dy.contiguous(), h, *tensors, ctx.act)
-    up, biases = tensors[2], tensors[8:11]
-    dbiases = (db if b is not None else None for b, db in zip(biases, dbiases, strict=True))
-    return dx, dgate, dup if up is not None else None, ddown, dweights, None, None, None, *dbiases, None, None
+        return tuple(grads)
+    wanted = [ctx.needs_input_grad[i] for i in _MLP_GRADS]
+    bits = sum(1 << i for i, want in enumerate(wanted) if want)
+    made = _expert_mlp_backward(dy.contiguous(), *ctx.saved_tensors, ctx.act, bits)
+    for i, want, grad in zip(_MLP_GRADS, wanted, made, strict=True):
+        grads[i] = grad if want else None
+    return tuple(grads)
 
 
 def _fake_expert_mlp_backward(
-    dy, h, x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias, down_bias, act
+    dy, h, x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias, down_bias, act, wanted
 ):
-    like = (x, gate, up, down, weights, gate_bias, up_bias, down_bias)
-    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in like)
+    like = (dy, gate, up, down, weights, gate_bias, up_bias, down_bias)
+    return tuple(
+        dy.new_empty(0) if t is None or not wanted >> i & 1 else torch.empty_like(t) for i, t in enumerate(like)
+    )
 
 
 _expert_mlp_args = (
-    "Tensor x, Tensor gate, Tensor? up, Tensor down, Tensor weights, Tensor order, Tensor inverse, Tensor bins, "
-    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act"
+    "Tensor gate, Tensor? up, Tensor down, Tensor weights, Tensor order, Tensor inverse, Tensor bins, "
+    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, int act"
 )
 _expert_mlp = define(
-    f"expert_mlp({_expert_mlp_args}, SymInt num_copies) -> (Tensor, Tensor)",
+    f"expert_mlp(Tensor x, {_expert_mlp_args}, SymInt num_copies) -> (Tensor, Tensor)",
     fake=_fake_expert_mlp,
     save=_save_expert_mlp,
     backward=_backward_expert_mlp,
     autocast=(0, 1, 2, 3, 8, 9, 10),  # not the weights, which may stay float32
 )
+# Bit i of `wanted` asks for the i-th gradient, in the order of _MLP_GRADS; the others are empty and cost nothing. x may
+# be absent where those of gate and up are not wanted.
 _expert_mlp_backward = define(
-    f"expert_mlp_backward(Tensor dy, Tensor h, {_expert_mlp_args}) -> "
+    f"expert_mlp_backward(Tensor dy, Tensor h, Tensor? x, {_expert_mlp_args}, int wanted) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_expert_mlp_backward,
 )
@@ -160,8 +171,10 @@ def expert_mlp(x_RD, gate, up, down_EDF, weights_RK, index, *, act,
     biases      [E,F], [E,F] (or gate_bias [E,2F] with up = None) and [E,D], in x's dtype, contiguous
     num_copies  number of ids >= 0, if some are -1; None means all R*K
     -> [R,D]. Differentiable in x, weights_RK, all weights and biases; follows autocast. Keeps x and the N*U values
-    before the activation for the backward, nothing else.
+    before the activation for the backward, nothing else, and x only if gate or up are trained. The backward does the
+    work of the gradients that are wanted alone.
     """
+    act = number("expert_mlp", "act", act, ACTS)
     copies = weights_RK.numel() if num_copies is None else num_copies
     y_RD, _ = _expert_mlp(x_RD.contiguous(), gate, up, down_EDF, weights_RK.contiguous(),
                           index.order_N, index.inverse_TK, index.bins_E,

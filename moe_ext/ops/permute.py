@@ -61,14 +61,15 @@ _scatter = define(
 
 def _save_scatter_dweights(ctx, inputs, output):
     x, dy, *index, top_k, capacity, _ = inputs
-    ctx.layout = top_k, capacity
-    ctx.save_for_backward(x, dy, *index)
+    need_dx, need_ddy = ctx.needs_input_grad[:2]
+    ctx.layout, ctx.rows = (top_k, capacity), x.shape[0]
+    ctx.save_for_backward(x if need_ddy else None, dy if need_dx else None, *index)
 
 
 def _backward_scatter_dweights(ctx, g):
     x, dy, *index = ctx.saved_tensors
     g = g.contiguous()
-    dx = _gather(dy, g, *index, x.shape[0], *ctx.layout) if ctx.needs_input_grad[0] else None
+    dx = _gather(dy, g, *index, ctx.rows, *ctx.layout) if ctx.needs_input_grad[0] else None
     ddy = _scatter(x, g, *index, *ctx.layout) if ctx.needs_input_grad[1] else None
     return dx, ddy, None, None, None, None, None, None
 

@@ -6,6 +6,7 @@ Under autocast all of it runs in float32.
 import torch
 
 from moe_ext.ops.define import define, real
+from moe_ext.ops.enums import BALANCES, SCORES, number
 
 # ---- router ----------------------------------------------------------------------------------------------------------
 
@@ -31,7 +32,7 @@ def _backward_router(ctx, dweights, _, dscores):
 
 
 _router = define(
-    "router(Tensor logits, Tensor? select_bias, int k, str score, float norm_p, float scale, bool balanced) -> "
+    "router(Tensor logits, Tensor? select_bias, int k, int score, float norm_p, float scale, bool balanced) -> "
     "(Tensor, Tensor, Tensor)",
     fake=_fake_router,
     save=_save_router,
@@ -40,7 +41,7 @@ _router = define(
     autocast_dtype=torch.float32,
 )
 _router_backward = define(
-    "router_backward(Tensor logits, Tensor scores, Tensor ids, Tensor? dweights, Tensor? dscores, str score, "
+    "router_backward(Tensor logits, Tensor scores, Tensor ids, Tensor? dweights, Tensor? dscores, int score, "
     "float norm_p, float scale) -> Tensor",
     fake=lambda logits, *_: torch.empty_like(logits),
 )
@@ -56,7 +57,8 @@ def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=Non
     select_bias_E is float32 [E]. balanced replaces the choice by ids[t,k] = (t*K + k) mod E, for throughput tests.
     Differentiable in logits. Raises RuntimeError on a NaN logit and unless 1 <= k <= E.
     """
-    return _router(logits_TE.contiguous(), select_bias_E, k, score, 0.0 if norm_p is None else norm_p, scale, balanced)
+    score, norm_p = number("router", "score", score, SCORES), 0.0 if norm_p is None else norm_p
+    return _router(logits_TE.contiguous(), select_bias_E, k, score, norm_p, scale, balanced)
 
 
 # ---- capacity and counts ---------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def _save_balance_loss(ctx, inputs, output):
 
 
 _balance_loss = define(
-    "balance_loss(Tensor scores, Tensor counts, int top_k, str form) -> Tensor",
+    "balance_loss(Tensor scores, Tensor counts, int top_k, int form) -> Tensor",
     fake=lambda scores, counts, top_k, form: scores.new_empty((), dtype=real(scores.dtype)),
     save=_save_balance_loss,
     backward=lambda ctx, dloss: (_balance_loss_backward(*ctx.saved_tensors, dloss, *ctx.rule), None, None, None),
@@ -106,7 +108,7 @@ _balance_loss = define(
     autocast_dtype=torch.float32,
 )
 _balance_loss_backward = define(
-    "balance_loss_backward(Tensor scores, Tensor counts, Tensor dloss, int top_k, str form) -> Tensor",
+    "balance_loss_backward(Tensor scores, Tensor counts, Tensor dloss, int top_k, int form) -> Tensor",
     fake=lambda scores, *_: torch.empty_like(scores),
 )
 
@@ -118,7 +120,7 @@ def balance_loss(scores_TE, counts_GE, top_k, *, form="switch"):
     counts_GE int32, from balance_counts (a mesh sums them first). -> 0-d float32 (float64 for float64), zero without
     tokens. Differentiable in scores.
     """
-    return _balance_loss(scores_TE.contiguous(), counts_GE, top_k, form)
+    return _balance_loss(scores_TE.contiguous(), counts_GE, top_k, number("balance_loss", "form", form, BALANCES))
 
 
 def _save_z_loss(ctx, inputs, output):

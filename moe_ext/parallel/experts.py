@@ -9,7 +9,9 @@ There is one host read per forward, of the counts; backward needs none, for it g
     dispatch  x, weights, ids -> forth -> x_RD, weights_RK, ids_RK      backward: dx, dweights -> back
     combine   y_RD -> back -> y_TD[t] = sum of t's rows, in rank order  backward: dy -> forth
 
-Exchanges are collective: every rank runs forward and backward in the same order, also one that has or gets no tokens.
+Of dx and dweights those travel whose inputs require a gradient; the experts' ranks do not compute the others either.
+Exchanges are collective: every rank runs forward and backward in the same order, also one that has or gets no tokens,
+and the same inputs require gradients on all ranks.
 """
 
 from typing import NamedTuple
@@ -40,13 +42,17 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x_TD, weights_TK, trip):
         ctx.trip = trip
         x_RD, ids_RK, weights_RK = trip.transport.forth(trip, x_TD, weights_TK)
-        ctx.mark_non_differentiable(ids_RK)
+        unwanted = [t for t, need in zip((x_RD, weights_RK, ids_RK), ctx.needs_input_grad, strict=True) if not need]
+        ctx.mark_non_differentiable(*unwanted)
         return x_RD, weights_RK, ids_RK
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_RD, dweights_RK, _):
-        return *ctx.trip.transport.back(ctx.trip, dx_RD, dweights_RK), None
+        need_dx, need_dweights, _ = ctx.needs_input_grad
+        dx_RD, dweights_RK = dx_RD if need_dx else dx_RD[:, :0], dweights_RK if need_dweights else None
+        dx_TD, dweights_TK = ctx.trip.transport.back(ctx.trip, dx_RD, dweights_RK)
+        return dx_TD if need_dx else None, dweights_TK if need_dweights else None, None
 
 
 class _Combine(torch.autograd.Function):

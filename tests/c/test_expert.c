@@ -1,5 +1,6 @@
 // test_expert.c: the fused expert MLP. In fp64 the forward is checked against naive loops and every gradient against
-// differences of the forward; the other dtypes against the fp64 answer for the same (rounded) numbers.
+// differences of the forward; the other dtypes against the fp64 answer for the same (rounded) numbers. Any gradients that
+// are wanted alone have the bits of all together.
 #include "check.h"
 
 typedef struct { int64_t R, K, E, D, F; int act, ids, biases, layout; } problem;     // layout: of the weights
@@ -59,7 +60,7 @@ static void point_at(run *r, const problem *p, void *const *from, moe_mat *gate,
     if (p->layout == FUSED && moe_act_gated(p->act)) {              // [gate | up] of one expert side by side
         gate->se *= 2;
         *up = *gate;
-        up->p = (char *)from[GATE] + p->F * p->D * size;
+        if (from[GATE]) up->p = (char *)from[GATE] + p->F * p->D * size;
     }
 }
 
@@ -110,18 +111,27 @@ static void forward(run *r) {
     CHECK_OK(moe_expert_mlp(&r->a, work, r->y, r->h));
     free(work);
 }
-static void backward(run *r, const problem *p) {
-    moe_expert_grads g = {.dy_RD = r->dy, .h_NU = r->h, .dx_RD = r->grad[X], .dweights_RK = r->grad[WEIGHTS]};
+// Where the gradients go: to[i], or NULL.
+static moe_expert_grads grads_of(run *r, const problem *p, void *const *to) {
+    moe_expert_grads g = {.dy_RD = r->dy, .h_NU = r->h, .dx_RD = to[X], .dweights_RK = to[WEIGHTS]};
     if (p->biases) {
-        g.dgate_bias_EF = r->grad[GATE_BIAS], g.dgate_bias_se = p->F;
-        g.ddown_bias_ED = r->grad[DOWN_BIAS], g.ddown_bias_se = p->D;
-        if (moe_act_gated(p->act)) g.dup_bias_EF = r->grad[UP_BIAS], g.dup_bias_se = p->F;
+        g.dgate_bias_EF = to[GATE_BIAS], g.dgate_bias_se = p->F;
+        g.ddown_bias_ED = to[DOWN_BIAS], g.ddown_bias_se = p->D;
+        if (moe_act_gated(p->act)) g.dup_bias_EF = to[UP_BIAS], g.dup_bias_se = p->F;
     }
-    point_at(r, p, r->grad, &g.dgate_EFD, &g.dup_EFD, &g.ddown_EDF);
-    void *work = check_alloc((int64_t)moe_expert_mlp_backward_workspace(&r->a));
+    point_at(r, p, to, &g.dgate_EFD, &g.dup_EFD, &g.ddown_EDF);
+    return g;
+}
+// Returns the bytes that it was lent.
+static int64_t backward_to(run *r, const problem *p, void *const *to) {
+    const moe_expert_grads g = grads_of(r, p, to);
+    const int64_t bytes = (int64_t)moe_expert_mlp_backward_workspace(&r->a, &g);
+    void *work = check_alloc(bytes);
     CHECK_OK(moe_expert_mlp_backward(&r->a, work, &g));
     free(work);
+    return bytes;
 }
+static int64_t backward(run *r, const problem *p) { return backward_to(r, p, r->grad); }
 
 // -- fp64 forward against the definition -----------------------------------------------------------------------------
 static double plain(int act, double x) {
@@ -248,6 +258,41 @@ static void test_dtypes(void) {
         }
 }
 
+// -- every set of wanted gradients: the bits of all together, x unread where only gate and up need it, less memory lent --
+static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+static void test_wanted(const problem *p, int dtype) {
+    run r = start(p, dtype, dtype, dtype);
+    const int64_t real = dtype == MOE_F64 ? 8 : 4, N = r.a.N, U = moe_act_gated(p->act) ? 2 * p->F : p->F;
+    forward(&r);
+    const int64_t all = backward(&r, p);
+    const int sets = 1 << INPUTS;
+    for (int wanted = 0; wanted < sets; wanted++) {
+        void *to[INPUTS];
+        for (int i = 0; i < INPUTS; i++) to[i] = wanted >> i & 1 ? check_alloc(r.n[i] * moe_size(dtype)) : NULL;
+        r.a.x_RD = to[GATE] || to[UP] ? r.in[X] : NULL;
+        const int64_t lent = backward_to(&r, p, to);
+        for (int i = 0; i < INPUTS; i++) {
+            CHECK(!to[i] || !memcmp(to[i], r.grad[i], (size_t)(r.n[i] * moe_size(dtype))),
+                  "%s act %d: d%s differs among gradients %d", check_dtype[dtype], p->act, name[i], wanted);
+            free(to[i]);
+        }
+        const int dh = 1 << X | 1 << GATE | 1 << UP | (p->biases ? 1 << GATE_BIAS | 1 << UP_BIAS : 0);
+        int64_t most = all;
+        if (!(wanted & 1 << DOWN)) most -= aligned(N * p->F * real);
+        if (!(wanted & 1 << X)) most -= aligned(N * p->D * real);
+        if (!(wanted & dh)) most -= aligned(N * U * real);
+        CHECK(lent <= most, "gradients %d were lent %d bytes of %d", wanted, (int)lent, (int)all);
+    }
+    finish(&r);
+}
+static void test_every_set_of_gradients(void) {
+    for (size_t c = 0; c < sizeof problems / sizeof *problems; c++) {
+        test_wanted(&problems[c], MOE_F64);
+        test_wanted(&problems[c], MOE_BF16);
+    }
+    test_wanted(&large[0], MOE_F32);
+}
+
 static void test_refusals(void) {
     const problem *p = &problems[0];
     run r = start(p, MOE_F32, MOE_F32, MOE_F32);
@@ -277,6 +322,7 @@ static void test_refusals(void) {
 static void tests(void) {
     test_fp64();
     test_dtypes();
+    test_every_set_of_gradients();
     test_refusals();
 }
 int main(void) { return check_main(tests); }
