@@ -6,6 +6,8 @@ Rank p's block of input_split_sizes[q] rows goes to rank q; the blocks received 
 import torch
 import torch.distributed as dist
 
+from moe_ext.ops.define import Function
+
 
 def _exchange(x, output_split_sizes, input_split_sizes, group, async_op):
     y = x.new_empty((sum(output_split_sizes), *x.shape[1:]))
@@ -13,7 +15,7 @@ def _exchange(x, output_split_sizes, input_split_sizes, group, async_op):
     return y, handle
 
 
-class AllToAllOp(torch.autograd.Function):
+class AllToAllOp(Function):
     @staticmethod
     def forward(ctx, x, output_split_sizes, input_split_sizes, group, async_op):
         ctx.splits = input_split_sizes, output_split_sizes
@@ -22,7 +24,7 @@ class AllToAllOp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):
-        dx, _ = _exchange(dy, *ctx.splits, ctx.group, async_op=False)
+        dx, _ = AllToAllOp.apply(dy, *ctx.splits, ctx.group, False)
         return dx, None, None, None, None
 
 

@@ -15,10 +15,10 @@ Exchanges are collective: every rank runs forward and backward in the same order
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from moe_ext import ops
-from moe_ext.parallel.collectives import as_autocast, gather, reduce_scatter
+from moe_ext.ops.define import Function
+from moe_ext.parallel.collectives import as_autocast, gather, once_differentiable, reduce_scatter
 
 
 class Trip(NamedTuple):
@@ -35,7 +35,7 @@ class Trip(NamedTuple):
         return int(self.rows_PP[self.transport.rank].sum())
 
 
-class _Dispatch(torch.autograd.Function):
+class _Dispatch(Function):
     @staticmethod
     def forward(ctx, x_TD, weights_TK, trip):
         ctx.trip = trip
@@ -49,7 +49,7 @@ class _Dispatch(torch.autograd.Function):
         return *ctx.trip.transport.back(ctx.trip, dx_RD, dweights_RK), None
 
 
-class _Combine(torch.autograd.Function):
+class _Combine(Function):
     @staticmethod
     def forward(ctx, y_RD, trip):
         ctx.trip = trip
