@@ -1,4 +1,4 @@
-"""Derivatives beyond plain backward: right, or an error that says what is missing. A term is never dropped in silence."""
+"""Derivatives beyond plain backward: right, or an error that says what is missing. No term is dropped in silence."""
 
 import functools
 import re
@@ -7,11 +7,18 @@ import pytest
 import torch
 from cases import SMALLEST
 from compare import same
+from ranks import run_ranks
 from test_compile import CONSTANT, NO_GRADIENT, record
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import moe_ext
 from moe_ext import ops, reference
+from moe_ext.layers.all_to_all import all_to_all
+from moe_ext.layers.mlp import scale_gradient
+from moe_ext.parallel.collectives import gather, reduce_scatter, scope_sum
+from moe_ext.parallel.experts import ExpertExchange
+from moe_ext.parallel.transport import TorchTransport
+from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy
 
 TWICE = {"dropout", "gather", "grouped_gemm", "grouped_gemm_wgrad", "replicate", "replicate_backward", "scatter",
          "scatter_dweights"}  # fmt: skip
@@ -73,7 +80,7 @@ def test_an_op_meets_a_tangent(key, device):
 
 @every_op
 def test_an_op_differentiated_twice(key, device):
-    """Each gradient by each argument and each upstream gradient alone, also where the caller allows for no way there."""
+    """Each gradient by each argument and upstream gradient alone, also where the caller allows for no way there."""
     op, args, floats = dict(with_floats(device))[key]
     leaves = {i: args[i].clone().requires_grad_() for i in floats}
     if op._schema.is_mutable:
@@ -257,6 +264,21 @@ def test_one_derivative(mode, name):
     check_mode(ONCE[mode], name, right=True)
 
 
+@pytest.mark.c_core
+def test_functional_call():
+    """The GPT's layer by torch.func, as by backward()."""
+    layer = moe_ext.FusedMoE(4, 3, 3, 2, balance_weight=0.1, z_weight=0.1, dtype=torch.float64)
+    x, parameters = torch.randn(1, 5, 4, dtype=torch.float64), dict(layer.named_parameters())
+
+    def loss_of(parameters):
+        y, routing = torch.func.functional_call(layer, parameters, (x,))
+        return y.square().sum() + routing.loss
+
+    loss_of(parameters).backward()
+    for name, gradient in torch.func.grad(loss_of)({name: p.detach() for name, p in parameters.items()}).items():
+        same(gradient, parameters[name].grad, name)
+
+
 # ---- what autograd sees of moe_ext.parallel and moe_ext.layers -------------------------------------------------------
 
 
@@ -271,35 +293,66 @@ def head(x, w):
     return vocabulary_parallel_cross_entropy(x, w, torch.tensor([0, 3, 2]), vocab_size=4, group=None)
 
 
-# name -> a function of x [3,2] and weights [3,2] or [2,2] on two ranks, and whether its double backward is right
-ON_RANKS = {
-    "gather": (lambda x, _: gather(x, 1, None), True),
-    "reduce_scatter": (lambda x, _: reduce_scatter(x, 1, None), True),
-    "scope_sum": (lambda x, _: scope_sum(x, None), False),
-    "all_to_all": (lambda x, _: all_to_all(x, [1 + dist.get_rank()] * 2, [1, 2], None)[0], True),
-    "ExpertExchange": (exchanged, False),
-    "vocabulary_parallel_cross_entropy": (lambda x, w: head(x, w[:2]), False),
+# On two ranks, of x [2,2]: on each of them, and what one process makes of the x of both.
+RIGHT_ON_RANKS = {
+    "gather": (lambda x, rank: gather(x, 1, None), lambda xs: [torch.cat(xs, 1)] * 2),
+    "reduce_scatter": (lambda x, rank: reduce_scatter(x, 1, None), lambda xs: sum(xs).chunk(2, 1)),
+    "all_to_all": (
+        lambda x, rank: all_to_all(x, [1, 2 - 2 * rank], [1 + rank, 1 - rank], None)[0],
+        lambda xs: [torch.cat([xs[0][:1], xs[1]]), xs[0][1:]],
+    ),
+}
+REFUSED_ON_RANKS = {  # of x [3,2] and weights [3,2] or w [2,2]
+    "scope_sum": lambda x, _: scope_sum(x, None),
+    "ExpertExchange": exchanged,
+    "vocabulary_parallel_cross_entropy": lambda x, w: head(x, w[:2]),
 }
 
 
-def test_functions_of_several_ranks(tmp_path):
-    """Each of them first as it is used, so that a refusal on all ranks leaves the next one's collectives in order."""
+def penalty(leaves, losses):
+    """The gradients of the squared gradients."""
+    dxs = torch.autograd.grad(sum(losses), leaves, create_graph=True)
+    sum(dx.square().sum() for dx in dxs).backward()
+    return [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("name", RIGHT_ON_RANKS)
+def test_double_backward_on_ranks(name, tmp_path):
+    on_rank, in_one = RIGHT_ON_RANKS[name]
+    xs = [torch.randn(2, 2, dtype=torch.float64).requires_grad_() for _ in range(2)]
 
     def body(rank):
-        torch.manual_seed(rank)
-        for name, (f, right) in ON_RANKS.items():
-            x, w = torch.randn(2, 3, 2, dtype=torch.float64).requires_grad_().unbind()
-            for leaf in (x, w) if name in ("ExpertExchange", "vocabulary_parallel_cross_entropy") else (x,):
-                y = f(x, w)
-                dy = torch.randn_like(y, requires_grad=True)
-                (dx,) = torch.autograd.grad((y * dy).sum(), leaf, create_graph=True)
-                for source in (dy,) if dx.grad_fn is None else (dy, leaf):
-                    refusal = refused(functools.partial(torch.autograd.grad, dx.square().sum(), source,
-                                                        retain_graph=True, allow_unused=True))
-                    assert refusal or right, (name, source is dy)
-                with forward_ad.dual_level():
-                    assert refused(f, forward_ad.make_dual(x.detach(), x.detach()), w.detach()), name
-                with pytest.raises(RuntimeError, match="setup_context"):
-                    torch.func.grad(lambda x, f=f, w=w: f(x, w).sum())(x)
+        x = xs[rank].detach().requires_grad_()
+        with forward_ad.dual_level():
+            assert refused(on_rank, forward_ad.make_dual(x.detach(), x.detach()), rank)
+        return penalty([x], [((1 + rank) * on_rank(x, rank) ** 3).sum()])[0]
+
+    want = penalty(xs, [((1 + rank) * y**3).sum() for rank, y in enumerate(in_one(xs))])
+    for got, wanted in zip(run_ranks(2, body, tmp_path), want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", REFUSED_ON_RANKS)
+def test_refused_on_ranks(name, tmp_path):
+    """Each gradient by each argument. Both ranks meet the refusal before a collective of the other."""
+
+    def body(rank):
+        torch.manual_seed(0)
+        x, w = (t.requires_grad_() for t in torch.randn(2, 3, 2, dtype=torch.float64))
+        leaves = [x, w][: 1 if name == "scope_sum" else 2]
+        with forward_ad.dual_level():
+            assert refused(REFUSED_ON_RANKS[name], forward_ad.make_dual(x.detach(), x.detach()), w.detach())
+        dxs = torch.autograd.grad((REFUSED_ON_RANKS[name](x, w) ** 3).sum(), leaves, create_graph=True)
+        again = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+        assert all(refused(again, dx.sum(), leaf) for dx in dxs for leaf in leaves)
 
     run_ranks(2, body, tmp_path)
+
+
+def test_scaled_gradient():
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad((scale_gradient(x, 0.5) ** 3).sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.sum(), x)
+    torch.testing.assert_close(ddx, 0.25 * 6 * x.detach())
+    with forward_ad.dual_level():
+        assert refused(scale_gradient, forward_ad.make_dual(x.detach(), x.detach()), 0.5)

@@ -3,7 +3,6 @@
 Rank p's block of input_split_sizes[q] rows goes to rank q; the blocks received are stacked in rank order.
 """
 
-import torch
 import torch.distributed as dist
 
 from moe_ext.ops.define import Function

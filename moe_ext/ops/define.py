@@ -13,12 +13,13 @@ _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 def define(schema, *, fake, save=None, backward=None, constant=False, autocast=(), autocast_dtype=None, kernel=None):
-    """Declares moe_ext::<schema> and returns its OpOverload.
+    """Declares moe_ext::<schema> and returns it, for the functions of moe_ext.ops to call.
 
     fake            the shape function: takes the op's arguments, returns empty tensors like its results
     save, backward  the gradient: save(ctx, inputs, output) and backward(ctx, *grads), as in torch.autograd.Function
-                    with a setup_context of its own. An op without raises when a gradient reaches it
-    constant        its results do not depend on any argument in a differentiable way: integers, random numbers
+                    with a setup_context of its own. An op without them raises when a gradient reaches it: so does
+                    the second derivative of an op whose backward is made of such ops. Forward mode always raises
+    constant        the results are constants to a derivative: integers, random numbers
     autocast        under torch.autocast the floating arguments at these positions are cast, float64 excepted ...
     autocast_dtype  ... to this dtype; None is the region's own dtype
     kernel          a Python implementation for all devices, for an op that is composed of others
@@ -61,7 +62,7 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def jvp(cls, *_):
-        raise NotImplementedError(_no_forward_mode(f"{cls.__module__}.{cls.__name__}"))
+        raise NotImplementedError(_no_forward_mode(f"{cls.__module__}.{cls.__name__}", "torch.autograd.grad"))
 
 
 def _autograd_kernel(op, save, backward):
@@ -117,11 +118,13 @@ def _refuse(op):
 def _refuse_tangents(op, args):
     for argument, x in zip(op._schema.arguments, args, strict=True):
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(_no_forward_mode(f"{op._schema.name}: {argument.name} has a tangent, but the op"))
+            name = f"{op._schema.name}: {argument.name} has a tangent, but the op"
+            instead = "torch.autograd.grad or torch.func.vjp, or moe_ext.reference, which has the ops in plain torch"
+            raise NotImplementedError(_no_forward_mode(name, instead))
 
 
 def _past_autograd(op):
-    """op, but where nothing can ask for a derivative it spares the way through its autograd kernel: 5 us and more."""
+    """op, but where nobody asks for a derivative it spares the way through its autograd kernel: 5 us and more."""
 
     def call(*args):
         if (
@@ -142,7 +145,7 @@ def _no_gradient(name):
     if backward:
         return (
             f"{first} has no second derivative ({name} has no gradient). "
-            "Hint: moe_ext.reference has the same function in plain torch, which has"
+            "Hint: moe_ext.reference has it in plain torch, with every derivative"
         )
     return (
         f"{name} has no gradient. Hint: call it under torch.no_grad(), or in a torch.autograd.Function that knows the "
@@ -150,11 +153,8 @@ def _no_gradient(name):
     )
 
 
-def _no_forward_mode(name):
-    return (
-        f"{name} has no forward mode (jvp). Hint: torch.autograd.grad or torch.func.vjp, "
-        "or moe_ext.reference, which has the ops in plain torch"
-    )
+def _no_forward_mode(name, instead):
+    return f"{name} has no forward mode (jvp). Hint: {instead}"
 
 
 def _autocast_kernel(op, device, positions, dtype):

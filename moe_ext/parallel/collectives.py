@@ -58,7 +58,7 @@ def _axis(x, dim):
 
 
 class _Once(Function):
-    """Gradients that are linear in what came in, and may not be differentiated again."""
+    """Gradients, made of what came in, that may not be differentiated again."""
 
     @staticmethod
     def forward(ctx, name, results, *sources):
@@ -68,13 +68,14 @@ class _Once(Function):
     @staticmethod
     def backward(ctx, *_):
         raise NotImplementedError(
-            f"{ctx.name} has no second derivative. Hint: one process, or plain collectives of torch.distributed"
+            f"{ctx.name} has no gradient, so that there is no second derivative. "
+            "Hint: one process has it, with moe_ext.reference for the ops"
         )
 
 
 def once_differentiable(backward):
-    """For the backward of a linear autograd.Function. torch's own of this name hangs the error on copies of the results,
-    so that torch.autograd.grad finds no way from there to its inputs, and gives zeros where it may (allow_unused)."""
+    """For the backward of a linear autograd.Function. torch's own of this name hangs its error on copies of the
+    results: torch.autograd.grad finds no way from there to its inputs, and with allow_unused that counts as zeros."""
 
     @functools.wraps(backward)
     def once(ctx, *grads):
