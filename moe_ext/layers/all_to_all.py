@@ -3,8 +3,9 @@
 Rank p's block of input_split_sizes[q] rows goes to rank q; the blocks received are stacked in rank order.
 """
 
-import torch
 import torch.distributed as dist
+
+from moe_ext.ops.define import Function
 
 
 def _exchange(x, output_split_sizes, input_split_sizes, group, async_op):
@@ -13,7 +14,7 @@ def _exchange(x, output_split_sizes, input_split_sizes, group, async_op):
     return y, handle
 
 
-class AllToAllOp(torch.autograd.Function):
+class AllToAllOp(Function):
     @staticmethod
     def forward(ctx, x, output_split_sizes, input_split_sizes, group, async_op):
         ctx.splits = input_split_sizes, output_split_sizes
@@ -22,7 +23,7 @@ class AllToAllOp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):
-        dx, _ = _exchange(dy, *ctx.splits, ctx.group, async_op=False)
+        dx, _ = AllToAllOp.apply(dy, *ctx.splits, ctx.group, False)
         return dx, None, None, None, None
 
 

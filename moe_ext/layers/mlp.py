@@ -12,9 +12,10 @@ from moe_ext import ops
 from moe_ext.layers import common, mpu
 from moe_ext.layers.activation_fn import act_fn
 from moe_ext.layers.arguments import Arguments, InitFn
+from moe_ext.ops.define import Function
 
 
-class ScaleGradient(torch.autograd.Function):
+class ScaleGradient(Function):
     """y = x, dx = scale * dy."""
 
     @staticmethod

@@ -33,7 +33,9 @@ def _fake_plan(ids, num_experts, ranks):
     return ids.new_empty(P, 2), ids.new_empty(T * min(P, K)), ids.new_empty(T, P)
 
 
-_plan = define("exchange_plan(Tensor ids, int num_experts, int ranks) -> (Tensor, Tensor, Tensor)", fake=_fake_plan)
+_plan = define(
+    "exchange_plan(Tensor ids, int num_experts, int ranks) -> (Tensor, Tensor, Tensor)", fake=_fake_plan, constant=True
+)
 
 
 def exchange_plan(ids_TK, num_experts, ranks):

@@ -52,16 +52,18 @@ def _fake_linear_cross_entropy(x, w, targets, ignore_index, chunk, need_dx, need
 
 
 def _save_linear_cross_entropy(ctx, inputs, output):
-    _, dx, dw = output
+    loss, dx, dw = output
     ctx.mark_non_differentiable(dx, dw)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dx, dw)
+    ctx.save_for_backward(dx, dw, loss)
 
 
 def _backward_linear_cross_entropy(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 7
-    grads = (d * dloss if need else None for d, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True))
+    *saved, loss = ctx.saved_tensors
+    needed = zip(saved, ctx.needs_input_grad[:2], strict=True)
+    grads = (_linear_cross_entropy_backward(d, dloss, loss) if need else None for d, need in needed)
     return *grads, None, None, None, None, None
 
 
@@ -73,6 +75,12 @@ _linear_cross_entropy = define(
     backward=_backward_linear_cross_entropy,
     autocast=(0, 1),
     kernel=_linear_cross_entropy_kernel,
+)
+# The loss is not read: it stands for x and w, on which d depends too, where someone differentiates twice.
+_linear_cross_entropy_backward = define(
+    "linear_cross_entropy_backward(Tensor d, Tensor dloss, Tensor loss) -> Tensor",
+    fake=lambda d, dloss, loss: torch.empty_like(d),
+    kernel=lambda d, dloss, loss: d * dloss,
 )
 
 

@@ -13,6 +13,7 @@ from moe_ext.ops.define import define
 _sort = define(
     "sort(Tensor x, int end_bit) -> (Tensor, Tensor)",
     fake=lambda x, end_bit: (torch.empty_like(x), torch.empty_like(x)),
+    constant=True,
 )
 
 
@@ -27,6 +28,7 @@ def sort(x_n, end_bit=None):
 _histogram = define(
     "histogram(Tensor x, SymInt max_val) -> Tensor",
     fake=lambda x, max_val: x.new_empty((*x.shape[:-1], max_val), dtype=torch.int32),
+    constant=True,
 )
 
 
@@ -35,7 +37,9 @@ def histogram(x, max_val):
     return _histogram(x.contiguous(), max_val)
 
 
-_cumsum = define("cumsum(Tensor x, bool exclusive) -> Tensor", fake=lambda x, exclusive: torch.empty_like(x))
+_cumsum = define(
+    "cumsum(Tensor x, bool exclusive) -> Tensor", fake=lambda x, exclusive: torch.empty_like(x), constant=True
+)
 
 
 def _cumsum_along(x, dim, exclusive):
@@ -55,6 +59,7 @@ def exclusive_cumsum(x, dim):
 _topology = define(
     "topology(Tensor padded_bins, int block, SymInt rows, SymInt cols) -> Tensor",
     fake=lambda padded_bins, block, rows, cols: padded_bins.new_empty(rows * cols, dtype=torch.int16),
+    constant=True,
 )
 
 
@@ -109,6 +114,7 @@ def _fake_route_index(ids, num_experts):
 _route_index = define(
     "route_index(Tensor ids, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_route_index,
+    constant=True,
 )
 
 

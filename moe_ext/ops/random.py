@@ -17,8 +17,12 @@ def _fake(x, *_):
 
 
 # `like` gives shape, dtype and device; its values are not read.
-_random_uniform = define(f"random_uniform(Tensor like, float low, float high, {_key}) -> Tensor", fake=_fake)
-_random_normal = define(f"random_normal(Tensor like, float mean, float std, {_key}) -> Tensor", fake=_fake)
+_random_uniform = define(
+    f"random_uniform(Tensor like, float low, float high, {_key}) -> Tensor", fake=_fake, constant=True
+)
+_random_normal = define(
+    f"random_normal(Tensor like, float mean, float std, {_key}) -> Tensor", fake=_fake, constant=True
+)
 
 
 def random_uniform(

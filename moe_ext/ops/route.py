@@ -66,6 +66,7 @@ def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=Non
 _capacity_drop = define(
     "capacity_drop(Tensor ids, Tensor? priority, int num_experts, SymInt capacity, SymInt rows_per_scope) -> Tensor",
     fake=lambda ids, *_: torch.empty_like(ids),
+    constant=True,
 )
 
 
@@ -83,6 +84,7 @@ def _scope(x_T, rows_per_scope):
 _balance_counts = define(
     "balance_counts(Tensor ids, int num_experts, SymInt rows_per_scope) -> Tensor",
     fake=lambda ids, num_experts, rows: ids.new_empty(ids.shape[0] // rows if rows else 1, num_experts),
+    constant=True,
 )
 
 

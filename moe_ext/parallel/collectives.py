@@ -14,9 +14,12 @@ Dtypes: floating, int32, int64. Sums of bf16 and fp16 are fp32, rounded once. Ba
 reduce_scatter moves the pieces in x's dtype, as many bytes as a ring would, and adds them here.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
+
+from moe_ext.ops.define import Function
 
 # torch 2.13 renamed it and warns at every call of the old name.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -54,31 +57,60 @@ def _axis(x, dim):
     return dim % x.ndim
 
 
-class _Gather(torch.autograd.Function):
+class _Once(Function):
+    """Gradients, made of what came in, that may not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, name, results, *sources):
+        ctx.name = name
+        return results
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"{ctx.name} has no gradient, so that there is no second derivative. "
+            "Hint: one process has it, with moe_ext.reference for the ops"
+        )
+
+
+def once_differentiable(backward):
+    """For the backward of a linear autograd.Function. torch's own of this name hangs its error on copies of the
+    results: torch.autograd.grad finds no way from there to its inputs, and with allow_unused that counts as zeros."""
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        return _Once.apply(f"{backward.__module__}.{backward.__qualname__}", results, *grads)
+
+    return once
+
+
+class _Gather(Function):
     @staticmethod
     def forward(ctx, x, dim, group):
         ctx.dim, ctx.group = dim, group
         return gather_rows(x, dim, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        return _sum_pieces(dy, ctx.dim, ctx.group), None, None
+        return _ReduceScatter.apply(dy, ctx.dim, ctx.group), None, None
 
 
-class _ReduceScatter(torch.autograd.Function):
+class _ReduceScatter(Function):
     @staticmethod
     def forward(ctx, x, dim, group):
         ctx.dim, ctx.group = dim, group
         return _sum_pieces(x, dim, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        return gather_rows(dy, ctx.dim, ctx.group), None, None
+        return _Gather.apply(dy, ctx.dim, ctx.group), None, None
 
 
-class _ScopeSum(torch.autograd.Function):
+class _ScopeSum(Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.ranks = dist.get_world_size(group)

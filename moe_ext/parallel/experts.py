@@ -17,10 +17,10 @@ and the same inputs require gradients on all ranks.
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from moe_ext import ops
-from moe_ext.parallel.collectives import as_autocast, gather, reduce_scatter
+from moe_ext.ops.define import Function
+from moe_ext.parallel.collectives import as_autocast, gather, once_differentiable, reduce_scatter
 
 
 class Trip(NamedTuple):
@@ -37,7 +37,7 @@ class Trip(NamedTuple):
         return int(self.rows_PP[self.transport.rank].sum())
 
 
-class _Dispatch(torch.autograd.Function):
+class _Dispatch(Function):
     @staticmethod
     def forward(ctx, x_TD, weights_TK, trip):
         ctx.trip = trip
@@ -55,7 +55,7 @@ class _Dispatch(torch.autograd.Function):
         return dx_TD if need_dx else None, dweights_TK if need_dweights else None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Combine(Function):
     @staticmethod
     def forward(ctx, y_RD, trip):
         ctx.trip = trip

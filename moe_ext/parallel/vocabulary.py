@@ -14,13 +14,13 @@ with the same bits on every rank. The loss is made of differences alone, so larg
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from moe_ext import ops
-from moe_ext.ops.define import real
+from moe_ext.ops.define import Function, real
 from moe_ext.parallel.collectives import as_autocast, gather_rows
 
 _xent_ = torch.ops.moe_ext.xent_.default
+_backward = torch.ops.moe_ext.linear_cross_entropy_backward.default
 
 
 def _rows(vocab_size, group):
@@ -97,7 +97,7 @@ def _join(own_C, at_C, owner_C, group):
     return loss_C, (d_nC[dist.get_rank(group)] - loss_C).exp()
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx, x_TD, w_vD, targets_T, vocab_size, group, ignore_index, chunk, need_dx, need_dw):
         most, first, v = _rows(vocab_size, group)
@@ -128,11 +128,11 @@ class _CrossEntropy(torch.autograd.Function):
                 torch.mm(dlogits_Cv, w_vD, out=dx_TD[begin : begin + chunk])
             if need_dw:
                 dw_vD += dlogits_Cv.T @ x_CD
-        ctx.save_for_backward(dx_TD, dw_vD.to(w_vD.dtype) if need_dw else None)
+        ctx.save_for_backward(dx_TD, dw_vD.to(w_vD.dtype) if need_dw else None, loss)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss):
-        dx_TD, dw_vD = (None if d is None else d * dloss for d in ctx.saved_tensors)
+        *saved, loss = ctx.saved_tensors
+        dx_TD, dw_vD = (None if d is None else _backward(d, dloss, loss) for d in saved)
         return dx_TD, dw_vD, *[None] * 7
