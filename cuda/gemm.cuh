@@ -265,6 +265,7 @@ gemm_kernel(const gemm_product<T> g, const Epilogue emit) {
                     fragments((k + 1) % 2, stage, (k + 1) % sums::steps);
                 c.multiply(k % sums::slots);
             }
+            c.end_panel(step);
         }
     }
 }

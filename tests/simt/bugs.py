@@ -51,6 +51,10 @@ BUGS = [
     Bug("cuda/gemm_tile.cuh", "else           ldmatrix_x4_trans(a[slot][i], from);",
         "else           ldmatrix_x4(a[slot][i], from);",
         "ragged sums: A is not transposed", "tests/test_gemm.py -k 'test_tiles and small and contiguous and bfloat16'"),
+    Bug("cuda/gemm_tile.cuh", "if (step % BLOCK != BLOCK - 1) return;", "return;",
+        "floats: a long sum is one chain of roundings", "tests/test_gemm.py -k 'long_sums and contiguous'"),
+    Bug("cuda/gemm_tile.cuh", "total[i][j] += c[i][j], c[i][j] = 0;", "total[i][j] += c[i][j];",
+        "floats: every block of a sum contains the ones before it", "tests/test_gemm.py -k 'long_sums and contiguous'"),
     # ---- cuda/gemm.cuh -----------------------------------------------------------------------------------------------
     Bug("cuda/gemm.cuh", "        cp_async_wait<stages - 2>();\n        __syncthreads();\n",
         "        __syncthreads();\n",
