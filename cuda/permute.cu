@@ -75,17 +75,6 @@ static __device__ int64_t region_begin(const moe_layout &l, int64_t e) { return 
 static __device__ int64_t copies_kept(const moe_layout &l, int64_t e) {
     return min64(l.bins_E[e] - first_copy(l, e), region_end(l, e) - region_begin(l, e));
 }
-// The first expert whose end is behind `at`; E if there is none.
-template <class End>
-static __device__ int64_t expert_at(int64_t E, int64_t at, End end) {
-    int64_t low = 0, high = E;
-    while (low < high) {
-        const int64_t e = (low + high) / 2;
-        if (end(e) > at) high = e;
-        else low = e + 1;
-    }
-    return low;
-}
 static __device__ bool is_flat_id(const moe_layout &l, int64_t p, verdict bad) {
     const bool is = l.order_N[p] >= 0 && l.order_N[p] < l.N;
     if (!is) bad(MOE_BAD_INDEX, p);
