@@ -12,8 +12,9 @@ Other ops: against the same in plain torch.
 
 FLOPs: 2*R*I*O of a product; 6*T*K*D*F of a layer's forward and 12 of its backward. Roofline: the larger of FLOPs over
 the card's dense peak and least bytes over the copy bandwidth of this run. Routings: balanced (shuffled), and Zipf's law
-with its few large experts; drawn anew every round. Each round, every contender runs once on the same routing, after 256
-MB of writes that empty the L2 cache and let the host run ahead; times are CUDA events, medians over the rounds.
+with its few large experts; drawn anew every round. Each round, every contender runs once on the same routing, after
+2 GB of writes that empty the L2 cache and keep the device busy for half a millisecond, so that the host runs ahead,
+through autograd too; times are CUDA events, medians over the rounds.
 
 Prints Markdown, and writes it with the figures to benchmarks/results/<device>-<commit>.{md,json} after every job; says
 on stderr what it has done. The default shapes take about three minutes; --all adds larger ones, up to 80 GB of memory.
@@ -144,7 +145,8 @@ class Bench:
                 if name in failed:
                     continue
                 try:
-                    self.scratch.zero_()
+                    for _ in range(8):
+                        self.scratch.zero_()
                     start = self.stamp()
                     result = function(drawn)
                     stamps[name] = start, self.stamp()
@@ -471,6 +473,7 @@ def main(arguments=None):
         for name, shape in shapes.items():
             jobs += [("gemm", bench_gemm, name, shape, routing)]
             jobs += [("layer", bench_layer, name, shape, routing, backward) for backward in (False, True)]
+    torch.set_num_threads(1)        # OpenMP's spin after each draw, and could hold up the thread of autograd
     errors, deadline = [], time.perf_counter() + options.limit
     bench.warm_up()
     for section, job, *arguments in jobs:

@@ -6,7 +6,6 @@
 // A thread owns eight neighbouring columns of a, in float; results are rounded once. `whole`: every piece of eight is
 // there and aligned, so that its loads have no branch between them.
 #include "act.cuh"
-#include "gemm.cuh"
 
 enum { THREADS = 256 };
 

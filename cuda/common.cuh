@@ -63,6 +63,32 @@ struct alignas(16) vec16 {
 };
 static inline bool aligned16(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// A piece of eight columns, or of the n that a row has left; by 16 bytes where they are aligned.
+template <class T>
+static __device__ inline void load8(const T *from, int n, float (&x)[8]) {
+    constexpr int width = vec16<T>::n;
+    if (n == 8 && reinterpret_cast<uintptr_t>(from) % 16 == 0)
+        for (int v = 0; v < 8; v += width) {
+            const auto piece = *reinterpret_cast<const vec16<T> *>(from + v);
+            for (int u = 0; u < width; u++) x[v + u] = to_float(piece.v[u]);
+        }
+    else
+        for (int v = 0; v < 8; v++) x[v] = v < n ? to_float(from[v]) : 0;
+}
+template <class T>
+static __device__ inline void store8(T *to, int n, const float (&x)[8]) {
+    constexpr int width = vec16<T>::n;
+    if (n == 8 && reinterpret_cast<uintptr_t>(to) % 16 == 0)
+        for (int v = 0; v < 8; v += width) {
+            vec16<T> piece;
+            for (int u = 0; u < width; u++) piece.v[u] = from_float<T>(x[v + u]);
+            *reinterpret_cast<vec16<T> *>(to + v) = piece;
+        }
+    else
+        for (int v = 0; v < 8; v++)
+            if (v < n) to[v] = from_float<T>(x[v]);
+}
+
 // ---- verdicts -------------------------------------------------------------------------------------------------------
 // The first complaint of any kernel wins: status in bits 56.., op in bits 48.., position below. The word is mapped host
 // memory, where an atomic is one among the kernels of its device, but not against the host.
@@ -104,6 +130,18 @@ static inline int64_t strided_grid(int64_t n, int64_t each) {
     return min64(ceil_div(n, each), static_cast<int64_t>(multiprocessors()) * 16);
 }
 #define TRY(call) do { const int status_ = (call); if (status_ != MOE_OK) return status_; } while (0)
+
+// The first of n experts whose end is behind `at`; n if there is none. Ends do not decrease.
+template <class End>
+static __device__ inline int expert_at(int64_t n, int64_t at, End end) {
+    int low = 0, high = static_cast<int>(n);
+    while (low < high) {
+        const int e = (low + high) / 2;
+        if (end(e) > at) high = e;
+        else low = e + 1;
+    }
+    return low;
+}
 
 // ---- inside a block -------------------------------------------------------------------------------------------------
 static __device__ inline int lane_id() { return threadIdx.x & 31; }

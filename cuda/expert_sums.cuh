@@ -201,16 +201,6 @@ struct dweights_job {
     void          *dweights_RK;
     bool           wide;
 };
-// The first e with p < bins[e].
-static __device__ inline int64_t expert_at(const int32_t *bins_E, int64_t E, int64_t p) {
-    int64_t low = 0, high = E - 1;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (p < bins_E[middle]) high = middle;
-        else low = middle + 1;
-    }
-    return low;
-}
 template <class T>
 __global__ void __launch_bounds__(THREADS) dweights_kernel(dweights_job<T> g) {
     const int64_t f = static_cast<int64_t>(blockIdx.x) * (THREADS / 32) + warp_id();
@@ -220,7 +210,8 @@ __global__ void __launch_bounds__(THREADS) dweights_kernel(dweights_job<T> g) {
     float         ds = 0;
     for (int64_t piece = lane_id(); here && piece < g.pieces; piece += 32) ds += g.ds_NP[p * g.pieces + piece];
     if (here && g.down_bias.p) {
-        const T *bd = g.down_bias.p + expert_at(g.bins_E, g.E, p) * g.down_bias.se, *dy = g.dy_RD + f / g.K * g.D;
+        const int64_t e = expert_at(g.E - 1, p, [&](int64_t e) { return g.bins_E[e]; });
+        const T      *bd = g.down_bias.p + e * g.down_bias.se, *dy = g.dy_RD + f / g.K * g.D;
         for (int64_t j = lane_id() * 8; j < g.D; j += 32 * 8) {
             const int n = static_cast<int>(min64(8, g.D - j));
             float     x[8], y[8];

@@ -9,8 +9,7 @@
 // The epilogue is a functor that the kernel carries by value:
 //   float operator()(int64_t e, int64_t i, int64_t j, int n, const float (&c)[parts][8]) const
 //       takes columns j .. j+n of row i (position p, for ragged rows) of expert e; j is a multiple of 8, n = 8 but at
-//       the edge. store8 and load8 below move such a piece, by 16 bytes where it is aligned. Returns what row() is to
-//       sum, or 0.
+//       the edge. store8 and load8 move such a piece. Returns what row() is to sum, or 0.
 //   static constexpr bool sums_rows
 //   void row(int64_t i, int64_t piece, float sum) const       if sums_rows
 //       takes the sum, in a fixed order, of what was returned for GEMM_PIECE / parts columns of row i.
@@ -34,31 +33,6 @@ struct gemm_product {
     gemm_operand<T> a[2], b[2];     // parts = 2: b[1] is the second part
     verdict         bad;            // MOE_BAD_BINS, MOE_BAD_INDEX
 };
-
-template <class T>
-static __device__ inline void load8(const T *from, int n, float (&x)[8]) {
-    constexpr int width = vec16<T>::n;
-    if (n == 8 && reinterpret_cast<uintptr_t>(from) % 16 == 0)
-        for (int v = 0; v < 8; v += width) {
-            const auto piece = *reinterpret_cast<const vec16<T> *>(from + v);
-            for (int u = 0; u < width; u++) x[v + u] = to_float(piece.v[u]);
-        }
-    else
-        for (int v = 0; v < 8; v++) x[v] = v < n ? to_float(from[v]) : 0;
-}
-template <class T>
-static __device__ inline void store8(T *to, int n, const float (&x)[8]) {
-    constexpr int width = vec16<T>::n;
-    if (n == 8 && reinterpret_cast<uintptr_t>(to) % 16 == 0)
-        for (int v = 0; v < 8; v += width) {
-            vec16<T> piece;
-            for (int u = 0; u < width; u++) piece.v[u] = from_float<T>(x[v + u]);
-            *reinterpret_cast<vec16<T> *>(to + v) = piece;
-        }
-    else
-        for (int v = 0; v < 8; v++)
-            if (v < n) to[v] = from_float<T>(x[v]);
-}
 
 // Of gemm.cu, for T = float, bf16, f16: the products whose epilogue only stores.
 // c[p, j], plus bias[e*bias_se + j] if there is one, to y[p*stride + j].
@@ -143,14 +117,10 @@ template <class Tile, int parts, class T>
 static __device__ bool find_of_rows(const gemm_product<T> &g, const gemm_expert *table, int64_t t, gemm_piece *piece) {
     constexpr int columns = Tile::tile_n / parts, depth = panel_depth<T>;
     const int K = static_cast<int>(g.K), across = static_cast<int>((g.N + columns - 1) / columns);
-    int e = 0, high = static_cast<int>(g.E) + g.tail, i, j; // the last e with table[e].tiles <= t / across
-    if (t >= static_cast<int64_t>(table[high].tiles) * across) return false;
-    const auto row = static_cast<uint32_t>(t / across);
-    while (high - e > 1) {
-        const int middle = (e + high) / 2;
-        if (table[middle].tiles <= row) e = middle;
-        else high = middle;
-    }
+    const int experts = static_cast<int>(g.E) + g.tail;
+    int i, j;
+    if (t >= static_cast<int64_t>(table[experts].tiles) * across) return false;
+    const int e = expert_at(experts, t / across, [&](int e) { return table[e + 1].tiles; });
     const uint32_t before = table[e].tiles;
     swizzle(t - static_cast<int64_t>(before) * across, static_cast<int>(table[e + 1].tiles - before), across, &i, &j);
     *piece = {e, table[e].begin + i * Tile::tile_m, table[e + 1].begin, j * columns, 0, K,
@@ -265,6 +235,7 @@ gemm_kernel(const gemm_product<T> g, const Epilogue emit) {
                     fragments((k + 1) % 2, stage, (k + 1) % sums::steps);
                 c.multiply(k % sums::slots);
             }
+            c.end_panel(step);
         }
     }
 }

@@ -136,6 +136,7 @@ struct panel_loader<T, false, vector, indexed, width, threads> {
 // and columns begin in a panel of A [width_a] and in each panel of B [width_b].
 //   load(slot, a, b, step)    operands of one step of the sum, from shared memory to registers
 //   multiply(slot)            adds their product
+//   end_panel(step)           after panel `step` of the sum
 //   put(pass, area)           writes `pass_rows` rows of c to area[pass_rows][WARP_STRIDE]
 enum { WARP_COLUMNS = 64, WARP_STRIDE = WARP_COLUMNS + 8 };     // the 8 spread rows over the banks
 
@@ -186,6 +187,7 @@ struct warp_sums {                          // tensor cores
 #pragma unroll
             for (int j = 0; j < columns; j++) mma_16816(T{}, c[i][j], a[slot][i], b[slot][j]);
     }
+    __device__ __forceinline__ void end_panel(int) {}
     __device__ __forceinline__ void put(int pass, float *area) const {
         float *to = area + (lane_id() >> 2) * WARP_STRIDE + 2 * (lane_id() & 3);
 #pragma unroll
@@ -198,12 +200,13 @@ struct warp_sums {                          // tensor cores
 };
 
 // floats: a warp is 4 x 8 lanes of 8 x 8 sums. Of a panel along k a lane reads lines 4 (8) apart, of one along i
-// chunks.
+// chunks. The error of one chain of n roundings grows like n; that of n/b chains whose sums are added like the root of
+// n b + n n/b, which is least at b = sqrt(n). BLOCK panels are that b for n = 4096.
 template <int m, int parts, bool a_along_k, bool b_along_k, int width_a, int width_b>
 struct warp_sums<float, m, parts, a_along_k, b_along_k, width_a, width_b> {
     static_assert(m == 32, "8 sums for each of 4 lanes");
-    static constexpr int steps = 4, slots = 1, pass_rows = 16, passes = 2;
-    float c[8][8], a[8][4], b[8][4];
+    static constexpr int steps = 4, slots = 1, pass_rows = 16, passes = 2, BLOCK = 4;
+    float total[8][8], c[8][8], a[8][4], b[8][4];       // the sum is total + c
     int   m0, n0;
 
     static __device__ __forceinline__ int row(int i) {
@@ -218,7 +221,7 @@ struct warp_sums<float, m, parts, a_along_k, b_along_k, width_a, width_b> {
 #pragma unroll
         for (int i = 0; i < 8; i++)
 #pragma unroll
-            for (int j = 0; j < 8; j++) c[i][j] = 0;
+            for (int j = 0; j < 8; j++) total[i][j] = c[i][j] = 0;
     }
     static __device__ __forceinline__ void get(float (&to)[4], const unsigned char *from) {
         const auto x = *reinterpret_cast<const vec16<float> *>(from);
@@ -256,12 +259,20 @@ struct warp_sums<float, m, parts, a_along_k, b_along_k, width_a, width_b> {
 #pragma unroll
                 for (int j = 0; j < 8; j++) c[i][j] = fmaf(a[i][k], b[j][k], c[i][j]);
     }
+    __device__ __forceinline__ void end_panel(int step) {
+        if (step % BLOCK != BLOCK - 1) return;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+#pragma unroll
+            for (int j = 0; j < 8; j++) total[i][j] += c[i][j], c[i][j] = 0;
+    }
     __device__ __forceinline__ void put(int pass, float *area) const {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             if (i / 4 == pass)
 #pragma unroll
-                for (int j = 0; j < 8; j++) area[(row(i) - pass * 16) * WARP_STRIDE + column(j)] = c[i][j];
+                for (int j = 0; j < 8; j++)
+                    area[(row(i) - pass * 16) * WARP_STRIDE + column(j)] = total[i][j] + c[i][j];
     }
 };
 #endif

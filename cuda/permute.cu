@@ -15,7 +15,7 @@
 
 #include "common.cuh"
 
-enum { THREADS = 256, IN_FLIGHT = 4, TILE = THREADS * IN_FLIGHT };
+enum { THREADS = 256, IN_FLIGHT = 4, TILE = THREADS * IN_FLIGHT, SLOTS = 8, ORIGINS = 512 };
 
 // `width` bytes that move at once. They stay words, and are elements only inside arithmetic.
 template <int width>
@@ -74,17 +74,6 @@ static __device__ int64_t region_end(const moe_layout &l, int64_t e) {
 static __device__ int64_t region_begin(const moe_layout &l, int64_t e) { return e ? region_end(l, e - 1) : 0; }
 static __device__ int64_t copies_kept(const moe_layout &l, int64_t e) {
     return min64(l.bins_E[e] - first_copy(l, e), region_end(l, e) - region_begin(l, e));
-}
-// The first expert whose end is behind `at`; E if there is none.
-template <class End>
-static __device__ int64_t expert_at(int64_t E, int64_t at, End end) {
-    int64_t low = 0, high = E;
-    while (low < high) {
-        const int64_t e = (low + high) / 2;
-        if (end(e) > at) high = e;
-        else low = e + 1;
-    }
-    return low;
 }
 static __device__ bool is_flat_id(const moe_layout &l, int64_t p, verdict bad) {
     const bool is = l.order_N[p] >= 0 && l.order_N[p] < l.N;
@@ -214,59 +203,76 @@ int moe_gather(int dtype, int wdtype, int64_t D, const moe_layout *layout, const
 }
 
 // ---- scatter --------------------------------------------------------------------------------------------------------
-// row_N[f] is the expert row of flat id f; the caller has filled it with -1.
-__global__ void invert_kernel(moe_layout l, int64_t *row_N, verdict bad) {
+// Of one copy: where its row begins, -1 if it has none, and its weight.
+struct alignas(16) origin {
+    int64_t at;
+    float   weight;
+};
+// origin_N[f] for the copies that have a row, rows being `stride` apart; the caller has filled all with bytes of 255.
+template <class W>
+__global__ void invert_kernel(moe_layout l, int64_t stride, const W *__restrict__ weights_N, origin *origin_N,
+                              verdict bad) {
     if (blockIdx.x == 0) check_bins(l, bad);
     const int64_t p = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (p >= l.N || p >= first_copy(l, l.E) || !is_flat_id(l, p, bad)) return;
-    const int64_t row = row_of(l, p);
-    if (row >= 0) row_N[l.order_N[p]] = row;
+    const int64_t row = row_of(l, p), f = l.order_N[p];
+    if (row >= 0) origin_N[f] = {row * stride, weights_N ? to_float(weights_N[f]) : 1};
 }
 
-static int invert(const moe_layout &l, int64_t *row_N, verdict bad, cudaStream_t stream) {
-    TRY(cuda_status(cudaMemsetAsync(row_N, 0xff, static_cast<size_t>(l.N) * sizeof *row_N, stream), "clearing rows"));
-    return launch(invert_kernel, ceil_div(l.N, THREADS), THREADS, 0, stream, l, row_N, bad);
+static int invert(const moe_layout &l, int64_t stride, int wdtype, const void *weights_N, origin *origin_N,
+                  verdict bad, cudaStream_t stream) {
+    const size_t bytes = static_cast<size_t>(l.N) * sizeof *origin_N;
+    TRY(cuda_status(cudaMemsetAsync(origin_N, 0xff, bytes, stream), "clearing rows"));
+    return by_float(wdtype, [&]<class W>(W) {
+        return launch(invert_kernel<W>, ceil_div(l.N, THREADS), THREADS, 0, stream, l, stride,
+                      static_cast<const W *>(weights_N), origin_N, bad);
+    });
 }
 
-template <class T, int width>
+// First the origins of the tile's tokens, then a pack of a token per thread: `slots` loads are under way before the
+// first is added.
+template <class T, int width, int slots>
 __global__ void __launch_bounds__(THREADS)
-scatter_kernel(int64_t tokens, int K, tiling g, const int64_t *__restrict__ row_N, weights w,
+scatter_kernel(int64_t tokens, int K, tiling g, bool weighted, const origin *__restrict__ origin_N,
                const pack<width> *__restrict__ x, pack<width> *__restrict__ y) {
     constexpr int elements = width / static_cast<int>(sizeof(T));
     const tile mine = own_tile(g, tokens);
+    auto *const origins = reinterpret_cast<origin *>(shared_memory());
+    for (int i = threadIdx.x; i < mine.rows * K; i += THREADS) origins[i] = origin_N[mine.row * K + i];
+    __syncthreads();
+    y += mine.row * g.packs + mine.at;
     for (int i = threadIdx.x; i < mine.rows * mine.width; i += THREADS) {
-        const int64_t t = mine.row + i / mine.width, at = mine.at + i % mine.width;
+        const int r = i / mine.width, j = i % mine.width;
+        const origin *const from = origins + r * K;
+        const pack<width> *const x_j = x + mine.at + j;
         pack<width> y_t = {};
         float       sum[elements] = {};
-        int         present = 0;
-        for (int k = 0; k < K; k += IN_FLIGHT) {
-            int64_t     row[IN_FLIGHT];
-            float       weight[IN_FLIGHT];
-            pack<width> v[IN_FLIGHT];
+        int         present = 0, k = 0;
+        do {
+            int64_t     at[slots];
+            pack<width> v[slots];
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) row[u] = k + u < K ? row_N[t * K + k + u] : -1;
+            for (int u = 0; u < slots; u++) at[u] = k + u < K ? from[k + u].at : -1;
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++)
-                if (row[u] >= 0) {
-                    v[u] = x[row[u] * g.packs + at];
-                    weight[u] = w.p ? w.at<T>(t * K + k + u) : 1;
-                }
+            for (int u = 0; u < slots; u++)
+                if (at[u] >= 0) v[u] = x_j[at[u]];
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++)
-                if (row[u] >= 0) {
-                    for (int c = 0; c < elements; c++) sum[c] = fmaf(weight[u], get<T>(v[u], c), sum[c]);
+            for (int u = 0; u < slots; u++)
+                if (at[u] >= 0) {
+                    const float weight = from[k + u].weight;
+                    for (int c = 0; c < elements; c++) sum[c] = fmaf(weight, get<T>(v[u], c), sum[c]);
                     y_t = v[u];
                     present++;
                 }
-        }
-        if (present != 1 || w.p)                // else bytes
+        } while ((k += slots) < K);
+        if (present != 1 || weighted)           // else bytes
             for (int c = 0; c < elements; c++) put<T>(y_t, c, sum[c]);
-        y[t * g.packs + at] = y_t;
+        y[r * g.packs + j] = y_t;
     }
 }
 
 size_t moe_scatter_workspace(const moe_layout *layout, cudaStream_t) {
-    return static_cast<size_t>(layout->N) * sizeof(int64_t);
+    return static_cast<size_t>(layout->N) * sizeof(origin);
 }
 
 int moe_scatter(int dtype, int wdtype, int64_t D, const moe_layout *layout, const void *x_PD, const void *weights_N,
@@ -274,14 +280,20 @@ int moe_scatter(int dtype, int wdtype, int64_t D, const moe_layout *layout, cons
     TRY(check(dtype, wdtype, weights_N, D, layout));
     const int64_t tokens = layout->N / layout->K, row_bytes = D * moe_size(dtype);
     if (tokens == 0 || D == 0) return MOE_OK;
-    const weights w = {weights_N, wdtype == MOE_F32};
-    auto *const row_N = static_cast<int64_t *>(workspace);
-    TRY(invert(*layout, row_N, verdict_of(OP_scatter), stream));
+    auto *const origin_N = static_cast<origin *>(workspace);
     return by_float(dtype, [&]<class T>(T) {
         return by_width<T>(pack_width(row_bytes, x_PD, y_TD), [&]<int width>(std::integral_constant<int, width>) {
-            const tiling g = tiling_of(row_bytes / width);
-            return launch(scatter_kernel<T, width>, tiles(g, tokens), THREADS, 0, stream, tokens, layout->K, g, row_N,
-                          w, static_cast<const pack<width> *>(x_PD), static_cast<pack<width> *>(y_TD));
+            tiling g = tiling_of(row_bytes / width);
+            g.rows = static_cast<int>(min64(g.rows, max64(1, ORIGINS / layout->K)));     // at hand for a block
+            const size_t shared = static_cast<size_t>(g.rows) * layout->K * sizeof(origin);
+            TRY(invert(*layout, g.packs, weights_N ? wdtype : MOE_F32, weights_N, origin_N, verdict_of(OP_scatter),
+                       stream));
+            // One or two copies leave eight slots empty: with two of them there are registers for more threads.
+            auto kernel = scatter_kernel<T, width, width == 16 ? SLOTS : IN_FLIGHT>;
+            if constexpr (width == 16)
+                if (layout->K <= 2) kernel = scatter_kernel<T, width, 2>;
+            return launch(kernel, tiles(g, tokens), THREADS, shared, stream, tokens, layout->K, g, weights_N != nullptr,
+                          origin_N, static_cast<const pack<width> *>(x_PD), static_cast<pack<width> *>(y_TD));
         });
     });
 }
@@ -299,13 +311,13 @@ static __device__ pack<16> group_at(const T *row_D, int64_t group, int64_t D) {
 
 template <class T, bool whole>
 __global__ void __launch_bounds__(THREADS)
-dweights_kernel(int64_t N, int K, int64_t D, const int64_t *__restrict__ row_N, const T *__restrict__ x_PD,
+dweights_kernel(int64_t N, int K, int64_t D, const origin *__restrict__ origin_N, const T *__restrict__ x_PD,
                 const T *__restrict__ dy_TD, bool wide, void *__restrict__ dweights_N) {
     constexpr int n = 16 / sizeof(T);
     const int64_t f = static_cast<int64_t>(blockIdx.x) * (THREADS / 32) + warp_id();
     if (f >= N) return;
-    const int64_t row = row_N[f], groups = row < 0 ? 0 : ceil_div(D, n);
-    const T *const x_D = x_PD + row * D, *const dy_D = dy_TD + static_cast<int>(f) / K * D;
+    const int64_t at = origin_N[f].at, groups = at < 0 ? 0 : ceil_div(D, n);
+    const T *const x_D = x_PD + at, *const dy_D = dy_TD + static_cast<int>(f) / K * D;
     float dot = 0;
     for (int64_t first = lane_id(); first < groups; first += 32 * IN_FLIGHT) {
         pack<16> x[IN_FLIGHT] = {}, dy[IN_FLIGHT] = {};
@@ -334,12 +346,12 @@ int moe_scatter_dweights(int dtype, int wdtype, int64_t D, const moe_layout *lay
     TRY(check(dtype, wdtype, true, D, layout));
     const int64_t N = layout->N;
     if (N == 0) return MOE_OK;
-    auto *const row_N = static_cast<int64_t *>(workspace);
-    TRY(invert(*layout, row_N, verdict_of(OP_scatter_dweights), stream));
+    auto *const origin_N = static_cast<origin *>(workspace);
+    TRY(invert(*layout, D, MOE_F32, nullptr, origin_N, verdict_of(OP_scatter_dweights), stream));
     return by_float(dtype, [&]<class T>(T) {
         const bool whole = pack_width(D * moe_size(dtype), x_PD, dy_TD) == 16;
         return launch(whole ? dweights_kernel<T, true> : dweights_kernel<T, false>, ceil_div(N, THREADS / 32), THREADS,
-                      0, stream, N, layout->K, D, row_N, static_cast<const T *>(x_PD), static_cast<const T *>(dy_TD),
-                      wdtype == MOE_F32, dweights_N);
+                      0, stream, N, layout->K, D, origin_N, static_cast<const T *>(x_PD),
+                      static_cast<const T *>(dy_TD), wdtype == MOE_F32, dweights_N);
     });
 }

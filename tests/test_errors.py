@@ -11,12 +11,15 @@ import re
 import devices
 import pytest
 import torch
+from cases import SMALLEST
+from checks import CHECKS, Tapped
 
 import moe_ext
 from moe_ext import ops, reference
 
 T, D, F, E, K = 6, 4, 5, 3, 2
 KEY = dict(seed=0, step=0, site=0)
+ELSEWHERE = {"cpu": "meta", "cuda": "cpu"}
 
 
 class Inputs:
@@ -28,7 +31,7 @@ class Inputs:
         def randn(*size):
             return torch.randn(*size, generator=generator).to(device)
 
-        self.device, self.elsewhere = device, "meta" if device == "cpu" else "cpu"
+        self.device, self.elsewhere = device, ELSEWHERE[device]
         self.x, self.rows, self.w = randn(T, D), randn(T * K, D), randn(E, D, F)
         self.gate, self.down = randn(E, F, D), randn(E, D, F)
         self.weights, self.logits = randn(T, K), randn(T, E)
@@ -75,7 +78,7 @@ REFUSED = {
         lambda i: ops.grouped_gemm(i.rows, i.w.to(i.elsewhere), i.bins)
     ),
     "grouped_gemm: bins on device first argument on": lambda i: ops.grouped_gemm(i.rows, i.w, i.bins.to(i.elsewhere)),
-    "gather: order on device first argument on": lambda i: ops.gather(i.x, i.order.to(i.elsewhere), None, i.bins, K),
+    "gather: indices on device first argument on": lambda i: ops.gather(i.x, i.order.to(i.elsewhere), None, i.bins, K),
     "expert_mlp: down on device first argument on": lambda i: i.mlp(down=i.down.to(i.elsewhere)),
     # shape
     "route_index: ids shape [2] wanted [T, K]": lambda i: ops.route_index(i.ids[0], E),
@@ -160,6 +163,24 @@ def pattern(words):
 def test_message(words, device):
     with pytest.raises(RuntimeError, match=pattern(words)):
         REFUSED[words](Inputs(device))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_an_argument_elsewhere_is_called_as_its_caller_calls_it(name, device):
+    def call(tap):
+        CHECKS[name](Tapped(name, tap), SMALLEST, torch.float32, device)
+
+    places = []
+    call(lambda place, x: places.append(place) or x)
+    arguments = {place.removeprefix("argument "): place for place in places if place.startswith("argument ")}
+    torchs_own = {"padded_gather": "padded_bins", "noisy": "scale_E"}  # .item(), an operator
+    for argument in list(arguments)[1:]:
+        if argument == torchs_own.get(name):
+            continue
+        with pytest.raises(RuntimeError, match=r"is on device .*, the first argument on ") as error:
+            call(lambda place, x, here=arguments[argument]: x.to(ELSEWHERE[device]) if place == here else x)
+        said = re.match(r"moe_ext::\w+: (\w+) is", str(error.value))[1]
+        assert argument in (said, f"{said}_{argument.rpartition('_')[2]}")
 
 
 @pytest.mark.parametrize("words", VALUES)

@@ -92,6 +92,22 @@ def test_tiles(tiles, strides, dtype, device):
     against_reference(ops, lambda ops, x_RI, w_EIO: ops.grouped_gemm(x_RI, STRIDES[strides](w_EIO), bins_E), inputs)
 
 
+@pytest.mark.parametrize("strides", ["contiguous", "transposed"])
+def test_long_sums(strides, device):
+    """Of thousands of positive products in float32: one chain of roundings errs many times as much as plain torch."""
+    x_RI, w_EIO = torch.rand(16, 8192).to(device), torch.rand(1, 8192, 16).to(device)
+    few, many = (torch.tensor([n], dtype=torch.int32, device=device) for n in (16, 8192))
+
+    def both(ops, dtype):
+        x, w = x_RI.to(dtype), w_EIO.to(dtype)
+        y_RO = ops.grouped_gemm(x, STRIDES[strides](w), few)
+        return y_RO, ops.grouped_gemm_wgrad(x.T.contiguous(), w[0].contiguous(), many)
+
+    results = zip(both(ops, torch.float32), both(reference, torch.float32), both(reference, torch.float64), strict=True)
+    for name, (got, plain, oracle) in zip(["y", "dw"], results, strict=True):
+        close(got, plain, oracle, name)
+
+
 def test_rows_do_not_know_their_batch(dtype, device):
     """A row has the same bits in any tile, wherever it stands and whatever else is there."""
     x_RI, w_IO = torch.randn(300, 72).to(device, dtype), torch.randn(72, 264).to(device, dtype)

@@ -180,6 +180,13 @@ def test_rows_wider_than_a_block(form, D, dtype, device):
     check_scatter(ops, form, case, dtype, device)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("K", [1, 2, 3, 8, 19, 600])
+def test_any_number_of_copies(form, K, dtype, device):
+    """Fewer and more of them than a kernel has under way at once, and than it looks up for many tokens."""
+    check_scatter(ops, form, Case("many", Shape(5, 16, 8, K + 1, K), "some_absent"), dtype, device)
+
+
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_rows_at_any_address(offset, dtype, device):
     """Bit for bit what they give at an aligned address, gradients too."""

@@ -34,15 +34,15 @@ def define(schema, *, fake, save=None, backward=None, constant=False, autocast=(
         kernels = (save, backward) if backward else (_save_nothing, _refuse(op))
         _library.impl(name, _autograd_kernel(op, *kernels), "Autograd", with_keyset=True)
     if kernel:
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        _library.impl(name, _on_one_device(op, kernel), "CompositeExplicitAutograd")
     if autocast:
         for device in ("cpu", "cuda"):
             _library.impl(name, _autocast_kernel(op, device, autocast, autocast_dtype), f"Autocast{device.upper()}")
     return op if backward or constant else _past_autograd(op)
 
 
-def _on_one_device(op, fake):
-    """Meta tensors beside real ones end here, which the kernels never see."""
+def _on_one_device(op, function):
+    """What runs without the check of a kernel in csrc/: meta tensors beside real ones end here, and composed ops."""
 
     def checked(*args):
         tensors = [(a.name, x) for a, x in zip(op._schema.arguments, args, strict=True) if isinstance(x, torch.Tensor)]
@@ -52,7 +52,7 @@ def _on_one_device(op, fake):
                     f"{op._schema.name}: {name} is on device {x.device}, the first argument on {tensors[0][1].device}. "
                     f"Hint: {name}.to({tensors[0][0]}.device)"
                 )
-        return fake(*args)
+        return function(*args)
 
     return checked
 

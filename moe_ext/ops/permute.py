@@ -12,6 +12,7 @@ ones and copies bitwise. The public functions have MegaBlocks' names and argumen
 from moe_ext.ops.define import define
 
 # All three take order (flat ids sorted by expert), bins, out_bins (padded layout), top_k and capacity (binned layout).
+# Their schemas have the public functions' names, indices and padded_bins, for errors say what the caller typed.
 
 
 def _save_gather(ctx, inputs, output):
@@ -28,7 +29,7 @@ def _backward_gather(ctx, dy):
 
 
 _gather = define(
-    "gather(Tensor x, Tensor? weights, Tensor order, Tensor bins, Tensor? out_bins, SymInt rows, int top_k, "
+    "gather(Tensor x, Tensor? weights, Tensor indices, Tensor bins, Tensor? padded_bins, SymInt rows, int top_k, "
     "SymInt capacity) -> Tensor",
     fake=lambda x, weights, order, bins, out_bins, rows, top_k, capacity: x.new_empty(rows, x.shape[1]),
     save=_save_gather,
@@ -51,8 +52,8 @@ def _backward_scatter(ctx, dy):
 
 
 _scatter = define(
-    "scatter(Tensor x, Tensor? weights, Tensor order, Tensor bins, Tensor? out_bins, int top_k, SymInt capacity) "
-    "-> Tensor",
+    "scatter(Tensor x, Tensor? weights, Tensor indices, Tensor bins, Tensor? padded_bins, int top_k, "
+    "SymInt capacity) -> Tensor",
     fake=lambda x, weights, order, bins, out_bins, top_k, capacity: x.new_empty(order.shape[0] // top_k, x.shape[1]),
     save=_save_scatter,
     backward=_backward_scatter,
@@ -75,8 +76,8 @@ def _backward_scatter_dweights(ctx, g):
 
 
 _scatter_dweights = define(
-    "scatter_dweights(Tensor x, Tensor dy, Tensor order, Tensor bins, Tensor? out_bins, int top_k, SymInt capacity, "
-    "ScalarType dtype) -> Tensor",
+    "scatter_dweights(Tensor x, Tensor dy, Tensor indices, Tensor bins, Tensor? padded_bins, int top_k, "
+    "SymInt capacity, ScalarType dtype) -> Tensor",
     fake=lambda x, dy, order, bins, out_bins, top_k, capacity, dtype: x.new_empty(order.shape[0], dtype=dtype),
     save=_save_scatter_dweights,
     backward=_backward_scatter_dweights,
