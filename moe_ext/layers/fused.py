@@ -214,8 +214,10 @@ class FusedMoE(nn.Module):
             priority_BSK = None if priority_BSK is None else self.peers.gather(priority_BSK)
         B, S, K = ids_BSK.shape
         tokens = S if self.scope == "sequence" else B * S
+        capacity = math.ceil(self.capacity_factor * K * tokens / self.num_experts)
         kept_TK = ops.capacity_drop(
-            ids_BSK.view(-1, K), self.num_experts, math.ceil(self.capacity_factor * K * tokens / self.num_experts),
+            ids_BSK.view(-1, K), self.num_experts,
+            torch.full((B if self.scope == "sequence" else 1,), capacity, dtype=torch.int32, device=ids_BSK.device),
             rows_per_scope=tokens, priority_TK=None if priority_BSK is None else priority_BSK.view(-1, K))
         return kept_TK if self.peers is None else self.peers.own(kept_TK.view(B, S, K)).reshape(ids_TK.shape)
 
