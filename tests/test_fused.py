@@ -308,3 +308,13 @@ def test_what_is_no_input_is_named():
         layer.gate(tokens(device="meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(tokens(dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (7,), (2, 3, 5)], ids=str)
+def test_export_leaves_every_size_open(shape):
+    layer = make(**AUX, noise=True)
+    sizes = {dim: torch.export.Dim.DYNAMIC for dim in range(len(shape))}
+    program = torch.export.export(layer, (tokens(*shape),), dynamic_shapes=(sizes,)).module()
+    x = tokens(*(n + 2 for n in shape))
+    torch.testing.assert_close(program(x)[0], layer(x)[0])
+    torch.testing.assert_close(program(x)[1].loss, layer(x)[1].loss)

@@ -252,7 +252,8 @@ class FusedMoE(nn.Module):
 
     def forward(self, x, draws: Draws | None = None, token_mask=None):
         """draws: of noise and jitter, None: torch's generator. token_mask: bool, x's shape without D, True for a real
-        token; it and capacity cost a host read, of the number of copies."""
+        token. The losses are then means over the scopes that have one, among those of this rank. A mask costs a host
+        read, as capacity does: of the number of copies."""
         D = self.gate.in_features
         if x.ndim < 2 or x.shape[-1] != D or not x.is_floating_point():
             raise ValueError(f"FusedMoE: x is {x.dtype} {list(x.shape)}, wanted floating point, [S, {D}] or "
@@ -299,7 +300,7 @@ class FusedMoE(nn.Module):
         counts_GE = ops.balance_counts(ids_TK, self.num_experts, S if self.scope == "sequence" else None)
         loss, kept_TK, dropped = logits_TE.new_zeros(()), ids_TK, ids_TK.new_zeros(())
         if self.training:
-            tokens_G = self.tokens(x_BSD, mask_BS, len(counts_GE))
+            tokens_G = self.tokens(x_BSD, mask_BS, counts_GE.shape[0])
             if self.balance_weight:
                 loss = loss + self.balance_weight * self.balance_loss(scores_TE, counts_GE, mask_BS, tokens_G)
             if self.z_weight:
@@ -323,10 +324,10 @@ class FusedMoE(nn.Module):
     def mean(self, x_Tn, mask_BS, tokens_G):
         """-> [G,n], the mean over each scope's real tokens on all ranks, 0 if it has none; and how many scopes do have
         some."""
-        G = len(tokens_G)
+        G = tokens_G.shape[0]
         if mask_BS is not None:
             x_Tn = x_Tn * mask_BS.view(-1, 1)
-        sum_Gn = x_Tn.view(G, len(x_Tn) // max(G, 1), x_Tn.shape[1]).sum(1)
+        sum_Gn = x_Tn.view(G, x_Tn.shape[0] // max(G, 1), x_Tn.shape[1]).sum(1)
         sum_Gn = sum_Gn if self.peers is None else self.peers.sum(sum_Gn)
         return sum_Gn / tokens_G[:, None].clamp(min=1), (tokens_G > 0).sum().clamp(min=1)
 
