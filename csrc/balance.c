@@ -1,6 +1,6 @@
 // balance.c: what keeps experts evenly loaded: capacity, the two balance losses, the z-loss, the selection-bias rule.
 //
-//   capacity      in each scope of S rows an expert keeps C copies, the rest become -1
+//   capacity      in scope g, S rows, an expert keeps capacity[g] copies, the rest become -1
 //   balance loss  per scope g, from counts_GE and the mean score per expert m_e = mean_{t in g} scores[t,e]:
 //                 switch  E / (S*K) * sum_e counts[g,e] * m_e     mse  mean_e (m_e - 1/E)^2     then the mean over g
 //   z-loss        mean_t logsumexp(logits[t])^2
@@ -79,18 +79,20 @@ static void drop_experts(int64_t begin, int64_t end, void *arg) {
     }
 }
 
-int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, const int32_t *ids_TK,
-                 const void *priority_TK, void *workspace, int32_t *kept_TK) {
+int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, const int32_t *ids_TK, const void *priority_TK,
+                 const int32_t *capacity_G, void *workspace, int32_t *kept_TK) {
     if (!moe_is_float(dtype)) return MOE_BAD_DTYPE;
     int status = check_scopes(T, S, K, E);
-    if (status) return status;
-    if (capacity < 0) return MOE_BAD_SHAPE;
-    if ((status = check_ids(T * K, E, ids_TK))) return status;
+    if (status || (status = check_ids(T * K, E, ids_TK))) return status;
+    const int64_t G = T ? T / S : 0;
+    for (int64_t g = 0; g < G; g++)
+        if (capacity_G[g] < 0) return MOE_BAD_VALUE;
     for (int64_t i = 0; priority_TK && i < T * K; i++)
         if (isnan(real_get(dtype, priority_TK, i))) return MOE_BAD_VALUE;
 
     const capacity_space space = capacity_carve(S, K, E, workspace);
-    for (int64_t first = 0; first < T * K; first += S * K) {
+    for (int64_t g = 0; g < G; g++) {
+        const int64_t  first = g * S * K;
         const int32_t *ids = ids_TK + first;
         memcpy(kept_TK + first, ids, (size_t)(S * K) * sizeof *ids);
         // Counting sort. start[e+1] counts e, then is where e's next copy goes, then where e ends.
@@ -105,7 +107,7 @@ int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t 
         for (int64_t f = 0; f < S * K; f++)
             if (ids[f] >= 0) space.flat[space.start[ids[f] + 1]++] = (int32_t)f;
         const void *priority = priority_TK ? (const char *)priority_TK + first * moe_real_size(dtype) : NULL;
-        capacity_job job = {dtype, capacity, priority, space, kept_TK + first};
+        capacity_job job = {dtype, capacity_G[g], priority, space, kept_TK + first};
         moe_parallel(E, 16384 * E / (S * K) + 1, drop_experts, &job);
     }
     return MOE_OK;

@@ -170,12 +170,12 @@ int moe_router(const moe_router_args *a, const void *logits_TE, const float *sel
 // Either of dweights and dscores may be NULL.
 int moe_router_backward(const moe_router_args *a, const void *logits_TE, const void *scores_TE,
                         const int32_t *ids_TK, const void *dweights_TK, const void *dscores_TE, void *dlogits_TE);
-// Capacity: in each scope of S rows (T = G*S) an expert keeps `capacity` copies: the first by flat id, or the largest
-// by priority_TK (real of dtype, lowest flat id wins a tie, NaN is MOE_BAD_VALUE) if it is not NULL. Dropped ids become
-// -1.
+// Capacity: in each scope g of S rows (T = G*S) an expert keeps capacity[g] copies: the first by flat id, or the largest
+// by priority_TK (real of dtype, lowest flat id wins a tie) if it is not NULL. Dropped ids become -1. A priority of NaN
+// and a capacity below 0 are MOE_BAD_VALUE.
 size_t moe_capacity_workspace(int64_t S, int64_t K, int64_t E);
-int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, const int32_t *ids_TK,
-                 const void *priority_TK, void *workspace, int32_t *kept_TK);
+int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, const int32_t *ids_TK, const void *priority_TK,
+                 const int32_t *capacity_G, void *workspace, int32_t *kept_TK);
 // Losses and their gradients dloss are one real each, in memory.
 // Balance loss per scope g of S rows, then the mean over scopes. counts_GE: copies per expert, given, so that a mesh
 // can sum them.

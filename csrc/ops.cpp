@@ -419,18 +419,26 @@ Tensor router_backward(In logits, In scores, In ids, MaybeIn dweights,
     return dlogits;
 }
 
-Tensor capacity_drop(In ids, MaybeIn priority, int64_t num_experts, int64_t capacity, int64_t rows_per_scope) {
+// Rows [0, T) in scopes of S: how many there are. No tokens in scopes of no rows are one empty scope.
+int64_t scopes_of(const Door &door, int64_t T, int64_t S) {
+    if (S < 0 || (S == 0 ? T != 0 : T % S)) door.fail("T=", T, " is not a multiple of rows_per_scope=", S);
+    return S ? T / S : 1;
+}
+
+Tensor capacity_drop(In ids, MaybeIn priority, In capacity, int64_t num_experts, int64_t rows_per_scope) {
     Door door{"capacity_drop"};
-    Dim T{"T"}, K{"K"};
+    Dim T{"T"}, K{"K"}, G{"G"};
     auto *ids_TK = door.i32("ids", ids, {&T, &K});
     void *priority_TK = door.in("priority", priority, only(MOE_F64) | only(MOE_F32), {&T, &K});
+    const int64_t S = rows_per_scope, E = num_experts;
+    G.n = scopes_of(door, T, S);
+    auto *capacity_G = door.i32("capacity", capacity, {&G});
     const int dtype = priority ? dtype_of(*priority) : MOE_F32;
     Tensor kept = empty(ids, MOE_I32, {T, K});
-    Workspace work(door, RUN(capacity_workspace, rows_per_scope, K, num_experts));
-    const int64_t S = rows_per_scope, E = num_experts;
-    const int status = RUN(capacity, dtype, T, S, K, E, capacity, ids_TK, priority_TK, work.p, i32(kept));
+    Workspace work(door, RUN(capacity_workspace, S, K, E));
+    const int status = RUN(capacity, dtype, T, S, K, E, ids_TK, priority_TK, capacity_G, work.p, i32(kept));
     if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, E, -1);
-    door.done(status, "wanted capacity=", capacity, " >= 0, and T=", T.n, " a multiple of rows_per_scope=", S);
+    door.done(status, "wanted capacity >= 0 and no NaN in priority, num_experts=", E);
     return kept;
 }
 
@@ -439,8 +447,7 @@ Tensor balance_counts(In ids, int64_t num_experts, int64_t rows_per_scope) {
     Dim T{"T"}, K{"K"};
     auto *ids_TK = door.i32("ids", ids, {&T, &K});
     const int64_t S = rows_per_scope;
-    if (S < 0 || (S == 0 ? T != 0 : T % S)) door.fail("T=", T.n, " is not a multiple of rows_per_scope=", S);
-    Tensor counts = empty(ids, MOE_I32, {S ? T / S : 1, num_experts});
+    Tensor counts = empty(ids, MOE_I32, {scopes_of(door, T, S), num_experts});
     const int status = RUN(balance_counts, T, S, K, num_experts, ids_TK, i32(counts));
     if (status == MOE_BAD_INDEX) door.bad_index("ids", ids_TK, T * K, num_experts, -1);
     door.done(status, "num_experts=", num_experts);

@@ -1,6 +1,6 @@
 // balance.cu: the twins of csrc/balance.c: what keeps experts evenly loaded.
 //
-//   capacity      in each scope of S rows an expert keeps C copies, the rest become -1: the same as in the C core
+//   capacity      in scope g, S rows, an expert keeps capacity[g] copies, the rest become -1: as in the C core
 //   balance loss  per scope g, from counts_GE and the mean score per expert m_e = mean_{t in g} scores[t,e]:
 //                 switch  E / (S*K) * sum_e counts[g,e] * m_e     mse  mean_e (m_e - 1/E)^2     then the mean over g
 //   z-loss        mean_t logsumexp(logits[t])^2
@@ -9,7 +9,7 @@
 // A scope is S consecutive rows, T = G*S. E <= MOE_MAX_EXPERTS. Losses and dloss are one float each. Sums over rows run
 // in double, in an order that the sizes alone decide.
 // An id outside [-1,E) is MOE_BAD_INDEX at its flat position and counts as -1; a priority of NaN is MOE_BAD_VALUE at
-// its own. A count that select_bias_update cannot add is MOE_BAD_VALUE at its expert, and no bias moves.
+// its own, a capacity below 0 at its scope, where it counts as 0. A count that select_bias_update cannot add is MOE_BAD_VALUE at its expert, and no bias moves.
 #include <cmath>
 
 #include "../csrc/vmath.h"
@@ -37,18 +37,20 @@ static __device__ bool is_here(int id, int64_t E, int64_t flat, verdict bad) {
 // those that have begun like it; then copies below it are dropped, and of its equals all but the first few.
 struct capacity_job {
     int64_t        tasks;                       // G*E
-    int            copies, E, capacity;         // copies of a scope: S*K
+    int            copies, E;                   // copies of a scope: S*K
     const int32_t *ids_TK;
     const float   *priority_TK;                 // NULL: all are equal
+    const int32_t *capacity_G;
     int32_t       *kept_TK;
 };
 
-__global__ void admit_kernel(int64_t N, int64_t E, const int32_t *ids_N, const float *priority_N, int32_t *kept_N,
-                             verdict bad) {
+__global__ void admit_kernel(int64_t N, int64_t G, int64_t E, const int32_t *ids_N, const float *priority_N,
+                             const int32_t *capacity_G, int32_t *kept_N, verdict bad) {
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t f = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; f < N; f += stride) {
         kept_N[f] = is_here(ids_N[f], E, f, bad) ? ids_N[f] : -1;
         if (priority_N && std::isnan(priority_N[f])) bad(MOE_BAD_VALUE, f);
+        if (f < G && capacity_G[f] < 0) bad(MOE_BAD_VALUE, f);
     }
 }
 
@@ -89,15 +91,19 @@ __global__ void __launch_bounds__(1024) drop_kernel(capacity_job job) {
     const int warps = blockDim.x / 32, part = static_cast<int>(round_up(ceil_div(job.copies, warps), 32));
     for (int64_t task = blockIdx.x; task < job.tasks; task += gridDim.x) {
         const int64_t scope = task / job.E * job.copies;
+        const int     capacity = static_cast<int>(max64(job.capacity_G[task / job.E], 0));
+        if (capacity >= job.copies) continue;
         const int     own = static_cast<int>(task % job.E);
         const int32_t *const __restrict__ ids = job.ids_TK + scope;
-        const auto order = [&](int f) { return job.priority_TK ? order_of(job.priority_TK[scope + f]) : 0; };
+        // Without a place all are equal: there is no last copy that stays.
+        const float *const priority = job.priority_TK && capacity ? job.priority_TK + scope : nullptr;
+        const auto order = [&](int f) { return priority ? order_of(priority[f]) : 0; };
         uint32_t last = 0;                      // the order of the last copy that stays,
-        int      left = job.capacity;           // and how many of that order do
+        int      left = capacity;               // and how many of that order do
         bool     drops = true;
 
         if (threadIdx.x == 0) space->digit = -1;
-        for (int shift = 32 - DIGIT_BITS; job.priority_TK && drops && shift >= 0; shift -= DIGIT_BITS) {
+        for (int shift = 32 - DIGIT_BITS; priority && drops && shift >= 0; shift -= DIGIT_BITS) {
             for (int d = threadIdx.x; d < DIGITS; d += blockDim.x) space->counts[d] = 0;
             __syncthreads();
 #pragma unroll 4
@@ -140,18 +146,15 @@ static int drop_threads(int64_t copies) { return static_cast<int>(min64(max64(ro
 
 size_t moe_capacity_workspace(int64_t, int64_t, int64_t, cudaStream_t) { return 0; }
 
-int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, const int32_t *ids_TK,
-                 const void *priority_TK, void *, int32_t *kept_TK, cudaStream_t stream) {
+int moe_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, const int32_t *ids_TK, const void *priority_TK,
+                 const int32_t *capacity_G, void *, int32_t *kept_TK, cudaStream_t stream) {
     TRY(check_rows(dtype, 0, 1));
     TRY(check_scopes(T, S, K, E));
-    if (capacity < 0) return MOE_BAD_SHAPE;
     auto *const priority = static_cast<const float *>(priority_TK);
-    TRY(launch(admit_kernel, strided_grid(T * K, 256), 256, 0, stream, T * K, E, ids_TK, priority, kept_TK,
-               verdict_of(OP_capacity)));
-    if (capacity >= S * K) return MOE_OK;
-    // Without a place all are equal: there is no last copy that stays.
+    TRY(launch(admit_kernel, strided_grid(T * K, 256), 256, 0, stream, T * K, scopes(T, S), E, ids_TK, priority,
+               capacity_G, kept_TK, verdict_of(OP_capacity)));
     const capacity_job job = {scopes(T, S) * E, static_cast<int>(S * K), static_cast<int>(E),
-                              static_cast<int>(capacity), ids_TK, capacity ? priority : nullptr, kept_TK};
+                              ids_TK, priority, capacity_G, kept_TK};
     return launch(drop_kernel, strided_grid(job.tasks, 1), drop_threads(S * K), sizeof(capacity_space), stream, job);
 }
 

@@ -31,6 +31,7 @@ from moe_ext import ops
 
 _LAYERS = {
     "Arguments": "moe_ext.layers.arguments",
+    "Draws": "moe_ext.layers.fused",
     "FusedMoE": "moe_ext.layers.fused",
     "LearnedRouter": "moe_ext.layers.router",
     "MLP": "moe_ext.layers.mlp",

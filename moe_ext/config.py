@@ -14,6 +14,7 @@ import difflib
 import json
 import math
 import sys
+import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,8 @@ class MoEConfig:
     dense_layers: int = 0               # the first blocks that keep a dense MLP
     shared_hidden: int = 0              # width of the shared expert that sees every token; 0: none
     score: Literal["softmax_topk", "topk_softmax", "sigmoid"] = "softmax_topk"  # logits -> weights
-    norm_p: float = 1.0                 # the K weights are divided by their p-norm; 0: left as they are
+    norm_p: float | Literal["auto"] = "auto"    # the K weights are divided by their p-norm; 0: left as they are; auto:
+                                        # 1, but 0 with top_k 1, where a norm would make the one weight 1
     scale: float = 1.0                  # the weights are multiplied by this after the norm
     select_bias_rate: float = 0.0       # step of the selection bias per optimizer step; 0: no bias
     noise: bool = False                 # learned noise: logits + scale_E * N(0,1), scale_E starts at 0 (training only)
@@ -63,7 +65,13 @@ class MoEConfig:
         require(self.experts > 0 and self.hidden > 0, "model.moe.experts and model.moe.hidden must be positive")
         require(1 <= self.top_k <= self.experts, f"model.moe.top_k is {self.top_k}, but there are {self.experts} "
                 f"experts (model.moe.experts): choose 1 to {self.experts}")
-        require(self.norm_p >= 0, f"model.moe.norm_p is {self.norm_p}; it must be 0 (no norm) or a positive p")
+        require(self.norm_p == "auto" or self.norm_p >= 0, f"model.moe.norm_p is {self.norm_p}; it must be auto, 0 (no "
+                "norm) or a positive p")
+        require(self.top_k > 1 or self.norm_p in ("auto", 0), f"model.moe.norm_p {self.norm_p} makes the one weight of "
+                "model.moe.top_k 1 the constant 1, so the router gets no gradient: set it to auto or 0")
+        require(self.top_k > 1 or self.score != "topk_softmax", "model.moe.score topk_softmax makes the one weight of "
+                "model.moe.top_k 1 the constant 1, so the router gets no gradient: use softmax_topk or sigmoid")
+        require(self.scale > 0, f"model.moe.scale is {self.scale}; it must be positive")
         require(0 <= self.jitter < 1, f"model.moe.jitter is {self.jitter}; it must lie in [0, 1)")
         require(self.capacity_factor >= 0, f"model.moe.capacity_factor is {self.capacity_factor}; 0 means dropless, "
                 "1.0 the even share")
@@ -315,7 +323,11 @@ def build(cls, table: dict, prefix: str = ""):
 
 
 def convert(kind, value, name: str):
-    """`value` as `kind` (a dataclass, Literal, bool, int, float or str); an int is accepted where a float is wanted."""
+    """`value` as `kind`: a dataclass, Literal, bool, int, float or str, or float | Literal; an int is accepted where a
+    float is wanted."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        number, word = typing.get_args(kind)
+        return convert(word if isinstance(value, str) else number, value, name)
     if dataclasses.is_dataclass(kind):
         require(isinstance(value, dict), f"{name}: got {value!r}, wanted a table [{name}]")
         return build(kind, value, name + ".")

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_ext
 from moe_ext import ops
 from moe_ext.config import Config, ModelConfig, require
-from moe_ext.layers.fused import MLP, Draws, FusedMoE, site
+from moe_ext.layers.fused import MLP, Draws, FusedMoE, check_mask, site
 
 
 class Losses(NamedTuple):
@@ -37,6 +37,15 @@ class KVCache:
     """Keys and values of the `length` tokens seen so far, with room for the model's whole context."""
     def __init__(self, config: ModelConfig):
         self.room, self.layers, self.length = config.seq_len, [None] * config.layers, 0
+        self.real_BL = None     # which of them are real; None: all
+
+    def mark(self, token_mask, tokens_BS):
+        """Takes the mask of new tokens, None if all are real, and returns that of all tokens."""
+        if token_mask is not None or self.real_BL is not None:
+            new_BS = torch.ones_like(tokens_BS, dtype=torch.bool) if token_mask is None else token_mask
+            old_BL = new_BS.new_ones(len(new_BS), self.length) if self.real_BL is None else self.real_BL
+            self.real_BL = torch.cat([old_BL, new_BS], dim=1)
+        return self.real_BL
 
     def extend(self, layer, k_BGSd, v_BGSd):
         """Appends to one layer and returns all its keys and values; the model moves `length` after the last layer."""
@@ -55,10 +64,10 @@ def make_norm(c: ModelConfig, **options):
     return nn.LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
 
 
-def rope_angles(positions_S, head_dim, base):
-    """-> cos, sin, fp64 [S, d/2]: position * base^(-2i/d) (Su et al., 2021)."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_S.device) / head_dim)
-    angle = positions_S.double()[:, None] * frequency
+def rope_angles(positions, head_dim, base):
+    """-> cos, sin, fp64 [.., d/2]: position * base^(-2i/d) (Su et al., 2021)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
+    angle = positions.double()[..., None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -67,6 +76,13 @@ def rotate(x_BHSd, rope):
     cos, sin = (t.to(x_BHSd.dtype) for t in rope)
     a, b = x_BHSd.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def visible(past, S, real_BL, device):
+    """The keys, of past + S, that each of the last S tokens sees: those up to it, bool [S,L]; of which only real ones,
+    and in any case itself, for softmax over nothing is NaN, [B,1,S,L]."""
+    before_SL = torch.ones(S, past + S, dtype=torch.bool, device=device).tril(past)
+    return before_SL if real_BL is None else (before_SL & real_BL[:, None, None]) | before_SL.triu(past)
 
 
 class Attention(nn.Module):
@@ -82,7 +98,8 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_width, eps=c.norm_eps, **options) if c.qk_norm else None
         self.k_norm = nn.RMSNorm(c.head_width, eps=c.norm_eps, **options) if c.qk_norm else None
 
-    def forward(self, x_BSD, rope, cache: KVCache | None = None, layer: int = 0):
+    def forward(self, x_BSD, rope, cache: KVCache | None = None, layer: int = 0, seen=None):
+        """seen: the keys that each query sees, broadcast to [B,H,S,L]; None: those up to itself."""
         B, S, _ = x_BSD.shape
         q, k, v = (proj(x_BSD).view(B, S, -1, self.head_width) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
@@ -91,12 +108,9 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # [B, H or G, S, d]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-            past = k.shape[2] - S
-            mask = torch.ones(S, past + S, dtype=torch.bool, device=q.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
 
@@ -120,22 +134,25 @@ class Block(nn.Module):
                 capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
                 balance_form=m.balance_form, balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
 
-    def forward(self, x_BSD, rope, draws=None, cache=None):
+    def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None):
         """-> x_BSD, Routing (None for a dense block)."""
-        y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, cache, self.layer)
-        x_BSD = x_BSD + drop(y_BSD, self.dropout, draws, self.name + ".self_attn")
+        p = self.dropout if self.training else 0.0
+        y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, cache, self.layer, seen)
+        x_BSD = x_BSD + drop(y_BSD, p, draws, self.name + ".self_attn")
         y_BSD, routing = self.post_attention_layernorm(x_BSD), None
         if isinstance(self.mlp, FusedMoE):
-            y_BSD, routing = self.mlp(y_BSD, draws)
+            y_BSD, routing = self.mlp(y_BSD, draws, token_mask)
         else:
             y_BSD = self.mlp(y_BSD)
-        return x_BSD + drop(y_BSD, self.dropout, draws, self.name + ".mlp.dropout"), routing
+        return x_BSD + drop(y_BSD, p, draws, self.name + ".mlp.dropout"), routing
 
 
 def drop(x_BSD, p, draws: Draws | None, name):
-    """Dropout by the counter-based generator; the identity without draws, i.e. outside training."""
-    if p == 0 or draws is None:
+    """Dropout by the counter-based generator; without draws by torch's."""
+    if p == 0:
         return x_BSD
+    if draws is None:
+        return F.dropout(x_BSD, p)
     return ops.dropout(x_BSD.flatten(0, 1), p, **draws.at(name)).view_as(x_BSD)
 
 
@@ -193,36 +210,51 @@ class GPT(nn.Module):
             if moe.select_bias_E is not None:
                 moe.select_bias_E.zero_()
 
-    def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None):
-        """-> the last norm's output [B,S,D], list of Routing. `draws` are used in training only."""
+    def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None, token_mask=None):
+        """-> the last norm's output [B,S,D], list of Routing.
+
+        draws: of dropout, noise and jitter, in training only; None: torch's generator. token_mask: bool [B,S], True for
+        a real token. No other token sees a pad, and positions count real tokens alone, so that these get what they get
+        without pads, on whichever side; a pad's own output means nothing.
+        """
         c, S = self.config, tokens_BS.shape[1]
         past = 0 if cache is None else cache.length
         if past + S > c.seq_len:
             raise ValueError(f"GPT: {past + S} tokens, but model.seq_len is {c.seq_len}")
-        draws = draws if self.training else None
-        positions_S = torch.arange(past, past + S, device=tokens_BS.device)
+        if token_mask is not None:
+            check_mask("GPT", token_mask, tokens_BS)
+        real_BL, seen = token_mask if cache is None else cache.mark(token_mask, tokens_BS), None
+        if real_BL is not None or cache is not None:
+            seen = visible(past, S, real_BL, tokens_BS.device)
+        positions = torch.arange(past, past + S, device=tokens_BS.device)
+        if real_BL is not None:
+            positions = (real_BL.cumsum(1) - 1).clamp(min=0)[:, past:]
         x_BSD = self.embed_tokens(tokens_BS)
         rope = None
         if self.embed_positions is not None:
-            x_BSD = x_BSD + self.embed_positions(positions_S)
-        else:
-            rope = rope_angles(positions_S, c.head_width, c.rope_base)
-        x_BSD = drop(x_BSD, c.dropout, draws, "embed_tokens")
+            x_BSD = x_BSD + self.embed_positions(positions)
+        else:       # the same for all heads
+            rope = rope_angles(positions.unsqueeze(-2), c.head_width, c.rope_base)
+        x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, "embed_tokens")
         routings = []
         for block in self.layers:
             if self.recompute and self.training:
-                # Random numbers are keyed and losses are returned: there is no state to save or to count twice.
-                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, use_reentrant=False, preserve_rng_state=False)
+                # Losses are returned, and draws keyed: there is no state to count twice, and none to save.
+                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, cache, seen, token_mask, use_reentrant=False,
+                                            preserve_rng_state=draws is None)
             else:
-                x_BSD, routing = block(x_BSD, rope, draws, cache)
+                x_BSD, routing = block(x_BSD, rope, draws, cache, seen, token_mask)
             routings += [routing] if routing is not None else []
         if cache is not None:
             cache.length += S
         return self.norm(x_BSD), routings
 
-    def forward(self, tokens_BS, targets_BS, draws: Draws | None = None) -> Losses:
-        """targets_BS int64, -100 where a token does not count."""
-        x_BSD, routings = self.hidden(tokens_BS, draws)
+    def forward(self, tokens_BS, targets_BS, draws: Draws | None = None, token_mask=None) -> Losses:
+        """targets_BS int64, -100 where a token does not count, nor does any that token_mask calls a pad; draws and
+        token_mask as in `hidden`."""
+        x_BSD, routings = self.hidden(tokens_BS, draws, token_mask=token_mask)
+        if token_mask is not None:
+            targets_BS = targets_BS.masked_fill(~token_mask, -100)
         token_loss = self.lm_head(x_BSD, targets_BS)
         if not routings:
             none = torch.zeros((), dtype=torch.int32, device=tokens_BS.device)
@@ -230,15 +262,15 @@ class GPT(nn.Module):
         loss, counts, dropped = (torch.stack(column) for column in zip(*routings, strict=True))
         return Losses(token_loss, loss.mean(), counts, dropped.sum())
 
-    def logits(self, tokens_BS, cache: KVCache | None = None):
-        """-> [B,S,V]. With a cache, tokens continue those that it holds."""
-        return self.lm_head(self.hidden(tokens_BS, cache=cache)[0])
+    def logits(self, tokens_BS, cache: KVCache | None = None, token_mask=None):
+        """-> [B,S,V]. With a cache, tokens continue those that it holds, and token_mask is that of the new ones."""
+        return self.lm_head(self.hidden(tokens_BS, cache=cache, token_mask=token_mask)[0])
 
     def moe_layers(self) -> list[FusedMoE]:
         return [block.mlp for block in self.layers if isinstance(block.mlp, FusedMoE)]
 
     def update_select_bias(self, counts_LE):
-        """Once per optimizer step, with counts_LE int64 over all its tokens. Nothing without a selection bias."""
+        """Once per optimizer step, with counts_LE over all its tokens. Nothing without a selection bias."""
         if self.config.moe.select_bias_rate:
             for moe, counts_E in zip(self.moe_layers(), counts_LE, strict=True):
                 moe.update_select_bias(counts_E, self.config.moe.select_bias_rate)

@@ -92,7 +92,7 @@ class Case:
     top_k: int = option(2, 1, moe=True)
     score: str = option("softmax_topk", "topk_softmax", "sigmoid", moe=True)
     routing: str = option("plain", "moving", "skewed", "starving", moe=True)    # see `skew`; all but plain with a bias
-    norm_p: float = option(1.0, 0.0, moe=True)
+    norm_p: float | str = option("auto", 0.0, moe=True)
     noise: bool = option(False, True, moe=True)
     jitter: float = option(0.0, 0.1, moe=True)
     scope: str = option("sequence", "micro_batch", moe=True)
@@ -147,7 +147,8 @@ def meet(a, b) -> bool:
     biased = {("routing", level) for level in ("moving", "skewed", "starving")}
     halved = pair >= {("scope", "micro_batch"), ("accumulation", 2)}    # one process's micro-batch is the whole step
     unbiased = ("score", "topk_softmax") in pair and pair & biased      # it chooses by logits
-    return not halved and not unbiased
+    constant = pair == {("score", "topk_softmax"), ("top_k", 1)}        # a weight that no router can change
+    return not halved and not unbiased and not constant
 
 
 def fits(mesh: MeshConfig, level) -> bool:

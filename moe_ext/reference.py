@@ -324,8 +324,8 @@ def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=Non
     return (weights * scale).to(logits_TE.dtype), ids_TK.int(), scores.to(logits_TE.dtype)
 
 
-def capacity_drop(ids_TK, num_experts, capacity, *, rows_per_scope=None, priority_TK=None):
-    """In each scope of rows an expert keeps `capacity` copies, the first by flat id or those of largest priority
+def capacity_drop(ids_TK, num_experts, capacity_G, *, rows_per_scope=None, priority_TK=None):
+    """In each scope g of rows an expert keeps capacity_G[g] copies, the first by flat id or those of largest priority
     (the lowest flat id wins a tie). The ids of the others become -1."""
     ids_GN = ids_TK.reshape(_scopes(ids_TK, rows_per_scope), -1)
     if priority_TK is None:
@@ -335,7 +335,7 @@ def capacity_drop(ids_TK, num_experts, capacity, *, rows_per_scope=None, priorit
     sorted_GN = ids_GN.gather(1, order_GN)
     is_GNE = sorted_GN[..., None] == torch.arange(num_experts, device=ids_TK.device)
     rank_GN = (is_GNE.cumsum(1) * is_GNE).sum(-1)  # 1 for the first copy of its expert
-    kept_GN = torch.where(rank_GN <= capacity, sorted_GN, -1)
+    kept_GN = torch.where(rank_GN <= capacity_G[:, None], sorted_GN, -1)
     return torch.empty_like(ids_GN).scatter(1, order_GN, kept_GN).view_as(ids_TK).int()
 
 

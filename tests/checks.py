@@ -63,7 +63,7 @@ def _router(impl, case, dtype, device):
 
 def _capacity_drop(impl, case, dtype, device):
     priority_TK = case.randn(*case.ids().shape, salt=2, dtype=dtype, device=device)
-    test_route.check_capacity_drop(impl, case.ids(device), case.shape.E, 5, priority_TK=priority_TK)
+    test_route.check_capacity_drop(impl, case.ids(device), case.shape.E, 6, priority_TK=priority_TK)
 
 
 def _balance(impl, case, dtype, device):

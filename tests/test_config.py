@@ -49,6 +49,9 @@ def test_command_line_comes_last(tmp_path):
     config = C.parse([str(path), "--train.steps", "200", "--model.moe.score", "sigmoid", "--train.recompute"])
     assert (config.train.steps, config.train.micro_batch, config.model.moe.score) == (200, 3, "sigmoid")
     assert config.train.recompute and not config.model.qk_norm
+    for norm, want in (([], "auto"), (["--model.moe.norm-p", "0"], 0.0), (["--model.moe.norm-p", "auto"], "auto")):
+        config = C.parse([str(path), "--model.moe.experts", "4", "--model.moe.top-k", "1", *norm])
+        assert (config.model.moe.top_k, config.model.moe.norm_p) == (1, want)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -68,6 +71,12 @@ def test_command_line_comes_last(tmp_path):
     ("[model]\ndim = 12\n", ["RoPE", "even"]),
     ("[model]\ndropout = 1.0\n", ["model.dropout is 1.0"]),
     ("[model.moe]\nexperts = 4\nscore = 'topk_softmax'\nselect_bias_rate = 0.1\n", ["select_bias_rate", "sigmoid"]),
+    ("[model.moe]\nexperts = 4\ntop_k = 1\nnorm_p = 1\n", ["norm_p 1.0", "no gradient", "auto or 0"]),
+    ("[model.moe]\nexperts = 4\ntop_k = 1\nscore = 'topk_softmax'\n", ["topk_softmax", "no gradient", "sigmoid"]),
+    ("[model.moe]\nexperts = 4\nscale = 0\n", ["model.moe.scale is 0.0"]),
+    ("[model.moe]\nnorm_p = 'atuo'\n", ["model.moe.norm_p", "'atuo'", "did you mean auto?"]),
+    ("[model.moe]\nnorm_p = true\n", ["model.moe.norm_p", "True (bool)", "wanted float"]),
+    ("[model.moe]\nexperts = 4\nnorm_p = -1\n", ["model.moe.norm_p is -1.0", "auto, 0"]),
     ("[optim]\nmin_lr = 1.0\n", ["optim.lr 0.001", "optim.min_lr 1.0"]),
     ("[train]\nsteps = 50\n", ["optim.warmup 100", "train.steps 50"]),
     ("[train]\nmicro_batch = 0\n", ["train.micro_batch is 0"]),

@@ -105,7 +105,10 @@ REFUSED = {
         lambda i: ops.linear_cross_entropy(i.x, i.w[0].T, i.targets[1:])
     ),
     "balance_counts: T=6 multiple rows_per_scope=4": lambda i: ops.balance_counts(i.ids, E, 4),
-    "capacity_drop: T=6 rows_per_scope=4": lambda i: ops.capacity_drop(i.ids, E, 2, rows_per_scope=4),
+    "capacity_drop: T=6 rows_per_scope=4": lambda i: ops.capacity_drop(i.ids, E, i.i32(2), rows_per_scope=4),
+    "capacity_drop: capacity shape [1] wanted [G=3]": (
+        lambda i: ops.capacity_drop(i.ids, E, i.i32(2), rows_per_scope=2)
+    ),
     "balance_loss: counts G=4 divide T=6": lambda i: ops.balance_loss(i.logits, i.bins.repeat(4, 1), K),
     "expert_mlp: size num_copies number of ids >= 0": lambda i: i.mlp(num_copies=13),
     "topology: E*cols=40000 int16": lambda i: ops.topology(i.i32(4, 8), 4, 2, 20000),
@@ -116,7 +119,6 @@ REFUSED = {
     "router: norm_p=-1": lambda i: ops.router(i.logits, K, norm_p=-1.0),
     'activation: act "swish" wanted swiglu': lambda i: ops.activation(i.x, "swish"),
     'balance_loss: form "l2" wanted switch': lambda i: ops.balance_loss(i.logits, i.bins[None], K, form="l2"),
-    "capacity_drop: capacity=-1": lambda i: ops.capacity_drop(i.ids, E, -1),
     "linear_cross_entropy: chunk is 0 wanted >= 1": (
         lambda i: ops.linear_cross_entropy(i.x, i.w[0].T, i.targets, chunk=0)
     ),
@@ -137,7 +139,8 @@ VALUES = {
     "route_index: ids 3 wanted < 3 or -1": lambda i: ops.route_index(i.ids + 1, E),
     "route_index: ids -2 wanted or -1": lambda i: ops.route_index(i.ids - 2, E),
     "route_index: ids wanted < 3 or -1": lambda i: ops.route_index(i.ids.long() + 2**32, E),
-    "capacity_drop: ids 2 wanted < 2 or -1": lambda i: ops.capacity_drop(i.ids, 2, 2),
+    "capacity_drop: ids 2 wanted < 2 or -1": lambda i: ops.capacity_drop(i.ids, 2, i.i32(2)),
+    "capacity_drop: wanted capacity >= 0": lambda i: ops.capacity_drop(i.ids, E, i.i32(2, -1), rows_per_scope=3),
     "balance_counts: ids 2 wanted < 2 or -1": lambda i: ops.balance_counts(i.ids, 2),
     "gather: out of range indices": lambda i: ops.gather(i.x, i.order + 20, None, i.bins, K),
     "xent_: targets 5 wanted < 5 or -100": lambda i: ops.linear_cross_entropy(i.x, i.w[0].T, i.targets + 1),

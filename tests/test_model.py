@@ -31,8 +31,9 @@ VARIANTS = {
     "noisy_biased": small(moe=dict(noise=True, score="topk_softmax", norm_p=0, balance_form="mse"), norm="layernorm",
                           bias=True, tied=True),
     "capacity_position": small(moe=dict(capacity_factor=0.5, experts=3)),
-    "capacity_probability": small(moe=dict(capacity_factor=0.7, drop_by="probability", scope="micro_batch")),
-    "jitter_dropout": small(moe=dict(jitter=0.1, top_k=1, norm_p=2.0), dropout=0.1),
+    "capacity_probability": small(moe=dict(capacity_factor=0.7, drop_by="probability", scope="micro_batch",
+                                           norm_p=2.0)),
+    "jitter_dropout": small(moe=dict(jitter=0.1, top_k=1), dropout=0.1),
     "balanced_relu": small(moe=dict(balanced=True, norm_p=math.inf), act="relu"),
     "all_experts": small(moe=dict(top_k=4), act="geglu", bias=True),
 }
@@ -182,7 +183,7 @@ def test_selection_bias_moves_towards_balance():
     step = torch.tensor([-0.01, 0.01, 0, 0])
     for moe, bias_E in zip(model.moe_layers(), before, strict=True):
         torch.testing.assert_close(moe.select_bias_E, bias_E + step)
-        assert moe.select_bias_E.dtype == torch.float32
+        assert moe.select_bias_E.dtype == torch.float64
 
 
 # ---- the whole model -------------------------------------------------------------------------------------------------
@@ -223,10 +224,10 @@ def test_draws_key_dropout_noise_and_jitter():
     first = model(tokens, targets, DRAWS).token_loss
     assert first == model(tokens, targets, DRAWS).token_loss
     others = [model(tokens, targets, draws).token_loss
-              for draws in (Draws(8, 5), Draws(7, 6), Draws(7, 5, row0=100), None)]
-    assert len({loss.item() for loss in [first, *others]}) == 5
+              for draws in (Draws(8, 5), Draws(7, 6), Draws(7, 5, row0=100))]
+    assert len({loss.item() for loss in [first, *others]}) == 4
     model.eval()
-    assert model(tokens, targets, DRAWS).token_loss == model(tokens, targets).token_loss == others[-1]
+    assert model(tokens, targets, DRAWS).token_loss == model(tokens, targets).token_loss != first
 
 
 @pytest.mark.c_core

@@ -103,14 +103,17 @@ def test_router_gradient_through_one_output_alone(device):
 
 
 def check_capacity_drop(impl, ids_TK, E, capacity, rows_per_scope=None, priority_TK=None):
-    options = dict(rows_per_scope=rows_per_scope, priority_TK=priority_TK)
-    got = impl.capacity_drop(ids_TK, E, capacity, **options)
-    same(got, reference.capacity_drop(ids_TK, E, capacity, **options))
+    """In the last scope an expert has one place less, if it has any."""
+    capacity_G = torch.full((len(ids_TK) // rows_per_scope if rows_per_scope else 1,), capacity, dtype=torch.int32)
+    capacity_G[-1:] -= min(capacity, 1)
+    capacity_G, options = capacity_G.to(ids_TK.device), dict(rows_per_scope=rows_per_scope, priority_TK=priority_TK)
+    got = impl.capacity_drop(ids_TK, E, capacity_G, **options)
+    same(got, reference.capacity_drop(ids_TK, E, capacity_G, **options))
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("rows_per_scope", [None, 1, 4, 24], ids=str)
-@pytest.mark.parametrize("capacity", [0, 1, 3, 1000])
+@pytest.mark.parametrize("capacity", [0, 1, 2, 4, 1000])
 def test_capacity_drop(routing, rows_per_scope, capacity, device):
     ids_TK = ROUTINGS[routing](24, 2, 6, torch.Generator().manual_seed(0)).to(device)
     check_capacity_drop(ops, ids_TK, 6, capacity, rows_per_scope)
@@ -124,10 +127,13 @@ def test_capacity_keeps_the_first_or_the_likeliest(device):
     """Without the reference."""
     ids_TK = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 2]], dtype=torch.int32, device=device)
     priority = torch.tensor([[0.1, 0.9], [0.7, 0.9], [0.7, 0.9], [0.8, 0.9]], device=device)
-    assert ops.capacity_drop(ids_TK, 3, 1).tolist() == [[0, 1], [-1, 2], [-1, -1], [-1, -1]]
-    assert ops.capacity_drop(ids_TK, 3, 1, rows_per_scope=2).tolist() == [[0, 1], [-1, 2], [0, 1], [-1, 2]]
-    kept = ops.capacity_drop(ids_TK, 3, 2, priority_TK=priority)
+    one, two, other = (torch.tensor(n, dtype=torch.int32, device=device) for n in ([1], [2], [1, 2]))
+    assert ops.capacity_drop(ids_TK, 3, one).tolist() == [[0, 1], [-1, 2], [-1, -1], [-1, -1]]
+    assert ops.capacity_drop(ids_TK, 3, other, rows_per_scope=2).tolist() == [[0, 1], [-1, 2], [0, 1], [0, 2]]
+    kept = ops.capacity_drop(ids_TK, 3, two, priority_TK=priority)
     assert kept.tolist() == [[-1, 1], [0, 2], [-1, 1], [0, 2]], "0.8, then the first 0.7"
+    kept = ops.capacity_drop(ids_TK, 3, other, rows_per_scope=2, priority_TK=priority)
+    assert kept.tolist() == [[-1, 1], [0, 2], [0, 1], [0, 2]], "0.7 alone, then both"
 
 
 @pytest.mark.parametrize("rows_per_scope", [None, 350], ids=str)

@@ -57,7 +57,8 @@ class TorchMoE(nn.Module):
         real = torch.promote_types(x_TD.dtype, torch.float32)
         p_TE = (x_TD.to(real) @ self.router.to(real).T).softmax(-1)
         p_TK, ids_TK = p_TE.topk(self.top_k)
-        p_TK = p_TK / p_TK.sum(-1, keepdim=True)
+        if self.top_k > 1:
+            p_TK = p_TK / p_TK.sum(-1, keepdim=True)
         y_TD = torch.zeros_like(x_TD)
         for e in range(len(self.w1)):
             t, k = (ids_TK == e).nonzero(as_tuple=True)
@@ -114,7 +115,7 @@ class Dmoe(OnMesh):
 
     def layer(self, weights: dict[str, torch.Tensor]) -> FusedMoE:
         """moe_ext's layer with these values."""
-        layer = FusedMoE(self.dim, self.hidden, self.experts, self.top_k, act="geglu", score="softmax_topk", norm_p=1.0,
+        layer = FusedMoE(self.dim, self.hidden, self.experts, self.top_k, act="geglu", score="softmax_topk",
                          dtype=DTYPES[self.dtype], device=weights["w1"].device)
         layer.load_state_dict({"gate.weight": weights["router"], "experts.w2_EDF": weights["w2"].transpose(1, 2),
                                "experts.w13_E2FD": torch.stack([weights["w1"], weights["v1"]], 1)})

@@ -9,12 +9,15 @@ layout: gate.weight [E,D], noise_E, experts.w13_E2FD [E,2,F,D] = gate, up ([E,1,
 experts.w2_EDF; with biases experts.w13_bias [E,2,F], experts.w2_bias [E,D]; shared.*_proj. Buffer: select_bias_E.
 
 The layer keeps nothing between calls: losses and counts are returned, so a recomputed forward cannot count twice, and
-every random number is a function of (seed, step, name, global token), so it routes as the first did. Capacity, noise,
-jitter and forced balance act in training only: evaluation and generation are dropless.
+with Draws every random number is a function of (seed, step, name, global token), so it routes as the first did. Without
+them torch's generator gives the numbers. Capacity, noise, jitter and forced balance act in training only: evaluation
+and generation are dropless.
+
+A token that `token_mask` calls unreal, a pad, has no experts: its ids are -1, it fills no place and enters no count and
+no mean. Real tokens get what they get without pads, but for random numbers, which go by place.
 """
 from __future__ import annotations
 
-import math
 import zlib
 from typing import NamedTuple, Protocol
 
@@ -44,11 +47,57 @@ class Draws(NamedTuple):
         return dict(seed=self.seed, step=self.step, site=site(name), row0=self.row0, run=self.run, stride=self.stride)
 
 
+def jitter(x_TD, eps, draws: Draws | None, name):
+    """x * U[1-eps, 1+eps); without draws by torch's generator."""
+    if draws is None:
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
+    return ops.jitter(x_TD, eps, **draws.at(name))
+
+
+def noisy(logits_TE, scale_E, draws: Draws | None, name):
+    """logits + scale * N(0,1); without draws by torch's generator."""
+    if draws is None:
+        return logits_TE + scale_E * torch.randn_like(logits_TE)
+    return ops.noisy(logits_TE, scale_E, **draws.at(name))
+
+
+def check_mask(owner, token_mask, like):
+    """ValueError unless token_mask is bool, with the shape and on the device of `like`."""
+    if (token_mask.dtype, token_mask.shape, token_mask.device) != (torch.bool, like.shape, like.device):
+        raise ValueError(f"{owner}: token_mask is {token_mask.dtype} {list(token_mask.shape)} on {token_mask.device}, "
+                         f"wanted torch.bool {list(like.shape)} on {like.device}, True for a real token. Hint: "
+                         "attention_mask.bool()")
+
+
 class Routing(NamedTuple):
-    """What a forward in training says beside its output."""
+    """What a forward in training says beside its output. Made while gradients are off, as in the first forward of
+    torch.utils.checkpoint(use_reentrant=True), `loss` cannot be differentiated, and its backward says so."""
     loss: torch.Tensor      # balance_weight * balance loss + z_weight * z-loss, a scalar of the router's dtype
     counts_E: torch.Tensor  # int32, copies that chose each expert, the dropped ones included
     dropped: torch.Tensor   # int32 scalar, copies that capacity dropped
+
+
+class _Gradless(torch.autograd.Function):
+    """The identity for a loss made while gradients were off, of which a backward would silently leave nothing."""
+    @staticmethod
+    def forward(ctx, loss, leaf, name):
+        ctx.name = name
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        raise RuntimeError(
+            f"FusedMoE: Routing.loss of {ctx.name} was made while gradients were off, so this backward would not reach "
+            "the router. Under torch.utils.checkpoint set use_reentrant=False, or return y and routing.loss, not the "
+            "Routing; elsewhere call the layer without torch.no_grad(), or detach the loss")
+
+
+def gradless(loss, name):
+    """The loss, made while gradients are off. Compiled code and inference mode have no backward to speak up in."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return loss
+    with torch.enable_grad():
+        return _Gradless.apply(loss, torch.empty(0, requires_grad=True), name)
 
 
 class Exchange(Protocol):
@@ -88,6 +137,9 @@ class MLP(nn.Module):
 class Gate(nn.Linear):
     """x_TD -> logits_TE in x's dtype, whatever that of the weight."""
     def forward(self, x_TD):
+        if x_TD.device != self.weight.device:
+            raise ValueError(f"FusedMoE: x is on {x_TD.device}, the parameters on {self.weight.device}. Hint: "
+                             f"x.to(\"{self.weight.device}\")")
         return F.linear(x_TD, self.weight.to(x_TD.dtype))
 
 
@@ -107,29 +159,56 @@ class Experts(nn.Module):
         self.w13_bias = parameter(E, halves, F) if bias else None
         self.w2_bias = parameter(E, D) if bias else None
 
+    def reset_parameters(self):
+        """Matrices from U(-1/sqrt(in), 1/sqrt(in)) as in nn.Linear, biases zero."""
+        for p in (self.w13_E2FD, self.w2_EDF):
+            nn.init.uniform_(p, -p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)
+        for p in (self.w13_bias, self.w2_bias):
+            if p is not None:
+                nn.init.zeros_(p)
+
     def forward(self, x_RD, weights_RK, ids_RK, num_copies=None):
+        if x_RD.dtype != self.w2_EDF.dtype and not torch.is_autocast_enabled(x_RD.device.type):
+            raise ValueError(f"FusedMoE: x has dtype {x_RD.dtype}, the experts {self.w2_EDF.dtype}. Hint: "
+                             f"x.to({self.w2_EDF.dtype}), layer.to({x_RD.dtype}) or torch.autocast")
         index = ops.route_index(ids_RK, self.w2_EDF.shape[0])
         w13_bias = None if self.w13_bias is None else self.w13_bias.flatten(1, 2)
         return ops.expert_mlp(x_RD, self.w13_E2FD.flatten(1, 2), None, self.w2_EDF, weights_RK, index, act=self.act,
                               gate_bias=w13_bias, down_bias=self.w2_bias, num_copies=num_copies)
 
 
+def keep_select_bias(layer: FusedMoE, _):
+    """After load_state_dict(assign=True), which takes dtypes over."""
+    layer.keep(layer.select_bias_E)
+
+
 class FusedMoE(nn.Module):
-    """x_BSD -> y_BSD, Routing.
+    """x_BSD -> y_BSD, Routing: x is [B,S,D], [S,D] (one sequence) or [..,S,D], y has its shape.
 
     `name` is the layer's place in the model: it keys its random numbers. `bias` gives the experts biases,
     `select_bias` a selection bias that `update_select_bias` moves; the rest is as in config.MoEConfig. `exchange`
     stands between router and experts when these live on several ranks: then `experts` holds this rank's. `peers` are
     the ranks that share this one's scopes (balance loss, capacity) when those reach beyond it.
-    dtype: of the parameters; the router computes in fp32 (fp64 for fp64), whatever autocast says.
+    dtype: of the parameters, which follow .to() like any; the router computes in fp32 (fp64 for fp64), whatever they
+    and autocast say. The selection bias, which moves by steps below bf16's rounding, stays in that dtype whatever the
+    module becomes (an op reads it in fp32).
+    ValueError for options that leave the router without a gradient from the layer's output: with top_k 1 a norm or
+    "topk_softmax" makes every weight 1.
     """
     def __init__(self, dim, hidden, num_experts, top_k, *, name="moe", act="swiglu", bias=False,
-                 score="softmax_topk", norm_p=1.0, scale=1.0, select_bias=False, noise=False, jitter=0.0,
+                 score="softmax_topk", norm_p="auto", scale=1.0, select_bias=False, noise=False, jitter=0.0,
                  balanced=False, shared_hidden=0, capacity_factor=0.0, drop_by="position", scope="sequence",
                  balance_form="switch", balance_weight=0.0, z_weight=0.0, exchange=None, dtype=None, device=None):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"FusedMoE: top_k is {top_k}, wanted 1 to num_experts = {num_experts}")
+        norm_p = float(top_k > 1) if norm_p == "auto" else norm_p
+        if top_k == 1 and (norm_p or score == "topk_softmax"):
+            asked = 'score "topk_softmax"' if score == "topk_softmax" else f"norm_p {norm_p}"
+            raise ValueError(f"FusedMoE: with top_k 1, {asked} makes every weight 1, so the router gets no gradient. "
+                             'Hint: score "softmax_topk" or "sigmoid" with norm_p 0')
+        if scale == 0:
+            raise ValueError("FusedMoE: scale is 0, so router and experts get no gradient. Hint: scale 1")
         self.num_experts, self.top_k, self.name, self.act = num_experts, top_k, name, act
         self.score, self.norm_p, self.scale, self.balanced = score, norm_p or None, scale, balanced
         self.jitter, self.capacity_factor, self.drop_by, self.scope = jitter, capacity_factor, drop_by, scope
@@ -141,85 +220,157 @@ class FusedMoE(nn.Module):
         self.noise_E = nn.Parameter(torch.empty(num_experts, **options)) if noise else None
         self.experts = Experts(num_experts, dim, hidden, act=act, bias=bias, **options)
         self.shared = MLP(dim, shared_hidden, act=act, bias=bias, **options) if shared_hidden else None
-        self.register_buffer("select_bias_E", torch.zeros(num_experts, device=device) if select_bias else None)
+        self.register_buffer("select_bias_E", torch.zeros(num_experts, dtype=self.real, device=device)
+                             if select_bias else None)
+        self.register_load_state_dict_post_hook(keep_select_bias)
         self.reset_parameters()
 
-    def reset_parameters(self):
-        """Matrices from U(-1/sqrt(in), 1/sqrt(in)) as in nn.Linear, biases and noise zero. The GPT draws its own."""
-        experts = self.experts
-        for p in (experts.w13_E2FD, experts.w2_EDF):
-            nn.init.uniform_(p, -p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)
-        for p in (experts.w13_bias, experts.w2_bias, self.noise_E):
-            if p is not None:
-                nn.init.zeros_(p)
+    @property
+    def real(self):
+        """The dtype of the router: fp64 for fp64, else fp32."""
+        return torch.promote_types(self.gate.weight.dtype, torch.float32)
 
-    def forward(self, x_BSD, draws: Draws | None = None):
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            weights_TK, ids_TK, routing = self.route(x_BSD, draws)
+    def reset_parameters(self):
+        """All anew: matrices as in nn.Linear; biases, noise and selection bias zero. The GPT draws its own."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for zero in (self.noise_E, self.select_bias_E):
+            if zero is not None:
+                nn.init.zeros_(zero)
+
+    def keep(self, bias_E):
+        """The selection bias, with these values, in the router's dtype."""
+        if bias_E is not None and self.select_bias_E.dtype != self.real:
+            self.select_bias_E = bias_E.to(self.select_bias_E.device, self.real)
+
+    def _apply(self, fn, recurse=True):
+        bias_E = self.select_bias_E
+        super()._apply(fn, recurse)
+        self.keep(bias_E)       # from before fn, which may have rounded it
+        return self
+
+    def forward(self, x, draws: Draws | None = None, token_mask=None):
+        """draws: of noise and jitter, None: torch's generator. token_mask: bool, x's shape without D, True for a real
+        token. The losses are then means over the scopes that have one, among those of this rank. A mask costs a host
+        read, as capacity does: of the number of copies."""
+        D = self.gate.in_features
+        if x.ndim < 2 or x.shape[-1] != D or not x.is_floating_point():
+            raise ValueError(f"FusedMoE: x is {x.dtype} {list(x.shape)}, wanted floating point, [S, {D}] or "
+                             f"[.., S, {D}]")
+        x_BSD, mask_BS = x.flatten(0, -3) if x.ndim > 2 else x[None], None
+        if token_mask is not None:
+            check_mask("FusedMoE", token_mask, x[..., 0])
+            mask_BS = token_mask.contiguous().view(x_BSD.shape[:2])
+            if self.balanced and self.training:
+                raise ValueError("FusedMoE: balanced deals experts out by place and would count pads: leave out "
+                                 "token_mask or balanced")
+        with torch.autocast(x.device.type, enabled=False):
+            weights_TK, ids_TK, routing = self.route(x_BSD, draws, mask_BS)
         x_TD = x_BSD.flatten(0, 1)
-        num_copies = int((ids_TK >= 0).sum()) if self.training and self.capacity_factor else None
         if self.exchange is None:
+            absent = mask_BS is not None or (self.training and self.capacity_factor)
+            num_copies = int((ids_TK >= 0).sum()) if absent else None
             y_TD = self.experts(x_TD, weights_TK, ids_TK, num_copies)
         else:
             x_RD, weights_RK, ids_RK, num_copies, plan = self.exchange.dispatch(x_TD, weights_TK, ids_TK)
             y_TD = self.exchange.combine(self.experts(x_RD, weights_RK, ids_RK, num_copies), plan)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view(x_BSD.shape), routing
+        return y_TD.view(x.shape), routing
 
-    def route(self, x_BSD, draws):
-        """-> weights_TK, ids_TK (-1 where dropped), Routing."""
+    def route(self, x_BSD, draws, mask_BS):
+        """-> weights_TK, ids_TK (-1 where dropped or not real), Routing."""
         B, S, _ = x_BSD.shape
-        real = torch.promote_types(self.gate.weight.dtype, torch.float32)
-        x_TD = x_BSD.flatten(0, 1).to(real)
-        random = self.training and draws is not None
-        if self.jitter and random:
-            x_TD = ops.jitter(x_TD, self.jitter, **draws.at(self.name + ".jitter"))
+        x_TD = x_BSD.flatten(0, 1).to(self.real)
+        if self.jitter and self.training:
+            x_TD = jitter(x_TD, self.jitter, draws, self.name + ".jitter")
         logits_TE = self.gate(x_TD)
-        if self.noise_E is not None and random:
-            logits_TE = ops.noisy(logits_TE, self.noise_E.to(real), **draws.at(self.name + ".noise"))
+        if self.noise_E is not None and self.training:
+            logits_TE = noisy(logits_TE, self.noise_E.to(self.real), draws, self.name + ".noise")
+        if mask_BS is not None:
+            pads_T1 = ~mask_BS.view(-1, 1)
+            logits_TE = logits_TE.masked_fill(pads_T1, 0)
         weights_TK, ids_TK, scores_TE = ops.router(
-            logits_TE, self.top_k, score=self.score, select_bias_E=self.select_bias_E,
+            logits_TE, self.top_k, score=self.score,
+            select_bias_E=None if self.select_bias_E is None else self.select_bias_E.float(),
             norm_p=self.norm_p, scale=self.scale, balanced=self.balanced and self.training)
+        if mask_BS is not None:
+            ids_TK = ids_TK.masked_fill(pads_T1, -1)
         counts_GE = ops.balance_counts(ids_TK, self.num_experts, S if self.scope == "sequence" else None)
         loss, kept_TK, dropped = logits_TE.new_zeros(()), ids_TK, ids_TK.new_zeros(())
         if self.training:
+            tokens_G = self.tokens(x_BSD, mask_BS, counts_GE.shape[0])
             if self.balance_weight:
-                loss = loss + self.balance_weight * self.balance_loss(scores_TE, counts_GE)
+                loss = loss + self.balance_weight * self.balance_loss(scores_TE, counts_GE, mask_BS, tokens_G)
             if self.z_weight:
-                loss = loss + self.z_weight * ops.z_loss(logits_TE)
+                loss = loss + self.z_weight * self.z_loss(logits_TE, mask_BS, tokens_G)
             if self.capacity_factor:
-                kept_TK = self.drop(ids_TK, scores_TE.detach(), B)
-                dropped = (kept_TK < 0).sum(dtype=torch.int32)
+                kept_TK = self.drop(ids_TK.view(B, S, self.top_k), scores_TE.detach(), tokens_G)
+                dropped = (kept_TK != ids_TK).sum(dtype=torch.int32)
+            if (self.balance_weight or self.z_weight) and not torch.is_grad_enabled():
+                loss = gradless(loss, self.name)
         return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped)
 
-    def balance_loss(self, scores_TE, counts_GE):
+    def tokens(self, x_BSD, mask_BS, scopes):
+        """int64 [G]: the real tokens of each scope, on all ranks."""
+        B, S, _ = x_BSD.shape
+        rows = S if self.scope == "sequence" else B * S
+        if mask_BS is None:
+            return torch.full((scopes,), rows * (1 if self.peers is None else self.peers.ranks), device=x_BSD.device)
+        tokens_G = mask_BS.view(scopes, rows).sum(1)
+        return tokens_G if self.peers is None else self.peers.sum(tokens_G)
+
+    def mean(self, x_Tn, mask_BS, tokens_G):
+        """-> [G,n], the mean over each scope's real tokens on all ranks, 0 if it has none; and how many scopes do have
+        some."""
+        G = tokens_G.shape[0]
+        if mask_BS is not None:
+            x_Tn = x_Tn * mask_BS.view(-1, 1)
+        sum_Gn = x_Tn.view(G, x_Tn.shape[0] // max(G, 1), x_Tn.shape[1]).sum(1)
+        sum_Gn = sum_Gn if self.peers is None else self.peers.sum(sum_Gn)
+        return sum_Gn / tokens_G[:, None].clamp(min=1), (tokens_G > 0).sum().clamp(min=1)
+
+    def balance_loss(self, scores_TE, counts_GE, mask_BS, tokens_G):
         if self.score == "sigmoid":     # affinities become a distribution first (DeepSeek-V3, eq. 19)
             scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-        if self.peers is None:
+        if mask_BS is None and self.peers is None:
             return ops.balance_loss(scores_TE, counts_GE, self.top_k, form=self.balance_form)
         # The mean over all of a scope's tokens stands for them: one row per scope, so "switch" divides by 1, not by S.
-        G, E = counts_GE.shape
-        tokens = len(scores_TE) // G * self.peers.ranks
-        mean_GE = self.peers.sum(scores_TE.view(G, -1, E).sum(1)) / tokens
-        loss = ops.balance_loss(mean_GE, self.peers.sum(counts_GE), self.top_k, form=self.balance_form)
-        return loss / tokens if self.balance_form == "switch" else loss
+        (mean_GE, scopes), (G, E) = self.mean(scores_TE, mask_BS, tokens_G), counts_GE.shape
+        if self.balance_form == "switch":
+            mean_GE = mean_GE / tokens_G[:, None].clamp(min=1)
+        else:
+            mean_GE = torch.where(tokens_G[:, None] > 0, mean_GE, 1 / E)       # no tokens are balanced
+        counts_GE = counts_GE if self.peers is None else self.peers.sum(counts_GE)
+        return ops.balance_loss(mean_GE, counts_GE, self.top_k, form=self.balance_form) * G / scopes
 
-    def drop(self, ids_TK, scores_TE, B):
-        """In each scope an expert keeps ceil(factor * K * tokens / E) copies: the first, or those of largest score."""
-        ids_BSK = ids_TK.view(B, -1, self.top_k)
-        priority_BSK = scores_TE.gather(1, ids_TK.long()).view_as(ids_BSK) if self.drop_by == "probability" else None
+    def z_loss(self, logits_TE, mask_BS, tokens_G):
+        if mask_BS is None:
+            return ops.z_loss(logits_TE)
+        mean_G1, scopes = self.mean(logits_TE.logsumexp(-1, keepdim=True).square(), mask_BS, tokens_G)
+        return mean_G1.sum() / scopes
+
+    def drop(self, ids_BSK, scores_TE, tokens_G):
+        """-> kept_TK: in each scope an expert keeps ceil(factor * K * tokens / E) copies, the first or those of largest
+        score."""
+        priority_BSK = None
+        if self.drop_by == "probability":
+            priority_BSK = scores_TE.gather(1, ids_BSK.flatten(0, 1).clamp(min=0).long()).view_as(ids_BSK)
         if self.peers is not None:
             ids_BSK = self.peers.gather(ids_BSK)
             priority_BSK = None if priority_BSK is None else self.peers.gather(priority_BSK)
         B, S, K = ids_BSK.shape
-        tokens = S if self.scope == "sequence" else B * S
+        capacity_G = (self.capacity_factor * K * tokens_G.double() / self.num_experts).ceil().clamp(max=2**31 - 1)
         kept_TK = ops.capacity_drop(
-            ids_BSK.view(-1, K), self.num_experts, math.ceil(self.capacity_factor * K * tokens / self.num_experts),
-            rows_per_scope=tokens, priority_TK=None if priority_BSK is None else priority_BSK.view(-1, K))
-        return kept_TK if self.peers is None else self.peers.own(kept_TK.view(B, S, K)).reshape(ids_TK.shape)
+            ids_BSK.view(-1, K), self.num_experts, capacity_G.int(),
+            rows_per_scope=S if self.scope == "sequence" else B * S,
+            priority_TK=None if priority_BSK is None else priority_BSK.view(-1, K))
+        return kept_TK if self.peers is None else self.peers.own(kept_TK.view(B, S, K)).flatten(0, 1)
 
     @torch.no_grad()
     def update_select_bias(self, counts_E, rate):
-        """One step towards balance. counts_E: int64 [E], copies per expert over the whole optimizer step, all ranks."""
-        self.select_bias_E.copy_(ops.select_bias_update(self.select_bias_E, counts_E, rate))
+        """One step towards balance. counts_E: int32 or int64 [E], copies per expert over the whole optimizer step, on
+        all ranks."""
+        sign_E = ops.select_bias_update(torch.zeros_like(self.select_bias_E, dtype=torch.float32), counts_E.long(), 1.0)
+        self.select_bias_E.add_(sign_E, alpha=rate)

@@ -64,17 +64,18 @@ def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=Non
 # ---- capacity and counts ---------------------------------------------------------------------------------------------
 
 _capacity_drop = define(
-    "capacity_drop(Tensor ids, Tensor? priority, int num_experts, SymInt capacity, SymInt rows_per_scope) -> Tensor",
+    "capacity_drop(Tensor ids, Tensor? priority, Tensor capacity, int num_experts, SymInt rows_per_scope) -> Tensor",
     fake=lambda ids, *_: torch.empty_like(ids),
     constant=True,
 )
 
 
-def capacity_drop(ids_TK, num_experts, capacity, *, rows_per_scope=None, priority_TK=None):
-    """In each scope of `rows_per_scope` rows (None: all) an expert keeps `capacity` copies: the first by flat id, or
-    those of largest priority_TK (float; the lowest flat id wins a tie). ids_TK int32 -> the same, -1 for the others."""
+def capacity_drop(ids_TK, num_experts, capacity_G, *, rows_per_scope=None, priority_TK=None):
+    """In scope g of `rows_per_scope` rows (None: all) an expert keeps capacity_G[g] copies (int32, >= 0): the first by
+    flat id, or those of largest priority_TK (float; the lowest flat id wins a tie). ids_TK int32 -> the same, -1 for
+    the others."""
     priority_TK = None if priority_TK is None else priority_TK.detach().to(real(priority_TK.dtype)).contiguous()
-    return _capacity_drop(ids_TK.contiguous(), priority_TK, num_experts, capacity, _scope(ids_TK, rows_per_scope))
+    return _capacity_drop(ids_TK.contiguous(), priority_TK, capacity_G, num_experts, _scope(ids_TK, rows_per_scope))
 
 
 def _scope(x_T, rows_per_scope):

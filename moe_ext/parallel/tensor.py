@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe_ext.layers.fused import MLP, Experts
-from moe_ext.model import GPT, Attention
+from moe_ext.model import GPT, Attention, Block
 from moe_ext.parallel.collectives import as_autocast, gather, reduce_scatter
 from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocabulary_parallel_embedding
 
@@ -49,6 +49,9 @@ def tensor_parallel(model: nn.Module, mesh) -> None:
             whole_sequences(module, 1, group)
         elif isinstance(module, MLP):           # token by token: the order in which they are gathered does not matter
             whole_sequences(module, 0, group)
+        elif isinstance(module, Block):         # of the token mask, if there is one, this rank's tokens
+            module.register_forward_pre_hook(lambda _, args: (*args[:5], *(
+                mask if mask is None else mask.chunk(ranks, dim=1)[rank] for mask in args[5:])))
     if isinstance(model, GPT):
         vocabulary = dict(vocab_size=model.config.vocab_size, group=group)
         embed, head = model.embed_tokens, model.lm_head
@@ -57,7 +60,7 @@ def tensor_parallel(model: nn.Module, mesh) -> None:
         head.cross_entropy = functools.partial(vocabulary_parallel_cross_entropy, **vocabulary)
         head.register_forward_pre_hook(lambda _, args: (gather(as_autocast(args[0]), 1, group), *args[1:]))
         if model.embed_positions is not None:
-            model.embed_positions.register_forward_hook(lambda _, args, x_SD: x_SD.chunk(ranks)[rank])
+            model.embed_positions.register_forward_hook(lambda _, args, x: x.chunk(ranks, dim=-2)[rank])
 
 
 def whole_sequences(module: nn.Module, dim: int, group) -> None:

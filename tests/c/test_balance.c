@@ -18,9 +18,11 @@ static int32_t *make_ids(int64_t T, int64_t K, int64_t E) {
 }
 
 // ---- capacity -------------------------------------------------------------------------------------------------------
+// In the last scope an expert has one place less, if it has any.
 static void check_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E, int64_t capacity, bool by_priority) {
     uint64_t seed = 5;
-    int32_t *ids = make_ids(T, K, E), *kept = check_alloc(4 * T * K);
+    int32_t *ids = make_ids(T, K, E), *kept = check_alloc(4 * T * K), *capacity_G = check_alloc(4 * T);
+    for (int64_t g = 0; S && g < T / S; g++) capacity_G[g] = (int32_t)(capacity - (capacity && g == T / S - 1));
     void    *priority = by_priority ? check_alloc(T * K * moe_real_size(dtype)) : NULL;
     for (int64_t i = 0; i < T * K && priority; i++) {          // few values: many ties
         double p = (double)check_below(&seed, 7) / 8;
@@ -29,7 +31,7 @@ static void check_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E
     }
     void *workspace = check_alloc((int64_t)moe_capacity_workspace(S, K, E));
     check_threads = 3;
-    CHECK_OK(moe_capacity(dtype, T, S, K, E, capacity, ids, priority, workspace, kept));
+    CHECK_OK(moe_capacity(dtype, T, S, K, E, ids, priority, capacity_G, workspace, kept));
     for (int64_t f = 0; f < T * K; f++) {                       // how many of its scope and expert come before it?
         int64_t before = 0, scope = S * K;
         for (int64_t g = f - f % scope; g < f - f % scope + scope; g++) {
@@ -40,11 +42,11 @@ static void check_capacity(int dtype, int64_t T, int64_t S, int64_t K, int64_t E
             }
             before += ids[g] == ids[f] && (pg > pf || (pg == pf && g < f));
         }
-        const int32_t want = before < capacity ? ids[f] : -1;
+        const int32_t want = before < capacity_G[f / scope] ? ids[f] : -1;
         CHECK(kept[f] == want, "copy %d of %d x %d, capacity %d, priority %d: %d, want %d", (int)f, (int)T, (int)K,
               (int)capacity, by_priority, kept[f], want);
     }
-    free(ids); free(kept); free(priority); free(workspace);
+    free(ids); free(kept); free(capacity_G); free(priority); free(workspace);
 }
 
 static void test_capacity(void) {
@@ -194,14 +196,15 @@ static void test_select_bias(void) {
 static void test_bad_input(void) {
     const int32_t ids[4] = {0, 1, -1, 2}, past[4] = {0, 1, -1, 3}, below[4] = {0, -2, 1, 1};
     const float   p[4] = {1, 2, NAN, 4};
+    const int32_t one[2] = {1, 1}, negative[2] = {1, -1};
     int32_t       out[8] = {9, 9, 9, 9, 9, 9, 9, 9}, space[16];
-    CHECK_STATUS(moe_capacity(MOE_I32, 2, 2, 2, 3, 1, ids, NULL, space, out), MOE_BAD_DTYPE);
-    CHECK_STATUS(moe_capacity(MOE_F32, 2, 3, 2, 3, 1, ids, NULL, space, out), MOE_BAD_SHAPE);
-    CHECK_STATUS(moe_capacity(MOE_F32, 2, 0, 2, 3, 1, ids, NULL, space, out), MOE_BAD_SHAPE);
-    CHECK_STATUS(moe_capacity(MOE_F32, 2, 2, 4, 3, 1, ids, NULL, space, out), MOE_BAD_SHAPE);
-    CHECK_STATUS(moe_capacity(MOE_F32, 2, 2, 2, 3, -1, ids, NULL, space, out), MOE_BAD_SHAPE);
-    CHECK_STATUS(moe_capacity(MOE_F32, 2, 2, 2, 3, 1, past, NULL, space, out), MOE_BAD_INDEX);
-    CHECK_STATUS(moe_capacity(MOE_F32, 2, 2, 2, 3, 1, ids, p, space, out), MOE_BAD_VALUE);
+    CHECK_STATUS(moe_capacity(MOE_I32, 2, 2, 2, 3, ids, NULL, one, space, out), MOE_BAD_DTYPE);
+    CHECK_STATUS(moe_capacity(MOE_F32, 2, 3, 2, 3, ids, NULL, one, space, out), MOE_BAD_SHAPE);
+    CHECK_STATUS(moe_capacity(MOE_F32, 2, 0, 2, 3, ids, NULL, one, space, out), MOE_BAD_SHAPE);
+    CHECK_STATUS(moe_capacity(MOE_F32, 2, 2, 4, 3, ids, NULL, one, space, out), MOE_BAD_SHAPE);
+    CHECK_STATUS(moe_capacity(MOE_F32, 2, 1, 2, 3, ids, NULL, negative, space, out), MOE_BAD_VALUE);
+    CHECK_STATUS(moe_capacity(MOE_F32, 2, 2, 2, 3, past, NULL, one, space, out), MOE_BAD_INDEX);
+    CHECK_STATUS(moe_capacity(MOE_F32, 2, 2, 2, 3, ids, p, one, space, out), MOE_BAD_VALUE);
     CHECK_STATUS(moe_balance_counts(2, 2, 2, 3, past, out), MOE_BAD_INDEX);
     CHECK_STATUS(moe_balance_counts(2, 2, 2, 3, below, out), MOE_BAD_INDEX);
     CHECK_STATUS(moe_balance_counts(2, 2, 2, MOE_MAX_EXPERTS + 1, ids, out), MOE_BAD_SHAPE);
