@@ -10,6 +10,7 @@ numpy. The environment's MOE_ISA=base|avx2|avx512 forces a set of kernels.
 
 import os
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch  # first: the extension is linked to the libraries that torch has loaded
 
@@ -59,7 +60,9 @@ def synchronize(device=None):
 
 
 def __getattr__(name):
-    """The layers, imported when first asked for."""
-    if name not in _LAYERS:
-        raise AttributeError(f"module 'moe_ext' has no attribute '{name}'")
-    return getattr(import_module(_LAYERS[name]), name)
+    """The layers and the modules of this package, imported when first asked for."""
+    if name in _LAYERS:
+        return getattr(import_module(_LAYERS[name]), name)
+    if not name.startswith("_") and find_spec(f"moe_ext.{name}"):
+        return import_module(f"moe_ext.{name}")
+    raise AttributeError(f"module 'moe_ext' has no attribute '{name}'")

@@ -18,6 +18,7 @@ import moe_ext
 from moe_ext import ops, reference
 
 T, D, F, E, K = 6, 4, 5, 3, 2
+raw = torch.ops.moe_ext
 KEY = dict(seed=0, step=0, site=0)
 ELSEWHERE = {"cpu": "meta", "cuda": "cpu"}
 
@@ -82,12 +83,14 @@ REFUSED = {
     "expert_mlp: down on device first argument on": lambda i: i.mlp(down=i.down.to(i.elsewhere)),
     # shape
     "route_index: ids shape [2] wanted [T, K]": lambda i: ops.route_index(i.ids[0], E),
-    "gather: x shape [1, 6, 4] wanted [T, D]": lambda i: ops.gather(i.x[None], i.order, None, i.bins, K),
-    "gather: indices shape [11] wanted [N=12]": lambda i: ops.gather(i.x, i.order[:-1], None, i.bins, K),
-    "scatter: weights shape [11] wanted [N=12]": (
-        lambda i: ops.scatter(i.rows, i.order, None, i.weights.flatten()[1:], i.bins, K)
+    "gather: x shape [1, 6, 4] wanted [T, D]": lambda i: raw.gather(i.x[None], None, i.order, i.bins, None, 12, K, 0),
+    "gather: indices shape [11] wanted [N=12]": (
+        lambda i: raw.gather(i.x, None, i.order[:-1], i.bins, None, 12, K, 0)
     ),
-    "gather: indices shape [12] wanted [N=30]": lambda i: ops.gather(i.x, i.order, None, i.bins, 5),
+    "scatter: weights shape [11] wanted [N=12]": (
+        lambda i: raw.scatter(i.rows, i.weights.flatten()[1:], i.order, i.bins, None, K, 0)
+    ),
+    "gather: indices shape [12] wanted [N=30]": lambda i: raw.gather(i.x, None, i.order, i.bins, None, 12, 5, 0),
     "grouped_gemm: w [3, 3, 5] wanted I=4": lambda i: ops.grouped_gemm(i.rows, i.w[:, :3], i.bins),
     "grouped_gemm: bins [3] wanted [E=2]": lambda i: ops.grouped_gemm(i.rows, i.w[:2], i.bins),
     "activation: h 3 columns swiglu wants equal width": lambda i: ops.activation(i.x[:, :3], "swiglu"),
@@ -134,7 +137,37 @@ REFUSED = {
     "sort: end_bit=40": lambda i: ops.sort(i.ids[0], 40),
     "sort: n=40000 fit dtype": lambda i: ops.sort(torch.zeros(40000, dtype=torch.int16, device=i.device)),
 }
-# The same for values in memory, in the words of the C core.
+# The same for ValueErrors of the functions that have MegaBlocks' names.
+SHAPES = {
+    "gather: x shape [1, 6, 4] wanted [T, D]": lambda i: ops.gather(i.x[None], i.order, None, i.bins, K),
+    "gather: indices shape [11] wanted [N=12]": lambda i: ops.gather(i.x, i.order[:-1], None, i.bins, K),
+    "gather: indices shape [12] wanted [N=30]": lambda i: ops.gather(i.x, i.order, None, i.bins, 5),
+    "gather: bin_ids shape [11] wanted [N=12]": lambda i: ops.gather(i.x, i.order, i.order[1:], i.bins, K),
+    "gather: bins shape [3, 1] wanted [E]": lambda i: ops.gather(i.x, i.order, None, i.bins[:, None], K),
+    "scatter: x shape [4] wanted [rows, D]": lambda i: ops.scatter(i.rows[0], i.order, None, None, i.bins, K),
+    "scatter: weights shape [11] wanted [N=12]": (
+        lambda i: ops.scatter(i.rows, i.order, None, i.weights.flatten()[1:], i.bins, K)
+    ),
+    "padded_gather: padded_bins shape [2] wanted [E=3]": (
+        lambda i: ops.padded_gather(i.x, i.order, None, i.bins, i.bins[1:], K)
+    ),
+    "padded_scatter: bin_ids shape [3] wanted [N=12]": (
+        lambda i: ops.padded_scatter(i.rows, i.order, i.bins, None, i.bins, i.bins, K)
+    ),
+    "binned_gather: indices shape [11] wanted [N=12]": lambda i: ops.binned_gather(i.x, i.order[1:], i.bins, 2, K),
+    "binned_scatter: x shape [12, 4] wanted [E, C, D]": (
+        lambda i: ops.binned_scatter(i.rows, i.order, None, i.bins, K)
+    ),
+    "binned_scatter: bins shape [2] wanted [E=3]": (
+        lambda i: ops.binned_scatter(i.w, i.order, None, i.bins[1:], K)
+    ),
+    "sort: x shape [6, 2] wanted [n]": lambda i: ops.sort(i.ids),
+    "histogram: x shape [1, 6, 2] wanted [B, n]": lambda i: ops.histogram(i.ids[None], E),
+    "cumsum: x shape [] wanted [n]": lambda i: ops.inclusive_cumsum(i.bins[0], 0),
+    "topology: padded_bins shape [1, 3] wanted [E]": lambda i: ops.topology(i.bins[None], 4, 2, 1),
+    "replicate: bins shape [3] wanted [nb=4]": lambda i: ops.replicate(i.x, i.bins, 12),
+}
+# RuntimeErrors again, about values in memory, in the words of the C core.
 VALUES = {
     "route_index: ids 3 wanted < 3 or -1": lambda i: ops.route_index(i.ids + 1, E),
     "route_index: ids -2 wanted or -1": lambda i: ops.route_index(i.ids - 2, E),
@@ -186,6 +219,12 @@ def test_an_argument_elsewhere_is_called_as_its_caller_calls_it(name, device):
         assert argument in (said, f"{said}_{argument.rpartition('_')[2]}")
 
 
+@pytest.mark.parametrize("words", SHAPES)
+def test_message_about_shapes(words, device):
+    with pytest.raises(ValueError, match=pattern(words)):
+        SHAPES[words](Inputs(device))
+
+
 @pytest.mark.parametrize("words", VALUES)
 def test_message_about_values(words, device):
     said = words
@@ -199,8 +238,8 @@ def test_a_failed_op_leaves_its_inputs_alone(device):
     inputs = Inputs(device)
     tensors = [t for t in vars(inputs).values() if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in tensors]
-    for call in (*REFUSED.values(), *VALUES.values()):
-        with pytest.raises(RuntimeError):
+    for call in (*REFUSED.values(), *SHAPES.values(), *VALUES.values()):
+        with pytest.raises((RuntimeError, ValueError)):
             call(inputs)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 

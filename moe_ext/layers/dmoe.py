@@ -15,10 +15,10 @@ class ParallelDroplessMLP(moe.ParallelMLP):
         self.ffn_hidden_size = mpu.features_per_rank(args)
         self.mlp = dmlp_registry.get(args)
 
-    def expert_capacity(self, tokens: int) -> int:
-        return 0
+    def within_capacity(self, index, ids_RK, tokens):
+        return index
 
-    def permute_and_compute(self, x_RD, weights_RK, index, capacity):
+    def permute_and_compute(self, x_RD, weights_RK, index):
         """y_r = sum_k s_rk MLP_e(x_r): fused if kernel_name knows the activation, else in three steps."""
         act = kernel_name(self.args.activation_fn, self.mlp.gated)
         if act is not None:
@@ -31,7 +31,7 @@ class ParallelDroplessMLP(moe.ParallelMLP):
 
 
 class dMoE(moe.MoE):
-    """A Mixture-of-Experts layer that drops nothing. x [..., hidden_size] -> what ParallelMLP returns."""
+    """A Mixture-of-Experts layer that drops nothing; else as MoE, and args.mlp_type chooses plain or gated experts."""
 
     def _init_experts_mlp(self, args: Arguments):
         return ParallelDroplessMLP(args)

@@ -79,8 +79,12 @@ class MLP(ExpertWeights):
     def forward(self, x_ECD):
         E, C, _ = x_ECD.shape
         bins_E = C * torch.arange(1, E + 1, dtype=torch.int32, device=x_ECD.device)
-        h_PF = ops.grouped_gemm(x_ECD.flatten(0, 1), self.local(self.w1), bins_E)
-        return ops.grouped_gemm(self.args.activation_fn(h_PF), self.local(self.w2), bins_E).view(x_ECD.shape)
+        return self.rows(x_ECD.flatten(0, 1), bins_E).view(x_ECD.shape)
+
+    def rows(self, x_ND, bins_E):
+        """The same for rows sorted by expert, which end at bins_E: zeros behind them."""
+        h_NF = ops.grouped_gemm(x_ND, self.local(self.w1), bins_E)
+        return ops.grouped_gemm(self.args.activation_fn(h_NF), self.local(self.w2), bins_E)
 
 
 class SparseMLP(ExpertWeights):

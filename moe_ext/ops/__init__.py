@@ -2,8 +2,9 @@
 
 Forward, shape function, gradient and autocast rule of an op stand together in one file; its kernel is the function of
 the same name in csrc/ops.cpp, which calls the C function moe_<name>.
-Bad input raises RuntimeError naming op, argument, got and wanted. The functions copy data that is not contiguous; the
-ops below them, and all indices and bins, want it contiguous.
+Bad input raises RuntimeError naming op, argument, got and wanted; a wrong shape ValueError in the functions that have
+MegaBlocks' names. The functions copy data that is not contiguous; the ops below them, and all indices and bins, want it
+contiguous.
 """
 
 from moe_ext.ops.exchange import (

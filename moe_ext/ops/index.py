@@ -2,6 +2,7 @@
 
 Flat id f = token*K + slot. order_N holds the flat ids sorted by expert, stable; bins_E the inclusive ends of the
 experts' segments in it. An expert id of -1 means "not here": such copies have no place, and order_N ends in as many -1.
+The functions with MegaBlocks' names raise ValueError on a wrong shape.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from moe_ext.ops.define import define
+from moe_ext.ops.shapes import check_shapes
 
 _sort = define(
     "sort(Tensor x, int end_bit) -> (Tensor, Tensor)",
@@ -22,6 +24,7 @@ def sort(x_n, end_bit=None):
 
     -> (sorted_n, indices_n), both in the dtype of x; n must fit it.
     """
+    check_shapes("sort", x=(x_n, "n"))
     return _sort(x_n.contiguous(), 8 * x_n.element_size() if end_bit is None else end_bit)
 
 
@@ -34,6 +37,7 @@ _histogram = define(
 
 def histogram(x, max_val):
     """x [n] or [B,n] integers -> int32 [max_val] or [B,max_val]. Values outside [0, max_val) are ignored."""
+    check_shapes("histogram", x=(x, "B n" if x.dim() > 1 else "n"))
     return _histogram(x.contiguous(), max_val)
 
 
@@ -43,6 +47,7 @@ _cumsum = define(
 
 
 def _cumsum_along(x, dim, exclusive):
+    check_shapes("cumsum", x=(x, "B n" if x.dim() > 1 else "n"))
     return _cumsum(x.movedim(dim, -1).contiguous(), exclusive).movedim(-1, dim).contiguous()
 
 
@@ -66,6 +71,7 @@ _topology = define(
 def topology(padded_bins, block, rows, cols):
     """Column indices of the block-sparse matrix of [rows, E*cols] blocks: a block row of expert e holds the columns
     e*cols .. e*cols + cols-1. padded_bins int32 [E] are multiples of `block`. -> int16 [rows*cols]; E*cols must fit."""
+    check_shapes("topology", padded_bins=(padded_bins, "E"))
     return _topology(padded_bins, block, rows, cols)
 
 
@@ -94,6 +100,7 @@ _replicate_backward = define(
 
 def replicate(x, bins, n):
     """x [B,nb] of any dtype -> y [B,n]: y[:, bins[i-1]:bins[i]] = x[:, i], zeros from bins[-1] on. bins int32 [nb]."""
+    check_shapes("replicate", x=(x, "B nb"), bins=(bins, "nb"))
     return _replicate(x.contiguous(), bins, n)
 
 

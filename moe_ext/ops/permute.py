@@ -7,9 +7,11 @@ Three ops carry it all, and their gradients are each other:
 `row` is one of three layouts: plain (row = sorted position), padded (expert e begins at padded_bins[e-1]), binned
 (expert e begins at e*capacity; copies beyond capacity are dropped). Weights are float32 or of x's dtype; None counts as
 ones and copies bitwise. The public functions have MegaBlocks' names and arguments: `bin_ids` is accepted and not read.
+They raise ValueError on a wrong shape.
 """
 
 from moe_ext.ops.define import define
+from moe_ext.ops.shapes import check_shapes
 
 # All three take order (flat ids sorted by expert), bins, out_bins (padded layout), top_k and capacity (binned layout).
 # Their schemas have the public functions' names, indices and padded_bins, for errors say what the caller typed.
@@ -86,6 +88,7 @@ _scatter_dweights = define(
 
 def gather(x, indices, bin_ids, bins, top_k):
     """x [T,D], indices int32 [N=T*top_k], bins int32 [E] -> [N,D], rows sorted by expert; zeros from bins[-1] on."""
+    check_shapes("gather", top_k, x=(x, "T D"), indices=(indices, "N"), bin_ids=(bin_ids, "N"), bins=(bins, "E"))
     return _gather(x.contiguous(), None, indices, bins, None, indices.shape[0], top_k, 0)
 
 
@@ -94,6 +97,8 @@ def scatter(x, indices, bin_ids, weights, bins, top_k):
 
     Differentiable in x and weights.
     """
+    check_shapes("scatter", x=(x, "rows D"), indices=(indices, "N"), bin_ids=(bin_ids, "N"), weights=(weights, "N"),
+                 bins=(bins, "E"))  # fmt: skip
     return _scatter(x.contiguous(), weights, indices, bins, None, top_k, 0)
 
 
@@ -102,21 +107,27 @@ def padded_gather(x, indices, bin_ids, bins, padded_bins, top_k):
 
     Reads padded_bins[-1] on the host.
     """
+    check_shapes("padded_gather", top_k, x=(x, "T D"), indices=(indices, "N"), bin_ids=(bin_ids, "N"),
+                 bins=(bins, "E"), padded_bins=(padded_bins, "E"))  # fmt: skip
     rows = padded_bins[-1].item() if padded_bins.numel() else 0
     return _gather(x.contiguous(), None, indices, bins, padded_bins, rows, top_k, 0)
 
 
 def padded_scatter(x, indices, bin_ids, weights, bins, padded_bins, top_k):
     """The inverse of padded_gather: x [padded_bins[-1],D] -> [T,D]. Differentiable in x and weights."""
+    check_shapes("padded_scatter", x=(x, "rows D"), indices=(indices, "N"), bin_ids=(bin_ids, "N"),
+                 weights=(weights, "N"), bins=(bins, "E"), padded_bins=(padded_bins, "E"))  # fmt: skip
     return _scatter(x.contiguous(), weights, indices, bins, padded_bins, top_k, 0)
 
 
 def binned_gather(x, indices, bins, bin_size, top_k):
     """x [T,D] -> [E,bin_size,D]; an expert's copies beyond bin_size are dropped in flat order, free rows are zeros."""
+    check_shapes("binned_gather", top_k, x=(x, "T D"), indices=(indices, "N"), bins=(bins, "E"))
     E, C = bins.shape[0], bin_size
     return _gather(x.contiguous(), None, indices, bins, None, E * C, top_k, C).view(E, C, x.shape[1])
 
 
 def binned_scatter(x, indices, weights, bins, top_k):
     """x [E,C,D] -> [T,D]; a dropped copy counts as zeros. Differentiable in x and weights."""
+    check_shapes("binned_scatter", x=(x, "E C D"), indices=(indices, "N"), weights=(weights, "N"), bins=(bins, "E"))
     return _scatter(x.flatten(0, 1).contiguous(), weights, indices, bins, None, top_k, x.shape[1])
