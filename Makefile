@@ -1,5 +1,6 @@
 # make train   a GPT with experts from real text to samples and a plot      make test    everything CI checks
 # make build   compile what changed     make bench   the benchmark table     make lint    ruff
+# make test-torch VERSION=2.14.1   the Python tests with another torch, in a copy of the tree under build/ (docs/torch.md)
 # make proof   every mesh of 1, 2, 4 and 8 ranks against one process, in fp64: the whole table (moe_ext/proof.py)
 # make gpu     prove everything on one GPU and time it (tests/gpu/run.py): PART=build,conformance,.. runs some parts,
 #              LIMIT=600 ends in so many seconds and says what it left out
@@ -42,6 +43,21 @@ train: build
 test: build lint test-c .venv/parity
 	$(PY) -m pytest
 	$(MAKE) test-simt
+
+# ---- another torch: a copy of the tree, with an environment and a build of its own -------------------------------------
+# Left out is what no torch changes: lint, the C tests, cuda/ (libmoe_cuda.so knows no torch) and its host harness; and
+# MegaBlocks, whose Triton is pinned. What is copied are the files that git knows or would add.
+COPY = build/torch-$(VERSION)-$(notdir $(PYTHON))
+.PHONY: test-torch test-python
+test-torch:
+	$(if $(VERSION),,$(error which torch? Type: make test-torch VERSION=2.14.1))
+	mkdir -p $(COPY)
+	find $(COPY) -mindepth 1 -maxdepth 1 ! -name .venv ! -name build -exec rm -r {} +
+	git ls-files -z --cached --others --exclude-standard | tar c --ignore-failed-read --null -T - | tar x -C $(COPY)
+	$(MAKE) -C $(COPY) test-python MOE_TORCH="torch==$(VERSION)" MOE_CUDA=0
+test-python: build
+	$(PY) -m moe_ext
+	$(PY) -m pytest -rfEs --ignore=tests/test_megablocks.py
 
 # ---- C tests: each under every instruction set of this CPU, and AVX-512's kernels lowered to AVX2 where that is the best ---
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -D_GNU_SOURCE -ffp-contract=off -Icsrc

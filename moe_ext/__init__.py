@@ -14,6 +14,8 @@ from importlib.util import find_spec
 
 import torch  # first: the extension is linked to the libraries that torch has loaded
 
+from moe_ext import private
+
 __version__ = "0.1.0"
 
 if folder := os.environ.get("MOE_BINARY"):  # another build of _C, such as the one of `make sanitize`
@@ -28,7 +30,8 @@ except ImportError as error:
         "Type: pip install --no-build-isolation -e ."
     ) from error
 
-from moe_ext import ops
+private.require("moe_ext.ops")
+from moe_ext import ops  # noqa: E402
 
 _LAYERS = {
     "Arguments": "moe_ext.layers.arguments",

@@ -37,19 +37,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch._dynamo  # FSDP does at its first use: ranks are forked from a process that has it
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import moe_ext
+from moe_ext import private
 from moe_ext.config import MeshConfig, ModelConfig, MoEConfig, OptimConfig, meshes
 from moe_ext.layers.fused import site
 from moe_ext.model import GPT
 from moe_ext.optim import adamw, clip_grad_norm
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.ranks import run_ranks
-from moe_ext.parallel.shard import backward, initialize, parallelize
+from moe_ext.parallel.shard import backward, box_of, initialize, parallelize
+
+private.require("moe_ext.proof")    # and imports it, as FSDP does at its first use: ranks are forked when it is there
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FLOOR = 1e-3    # of the largest of its kind, times the tolerance
@@ -247,9 +248,8 @@ class Record(NamedTuple):
 def own(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The box of a whole tensor that this rank holds of `like`."""
     if isinstance(like, DTensor):
-        size, start = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-        for dim, (first, n) in enumerate(zip(start, size, strict=True)):
-            whole = whole.narrow(dim, min(first, whole.shape[dim]), n)
+        for dim, (first, n) in enumerate(zip(*box_of(like), strict=True)):
+            whole = whole.narrow(dim, first, n)
     return whole
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from moe_ext import checkpoint
+from moe_ext import checkpoint, private
 from moe_ext.config import Config, dumps, parse, plain, require
 from moe_ext.data import IndexedDataset, Loader, unigram_entropy
 from moe_ext.evaluate import evaluate, load_run
@@ -194,6 +194,8 @@ class Profile:
         self.rank, self.device = f"-rank{mesh.rank}" if mesh.world > 1 else "", mesh.device
         require(not self.memory or mesh.device.type == "cuda", f"train.memory_snapshot records CUDA allocations, but "
                 f"train.device is {mesh.device.type}: leave it off; profile/ops.txt shows what each op allocates")
+        if self.memory:
+            private.require("train.memory_snapshot")
         if config.train.profile_steps:
             schedule = torch.profiler.schedule(wait=1, warmup=1, active=config.train.profile_steps, repeat=1)
             self.trace = torch.profiler.profile(schedule=schedule, on_trace_ready=self.write, profile_memory=True)

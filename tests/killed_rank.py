@@ -21,5 +21,6 @@ try:
                 os.kill(os.getpid(), signal.SIGKILL)
             dist.all_reduce(torch.ones(1))
         print(rank)
+        dist.destroy_process_group()
 except RankFailure as error:
     sys.exit(f"error: {error}")

@@ -1,9 +1,10 @@
 """One rank of a run fails in every way there is: all ranks end, each with one sentence that names it, with status 1.
 
-The ranks are forked, joined by gloo, and really killed, stopped or left waiting. One that would hang is killed by its
-own alarm, so a test that fails does so within a minute. Only the silence of a stopped rank takes a timeout to notice.
+The ranks are forked, joined by gloo, and really killed, stopped or left waiting. One that would hang says where and
+ends within a minute, and so does its test. Only the silence of a stopped rank takes a timeout to notice.
 """
 
+import faulthandler
 import os
 import re
 import select
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -41,15 +43,17 @@ def run(world, body, folder, store, timeout=60.0, started=None):
     """body(watch, rank, store) under a Watch in `world` forked ranks, or the first `started` of them, ended as
     moe_ext.train ends: an expected error in one sentence. store() makes a rank's store. Returns exit statuses (-9: by
     SIGKILL), what each wrote to stderr, and the pids."""
-    pids = []
+    pids, (gate, go) = [], os.pipe()
     for rank in range(started or world):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                signal.alarm(60)
-                torch.set_num_threads(1)
                 os.dup2(os.open(folder / f"stderr{rank}", os.O_WRONLY | os.O_CREAT, 0o600), 2)
+                faulthandler.dump_traceback_later(60, exit=True, file=2)
+                os.close(go)
+                os.read(gate, 1)        # until `go` is closed everywhere: all ranks are there
+                torch.set_num_threads(1)
                 shared = store()
                 with Watch(shared, rank, world, timeout, hint=lambda: HINT) as watch:
                     body(watch, rank, shared)
@@ -63,6 +67,8 @@ def run(world, body, folder, store, timeout=60.0, started=None):
             finally:
                 os._exit(status)
         pids.append(pid)
+    os.close(go)    # not before: the store's thread, welcoming a rank, holds glibc's locks, and a fork would copy them
+    os.close(gate)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return statuses, [(folder / f"stderr{rank}").read_text() for rank in range(len(pids))], pids
 
@@ -282,6 +288,21 @@ def test_sys_exit_0_is_a_good_end(tmp_path, server):
         sys.exit(0)
 
     assert run(2, body, tmp_path, lambda: client(server.port))[:2] == ([0, 0], ["", ""])
+
+
+def test_the_thread_has_ended_when_a_rank_has_left(monkeypatch):
+    ended = []
+
+    def run_slowly(watch, store):
+        run_thread(watch, store)
+        time.sleep(0.2)
+        ended.append(watch.rank)
+
+    run_thread = Watch._run
+    monkeypatch.setattr(Watch, "_run", run_slowly)
+    with Watch(dist.HashStore(), 1, 2, 60.0):
+        pass
+    assert ended == [1]
 
 
 # ---- the neighbour, on a clock that the test turns -------------------------------------------------------------------

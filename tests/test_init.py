@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 from compare import same
+from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from moe_ext import ops
 from moe_ext.model import normal_
 from moe_ext.parallel import init
 from moe_ext.parallel.init import box_normal
+from moe_ext.parallel.shard import box_of
 
 KEY = dict(seed=11, site=1234567890, std=0.02)
 BOXES = {  # shape: [(start, size), ..]
@@ -64,3 +68,24 @@ def test_a_last_row_of_a_huge_parameter():
 def test_a_box_outside_is_refused(shape, start, size):
     with pytest.raises(ValueError, match=r"box_normal: got the box of size .* wanted one inside shape"):
         box_normal(shape, start, size, **KEY)
+
+
+# ---- which box a rank holds ------------------------------------------------------------------------------------------
+CUTS = [(Shard(0), Shard(1)), (Shard(1), Shard(0)), (Shard(0), Shard(0)), (Replicate(), Shard(0)),
+        (Shard(1), Replicate())]  # fmt: skip
+
+
+def test_box_of_is_what_torch_leaves_to_a_rank(tmp_path):
+    def body(rank):
+        mesh = init_device_mesh("cpu", (2, 2))
+        for shape in [(4, 6), (7, 13), (1, 3), (2, 1, 5)]:
+            whole = torch.arange(math.prod(shape)).view(shape)
+            for cuts in CUTS:
+                p = distribute_tensor(whole, mesh, cuts, src_data_rank=None)
+                start, size = box_of(p)
+                box = whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+                assert torch.equal(box, p.to_local()), (shape, cuts, rank)
+        with pytest.raises(ValueError, match=r"box_of: got placements \(Replicate\(\), Partial\(sum\)\), wanted Shard"):
+            box_of(DTensor.from_local(torch.ones(2), mesh, (Replicate(), Partial())))
+
+    run_ranks(4, body, tmp_path)

@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from moe_ext import private
+
+private.require("moe_ext.optim")
+
 
 class NonFiniteGradient(FloatingPointError):
     """A gradient holds NaN or infinity; no gradient and no parameter has been changed."""

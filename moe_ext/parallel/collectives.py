@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from moe_ext.ops.define import Function
 
-# torch 2.13 renamed it and warns at every call of the old name.
+# Its name since torch 2.13; 2.13 and 2.14 warn at every call of the old one, 2.11 has no other.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 

@@ -6,6 +6,8 @@
         agree(store, rank, world, facts(config, resume=resume))             # ConfigError on all ranks, or on none
         ..
         watch.at("step 12")                                                 # for the sentence; 20 us
+        ..
+        dist.destroy_process_group()                                        # no thread of gloo may outlive Python
 
     error: rank 1 (pid 4242 on node7) died in step 12 (killed or crashed); rank 0 was in step 12; --resume auto ..
 
@@ -91,7 +93,8 @@ class Watch:
             self.guard_sigterm = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
             if self.guard_sigterm:
                 signal.signal(signal.SIGTERM, self._terminated)
-            threading.Thread(target=self._run, args=(self.store.clone(),), name="watch", daemon=True).start()
+            self.thread = threading.Thread(target=self._run, args=(self.store.clone(),), name="watch", daemon=True)
+            self.thread.start()
         return self
 
     def at(self, where: str) -> None:
@@ -111,6 +114,7 @@ class Watch:
         while not self.answered.wait(self.timeout / 2) and beats != self.beats:
             beats = self.beats
         if self.answered.is_set():
+            self.thread.join()      # and drops its store: done while Python finalizes, that aborts the process
             os.close(self.wake)
         else:
             self.failure = f"the store of the run has not answered for {self.timeout:g} s"

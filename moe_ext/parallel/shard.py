@@ -12,8 +12,7 @@ one box of a parameter. It sums gradients and divides nothing: the loss already 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import FusedMoE
@@ -137,7 +136,23 @@ def initialize(model: GPT, seed: int, device) -> None:
     model.init_weights(seed, normal_box_)
 
 
+def box_of(p: DTensor) -> tuple[list[int], list[int]]:
+    """(start, size) of the part of p that this rank holds: each axis cuts a dimension as torch.chunk does. Errors:
+    ValueError if an axis does otherwise, as FSDP does where tp has cut the same dimension."""
+    start, size = [0] * p.ndim, list(p.shape)
+    for placement, ranks, rank in zip(p.placements, p.device_mesh.shape, p.device_mesh.get_coordinate(), strict=True):
+        if placement.is_replicate():
+            continue
+        if type(placement) is not Shard:
+            raise ValueError(f"box_of: got placements {p.placements}, wanted Shard and Replicate alone")
+        dim, each = placement.dim, -(-size[placement.dim] // ranks)
+        first = min(rank * each, size[dim])
+        start[dim] += first
+        size[dim] = min(each, size[dim] - first)
+    return start, size
+
+
 def normal_box_(p, std, seed, place):
     local = p.to_local()
-    size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    start, size = box_of(p)
     local.copy_(box_normal(p.shape, start, size, seed=seed, site=place, std=std, dtype=p.dtype, device=local.device))

@@ -80,13 +80,14 @@ def distribute(root: nn.Module, device_mesh, placements, used) -> None:
     for prefix, module in root.named_modules():
         if id(module) in inside:
             continue
-        names = {name: f"{prefix}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None}
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        names = {name: f"{prefix}.{name}".lstrip(".") for name, _ in own}
         for name, full_name in names.items():
-            p = module._parameters[name]
+            p = module.get_parameter(name)
             if id(p) not in made:
                 made[id(p)] = nn.Parameter(distribute_tensor(p.detach(), device_mesh, placements(full_name),
                                                              src_data_rank=None), requires_grad=p.requires_grad)
-            module._parameters[name] = made[id(p)]
+            module.register_parameter(name, made[id(p)])
         if names:
             compute_on_local(module, names, used)
 
@@ -95,7 +96,7 @@ def compute_on_local(module: nn.Module, names: dict[str, str], used) -> None:
     """An instance attribute hides the parameter of its name from `self.name` inside forward."""
     def hide(module, args):
         for name, full_name in names.items():
-            p = module._parameters[name]
+            p = module.get_parameter(name)
             module.__dict__[name] = used(full_name, p.to_local() if isinstance(p, DTensor) else p)
 
     def show(module, args, result):
@@ -116,8 +117,8 @@ def sum_replicated(model: nn.Module, mesh) -> None:
                 same = [part for part in parts if part.dtype == dtype]
                 flat = torch.cat([part.flatten() for part in same])
                 dist.all_reduce(flat, group=group)
-                torch._foreach_copy_(same, [sum.view_as(part) for part, sum in
-                                            zip(same, flat.split([part.numel() for part in same]), strict=True)])
+                for part, sum in zip(same, flat.split([part.numel() for part in same]), strict=True):
+                    part.copy_(sum.view_as(part))
 
 
 def replicated(p, axis: str) -> bool:

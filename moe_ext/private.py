@@ -1,0 +1,36 @@
+"""The private names of torch that moe_ext uses: all of them, by what needs them. A later torch may drop any.
+
+    require("moe_ext.ops")      # at import, or before the first step: ImportError, in a sentence, if torch lacks a name
+"""
+from operator import attrgetter
+
+import torch
+
+TRIED = "2.11.0, 2.13.0, 2.14.1 and 2.15.0"     # with what result: docs/torch.md
+NAMES = {
+    "moe_ext.ops": (
+        "torch._C.DispatchKey",
+        "torch._C.DispatchKeySet",
+        "torch._C._AutoDispatchBelowAutograd",
+        "torch._C._ExcludeDispatchKeyGuard",
+        "torch._C._after_autograd_keyset",
+        "torch._C._any_requires_grad",
+        "torch.ops.aten.add.Tensor._opname",    # of any op
+        "torch.ops.aten.add.Tensor._schema",
+    ),
+    "moe_ext.optim": ("torch._foreach_mul_",),
+    "train.memory_snapshot": ("torch.cuda.memory._dump_snapshot", "torch.cuda.memory._record_memory_history"),
+    "moe_ext.proof": ("torch._dynamo",),
+}
+
+
+def require(user: str) -> None:
+    """ImportError if this torch lacks one of NAMES[user]."""
+    for name in NAMES[user]:
+        try:
+            attrgetter(name.removeprefix("torch."))(torch)
+        except AttributeError:
+            raise ImportError(
+                f"{user} needs {name}, which torch {torch.__version__} does not have. moe_ext was tried with torch "
+                f"{TRIED}: install one of them, or a newer moe_ext"
+            ) from None
