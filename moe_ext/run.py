@@ -50,27 +50,36 @@ def locked(folder: Path, rank: int):
 
 def lock(folder: Path):
     """The open file that is the lock; closing it, or the end of the process, lets it go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(folder / "lock", "a+")      # not emptied yet: it names its holder
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait until that run "
-                              "has ended, stop it, or choose another --log.name") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            warnings.warn(f"{folder}: {error.strerror}: this file system has no locks, so nothing stops a second run "
-                          "in the same folder", stacklevel=2)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
-                break
-        file.close()                            # its holder has removed it since it was opened
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while (file := claim(folder / "lock")) is None:
+            pass
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written: {error.strerror}: mend that or choose another "
+                          "--log.folder") from None
     return file
+
+
+def claim(path: Path):
+    """The lock file, locked; None if its holder has removed it between the opening and the locking."""
+    file = open(path, "a+")             # not emptied yet: it names its holder
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ConfigError(f"{path.parent} is in use by {file.read().strip() or 'another process'}: wait until that run "
+                          "has ended, stop it, or choose another --log.name") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"{path.parent}: {error.strerror}: this file system has no locks, so nothing stops a second run "
+                      "in the same folder", stacklevel=3)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+    return None
 
 
 # ---- what a run may continue -----------------------------------------------------------------------------------------
@@ -147,17 +156,18 @@ def set_aside(folder: Path, step: int) -> list[str]:
     number = 1
     while (aside := Path("abandoned", f"after-{step:06d}-{number}")) and (folder / aside).exists():
         number += 1
-    for name in ("ckpt", "tb"):
-        (folder / aside / name).mkdir(parents=True)
+    (folder / aside).mkdir(parents=True)
     if (folder / "config.toml").is_file():
         shutil.copyfile(folder / "config.toml", folder / aside / "config.toml")
     for path in checkpoints:
+        (folder / aside / "ckpt").mkdir(exist_ok=True)
         path.rename(folder / aside / "ckpt" / path.name)
         checkpoint.sync(folder / aside / "ckpt")
         checkpoint.sync(folder / "ckpt")
     if (folder / "plot.png").is_file():
         (folder / "plot.png").rename(folder / aside / "plot.png")
     for name, (kept, beyond) in cut.items():
+        (folder / aside / name).parent.mkdir(exist_ok=True)
         write(folder, aside / name, beyond)
         write(folder, name, kept)
     what = [path.name for path in checkpoints] + [name for name in cut if name == "metrics.jsonl"]
