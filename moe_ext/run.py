@@ -154,24 +154,23 @@ def set_aside(folder: Path, step: int) -> list[str]:
         return []
 
     number = 1
-    while (aside := Path("abandoned", f"after-{step:06d}-{number}")) and (folder / aside).exists():
+    while (aside := folder / "abandoned" / f"after-{step:06d}-{number}").exists():
         number += 1
-    (folder / aside).mkdir(parents=True)
+    aside.mkdir(parents=True)
     if (folder / "config.toml").is_file():
-        shutil.copyfile(folder / "config.toml", folder / aside / "config.toml")
+        shutil.copyfile(folder / "config.toml", aside / "config.toml")
     for path in checkpoints:
-        (folder / aside / "ckpt").mkdir(exist_ok=True)
-        path.rename(folder / aside / "ckpt" / path.name)
-        checkpoint.sync(folder / aside / "ckpt")
+        (aside / "ckpt").mkdir(exist_ok=True)
+        path.rename(aside / "ckpt" / path.name)
+        checkpoint.sync(aside / "ckpt")
         checkpoint.sync(folder / "ckpt")
     if (folder / "plot.png").is_file():
-        (folder / "plot.png").rename(folder / aside / "plot.png")
+        (folder / "plot.png").rename(aside / "plot.png")
     for name, (kept, beyond) in cut.items():
-        (folder / aside / name).parent.mkdir(exist_ok=True)
-        write(folder, aside / name, beyond)
+        (aside / name).parent.mkdir(exist_ok=True)
+        write(folder, (aside / name).relative_to(folder), beyond)
         write(folder, name, kept)
-    what = [path.name for path in checkpoints] + [name for name in cut if name == "metrics.jsonl"]
-    return [f"set aside in {folder / aside} what lay beyond step {step}: {', '.join(what or cut)}"]
+    return [f"set aside in {aside} what lay beyond step {step}: {', '.join([*(p.name for p in checkpoints), *cut])}"]
 
 
 def write(folder: Path, name: str | Path, data: bytes) -> None:

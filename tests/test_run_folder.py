@@ -62,7 +62,8 @@ def test_rolling_back_sets_the_later_branch_aside(data, tmp_path):              
     for place in (folder, aside):
         assert scalars(place / "tb") == [(r["step"], r["loss"]) for r in records(place)]
     assert plot(aside, tmp_path / "aside.png").is_file()
-    assert (f"set aside in {aside} what lay beyond step 10: step-000015, step-000020, metrics.jsonl\n"
+    (events,) = names(aside / "tb")
+    assert (f"set aside in {aside} what lay beyond step 10: step-000015, step-000020, tb/{events}, metrics.jsonl\n"
             "changed since step 10: train.steps was 20 and is 18\n") in said(folder)
     moe_ext.train.train(load(folder / "config.toml"), str(aside / "ckpt" / "step-000015"))      # and back
     assert [r["step"] for r in records(folder)] == [16, 18] and checkpoint.latest(folder / "ckpt").name == "step-000018"
