@@ -18,6 +18,7 @@ name, and the JSON under DCP_SHARDING_INFO in the file's metadata gives the firs
 one process saves is one file of whole tensors for any reader of safetensors; what a mesh saves becomes that when one
 process loads and saves it.
 """
+import dataclasses
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +39,17 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from moe_ext.config import Config
+
 FORMAT = 1
 WHOLE = re.compile(r"step-(\d{6,})(\.old)?")       # .old: set aside while a save of the same step takes its place
+
+# The fields of model.* that change neither a tensor nor what the model computes outside training (nor does another
+# select_bias_rate above 0): a checkpoint continues with other values of these. Any other field makes another model, one
+# that is not decided yet too. A new field's default is what versions without it did.
+TRAINING_ONLY = {"model." + name for name in (
+    "seq_len", "dropout", "init_std", "moe.jitter", "moe.balanced", "moe.capacity_factor", "moe.drop_by", "moe.scope",
+    "moe.balance_form", "moe.balance_weight", "moe.z_weight")}
 
 
 class CheckpointError(ValueError):
@@ -130,6 +140,11 @@ def whole(folder: str | Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(WHOLE.fullmatch(path.name)[1])
+
+
 def latest(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a folder, None if there is none. Ranks that must agree: on_rank_0."""
     return next(reversed(whole(folder)), None)
@@ -154,7 +169,7 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
     """Read a checkpoint into model, and with an optimizer and a loader continue its run: their state and torch's RNG.
 
     Without an optimizer only the model is read (evaluation, sampling). config: the wanted dataclasses.asdict(Config);
-    if its "model" differs from the checkpoint's, that is an error naming the fields. Every tensor of the model and the
+    if its "model" is another one, that is an error naming the fields (TRAINING_ONLY). Every tensor of the model and the
     optimizer must be in the checkpoint with its shape and dtype, and every such tensor of the checkpoint in them;
     nothing is touched before that is certain on every rank. Collective; rank 0's path holds. The mesh is free: each
     rank reads the boxes that it needs. Errors: FileNotFoundError, CheckpointError, OSError, on every rank the same.
@@ -179,7 +194,8 @@ def room(path: Path, state: State, reader: HuggingFaceStorageReader, model: torc
          optimizer: torch.optim.Optimizer | None, config: dict | None) -> tuple[dict, dict]:
     """What load reads into, {stored name: tensor}, and of it the optimizer's {NAME: {STATE: tensor}}, if all fits."""
     if config is not None:
-        differing = differences(state.config["model"], config["model"], "model")
+        differing = [f"{name}: the checkpoint has {was!r}, this run wants {now!r}"
+                     for name, was, now in differences(state.config, config) if changes_model(name, was, now)]
         if differing:
             raise CheckpointError(f"{path} is a checkpoint of another model:\n  " + "\n  ".join(differing) +
                                   "\nresume with the config.toml of its run folder, or start a new run")
@@ -242,16 +258,23 @@ def portable(error: Exception | None) -> Exception | None:
         return CheckpointError(f"rank {rank()}: {type(error).__name__}: {error}")
 
 
-def differences(got: dict, wanted: dict, name: str) -> list[str]:
-    """One sentence per leaf that differs between two nested dicts."""
-    lines = []
+def differences(got: dict, wanted: dict, default: dict | None = None, prefix: str = "") -> Iterator[tuple]:
+    """(name, got value, wanted value) of each leaf that differs between two dataclasses.asdict(Config); where a dict
+    lacks a field, of which its version did not know, it has the default."""
+    default = dataclasses.asdict(Config()) if default is None else default
     for key in dict.fromkeys([*wanted, *got]):
-        a, b = got.get(key, "absent"), wanted.get(key, "absent")
+        a, b = (side.get(key, default.get(key, "absent")) for side in (got, wanted))
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{name}.{key}")
+            yield from differences(a, b, default.get(key, {}), f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{name}.{key}: the checkpoint has {a!r}, this run wants {b!r}")
-    return lines
+            yield prefix + key, a, b
+
+
+def changes_model(name: str, was, now) -> bool:
+    """Whether this difference of two configs makes another model."""
+    if name == "model.moe.select_bias_rate":
+        return not (was and now)        # 0: there is no bias
+    return name.startswith("model.") and name not in TRAINING_ONLY
 
 
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -344,7 +345,8 @@ def convert(kind, value, name: str):
 
 
 def load(path: str | Path) -> Config:
-    """The Config of a recipe. log.name "" becomes the file's name. Errors: ConfigError naming the file."""
+    """The Config of a recipe. log.name "" becomes the file's name; config.toml of a run folder names that folder,
+    wherever it has been moved. Errors: ConfigError naming the file."""
     path = Path(path)
     require(path.is_file(), f"no recipe {path}: give a .toml file, for example recipes/tiny.toml")
     try:
@@ -353,6 +355,9 @@ def load(path: str | Path) -> Config:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if path.name == "config.toml" and (path.parent / "run.log").is_file():
+        folder, name = os.path.split(os.path.abspath(path.parent))
+        config = dataclasses.replace(config, log=dataclasses.replace(config.log, folder=folder, name=name))
     if not config.log.name:
         config = dataclasses.replace(config, log=dataclasses.replace(config.log, name=path.stem))
     return config

@@ -9,7 +9,8 @@ step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 31
 
 metrics.jsonl holds one object per line: {"step", "loss", "aux", "grad_norm", "lr", "ms", "tokens_per_s", "load",
 "dead", "counts_LE"} for a step line and {"step", "valid_loss", "unigram_entropy"} for an evaluation; losses in nats per
-token. A resumed run appends; where a step stands twice the later line holds.
+token. A resumed run appends; steps beyond its start are set aside first (moe_ext.run). Where a step stands twice, as
+in folders of earlier versions, the later line holds.
 
 `python -m moe_ext.log plot RUN_DIR [-o out.png]` draws the curves (matplotlib).
 """
@@ -233,6 +234,37 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
             raise ValueError(f"{path}: line {number}: got {line[:60]!r}, wanted a JSON object with a step: delete the "
                              "line or plot another run") from None
     return tuple([records[step] for step in sorted(records)] for records in (train, valid))
+
+
+def split_metrics(data: bytes, step: int) -> tuple[bytes, bytes]:
+    """metrics.jsonl -> the lines up to `step`, and those beyond it. What is no record stays where it is."""
+    parts = [], []
+    for line in data.splitlines(keepends=True):
+        try:
+            parts[json.loads(line)["step"] > step].append(line)
+        except (ValueError, TypeError, KeyError):
+            parts[False].append(line)
+    return b"".join(parts[False]), b"".join(parts[True])
+
+
+def split_events(data: bytes, step: int) -> tuple[bytes, bytes]:
+    """The same for a file of TensorBoard's events; each part that is not empty begins with the file's header.
+
+    A record is a length (8 bytes, little endian), its checksum (4), an event, its checksum (4). In an event, the time
+    (9 bytes) comes first and then, if it is not 0, the step: the byte 16 and a varint.
+    """
+    parts, at = ([], []), 0
+    while at + 12 <= len(data) and (end := at + 16 + int.from_bytes(data[at:at + 8], "little")) <= len(data):
+        event, number = data[at + 12:end - 4], 0
+        if event[9:10] == b"\x10":
+            for index, byte in enumerate(event[10:20]):
+                number |= (byte & 127) << 7 * index
+                if byte < 128:
+                    break
+        parts[number > step].append(data[at:end])
+        at = end
+    kept, beyond = parts
+    return b"".join(kept), b"".join(kept[:1] + beyond if beyond else [])
 
 
 def plot(run: Path, out: Path | None = None) -> Path:

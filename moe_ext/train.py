@@ -4,6 +4,7 @@
 depend on the mesh (README, "Which mesh should I use"). Rank 0 writes the run folder, log.folder/log.name:
     config.toml       every field, defaults included: `moe_ext.train RUN/config.toml` repeats the run
     run.log           what the console showed          metrics.jsonl, tb/   the same as numbers (moe_ext.log)
+    lock              while the run is on              abandoned/      what a start left behind (moe_ext.run)
     ckpt/step-NNNNNN  checkpoints (moe_ext.checkpoint) tokenizer.json       a copy, so that the folder is whole
     plot.png          loss and expert load             profile/             traces, with train.profile_steps
 SIGTERM to a rank and the first Ctrl-C save a checkpoint and end the run with exit status 0 (torchrun itself, given
@@ -16,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from moe_ext import checkpoint, private
-from moe_ext.config import Config, dumps, parse, plain, require
+from moe_ext.config import Config, parse, plain, require
 from moe_ext.data import IndexedDataset, Loader, unigram_entropy
 from moe_ext.evaluate import evaluate, load_run
 from moe_ext.generate import complete
@@ -37,6 +37,7 @@ from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
+from moe_ext.run import absolute, begin, check, locked
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def train(config: Config, resume: str = "") -> Path:
     """One run from start, or from a checkpoint, to its last step; returns the run folder. Errors: ConfigError,
     CheckpointError, FileNotFoundError, FloatingPointError (a loss or gradient that is not finite), RankFailure."""
     folder = config.run_folder
-    with joined(config, facts(config, resume=resume), hint=lambda: resumable(folder)) as mesh:
+    with (joined(config, facts(config, resume=resume), hint=lambda: resumable(folder)) as mesh,
+          locked(folder, mesh.rank)):
         log, done = fit(config, mesh, resume)
     if done and config.train.sample_tokens and config.data.tokenizer and mesh.rank == 0:
         log.say(f"sample: {complete(load_run(folder), config.train.sample_prompt, config.train.sample_tokens)}")
@@ -78,8 +80,9 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
     model = build(config, mesh)
     optimizer = adamw(model, config.optim)
     scaler = LossScaler(t.loss_scale, enabled=t.dtype == "fp16")
-    done, best = 0, None
+    state, done, best = None, 0, None
     if start_from is not None:
+        checkpoint.on_rank_0(lambda: check(start_from, config, loader))
         state = checkpoint.load(start_from, model=model, optimizer=optimizer, loader=loader,
                                 config=dataclasses.asdict(config))
         done, best = state.step, state.best_loss
@@ -87,22 +90,18 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
             scaler.load_state_dict(state.extra)
 
     # the run folder
-    if mesh.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(dumps(config))
-        if config.data.tokenizer:
-            shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+    lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
     log = Log(folder, steps=t.steps, tensorboard=config.log.tensorboard, flops_per_token=model.flops_per_token(),
               peak_flops=config.log.peak_tflops * 1e12 * mesh.world) if mesh.rank == 0 else Silence()
     log.say(describe(config, model))
-    log.say(f"continuing from {start_from}" if start_from else f"writing {folder}")
+    log.say("\n".join([f"continuing from {start_from}" if start_from else f"writing {folder}", *lines]))
     entropy = unigram_entropy(valid) if valid else math.nan
 
     def save(step):
         mesh.at(f"step {step}, saving")
         with log.paused():
             path = checkpoint.save(folder / "ckpt", model=model, optimizer=optimizer, loader=loader, step=step,
-                                   config=dataclasses.asdict(config), best_loss=best, keep_last=t.keep_last,
+                                   config=dataclasses.asdict(absolute(config)), best_loss=best, keep_last=t.keep_last,
                                    extra=scaler.state_dict())
             log.say(f"saved {path}")
 

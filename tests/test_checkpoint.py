@@ -316,7 +316,7 @@ def test_another_model_is_refused_by_its_fields(tmp_path, run):
     with pytest.raises(CheckpointError) as error:
         Run().load(path, config=wanted)
     assert "model.moe.top_k: the checkpoint has 2, this run wants 1" in str(error.value)
-    assert "model.bias: the checkpoint has 'absent', this run wants True" in str(error.value)
+    assert "model.bias: the checkpoint has False, this run wants True" in str(error.value)
     assert "dim" not in str(error.value) and "train" not in str(error.value)
     del wanted["model"]["bias"]
     wanted["model"]["moe"]["top_k"] = 2

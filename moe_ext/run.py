@@ -1,0 +1,181 @@
+"""The run folder: one run at a time, one branch at a time.
+
+    RUN/lock                    while a run is on: held by its rank 0 (flock), which the kernel lets go when it dies
+    RUN/ckpt, metrics.jsonl, tb what led to the run's newest checkpoint and what followed, nothing else
+    RUN/abandoned/after-000500-1/   ckpt/, metrics.jsonl, tb/, config.toml, plot.png: set aside by a run that started
+                                from step 500 (0: anew) when there was more; kept until you delete it
+
+So the newest checkpoint is always the one that was written last. A start sets aside all that lies beyond its step
+(`begin`), also the lines of steps that a killed run did and must do again; a start from a checkpoint of another folder
+sets aside all. The newest checkpoint goes last: a kill leaves the state before, or the one after with lines that the
+next start sets aside. run.log stays whole: it tells what happened, in order.
+
+Only training needs the lock; evaluate, generate, plot and --dry-run read. On NFS, flock holds between hosts from Linux
+2.6.12 on, but not when mounted with nolock or local_lock; a host that vanishes keeps it until the server gives it up.
+"""
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moe_ext import checkpoint
+from moe_ext.checkpoint import CheckpointError, State
+from moe_ext.config import Config, ConfigError, dumps
+from moe_ext.data import Loader
+from moe_ext.log import split_events, split_metrics
+
+
+# ---- one run at a time -----------------------------------------------------------------------------------------------
+@contextmanager
+def locked(folder: Path, rank: int):
+    """Inside, no other process trains in `folder`, which is made if absent, and removed if nothing was put into it.
+    Collective: ConfigError on every rank if another run is there."""
+    file = checkpoint.together(lambda: lock(folder) if rank == 0 else None)
+    try:
+        yield
+    finally:
+        if file:
+            (folder / "lock").unlink(missing_ok=True)
+            with suppress(OSError):     # not empty
+                folder.rmdir()
+            file.close()
+
+
+def lock(folder: Path):
+    """The open file that is the lock; closing it, or the end of the process, lets it go."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while (file := claim(folder / "lock")) is None:
+            pass
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written: {error.strerror}: mend that or choose another "
+                          "--log.folder") from None
+    return file
+
+
+def claim(path: Path):
+    """The lock file, locked; None if its holder has removed it between the opening and the locking."""
+    file = open(path, "a+")             # not emptied yet: it names its holder
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ConfigError(f"{path.parent} is in use by {file.read().strip() or 'another process'}: wait until that run "
+                          "has ended, stop it, or choose another --log.name") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"{path.parent}: {error.strerror}: this file system has no locks, so nothing stops a second run "
+                      "in the same folder", stacklevel=3)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+    return None
+
+
+# ---- what a run may continue -----------------------------------------------------------------------------------------
+def check(path: Path, config: Config, loader: Loader) -> None:
+    """CheckpointError, before anything is loaded, if no run of `config` can go on from the checkpoint `path`."""
+    state, steps = checkpoint.read_state(path), config.train.steps
+    if steps < state.step or (steps == state.step and not own(path, config)):
+        raise CheckpointError(f"{path} has {state.step} steps behind it and train.steps is {steps}: give a larger "
+                              "train.steps, or --resume an earlier checkpoint")
+    differing = [f"{name} {state.loader.get(name)} there, {value} here" for name, value in loader.identity().items()
+                 if state.loader.get(name) != value]
+    if differing:
+        raise CheckpointError(f"{path} is a place in the text {state.config['data']['train']}, not in "
+                              f"{config.data.train} as data.train, model.seq_len and train.seed now have it "
+                              f"({'; '.join(differing)}): continue with those that it had, or start a new run with "
+                              f"these weights: --weights {path}")
+
+
+def own(path: Path, config: Config) -> bool:
+    """Whether a checkpoint is one of the run folder's branch."""
+    return path.resolve().parent == (config.run_folder / "ckpt").resolve()
+
+
+def changes(state: State, config: Config) -> list[str]:
+    """One line for each field that is not as the checkpoint's run had it; a path is compared as an absolute one."""
+    before = state.config | {name: absolute_paths(state.config[name]) for name in ("data", "log")}
+    return [f"changed since step {state.step}: {name} was {was!r} and is {now!r}"
+            for name, was, now in checkpoint.differences(before, dataclasses.asdict(absolute(config)))]
+
+
+def absolute(config: Config) -> Config:
+    """The config with paths that hold from any working directory, as the run folder and its checkpoints keep it."""
+    return dataclasses.replace(config, **{name: dataclasses.replace(section, **absolute_paths(vars(section)))
+                                          for name, section in (("data", config.data), ("log", config.log))})
+
+
+def absolute_paths(section: dict) -> dict:
+    return section | {name: os.path.abspath(section[name]) for name in ("train", "valid", "tokenizer", "folder")
+                      if section.get(name)}
+
+
+# ---- one branch at a time --------------------------------------------------------------------------------------------
+def begin(config: Config, path: Path | None, state: State | None) -> list[str]:
+    """Make the run folder that of a run which starts from the checkpoint `path`, or anew (None) -> what to tell of it,
+    line by line."""
+    folder = config.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = set_aside(folder, state.step if state and own(path, config) else 0)
+    if state:
+        lines += changes(state, config)
+        if state.step == config.train.steps:
+            lines.append(f"all {state.step} steps are done: to go on, give a larger train.steps")
+    write(folder, "config.toml", dumps(absolute(config)).encode())
+    if config.data.tokenizer:
+        write(folder, "tokenizer.json", Path(config.data.tokenizer).read_bytes())
+    return lines
+
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Move to a new folder RUN/abandoned/after-STEP-N what lies beyond `step` -> a line that says so, if anything does.
+
+    The checkpoints go by rising step: until the newest has gone it is as if nothing had happened, and from then on what
+    is left to do are lines beyond `step`, which any later start finds."""
+    checkpoints = [path for path in checkpoint.whole(folder / "ckpt") if checkpoint.step_of(path) > step]
+    cut = {}
+    for name, split in [*((f"tb/{path.name}", split_events) for path in sorted((folder / "tb").glob("*tfevents*"))),
+                        ("metrics.jsonl", split_metrics)]:
+        kept, beyond = split((folder / name).read_bytes(), step) if (folder / name).is_file() else (b"", b"")
+        if beyond:
+            cut[name] = kept, beyond
+    if not checkpoints and not cut:
+        return []
+
+    number = 1
+    while (aside := folder / "abandoned" / f"after-{step:06d}-{number}").exists():
+        number += 1
+    aside.mkdir(parents=True)
+    if (folder / "config.toml").is_file():
+        shutil.copyfile(folder / "config.toml", aside / "config.toml")
+    for path in checkpoints:
+        (aside / "ckpt").mkdir(exist_ok=True)
+        path.rename(aside / "ckpt" / path.name)
+        checkpoint.sync(aside / "ckpt")
+        checkpoint.sync(folder / "ckpt")
+    if (folder / "plot.png").is_file():
+        (folder / "plot.png").rename(aside / "plot.png")
+    for name, (kept, beyond) in cut.items():
+        (aside / name).parent.mkdir(exist_ok=True)
+        write(folder, (aside / name).relative_to(folder), beyond)
+        write(folder, name, kept)
+    return [f"set aside in {aside} what lay beyond step {step}: {', '.join([*(p.name for p in checkpoints), *cut])}"]
+
+
+def write(folder: Path, name: str | Path, data: bytes) -> None:
+    """A file of the run folder, whole or as it was."""
+    (folder / "unfinished").write_bytes(data)
+    checkpoint.sync(folder / "unfinished")
+    (folder / "unfinished").rename(folder / name)
+    checkpoint.sync((folder / name).parent)
