@@ -136,7 +136,7 @@ def test_masks_that_do_not_fit():
     assert layer(x[0], token_mask=torch.ones(3, dtype=torch.bool))[0].shape == (3, D)
     with pytest.raises(ValueError, match="balanced deals experts out by place"):
         FusedMoE(D, F, E, 2, balanced=True)(x, token_mask=torch.ones(2, 3, dtype=torch.bool))
-    model, tokens = make(VARIANTS["dense"]), torch.zeros(2, 3, dtype=torch.long)
+    model, tokens = make(VARIANTS["dense"], torch.float32), torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"GPT: token_mask is torch.int64 \[2, 3\] .*Hint: attention_mask.bool()"):
         model.logits(tokens, token_mask=torch.ones_like(tokens))
 
