@@ -180,8 +180,8 @@ static int up_gradients(const moe_expert_args &a, const moe_expert_grads &g, con
                         cudaStream_t stream) {
     const moe_mat &dgate = g.dgate_EFD, &dup = g.dup_EFD;
     const bool gated = gated_act(a.act);
-    const bool adjacent = gated && dgate.p && dup.p == static_cast<T *>(dgate.p) + a.F * dgate.sr && dup.se == dgate.se &&
-                          dup.sr == dgate.sr && dup.sc == dgate.sc && w.row_F == a.F;
+    const bool adjacent = gated && dgate.p && dup.p == static_cast<T *>(dgate.p) + a.F * dgate.sr &&
+                          dup.se == dgate.se && dup.sr == dgate.sr && dup.sc == dgate.sc && w.row_F == a.F;
     gemm_product<T> product = {
         .R = a.N, .E = a.E, .N = a.D, .M = adjacent ? 2 * a.F : a.F, .bins_E = a.bins_E,
         .a = {sorted<T>(w.dh_NU, w.row_U, SUMS)}, .b = {gathered<T>(a, a.x_RD, SUMS)}, .bad = bad,
@@ -198,8 +198,8 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
     const bool gated = gated_act(a.act);
     const lent<T> w(a, &g, workspace);
     const gemm_product<T> dact = {                      // for sA alone dA' is a sum of nothing
-        .R = a.N, .E = a.E, .N = a.F, .K = w.dh_NU || w.ds_NP ? a.D : 0, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, ROWS)},
-        .b = {transposed<T>(a.down_EDF)}, .bad = bad,
+        .R = a.N, .E = a.E, .N = a.F, .K = w.dh_NU || w.ds_NP ? a.D : 0, .bins_E = a.bins_E,
+        .a = {gathered<T>(a, g.dy_RD, ROWS)}, .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
     const dact_epilogue<T> emit = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
                                    {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU), w.a_NF,
@@ -211,18 +211,18 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
         .a = {sorted<T>(w.dh_NU, w.row_U, ROWS), sorted<T>(w.dh_NU + w.row_F, w.row_U, ROWS)},
         .b = {transposed<T>(a.gate_EFD), transposed<T>(a.up_EFD)}, .bad = bad,
     };
-    if (w.y_ND) TRY(gemm_store<T>(dx, nullptr, 0, w.y_ND, w.row_D, stream));
+    if (g.dx_RD) TRY(gemm_store<T>(dx, nullptr, 0, w.y_ND, w.row_D, stream));
 
     const gemm_product<T> ddown = {
         .R = a.N, .E = a.E, .N = a.F, .M = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, SUMS)},
         .b = {sorted<T>(w.a_NF, w.row_F, SUMS)}, .bad = bad,
     };
-    if (w.a_NF) TRY(gemm_wgrad(ddown, g.ddown_EDF, stream));
+    if (g.ddown_EDF.p) TRY(gemm_wgrad(ddown, g.ddown_EDF, stream));
     TRY(up_gradients(a, g, w, bad, stream));
     TRY(sum_biases(a, g, w, stream));
 
-    if (w.y_ND) TRY(sum_slots<T>(a, {}, w, g.dx_RD, bad, stream));
-    return w.ds_NP ? sum_dweights(a, g, w, stream) : MOE_OK;
+    if (g.dx_RD) TRY(sum_slots<T>(a, {}, w, g.dx_RD, bad, stream));
+    return g.dweights_RK ? sum_dweights(a, g, w, stream) : MOE_OK;
 }
 
 size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a, const moe_expert_grads *g, cudaStream_t) {
