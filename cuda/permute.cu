@@ -230,9 +230,9 @@ static int invert(const moe_layout &l, int64_t stride, int wdtype, const void *w
 }
 
 // First the origins of the tile's tokens, then a pack of a token per thread: `slots` loads are under way before the
-// first is added.
+// first is added. Blocks that a multiprocessor has registers for: 80 a thread for eight packs of 16 bytes, else 48.
 template <class T, int width, int slots>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, slots == SLOTS ? 3 : 5)
 scatter_kernel(int64_t tokens, int K, tiling g, bool weighted, const origin *__restrict__ origin_N,
                const pack<width> *__restrict__ x, pack<width> *__restrict__ y) {
     constexpr int elements = width / static_cast<int>(sizeof(T));
