@@ -207,12 +207,16 @@ def test_a_centred_mean_does_not_lag():
     assert log_file.centred_mean([0.0, 3.0, 0.0, 3.0, 0.0], 1) == pytest.approx([0, 1, 2, 1, 0])
 
 
-def test_plot_says_what_is_missing(tmp_path, clock, monkeypatch):
+def test_plot_says_what_is_missing(tmp_path):
+    pytest.importorskip("matplotlib")
     with pytest.raises(FileNotFoundError, match=r"holds metrics.jsonl"):
         plot(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no step line"):
         plot(tmp_path)
+
+
+def test_plot_without_matplotlib(tmp_path, clock, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RuntimeError, match="pip install matplotlib"):
         plot(run_folder(tmp_path, clock))
