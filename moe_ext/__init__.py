@@ -14,8 +14,8 @@ import sys
 from importlib import import_module
 
 if sys.argv[:1] == ["-m"] and any(word.startswith("moe_ext") for word in sys.orig_argv):
-    # `python -m moe_ext.train` begins: from the slow imports below on, Ctrl-C is a line instead of a traceback. Not by an
-    # exception, which some `except ImportError` in there swallows.
+    # `python -m moe_ext.train` begins: from the slow imports below on, Ctrl-C is a line instead of a traceback. Not by
+    # an exception, which some `except ImportError` in there swallows.
     def interrupted(number, frame):
         os.write(2, b"\ninterrupted\n")
         os._exit(130)

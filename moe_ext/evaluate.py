@@ -109,11 +109,11 @@ def main() -> None:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         print(f"step {loaded.step} | valid loss {loss:.4f} | perplexity {perplexity:.2f} | {beside(loss, entropy)}")
 
-    tyro.cli(command, prog="python -m moe_ext.evaluate")
+    try:
+        tyro.cli(command, prog="python -m moe_ext.evaluate")
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -122,11 +122,11 @@ def main() -> None:
         print(complete(load_run(run, checkpoint), prompt, max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                        seed=seed, cache=cache, ignore_eos=ignore_eos))
 
-    tyro.cli(command, prog="python -m moe_ext.generate")
+    try:
+        tyro.cli(command, prog="python -m moe_ext.generate")
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    main()

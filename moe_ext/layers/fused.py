@@ -179,7 +179,7 @@ class FusedMoE(nn.Module):
         logits_TE = self.gate(x_TD)
         if self.noise_E is not None and random:
             logits_TE = ops.noisy(logits_TE, self.noise_E.to(real), **draws.at(self.name + ".noise"))
-        # A token whose logits are not finite gets NaN for its weights, as torch does it: the op would raise, on one rank
+        # A token whose logits are not finite gets NaN for its weights, as torch does: the op would raise, on one rank
         # of a mesh, on CUDA at some later call, and where fp16 skips a step.
         poison_T1 = logits_TE.detach().sum(-1, keepdim=True) * 0    # NaN for such a token, else 0
         bad_T1 = poison_T1.isnan()
