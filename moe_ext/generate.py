@@ -29,7 +29,8 @@ def pick(logits_V, temperature: float, top_k: int, top_p: float, generator: torc
                                  "overflow; use an earlier checkpoint")
     if temperature == 0:
         return int(logits_V.argmax())
-    p, ids = (logits_V.double().cpu() / temperature).softmax(-1).sort(descending=True, stable=True)
+    logits_V = logits_V.double().cpu()
+    p, ids = ((logits_V - logits_V.max()) / temperature).softmax(-1).sort(descending=True, stable=True)
     p[top_k or len(p):] = 0
     p[1:][p.cumsum(-1)[:-1] >= top_p] = 0       # those before it hold top_p already
     return int(ids[torch.multinomial(p, 1, generator=generator)])

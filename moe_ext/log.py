@@ -1,7 +1,7 @@
 """What a run tells: the step line, RUN/run.log, RUN/metrics.jsonl, RUN/tb (TensorBoard), and a plot of all of it.
 
-step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 318k tok/s | epoch 1.24 | load 1.31x ..
-.. dead 0 | eta 1h08m
+step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 318k tok/s | epoch 1.24
+               | load 1.31x dead 0 | eta 1h08m                                              (on the same line)
 
     ms, tok/s   of the steps since the last line, without evaluation and saving; the first step of a process, which
                 pays for warm-up, counts only in its own line

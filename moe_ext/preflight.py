@@ -76,7 +76,7 @@ def check_folder(config: Config) -> None:
                               "choose another --log.folder") from None
     size = plan.checkpoint_size(config, GPT(config.model, device="meta").num_parameters()[0])
     saves = math.ceil(t.steps / (t.save_every or t.steps))
-    held = min(t.keep_last + 1 + t.keep_best, saves) if t.keep_last else 1     # 0 keeps all, unless they are moved away
+    held = min(t.keep_last + 1, saves) + t.keep_best if t.keep_last else 1     # 0 keeps all, unless they are moved away
     needed = size * max(1, held - len(checkpoint.whole(folder / "ckpt")))
     free = shutil.disk_usage(place).free
     require(free >= needed, f"{place} has {plan.mib(free)} free, but a checkpoint takes {plan.mib(size)} and "

@@ -8,10 +8,11 @@ depend on the mesh (README, "Which mesh should I use"). Rank 0 writes the run fo
     plot.png          loss and expert load             profile/             traces, with train.profile_steps
 What can be known to fail is checked before step 1 (moe_ext.preflight). SIGTERM, SIGHUP or SIGUSR1 to any rank and the
 first Ctrl-C save a checkpoint and end the run with exit status 0; `--resume auto` continues it, bit for bit on the same
-mesh. torchrun passes SIGTERM, SIGINT and SIGHUP on, and kills after 30 s or its --shutdown-timeout; SIGUSR1, which
-SLURM's --signal sends, ends torchrun itself unless it has --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1. Logits,
-losses and gradients that are not finite end the run with a sentence before they reach the parameters (in fp16 they skip
-the step and halve the loss scale). A rank that dies ends all others with a sentence.
+mesh. torchrun passes SIGTERM, SIGINT and SIGHUP on, kills what runs 30 s later (--shutdown-timeout) and ends with
+status 1; SIGUSR1, which SLURM's --signal can send, must be named to it, or it dies and the run with it, unsaved:
+`torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1`. Logits, losses and gradients that are not finite end the
+run with a sentence before they reach the parameters (in fp16 they skip the step and halve the loss scale). A rank that
+dies ends all others with a sentence.
 """
 from __future__ import annotations
 

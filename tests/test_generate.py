@@ -66,6 +66,11 @@ def test_options_out_of_range(folder, monkeypatch, options, words):
         main(monkeypatch, generate, folder, "--prompt", "the", "--max-tokens", "5", *options)
 
 
+def test_the_smallest_temperature_takes_the_likeliest():
+    logits_V = torch.tensor([1.0, 3.0, 2.0])
+    assert generate.pick(logits_V, 1e-320, 0, 1.0, torch.Generator()) == 1
+
+
 def test_ids_beyond_the_vocabulary(folder):
     with pytest.raises(ValueError, match="the prompt has token ids from 3 to 320, but the model's vocabulary is 320"):
         list(generate.generate(load_run(folder).model, [3, 320], 5))
