@@ -119,7 +119,7 @@ def finish(work: Path, final: Path, state: State, keep_last: int) -> None:
     if state.best_step is not None:     # also those of earlier checkpoints, to which a run may go back
         bests = {state.best_step} | {read_state(path).best_step for path in others[len(old):]}
     for path in old:
-        if int(path.name[5:]) not in bests:
+        if step_of(path) not in bests:
             discard(path)
 
 
@@ -139,6 +139,11 @@ def whole(folder: str | Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(WHOLE.fullmatch(path.name)[1])
+
+
 def latest(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a folder, None if there is none. Ranks that must agree: on_rank_0."""
     return next(reversed(whole(folder)), None)
@@ -148,7 +153,7 @@ def best(folder: str | Path) -> Path | None:
     """The checkpoint of the lowest held-out loss that the newest one knows; None if none is kept."""
     newest = latest(folder)
     step = read_state(newest).best_step if newest else None
-    return None if step is None else next((p for p in whole(folder) if p.name == f"step-{step:06d}"), None)
+    return next((path for path in reversed(whole(folder)) if step_of(path) == step), None)
 
 
 def read_state(path: str | Path) -> State:

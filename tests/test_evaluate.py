@@ -65,12 +65,15 @@ def run(data, folder, monkeypatch, steps, *words, resume="", **options):        
 
 
 def kept(folder):
-    return [int(path.name[5:]) for path in checkpoint.whole(folder / "ckpt")]
+    return [checkpoint.step_of(path) for path in checkpoint.whole(folder / "ckpt")]
 
 
 def test_the_best_checkpoint_is_kept(data, tmp_path, monkeypatch, capsys):                  # noqa: F811
     folder = run(data, tmp_path, monkeypatch, 8, "--train.keep-best", train__keep_last=1)
     assert kept(folder) == [4, 8]
+    best = folder / "ckpt" / "step-000004"
+    best.rename(best.with_name("step-000004.old"))          # a save of the same step was killed
+    assert evaluate.load_run(folder, "best").step == 4
     run(data, tmp_path, monkeypatch, 10, "--train.keep-best", train__keep_last=1, resume="auto")
     assert kept(folder) == [10]
     run(data, tmp_path, monkeypatch, 12, "--train.keep-best", train__keep_last=1, resume="auto")
