@@ -64,13 +64,17 @@ class State(NamedTuple):
     loader: dict                # Loader.state_dict()
     optimizer: dict             # {"class": "AdamW", "states": {NAME: {STATE: shape}}} of each parameter that it moves
     extra: dict                 # what else the run needs, as save was given it: JSON values
+    best_step: int | None = None    # checkpoint of the lowest held-out loss, if such ones are kept
 
 
 def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader, step: int,
-         config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None) -> Path:
-    """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all). Collective.
+         config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None,
+         best_step: int | None = None) -> Path:
+    """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all) and of each of
+    them the best one that it knows. Collective.
 
     loader: anything with state_dict() -> JSON values. config: dataclasses.asdict(Config). extra: more JSON values.
+    best_step: the step of the best checkpoint, this one or an earlier one, if it is to be kept.
     folder and all that is not a tensor are those of rank 0. Errors: CheckpointError, OSError, on every rank the same.
     """
     work, final = on_rank_0(lambda: begin(Path(folder), f"step-{step:06d}"))
@@ -83,7 +87,7 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
         tensors = model_tensors(model) | flat(states) | (generator_tensors() if rank() == 0 else {})
         shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
         moved = {"class": type(optimizer).__name__, "states": shapes}
-        return tensors, State(step, best_loss, config, loader.state_dict(), moved, extra or {})
+        return tensors, State(step, best_loss, config, loader.state_dict(), moved, extra or {}, best_step)
 
     tensors, state = together(content)
     with dcp_errors(f"{final} was not saved, earlier checkpoints are as they were"):
@@ -120,8 +124,13 @@ def finish(work: Path, final: Path, state: State, keep_last: int) -> None:
     sync(final.parent)
     clear(final.parent)
     others = [path for path in whole(final.parent) if path != final]
-    for path in others[:max(0, len(others) + 1 - keep_last)] if keep_last else []:
-        discard(path)
+    old = others[:max(0, len(others) + 1 - keep_last)] if keep_last else []
+    bests = set()
+    if state.best_step is not None:     # also those of earlier checkpoints, to which a run may go back
+        bests = {state.best_step} | {read_state(path).best_step for path in others[len(old):]}
+    for path in old:
+        if step_of(path) not in bests:
+            discard(path)
 
 
 def clear(folder: Path) -> None:
@@ -148,6 +157,13 @@ def step_of(path: Path) -> int:
 def latest(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a folder, None if there is none. Ranks that must agree: on_rank_0."""
     return next(reversed(whole(folder)), None)
+
+
+def best(folder: str | Path) -> Path | None:
+    """The checkpoint of the lowest held-out loss that the newest one knows; None if none is kept."""
+    newest = latest(folder)
+    step = read_state(newest).best_step if newest else None
+    return next((path for path in reversed(whole(folder)) if step_of(path) == step), None)
 
 
 def read_state(path: str | Path) -> State:
@@ -261,13 +277,22 @@ def portable(error: Exception | None) -> Exception | None:
 def differences(got: dict, wanted: dict, default: dict | None = None, prefix: str = "") -> Iterator[tuple]:
     """(name, got value, wanted value) of each leaf that differs between two dataclasses.asdict(Config); where a dict
     lacks a field, of which its version did not know, it has the default."""
-    default = dataclasses.asdict(Config()) if default is None else default
+    if default is None:
+        default, got, wanted = dataclasses.asdict(Config()), norm_said(got), norm_said(wanted)
     for key in dict.fromkeys([*wanted, *got]):
         a, b = (side.get(key, default.get(key, "absent")) for side in (got, wanted))
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, default.get(key, {}), f"{prefix}{key}.")
         elif a != b:
             yield prefix + key, a, b
+
+
+def norm_said(config: dict) -> dict:
+    """The config with what norm_p "auto" stands for."""
+    moe = config.get("model", {}).get("moe", {})
+    if moe.get("norm_p", "auto") != "auto" or "top_k" not in moe:
+        return config
+    return config | {"model": config["model"] | {"moe": moe | {"norm_p": float(moe["top_k"] > 1)}}}
 
 
 def changes_model(name: str, was, now) -> bool:

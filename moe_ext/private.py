@@ -15,8 +15,17 @@ NAMES = {
         "torch._C._ExcludeDispatchKeyGuard",
         "torch._C._after_autograd_keyset",
         "torch._C._any_requires_grad",
+        "torch._C._are_functorch_transforms_active",
+        "torch._C._is_fwd_grad_enabled",
+        "torch._functorch.utils.enable_single_level_autograd_function",
+        "torch.autograd.forward_ad._current_level",
         "torch.ops.aten.add.Tensor._opname",    # of any op
         "torch.ops.aten.add.Tensor._schema",
+    ),
+    "moe_ext.layers": (
+        "torch._C._current_autograd_node",
+        "torch._C._current_graph_task_id",
+        "torch.nn.Module._apply",
     ),
     "moe_ext.optim": ("torch._foreach_mul_",),
     "train.memory_snapshot": ("torch.cuda.memory._dump_snapshot", "torch.cuda.memory._record_memory_history"),

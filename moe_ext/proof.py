@@ -47,7 +47,7 @@ from moe_ext.layers.fused import site
 from moe_ext.model import GPT
 from moe_ext.optim import adamw, clip_grad_norm
 from moe_ext.parallel.mesh import Mesh
-from moe_ext.parallel.ranks import run_ranks
+from moe_ext.parallel.ranks import fork, run_ranks
 from moe_ext.parallel.shard import backward, box_of, initialize, parallelize
 
 private.require("moe_ext.proof")    # and imports it, as FSDP does at its first use: ranks are forked when it is there
@@ -470,7 +470,7 @@ def prove(cases: list[Case], *, jobs: int = 2, seconds: float = 180.0, bug=None)
                 case, folder = waiting.pop(), tempfile.mkdtemp()
                 reference(case.alone)
                 sys.stdout.flush()
-                pid = os.fork()
+                pid = fork()
                 os.setpgid(pid, pid)    # the cell and its ranks, which end together; by both, whoever comes first
                 if pid == 0:
                     status = 1

@@ -1,5 +1,5 @@
 """Ranks for tests; see moe_ext.parallel.ranks."""
 
-from moe_ext.parallel.ranks import run_ranks
+from moe_ext.parallel.ranks import fork, run_ranks
 
-__all__ = ["run_ranks"]
+__all__ = ["fork", "run_ranks"]

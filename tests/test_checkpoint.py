@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from ranks import fork
 from safetensors import safe_open
 from torch import nn
 
@@ -234,7 +235,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, run, old_step,
         previous.loader.row = old[2]
         previous.save(folder, old_step)
 
-        child = os.fork()
+        child = fork()
         if child == 0:
             torch.set_rng_state(new[3])
             die_at(event, folder)

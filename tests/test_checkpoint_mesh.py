@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo  # fully_shard imports it, which takes seconds: once here, not in every rank
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import fork, run_ranks
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -458,7 +458,7 @@ def test_a_rank_that_dies_while_it_saves(tmp_path, killed):
     """The others end with an exception, and the old checkpoint is the newest."""
     folder, children = tmp_path / "ckpt", []
     for rank in range(3):
-        child = os.fork()
+        child = fork()
         if child == 0:
             status = 1
             try:

@@ -18,7 +18,7 @@ from cases import CASES, Case, Shape
 from compare import same
 from drawn import drawn_case
 from hypothesis import given, settings
-from ranks import run_ranks
+from ranks import fork, run_ranks
 from test_permute import any_bits
 
 from moe_ext import ops, reference
@@ -235,7 +235,7 @@ def run(world, body, folder, device, *arguments):
     if device == "cpu":
         pids = []
         for rank in range(world):
-            pids.append(os.fork())
+            pids.append(fork())
             if pids[-1] == 0:
                 os._exit(child(body, rank, world, folder, device, arguments))
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

@@ -5,6 +5,7 @@ ends within a minute, and so does its test. Only the silence of a stopped rank t
 """
 
 import faulthandler
+import gc
 import os
 import re
 import select
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import fork, run_ranks
 
 import moe_ext
 from moe_ext.config import Config, ConfigError, ModelConfig
@@ -45,7 +47,7 @@ def run(world, body, folder, store, timeout=60.0, started=None):
     SIGKILL), what each wrote to stderr, and the pids."""
     pids, (gate, go) = [], os.pipe()
     for rank in range(started or world):
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             status = 1
             try:
@@ -160,7 +162,7 @@ def test_a_stopped_rank_is_found_and_ends_when_it_goes_on(tmp_path, server):
         store.set(f"pid of {rank}", str(os.getpid()))
         if rank == 1:
             rank_0 = int(store.get("pid of 0"))
-            if os.fork() == 0:
+            if fork() == 0:
                 select.select([os.pidfd_open(rank_0)], [], [])
                 os.kill(os.getppid(), signal.SIGCONT)
                 os._exit(0)
@@ -184,7 +186,7 @@ def test_a_rank_that_never_starts(tmp_path, server):
 
 def test_a_lost_store_ends_all(tmp_path):
     read, write = os.pipe()
-    holder = os.fork()
+    holder = fork()
     if holder == 0:
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.write(write, str(server.port).encode())
@@ -303,6 +305,29 @@ def test_the_thread_has_ended_when_a_rank_has_left(monkeypatch):
     with Watch(dist.HashStore(), 1, 2, 60.0):
         pass
     assert ended == [1]
+
+
+class Trapped:
+    """Garbage that writes down who collects it: of a TCPStore's destructor, run in a child, none would return."""
+
+    def __init__(self, folder):
+        self.folder, self.cycle = folder, self
+
+    def __del__(self):
+        (self.folder / f"collected{os.getpid()}").touch()
+
+
+def test_ranks_leave_their_parents_garbage_alone(tmp_path):
+    gc.collect()
+    gc.disable()
+    try:
+        Trapped(tmp_path)
+        run_ranks(2, lambda rank: gc.collect(), tmp_path)
+        assert not list(tmp_path.glob("collected*"))
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / f"collected{os.getpid()}").exists()
 
 
 # ---- the neighbour, on a clock that the test turns -------------------------------------------------------------------

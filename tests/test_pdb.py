@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import fork
 
 from moe_ext.parallel.pdb import set_trace
 
@@ -29,7 +30,7 @@ class Keyboard:
         self.pids = [self.fork(rank, body, as_standard_input) for rank in range(2)]
 
     def fork(self, rank, body, as_standard_input):
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             status = 1
             try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import fork, run_ranks
 from test_checkpoint import die_at
 from test_train import RECIPE, assert_same_checkpoint, data, flags, main, records, run  # noqa: F401
 
@@ -112,7 +112,7 @@ def test_a_kill_at_any_moment_of_setting_aside(tmp_path, branch):
     for event in range(1, 200):
         folder = tmp_path / str(event)
         shutil.copytree(branch, folder)
-        child = os.fork()
+        child = fork()
         if child == 0:
             die_at(event, folder)
             set_aside(folder, 4)
@@ -154,7 +154,7 @@ def test_what_is_no_record_stays(branch):
 def test_a_second_run_in_the_folder_is_refused(data, tmp_path, monkeypatch, capsys):        # noqa: F811
     folder = run(data, tmp_path, train__steps=5, train__save_every=0)
     ready, hold = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         held = lock(folder)
         os.write(hold, b"!")

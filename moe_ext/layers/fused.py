@@ -75,6 +75,7 @@ class Routing(NamedTuple):
     loss: torch.Tensor      # balance_weight * balance loss + z_weight * z-loss, a scalar of the router's dtype
     counts_E: torch.Tensor  # int32, copies that chose each expert, the dropped ones included
     dropped: torch.Tensor   # int32 scalar, copies that capacity dropped
+    bad: torch.Tensor       # int32 scalar, tokens whose logits are not finite: their outputs are NaN
 
 
 class _Gradless(torch.autograd.Function):
@@ -291,10 +292,16 @@ class FusedMoE(nn.Module):
         if mask_BS is not None:
             pads_T1 = ~mask_BS.view(-1, 1)
             logits_TE = logits_TE.masked_fill(pads_T1, 0)
+        # A token whose logits are not finite gets NaN for its weights, as torch does: the op would raise, on one rank
+        # of a mesh, on CUDA at some later call, and where fp16 skips a step.
+        poison_T1 = logits_TE.detach().sum(-1, keepdim=True) * 0    # NaN for such a token, else 0
+        bad_T1 = poison_T1.isnan()
+        logits_TE = logits_TE.masked_fill(bad_T1, 0)
         weights_TK, ids_TK, scores_TE = ops.router(
             logits_TE, self.top_k, score=self.score,
             select_bias_E=None if self.select_bias_E is None else self.select_bias_E.float(),
             norm_p=self.norm_p, scale=self.scale, balanced=self.balanced and self.training)
+        weights_TK = weights_TK + poison_T1
         if mask_BS is not None:
             ids_TK = ids_TK.masked_fill(pads_T1, -1)
         counts_GE = ops.balance_counts(ids_TK, self.num_experts, S if self.scope == "sequence" else None)
@@ -310,7 +317,8 @@ class FusedMoE(nn.Module):
                 dropped = (kept_TK != ids_TK).sum(dtype=torch.int32)
             if (self.balance_weight or self.z_weight) and not torch.is_grad_enabled():
                 loss = gradless(loss, self.name)
-        return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped)
+        return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped,
+                                            bad_T1.sum(dtype=torch.int32))
 
     def tokens(self, x_BSD, mask_BS, scopes):
         """int64 [G]: the real tokens of each scope, on all ranks."""

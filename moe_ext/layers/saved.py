@@ -14,6 +14,10 @@ import weakref
 
 import torch
 
+from moe_ext import private
+
+private.require("moe_ext.layers")
+
 KEPT = 16  # forwards of one layer (micro-batches, or calls of one shared by several depths) between two clears
 
 _slots = {}  # kind -> weak references to its slots, in order of construction

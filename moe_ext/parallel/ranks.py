@@ -1,5 +1,6 @@
 """Ranks for proofs: forked from this process, which has imported everything, and joined by gloo over a file."""
 
+import gc
 import os
 import traceback
 from datetime import timedelta
@@ -8,12 +9,21 @@ import torch
 import torch.distributed as dist
 
 
+def fork() -> int:
+    """os.fork, whose child leaves alone what it inherits. To collect the parent's garbage would run its destructors,
+    and that of a TCPStore waits for a thread that the child does not have."""
+    pid = os.fork()
+    if pid == 0:
+        gc.freeze()
+    return pid
+
+
 def run_ranks(world, body, folder):
     """Call body(rank) in `world` forked gloo ranks and return what they returned, in rank order. `folder`: a new one
     for each call, for the meeting and the results. RuntimeError if a rank fails; its traceback is on stderr."""
     children = []
     for rank in range(world):
-        child = os.fork()
+        child = fork()
         if child == 0:
             status = 1
             try:
