@@ -6,6 +6,7 @@ import dataclasses
 import io
 import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -392,6 +393,15 @@ def test_a_reentrant_checkpoint_is_refused(name, device):
         losses(args)
     with pytest.raises(RuntimeError, match=f"the {name} would get no gradient .* Pass use_reentrant=False"):
         y.sum().backward()
+
+
+def test_the_example_in_readme():
+    """It runs, its router learns from the balance loss, and it leaves nothing behind."""
+    torch.set_default_dtype(torch.float32)
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition("## An MoE layer in your own model")[2]
+    exec(text.partition("```python\n")[2].partition("```")[0], example := {"__name__": "example"})
+    assert example["loss"].isfinite() and moe.get_load_balancing_loss() == []
+    assert all(p.grad.any() for p in example["model"].parameters())
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------
