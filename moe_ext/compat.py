@@ -6,6 +6,7 @@ The rest can: MegaBlocks' names, arguments and state dicts are those of
   moe_ext.ops       all 15 of megablocks.ops
   moe_ext.layers    arguments, moe, dmoe, mlp, glu, router, mpu, common, dmlp_registry, sharedexpert_registry,
                     all_to_all, activation_fn, gelu
+The layers' forward(x) also takes a token_mask.
 
 Here are
   ops.gmm, backend.gmm   the two functions of the package grouped_gemm, whose fourth arguments differ, in any floating
@@ -20,14 +21,22 @@ callers are the functions of moe_ext.ops).
 Where the layers differ on purpose:
   top-k               the lowest expert id wins a tie
   mlp_impl            "grouped" is the default; "sparse" knows no block sizes; both give the same bits
-  expert parallelism  the capacity is int(factor * K*T*ranks / E), so that ranks drop what one process drops;
-                      MegaBlocks' is K * (feature shards) times that
+  expert parallelism  the capacity is int(factor * K*T / E) for the T tokens of all ranks, so that ranks drop what one
+                      process drops; MegaBlocks' is K * (feature shards) times that
+  saved statistics    in training with gradients on only, not by a recomputation in backward; MegaBlocks also saves the
+                      logits for the z-loss in evaluation. A layer keeps its last 16 forwards (layers.saved.KEPT), so
+                      that nothing grows if nobody clears; get_load_balancing_loss() gives a new list of what there is.
+                      In torch.compile(fullgraph=True) over torch.utils.checkpoint, saving is a side effect that needs
+                      torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+  checkpointing       use_reentrant=True is refused, where MegaBlocks' losses silently have no gradient
+  refused             moe_normalize_expert_weights with moe_top_k=1, which gives the router no gradient; MoE with
+                      mlp_type="glu", which changes nothing but a shared expert
   balance loss, z     in fp32 or fp64 always: no count is lost in half precision; zero tokens give zero
   shared expert       has the layer's dtype if fc_cls is Linear; works with return_bias, whose bias it weighs too
   from_megatron       an unset shared_expert_hidden_size follows ffn_hidden_size
   fp64                is fp64 throughout
   dtype of x          TypeError with advice if it is not the layer's
-  bad input of an op  RuntimeError, also where MegaBlocks raises ValueError, or reads out of bounds
+  bad input of an op  ValueError on a wrong shape, and RuntimeError where MegaBlocks reads out of bounds
 """
 
 import importlib

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import moe_ext
 from moe_ext import compat
 
 SIZES = torch.tensor([2, 0, 3])
@@ -46,6 +47,16 @@ def test_bad_input():
 
 def python(program):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["layers.moe", "layers.gelu", "layers.fused", "layers", "compat", "optim", "dMoE"])
+def test_a_name_works_right_after_the_import(name):
+    run = python(f"import moe_ext; moe_ext.{name}")
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_such_name():
+    assert not hasattr(moe_ext, "layer") and not hasattr(moe_ext, "__wrapped__")
 
 
 def test_install():

@@ -1,18 +1,22 @@
 """The drop-in layers against a loop over experts, in the widest dtype of the device: output and every gradient; losses,
 the defects of the layers that they replace, expert parallelism on forked ranks, and torch.compile."""
 
+import copy
 import dataclasses
+import io
 import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from devices import widest
 from ranks import run_ranks
+from torch.utils.checkpoint import checkpoint
 
 import moe_ext
-from moe_ext.layers import MoE, activation_fn, all_to_all, arguments, common, dMoE, gelu, mlp, moe, mpu, router
+from moe_ext.layers import MoE, activation_fn, all_to_all, arguments, common, dMoE, gelu, mlp, moe, mpu, router, saved
 from moe_ext.layers.arguments import Arguments
 
 D, HIDDEN, E, T = 6, 10, 5, 14
@@ -29,6 +33,10 @@ def fresh(request):
     yield
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
+    forget()
+
+
+def forget():
     moe.clear_load_balancing_loss()
     router.clear_router_zloss()
 
@@ -266,15 +274,207 @@ def test_load_balancing_loss_counts_beyond_256_in_bf16(device):
 
 def test_router_zloss(device):
     args = arguments_(moe_zloss_weight=0.01)
-    layers, x = [MoE(args), dMoE(args).eval()], torch.randn(T, 1, D)
+    layers, x = [MoE(args), dMoE(args)], torch.randn(T, 1, D)
     for layer in layers:
         layer(x)
     logits = [x.view(T, D) @ layer.router.layer.weight.T for layer in layers]
     want = torch.stack([0.01 * z.logsumexp(1).square().mean() for z in logits])
     assert_near({"z": router.batched_router_zloss(args)}, {"z": want})
     router.clear_router_zloss()
+    with pytest.raises(ValueError, match="no router saved its logits since the last clear_router_zloss"):
+        router.batched_router_zloss(args)
     with pytest.warns(UserWarning, match="moe_zloss_weight is 0"):
         assert router.batched_router_zloss(arguments_()) == 0
+
+
+def losses(args):
+    return moe.batched_load_balancing_loss(args) + router.batched_router_zloss(args).sum()
+
+
+def test_only_training_with_gradients_saves(device):
+    """Batches of validation between two steps change no loss."""
+    args = arguments_(moe_zloss_weight=0.01)
+    layer, x = dMoE(args), torch.randn(T, 1, D)
+    layer(x)
+    want = losses(args)
+    forget()
+    layer.eval()(100 * x)
+    with torch.no_grad():
+        layer.train()(100 * x)
+    torch.export.export(layer, (100 * x,))
+    layer(x)
+    assert torch.equal(losses(args), want)
+
+
+def test_losses_keep_their_order(device):
+    """Of several forwards of several layers, as in a list that grows; what is saved by hand comes last."""
+    args = arguments_(moe_zloss_weight=1, num_layers=5)
+    layers, x = [dMoE(args), MoE(args)], torch.randn(3, T, 1, D)
+    for batch in x[:2]:
+        for layer in layers:
+            layer(batch)
+    logits = [batch.view(T, D) @ layer.router.layer.weight.T for batch in x[:2] for layer in layers]
+    want = torch.stack([z.logsumexp(1).square().mean() for z in logits])
+    assert_near({"z": router.batched_router_zloss(args)}, {"z": want})
+    scores = [z.softmax(1) for z in logits]
+    assert_near(dict(enumerate(s for _, s in moe.get_load_balancing_loss())), dict(enumerate(scores)))
+    mine = (torch.ones(E, dtype=torch.int32), torch.rand(T, E))
+    moe.save_load_balancing_loss(mine)
+    assert moe.get_load_balancing_loss()[-1] is mine
+    moe.batched_load_balancing_loss(args)
+    moe.clear_load_balancing_loss()
+    assert moe.get_load_balancing_loss() == []
+
+
+def test_whoever_never_clears_keeps_a_bounded_number(device):
+    layer, x = layer_(dMoE, moe_zloss_weight=0.01), torch.randn(T, 1, D)
+    for forwards in range(1, 3 * saved.KEPT):
+        layer(x)
+        if forwards == saved.KEPT:
+            assert len(moe.get_load_balancing_loss()) == forwards
+            assert len(router.batched_router_zloss(layer.experts.args)) == forwards
+    assert len(layer.router.saved.records) == len(layer.experts.saved.records) == saved.KEPT + 1
+    for read, name in ((moe.get_load_balancing_loss, "load_balancing_loss"),
+                       (lambda: router.batched_router_zloss(layer.experts.args), "router_zloss")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"more than {saved.KEPT} forwards, .* call clear_{name}\\(\\) after each"):
+            read()
+    forget()
+    layer(x)
+    assert len(moe.get_load_balancing_loss()) == 1
+
+
+def test_a_copied_layer_saves_for_itself():
+    """deepcopy and pickle work between forward and clear; what a layer saved goes with it."""
+    layer, x = layer_(dMoE), torch.randn(T, 1, D)
+    layer(x)
+    twin = copy.deepcopy(layer)
+    torch.save(layer, file := io.BytesIO())
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert len(moe.get_load_balancing_loss()) == 1
+    twin(x)
+    loaded(x)
+    (_, first), *rest = moe.get_load_balancing_loss()
+    assert len(rest) == 2 and all(torch.equal(first, scores) for _, scores in rest)
+    del twin, loaded, rest
+    assert len(moe.get_load_balancing_loss()) == 1
+
+
+@pytest.mark.parametrize("clear_before_backward", [True, False])
+@pytest.mark.parametrize("cls", [MoE, dMoE])
+def test_losses_of_a_checkpointed_layer(cls, clear_before_backward, device):
+    """Recomputation saves nothing: three steps have the gradients of the layer that keeps its activations."""
+    args = arguments_(moe_zloss_weight=0.01, return_bias=False)
+    layer = cls(args)
+
+    def steps(forward):
+        for seed in range(3):
+            x = torch.randn(T, 1, D, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(args.device)
+            layer.zero_grad()
+            loss = forward(x.requires_grad_()).square().mean() + losses(args)
+            if clear_before_backward:
+                forget()
+            loss.backward()
+            forget()
+            yield {name: p.grad.clone() for name, p in layer.named_parameters()}
+
+    kept, recomputed = steps(layer), steps(lambda x: checkpoint(layer, x, use_reentrant=False))
+    for got, want in zip(recomputed, kept, strict=True):
+        assert_near(got, want)
+
+
+@pytest.mark.parametrize("name", ["balance loss", "z-loss"])
+def test_a_reentrant_checkpoint_is_refused(name, device):
+    """Its forward runs without gradients: the losses have none to give, and say so."""
+    args = arguments_(moe_zloss_weight=0.01 if name == "z-loss" else 0, moe_loss_weight=0.1 if name != "z-loss" else 0,
+                      return_bias=False)  # fmt: skip
+    y = checkpoint(dMoE(args), torch.randn(T, 1, D, requires_grad=True), use_reentrant=True)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        losses(args)
+    with pytest.raises(RuntimeError, match=f"the {name} would get no gradient .* Pass use_reentrant=False"):
+        y.sum().backward()
+
+
+def test_the_example_in_readme():
+    """It runs, its router learns from the balance loss, and it leaves nothing behind."""
+    torch.set_default_dtype(torch.float32)
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition("## An MoE layer in your own model")[2]
+    exec(text.partition("```python\n")[2].partition("```")[0], example := {"__name__": "example"})
+    assert example["loss"].isfinite() and moe.get_load_balancing_loss() == []
+    assert all(p.grad.any() for p in example["model"].parameters())
+
+
+# ---- padding ---------------------------------------------------------------------------------------------------------
+
+MASKED = {
+    "dMoE": (dMoE, dict(mlp_type="glu")),
+    "unknown activation": (dMoE, dict(activation_fn=cube)),
+    "capacity 0": (MoE, dict(moe_capacity_factor=0)),
+    "capacity 1": (MoE, dict()),
+    "capacity 0.6, bias apart": (MoE, dict(moe_capacity_factor=0.6, return_bias=True)),
+    "shared, weighted": (dMoE, dict(shared_expert=True, shared_expert_weighted_sum=True)),
+}
+
+
+@pytest.mark.parametrize("pads", ["nan", "many", "none", "all"])
+@pytest.mark.parametrize("case", MASKED)
+def test_masked_tokens_are_as_if_they_were_not_there(case, pads, device):
+    cls, changes = MASKED[case]
+    layer = layer_(cls, **dict(return_bias=False, moe_zloss_weight=0.01) | changes)
+    args = layer.experts.args
+    mask = {"none": torch.ones(3, 40), "all": torch.zeros(3, 40)}.get(pads, torch.rand(3, 40) < 0.2).bool()
+    x = torch.randn(3, 40, D)
+    if pads == "nan" and not args.shared_expert:
+        x[~mask] = torch.nan
+    x.requires_grad_()
+
+    def run(*inputs):
+        y = layer(*inputs)
+        y, bias = y if args.return_bias else (y, None)
+        loss, number = losses(args), len(moe.get_load_balancing_loss()[0][1])
+        forget()
+        return y, bias, loss, number
+
+    y, bias, loss, number = run(x, mask)
+    want_y, _, want_loss, want_number = run(x[mask])
+    assert number == want_number == mask.sum()
+    pads = layer.shared_expert(x) / 3 if layer.shared_expert else torch.zeros_like(x)
+    whole = torch.where(mask.unsqueeze(2), torch.zeros_like(x).masked_scatter(mask.unsqueeze(2), want_y), pads)
+    assert (bias is layer.experts.bias) if args.return_bias else bias is None
+    tensors = dict(layer.named_parameters(), x=x)
+    dy = torch.randn(want_y.shape)
+    got, want = [
+        dict(zip(tensors, torch.autograd.grad((part * dy).sum() + aux, list(tensors.values()), allow_unused=True,
+                                              materialize_grads=True), strict=True))
+        for part, aux in ((y[mask], loss), (want_y, want_loss))
+    ]  # fmt: skip
+    assert_near({"y": y, "loss": loss} | got, {"y": whole, "loss": want_loss} | want)
+
+
+def test_padding_in_front_takes_no_capacity(device):
+    """Behind 96 pads of one kind, 32 tokens lose what they lose alone, and the balance loss is theirs."""
+    layer = layer_(MoE, moe_num_experts=4, return_bias=False, bias=False)
+    tokens, pads = torch.randn(32, 1, D), torch.randn(D).expand(96, 1, D)
+    padded = torch.cat([pads, tokens])
+    mask = torch.arange(128).ge(96).unsqueeze(1)
+    args = layer.experts.args
+
+    def run(*inputs):
+        y, loss = layer(*inputs), moe.batched_load_balancing_loss(args)
+        forget()
+        return y[-32:], loss
+
+    want, got, blind = run(tokens), run(padded, mask), run(padded)
+    assert_near(dict(enumerate(got)), dict(enumerate(want)))
+    assert not torch.allclose(blind[0], want[0]) and not torch.allclose(blind[1], want[1])
+
+
+def test_a_wrong_mask_is_refused():
+    layer, x = layer_(MoE), torch.randn(T, 2, D)
+    with pytest.raises(TypeError, match=r"MoE: token_mask is torch.int64, wanted torch.bool, True for a real token"):
+        layer(x, torch.ones(T, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"MoE: token_mask \(14,\) must have the shape of x .*, \(14, 2\)"):
+        layer(x, token_mask=torch.ones(T, dtype=torch.bool))
 
 
 def test_jitter_only_in_training(device):
@@ -320,6 +520,22 @@ def test_unknown_mlp(changes, message):
         dMoE(arguments_(**changes))
 
 
+@pytest.mark.parametrize("p", [1, 2.0])
+def test_normalising_a_single_weight_is_refused(p):
+    with pytest.raises(ValueError, match=f"moe_normalize_expert_weights={p} with moe_top_k=1 .* no gradient"):
+        dMoE(arguments_(moe_top_k=1, moe_normalize_expert_weights=p))
+    dMoE(arguments_(moe_top_k=1, moe_normalize_expert_weights=p, moe_num_experts=1))  # has nothing to route
+    layer, x = layer_(dMoE, moe_top_k=1, return_bias=False), torch.randn(T, 1, D)
+    layer(x).sum().backward()
+    assert layer.router.layer.weight.grad.abs().max() > 1e-3
+
+
+def test_gated_experts_with_a_capacity_are_refused():
+    with pytest.raises(ValueError, match=r"MoE: mlp_type='glu' would change nothing.* Use dMoE"):
+        MoE(arguments_(mlp_type="glu"))
+    MoE(arguments_(mlp_type="glu", shared_expert=True))  # the shared expert is gated
+
+
 def test_wrong_width():
     with pytest.raises(ValueError, match=r"MoE: x \(3, 1, 5\) must end in hidden_size=6"):
         MoE(arguments_())(torch.randn(3, 1, 5))
@@ -358,17 +574,85 @@ def test_custom_linear_for_the_shared_expert(device):
     assert plain.shared_expert.down_proj._is_residual
 
 
-# ---- torch.compile ---------------------------------------------------------------------------------------------------
+# ---- torch.compile and torch.export ----------------------------------------------------------------------------------
 
 
-def test_compile_without_graph_breaks(device):
-    layer = layer_(dMoE, mlp_type="glu", return_bias=False, moe_zloss_weight=0.1)
+@pytest.mark.parametrize("cls, changes", [(dMoE, dict(mlp_type="glu")), (MoE, {})])
+def test_compile_without_graph_breaks(cls, changes, device):
+    torch._dynamo.reset()
+    layer = layer_(cls, return_bias=False, moe_zloss_weight=0.1, **changes)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (T, T + 3):
         x = torch.randn(tokens, 1, D, requires_grad=True)
         want = layer(x)
         got = compiled(x)
         assert_near({"y": got} | gradients(got, x, layer), {"y": want} | gradients(want, x, layer))
+
+
+@pytest.mark.parametrize("cls, clear", [(dMoE, True), (MoE, False)])
+def test_layers_compile_once(cls, clear, device):
+    """24 layers, 100 steps, one graph, whether somebody clears or not; the losses have their gradients."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    args = arguments_(num_layers=24, moe_zloss_weight=0.01, return_bias=False, init_method=torch.nn.init.normal_)
+    layers = torch.nn.ModuleList(cls(args) for _ in range(24))
+    for layer in layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(100):
+        for layer in layers:
+            layer(torch.randn(3, 1, D))
+        if clear:
+            loss = losses(args)
+            forget()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    if clear:
+        loss.backward()
+        assert all(layer.router.layer.weight.grad.abs().max() > 0 for layer in layers)
+
+
+def test_a_model_compiles_once(device):
+    """Layers in one graph train as they do in eager mode."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    args = arguments_(num_layers=3, moe_zloss_weight=0.01, return_bias=False, bias=False)
+    model = torch.nn.Sequential(dMoE(args), MoE(args), dMoE(args))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(10):
+        x = torch.randn(T, 1, D, requires_grad=True)
+        results = []
+        for forward in (compiled, model):
+            results.append(gradients(forward(x) + losses(args), x, model))
+            forget()
+        assert_near(*results)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_with_a_mask(device):
+    torch._dynamo.reset()
+    layer = layer_(MoE, return_bias=False)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, mask = torch.randn(T, 1, D, requires_grad=True), torch.rand(T, 1) < 0.6
+    want = layer(x, mask)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = compiled(x, mask)
+    assert_near({"y": got} | gradients(got, x, layer), {"y": want} | gradients(want, x, layer))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cls, capacity", [(dMoE, 1), (MoE, 1), (MoE, 0.6), (MoE, 0)])
+def test_export_with_any_length(cls, capacity, masked, device):
+    """Down to the length whose capacity is 0, which drops nothing."""
+    layer = layer_(cls, moe_capacity_factor=capacity, return_bias=False).eval()
+
+    def inputs(tokens):
+        x = torch.randn(tokens, 1, D)
+        return (x, torch.rand(tokens, 1) < 0.6) if masked else (x,)
+
+    length = torch.export.Dim("length")
+    program = torch.export.export(layer, inputs(T), dynamic_shapes=({0: length},) * (1 + masked)).module()
+    for tokens in (T, 1, 2, 5, 40):
+        given = inputs(tokens)
+        assert torch.equal(program(*given), layer(*given))
 
 
 # ---- expert parallelism ----------------------------------------------------------------------------------------------
@@ -390,8 +674,7 @@ PARALLEL = {
 def test_expert_parallel_equals_one_process(case, tmp_path):
     """Each rank computes its rows of one process; expert gradients are those of all tokens divided by the ranks."""
     world, cls, changes = PARALLEL[case]
-    # Capacity knows the tokens of one rank, so they are equal; else rank 1 has none.
-    tokens = [6] * world if cls is MoE else [7, 0, 5, 2][:world]
+    tokens = [7, 0, 5, 2][:world]
 
     def build(parallel):
         torch.manual_seed(2)
@@ -426,6 +709,40 @@ def test_expert_parallel_equals_one_process(case, tmp_path):
     assert_near(whole, expected)
     counts = moe.get_load_balancing_loss()[0][0]
     assert sum(r["counts"] for r in ranks).tolist() == counts.tolist()
+
+
+MASKED_PARALLEL = {
+    "dMoE": (2, dMoE, dict(moe_num_experts=4, mlp_type="glu")),
+    "drops": (2, MoE, dict(moe_num_experts=4, moe_capacity_factor=0.5)),
+    "features, drops": (4, MoE, dict(moe_num_experts=2, moe_capacity_factor=0.7)),
+}
+
+
+@pytest.mark.parametrize("case", MASKED_PARALLEL)
+def test_masks_under_expert_parallelism(case, tmp_path):
+    """Ranks with unlike numbers of pads, one with nothing else, give what one process gives the real tokens alone."""
+    world, cls, changes = MASKED_PARALLEL[case]
+
+    def build(parallel):
+        torch.manual_seed(2)
+        return cls(arguments_(**changes, return_bias=False, bias=False, moe_expert_model_parallelism=parallel))
+
+    x, mask = torch.randn(world, 9, D), torch.rand(world, 9) < 0.7
+    mask[1] = False
+    real = x[mask].requires_grad_()
+    dy = torch.randn_like(real)
+    want = build(False)(real)
+    want.backward(dy)
+
+    def rank_body(rank):
+        mine, here = x[rank].clone().requires_grad_(), mask[rank]
+        y = build(True)(mine, here)
+        assert not y[~here].any()
+        y[here].backward(dy[mask[:rank].sum() :][: here.sum()])
+        return y[here].detach(), mine.grad[here]
+
+    y, dx = (torch.cat(parts) for parts in zip(*run_ranks(world, rank_body, tmp_path), strict=True))
+    assert_near({"y": y, "dx": dx}, {"y": want, "dx": real.grad})
 
 
 def test_uneven_sharing_is_refused(tmp_path):

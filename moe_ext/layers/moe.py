@@ -73,7 +73,10 @@ class ParallelMLP(torch.nn.Module):
             self.bias = torch.nn.Parameter(torch.zeros(args.hidden_size, device=args.device, dtype=common.dtype(args)))
         else:
             self.register_parameter("bias", None)
-        self.forward_fn = self.parallel_forward_once if args.moe_expert_model_parallelism else self.forward_once
+
+    @property
+    def forward_fn(self):
+        return self.parallel_forward_once if self.args.moe_expert_model_parallelism else self.forward_once
 
     def expert_capacity(self, tokens: int) -> int:
         """Rows for each expert if every rank has `tokens` tokens; 0 means that nothing is dropped."""

@@ -187,12 +187,63 @@ def test_losses_of_several_layers():
     for layer in (theirs[0].eval(), ours[0].eval()):
         layer(x)
     assert moe.get_load_balancing_loss() == their_moe.get_load_balancing_loss() == []
-    assert len(router._ROUTER_LOGITS) == len(their_router._ROUTER_LOGITS) == 1
+    assert len(their_router._ROUTER_LOGITS) == 1
+    with pytest.raises(ValueError, match="no router saved"):
+        router.batched_router_zloss(args)
     forget()
     for module in (router, their_router):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert module.batched_router_zloss(configure(arguments)) == 0 and len(caught) == 1
+
+
+def test_losses_of_several_forwards():
+    """Before a clear: the same values in the same order, and another layer's statistics beside them."""
+    changes = dict(num_layers=2, moe_zloss_weight=0.3)
+    theirs, ours = zip(build("dMoE", changes), build("MoE", changes), strict=True)
+    for x in torch.randn(2, 4, 2, 6):
+        for layer in (*theirs, *ours):
+            layer(x)
+    args = configure(arguments, **changes)
+    torch.testing.assert_close(router.batched_router_zloss(args), their_router.batched_router_zloss(args))
+    for module in (moe, their_moe):
+        module.save_load_balancing_loss((torch.ones(4, dtype=torch.int32), torch.ones(8, 4)))
+    for got, want in zip(moe.get_load_balancing_loss(), their_moe.get_load_balancing_loss(), strict=True):
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w)
+    forget()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_losses(reentrant):
+    """Theirs save again in backward, and without a gradient where reentrant; ours are refused there."""
+    changes = dict(moe_zloss_weight=0.3, bias=False)
+    theirs, ours = build("dMoE", changes)
+    x = torch.randn(4, 2, 6)
+    assert clear_choice(theirs, x)
+    want = run(theirs, x, their_moe.batched_load_balancing_loss, their_router.batched_router_zloss)
+    forget()
+
+    class Recomputed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.experts = ours, ours.experts
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=reentrant)
+
+        def named_parameters(self):
+            return self.layer.named_parameters()
+
+    def recompute():
+        return run(Recomputed(), x, moe.batched_load_balancing_loss, router.batched_router_zloss)
+
+    if reentrant:
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            recompute()
+    else:
+        assert_near(recompute(), want)
+    forget()
 
 
 def test_arguments_and_names():

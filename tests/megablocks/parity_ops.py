@@ -139,5 +139,25 @@ def test_grouped_gemm(trans_b):
     torch.testing.assert_close(c, grouped_gemm.backend.gmm(a, dy, sizes, trans_a=True))
 
 
+WRONG = {
+    "gather": lambda ops, i, x, w, b, p: ops.gather(x[None], i, i, b, 2),
+    "gather, copies": lambda ops, i, x, w, b, p: ops.gather(x, i[1:], i[1:], b, 2),
+    "gather, bin ids": lambda ops, i, x, w, b, p: ops.gather(x, i, i[1:], b, 2),
+    "scatter": lambda ops, i, x, w, b, p: ops.scatter(x.repeat(2, 1), i, i, w[1:], b, 2),
+    "padded_gather": lambda ops, i, x, w, b, p: ops.padded_gather(x, i, i, b, p[1:], 2),
+    "padded_scatter": lambda ops, i, x, w, b, p: ops.padded_scatter(x.repeat(2, 1), i, i[1:], w, b, p, 2),
+    "binned_gather": lambda ops, i, x, w, b, p: ops.binned_gather(x, i[1:], b, 2, 2),
+    "binned_scatter": lambda ops, i, x, w, b, p: ops.binned_scatter(x[None], i, w, b, 2),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_shapes(case):
+    indices, _, bins, padded_bins = routing(4, 2, 3)
+    for package in (ops, upstream):
+        with pytest.raises(ValueError):
+            WRONG[case](package, indices, torch.randn(4, 6), torch.rand(8), bins, padded_bins)
+
+
 def test_names():
     assert [name for name in upstream.__all__ if not hasattr(ops, name)] == []
