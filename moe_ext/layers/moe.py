@@ -97,7 +97,8 @@ class ParallelMLP(torch.nn.Module):
         (R, K), experts = ids_RK.shape, index.counts_E.shape[0]
         capacity = self.capacity(tokens)
         capacity = capacity + R * K * (1 - torch.sym_min(capacity, 1))  # none if it is 0, without asking whether it is
-        return ops.route_index(ops.capacity_drop(ids_RK.int(), experts, capacity), experts)
+        capacity_1 = torch.full((1,), capacity, dtype=torch.int32, device=ids_RK.device)
+        return ops.route_index(ops.capacity_drop(ids_RK.int(), experts, capacity_1), experts)
 
     def permute_and_compute(self, x_RD, weights_RK, index):
         """y_r = sum_k s_rk MLP_e(x_r) over the copies that have a place in the index."""
