@@ -31,6 +31,7 @@ class Losses(NamedTuple):
     aux_loss: torch.Tensor      # scalar, balance and z-loss with their weights, mean over MoE layers; 0 in evaluation
     counts_LE: torch.Tensor     # int32, copies per MoE layer and expert; [0,0] for a dense model
     dropped: torch.Tensor       # int32 scalar, copies that capacity dropped, all layers
+    bad_L: torch.Tensor         # int32, tokens of each MoE layer whose router's logits are not finite
 
 
 class KVCache:
@@ -226,9 +227,9 @@ class GPT(nn.Module):
         token_loss = self.lm_head(x_BSD, targets_BS)
         if not routings:
             none = torch.zeros((), dtype=torch.int32, device=tokens_BS.device)
-            return Losses(token_loss, torch.zeros_like(token_loss), none.new_zeros(0, 0), none)
-        loss, counts, dropped = (torch.stack(column) for column in zip(*routings, strict=True))
-        return Losses(token_loss, loss.mean(), counts, dropped.sum())
+            return Losses(token_loss, torch.zeros_like(token_loss), none.new_zeros(0, 0), none, none.new_zeros(0))
+        loss, counts, dropped, bad = (torch.stack(column) for column in zip(*routings, strict=True))
+        return Losses(token_loss, loss.mean(), counts, dropped.sum(), bad)
 
     def logits(self, tokens_BS, cache: KVCache | None = None):
         """-> [B,S,V]. With a cache, tokens continue those that it holds."""

@@ -49,6 +49,7 @@ class Routing(NamedTuple):
     loss: torch.Tensor      # balance_weight * balance loss + z_weight * z-loss, a scalar of the router's dtype
     counts_E: torch.Tensor  # int32, copies that chose each expert, the dropped ones included
     dropped: torch.Tensor   # int32 scalar, copies that capacity dropped
+    bad: torch.Tensor       # int32 scalar, tokens whose logits are not finite: their outputs are NaN
 
 
 class Exchange(Protocol):
@@ -178,9 +179,15 @@ class FusedMoE(nn.Module):
         logits_TE = self.gate(x_TD)
         if self.noise_E is not None and random:
             logits_TE = ops.noisy(logits_TE, self.noise_E.to(real), **draws.at(self.name + ".noise"))
+        # A token whose logits are not finite gets NaN for its weights, as torch does: the op would raise, on one rank
+        # of a mesh, on CUDA at some later call, and where fp16 skips a step.
+        poison_T1 = logits_TE.detach().sum(-1, keepdim=True) * 0    # NaN for such a token, else 0
+        bad_T1 = poison_T1.isnan()
+        logits_TE = logits_TE.masked_fill(bad_T1, 0)
         weights_TK, ids_TK, scores_TE = ops.router(
             logits_TE, self.top_k, score=self.score, select_bias_E=self.select_bias_E,
             norm_p=self.norm_p, scale=self.scale, balanced=self.balanced and self.training)
+        weights_TK = weights_TK + poison_T1
         counts_GE = ops.balance_counts(ids_TK, self.num_experts, S if self.scope == "sequence" else None)
         loss, kept_TK, dropped = logits_TE.new_zeros(()), ids_TK, ids_TK.new_zeros(())
         if self.training:
@@ -191,7 +198,8 @@ class FusedMoE(nn.Module):
             if self.capacity_factor:
                 kept_TK = self.drop(ids_TK, scores_TE.detach(), B)
                 dropped = (kept_TK < 0).sum(dtype=torch.int32)
-        return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped)
+        return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped,
+                                            bad_T1.sum(dtype=torch.int32))
 
     def balance_loss(self, scores_TE, counts_GE):
         if self.score == "sigmoid":     # affinities become a distribution first (DeepSeek-V3, eq. 19)
