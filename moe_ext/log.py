@@ -1,13 +1,15 @@
 """What a run tells: the step line, RUN/run.log, RUN/metrics.jsonl, RUN/tb (TensorBoard), and a plot of all of it.
 
-step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 318k tok/s | load 1.31x dead 0 | eta 1h08m
+step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 318k tok/s | epoch 1.24
+               | load 1.31x dead 0 | eta 1h08m                                              (on the same line)
 
     ms, tok/s   of the steps since the last line, without evaluation and saving; the first step of a process, which
                 pays for warm-up, counts only in its own line
+    epoch       passes over the training tokens so far
     load        the fullest expert of any layer over its layer's mean; dead: experts without a token
     eta         everything that remains at the pace so far, evaluation and saving included
 
-metrics.jsonl holds one object per line: {"step", "loss", "aux", "grad_norm", "lr", "ms", "tokens_per_s", "load",
+metrics.jsonl has an object per line: {"step", "loss", "aux", "grad_norm", "lr", "ms", "tokens_per_s", "epoch", "load",
 "dead", "counts_LE"} for a step line and {"step", "valid_loss", "unigram_entropy"} for an evaluation; losses in nats per
 token. A resumed run appends; where a step stands twice the later line holds.
 
@@ -15,6 +17,7 @@ token. A resumed run appends; where a step stands twice the later line holds.
 """
 import json
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -103,8 +106,11 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line for the console and run.log."""
-        for stream in (self.stream, self.text):
-            print(text, file=stream, flush=True)
+        print(text, file=self.text, flush=True)
+        try:
+            print(text, file=self.stream, flush=True)
+        except OSError:         # a closed terminal or pipe: the run goes on, and SIGHUP still saves
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def tick(self, tokens: int) -> None:
         """Call after every optimizer step."""
@@ -115,13 +121,16 @@ class Log:
         return self.meter.paused()
 
     def step(self, step: int, *, loss: float, lr: float, aux: float | None = None, grad_norm: float | None = None,
-             counts_LE: torch.Tensor | None = None) -> str:
-        """The step line, printed and recorded. counts_LE: copies per layer and expert; None for a dense model."""
+             counts_LE: torch.Tensor | None = None, epoch: float | None = None) -> str:
+        """The step line, printed and recorded. counts_LE: copies per layer and expert; None for a dense model. epoch:
+        passes over the data so far."""
         ms, tokens_per_s = self.meter.rates()
         record = {"step": step, "loss": loss, "aux": aux, "grad_norm": grad_norm, "lr": lr, "ms": ms,
                   "tokens_per_s": tokens_per_s}
         if self.flops_per_token and self.peak_flops:
             record["mfu"] = tokens_per_s * self.flops_per_token / self.peak_flops
+        if epoch is not None:
+            record["epoch"] = epoch
         if counts_LE is not None and counts_LE.numel():
             record |= expert_load(counts_LE)
         line = step_line(record, self.steps, self.meter.eta(self.steps - step))
@@ -188,6 +197,8 @@ def step_line(record: dict, steps: int, eta: float) -> str:
               f"{thousands(record['tokens_per_s'])} tok/s"]
     if "mfu" in record:
         parts.append(f"mfu {record['mfu']:.1%}")
+    if "epoch" in record:
+        parts.append(f"epoch {record['epoch']:.2f}")
     if "load" in record:
         parts.append(f"load {record['load']:.2f}x dead {record['dead']}")
     return " | ".join([*parts, f"eta {duration(eta)}"])
