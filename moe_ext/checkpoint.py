@@ -54,13 +54,17 @@ class State(NamedTuple):
     loader: dict                # Loader.state_dict()
     optimizer: dict             # {"class": "AdamW", "states": {NAME: {STATE: shape}}} of each parameter that it moves
     extra: dict                 # what else the run needs, as save was given it: JSON values
+    best_step: int | None = None    # checkpoint of the lowest held-out loss, if such ones are kept
 
 
 def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader, step: int,
-         config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None) -> Path:
-    """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all). Collective.
+         config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None,
+         best_step: int | None = None) -> Path:
+    """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all) and of each of
+    them the best one that it knows. Collective.
 
     loader: anything with state_dict() -> JSON values. config: dataclasses.asdict(Config). extra: more JSON values.
+    best_step: the step of the best checkpoint, this one or an earlier one, if it is to be kept.
     folder and all that is not a tensor are those of rank 0. Errors: CheckpointError, OSError, on every rank the same.
     """
     work, final = on_rank_0(lambda: begin(Path(folder), f"step-{step:06d}"))
@@ -73,7 +77,7 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
         tensors = model_tensors(model) | flat(states) | (generator_tensors() if rank() == 0 else {})
         shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
         moved = {"class": type(optimizer).__name__, "states": shapes}
-        return tensors, State(step, best_loss, config, loader.state_dict(), moved, extra or {})
+        return tensors, State(step, best_loss, config, loader.state_dict(), moved, extra or {}, best_step)
 
     tensors, state = together(content)
     with dcp_errors(f"{final} was not saved, earlier checkpoints are as they were"):
@@ -110,8 +114,13 @@ def finish(work: Path, final: Path, state: State, keep_last: int) -> None:
     sync(final.parent)
     clear(final.parent)
     others = [path for path in whole(final.parent) if path != final]
-    for path in others[:max(0, len(others) + 1 - keep_last)] if keep_last else []:
-        discard(path)
+    old = others[:max(0, len(others) + 1 - keep_last)] if keep_last else []
+    bests = set()
+    if state.best_step is not None:     # also those of earlier checkpoints, to which a run may go back
+        bests = {state.best_step} | {read_state(path).best_step for path in others[len(old):]}
+    for path in old:
+        if step_of(path) not in bests:
+            discard(path)
 
 
 def clear(folder: Path) -> None:
@@ -130,9 +139,21 @@ def whole(folder: str | Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(WHOLE.fullmatch(path.name)[1])
+
+
 def latest(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a folder, None if there is none. Ranks that must agree: on_rank_0."""
     return next(reversed(whole(folder)), None)
+
+
+def best(folder: str | Path) -> Path | None:
+    """The checkpoint of the lowest held-out loss that the newest one knows; None if none is kept."""
+    newest = latest(folder)
+    step = read_state(newest).best_step if newest else None
+    return next((path for path in reversed(whole(folder)) if step_of(path) == step), None)
 
 
 def read_state(path: str | Path) -> State:

@@ -138,6 +138,7 @@ class TrainConfig:
     eval_batches: int = 32              # micro-batches per evaluation, the same ones each time
     save_every: int = 500               # steps between checkpoints; one more at the end; 0: only at the end
     keep_last: int = 2                  # checkpoints kept; 0: all
+    keep_best: bool = False             # save at each evaluation that is the best so far, and keep that checkpoint too
     sample_tokens: int = 64             # tokens of text sampled from the last checkpoint at the end; 0: none
     sample_prompt: str = "def "         # text that the sample continues
     timeout: float = 120.0              # seconds that a rank may keep the others waiting before the run ends
@@ -263,6 +264,8 @@ class Config:
     def __post_init__(self):
         require(self.optim.warmup + self.optim.decay <= self.train.steps, f"optim.warmup {self.optim.warmup} + "
                 f"optim.decay {self.optim.decay} steps do not fit in train.steps {self.train.steps}")
+        require(not self.train.keep_best or self.data.valid != "", "train.keep_best keeps the checkpoint of the best "
+                "evaluation, but data.valid is empty: give held-out text or leave it off")
         model, moe, mesh = self.model, self.model.moe, self.mesh
         shares = {"tp": {"model.seq_len": model.seq_len, "model.heads": model.heads, "key/value heads": model.kv_groups,
                          "model.moe.shared_hidden": moe.shared_hidden}}
@@ -349,7 +352,9 @@ def load(path: str | Path) -> Config:
 def parse(args: list[str], cls=Config, prog: str = "moe_ext.train"):
     """`RECIPE [--section.field value ...]` -> cls, a Config or a subclass of it with more command-line flags."""
     import tyro
-    usage = f"usage: python -m {prog} RECIPE.toml [--train.steps 100 ...]   (--help after the recipe lists every field)"
+    usage = f"usage: python -m {prog} RECIPE.toml [--train.steps 100 ...]   (--help lists every field)"
+    if args[:1] in (["-h"], ["--help"]):
+        tyro.cli(cls, args=args[:1], default=cls(), prog=f"python -m {prog} RECIPE.toml")
     require(bool(args) and not args[0].startswith("-"), usage)
     default = cls(**vars(load(args[0])))
     return tyro.cli(cls, args=args[1:], default=default, prog=f"python -m {prog} {args[0]}")
