@@ -1,4 +1,4 @@
-"""Held-out loss of a run: `python -m moe_ext.evaluate RUN_DIR [--checkpoint RUN_DIR/ckpt/step-000500] [--batches 100]`.
+"""Held-out loss of a run: `python -m moe_ext.evaluate RUN_DIR [--data PREFIX] [--checkpoint best] [--batches 100]`.
 
 The mean cross-entropy, in nats per token, over rows of the held-out tokens in an order that is always the same; without
 dropout, router noise or capacity. Printed beside the unigram entropy of these tokens, the loss of the best model that
@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from moe_ext import checkpoint
-from moe_ext.config import Config, ConfigError, load, require
+from moe_ext.config import Config, load, require
 from moe_ext.data import IndexedDataset, Loader, unigram_entropy
 from moe_ext.log import beside
 from moe_ext.model import GPT, build, precision
@@ -31,11 +31,15 @@ class Run(NamedTuple):
 
 
 def load_run(folder: str | Path, path: str | Path | None = None) -> Run:
-    """The model of a run folder: of its newest checkpoint, or of the one at `path`. Errors: ConfigError,
-    FileNotFoundError, CheckpointError."""
+    """The model of a run folder: of its newest checkpoint, of the one at `path`, or of the "best", which a run with
+    train.keep_best keeps. Errors: ConfigError, FileNotFoundError, CheckpointError."""
     folder = Path(folder)
     require((folder / "config.toml").is_file(), f"{folder} is no run folder: it holds no config.toml")
     config = load(folder / "config.toml")
+    if str(path) == "best":
+        path = checkpoint.best(folder / "ckpt")
+        require(path is not None, f"{folder}/ckpt knows no best checkpoint: train with --train.keep-best, or give "
+                "the folder of another")
     path = path or checkpoint.latest(folder / "ckpt")
     require(path is not None, f"{folder}/ckpt holds no checkpoint yet: train longer or set train.save_every")
     model = build(config)
@@ -45,51 +49,71 @@ def load_run(folder: str | Path, path: str | Path | None = None) -> Run:
 
 @torch.no_grad()
 def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int = 0, mesh: Mesh | None = None) -> float:
-    """Mean loss in nats per token over `batches` micro-batches of `dataset`, always the same rows (0: all of them).
+    """Mean loss in nats per token over `batches` micro-batches of `dataset`, always the same rows (0, or more than
+    there are: all of them).
 
     A micro-batch is that of all ranks together. mesh: of a model that lies on one; every rank calls, all get the mean.
+    Errors: ValueError; FloatingPointError if the mean is not finite.
     """
+    if batches < 0:
+        raise ValueError(f"evaluate: batches is {batches}, wanted 0 (all of the held-out text) or a positive number")
     rows_per_batch, device = config.train.micro_batch * config.mesh.dp, model.norm.weight.device
     mine = rows_per_batch // (mesh.config.dp if mesh else 1)
     first = mesh.dp_rank * mine if mesh else 0
     loader = Loader(dataset, seq_len=config.model.seq_len, batch_size=rows_per_batch,
                     vocab_size=config.model.vocab_size)
     rows = min(batches * rows_per_batch or loader.samples, loader.samples)
-    training, total = model.training, torch.zeros((), dtype=torch.float64, device=device)
+    training, total, bad_L = model.training, torch.zeros((), dtype=torch.float64, device=device), 0
     model.eval()
     for begin in range(0, rows, rows_per_batch):
         for micro in range(first, first + mine, config.train.micro_batch):
             batch = loader.batch(micro, micro + config.train.micro_batch)
             batch.targets[max(0, rows - begin - micro):] = -100     # rows past the last: ranks go on together
             with precision(config, device):
-                total += model(batch.tokens.to(device), batch.targets.to(device)).token_loss
+                out = model(batch.tokens.to(device), batch.targets.to(device))
+            total, bad_L = total + out.token_loss, bad_L + out.bad_L
         loader.advance()
     model.train(training)
-    total, = mesh.sum(total / mesh.config.tp) if mesh else [total]
-    return total.item() / (rows * config.model.seq_len)
+    if mesh:
+        total, bad_L = mesh.sum(total / mesh.config.tp, bad_L)
+    loss = total.item() / (rows * config.model.seq_len)
+    if problem := not_finite(model, bad_L, {"the held-out loss": loss}):
+        raise FloatingPointError(problem)
+    return loss
+
+
+def not_finite(model: GPT, bad_L, losses: dict[str, float]) -> str:
+    """What went wrong first in forwards whose tokens with bad logits are bad_L; "" if nothing did."""
+    for layer, bad in zip(model.moe_layers(), bad_L.tolist(), strict=True):
+        if bad:
+            return f"the logits of the router {layer.name} are not finite for {bad:,.0f} tokens"
+    return next((f"{name} is {loss:g}" for name, loss in losses.items() if not math.isfinite(loss)), "")
 
 
 def main() -> None:
-    def command(run: tyro.conf.Positional[Path], /, checkpoint: Path | None = None, batches: int = 0) -> None:
+    def command(run: tyro.conf.Positional[Path], /, data: str = "", checkpoint: Path | None = None,
+                batches: int = 0) -> None:
         """Held-out loss of a run.
 
         Args:
             run: the run folder
-            checkpoint: folder of one checkpoint; the newest of the run if not given
-            batches: micro-batches of held-out text; 0: all of it
+            data: prefix of the tokens (PREFIX.bin, PREFIX.idx), of the run's tokenizer; its data.valid if not given
+            checkpoint: folder of one checkpoint, or best; the newest of the run if not given
+            batches: micro-batches of these tokens; 0, or more than there are: all of them
         """
         loaded = load_run(run, checkpoint)
-        require(loaded.config.data.valid != "", f"{run} was trained without held-out text (data.valid)")
-        dataset = IndexedDataset(loaded.config.data.valid)
+        data = data or loaded.config.data.valid
+        require(data != "", f"{run} was trained without held-out text (data.valid): give --data PREFIX")
+        dataset = IndexedDataset(data)
         loss, entropy = evaluate(loaded.model, loaded.config, dataset, batches), unigram_entropy(dataset)
-        print(f"step {loaded.step} | valid loss {loss:.4f} | perplexity {math.exp(loss):.2f} | "
-              f"{beside(loss, entropy)}")
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        print(f"step {loaded.step} | valid loss {loss:.4f} | perplexity {perplexity:.2f} | {beside(loss, entropy)}")
 
-    tyro.cli(command, prog="python -m moe_ext.evaluate")
+    try:
+        tyro.cli(command, prog="python -m moe_ext.evaluate")
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, checkpoint.CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    main()
