@@ -5,6 +5,7 @@ Of a mesh it is rank 0 that is described: where something divides unevenly, it h
 from __future__ import annotations
 
 import collections
+import importlib.util
 import math
 import os
 from typing import NamedTuple
@@ -46,6 +47,9 @@ def describe(config: Config, model: GPT) -> str:
     }
     if passing := [f"{mib(size)} {what}" for what, size in buffers(config, model).items() if size]:
         rows["buffers"] = "about " + ", ".join(passing)
+    rows["checkpoint"] = f"{mib(checkpoint_size(config, total))}, in {config.run_folder}"
+    if not importlib.util.find_spec("matplotlib"):
+        rows["plot"] = "none, for that needs matplotlib: pip install matplotlib"
     if mesh.world > 1:
         sent = [f"{axis} {mib(size)}" for axis, size in traffic(config, model).items() if size]
         rows["traffic"] = "each rank sends per step: " + ", ".join(sent)
@@ -53,6 +57,11 @@ def describe(config: Config, model: GPT) -> str:
     if mesh.world > 1:
         lines += banner(config, device)
     return "\n".join(lines)
+
+
+def checkpoint_size(config: Config, parameters: int) -> int:
+    """Bytes of a checkpoint with so many parameters in all: they and AdamW's two moments."""
+    return 3 * parameters * widths(config)[0]
 
 
 def mib(size: int) -> str:

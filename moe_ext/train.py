@@ -6,10 +6,13 @@ depend on the mesh (README, "Which mesh should I use"). Rank 0 writes the run fo
     run.log           what the console showed          metrics.jsonl, tb/   the same as numbers (moe_ext.log)
     ckpt/step-NNNNNN  checkpoints (moe_ext.checkpoint) tokenizer.json       a copy, so that the folder is whole
     plot.png          loss and expert load             profile/             traces, with train.profile_steps
-SIGTERM to a rank and the first Ctrl-C save a checkpoint and end the run with exit status 0 (torchrun itself, given
-SIGTERM, kills after 30 s); `--resume auto` continues it, bit for bit on the same mesh. A loss or gradient that is not
-finite ends the run with a sentence before it reaches the parameters (in fp16 it skips the step and halves the loss
-scale). A rank that dies ends all others with a sentence.
+What can be known to fail is checked before step 1 (moe_ext.preflight). SIGTERM, SIGHUP or SIGUSR1 to any rank and the
+first Ctrl-C save a checkpoint and end the run with exit status 0; `--resume auto` continues it, bit for bit on the same
+mesh. torchrun passes SIGTERM, SIGINT and SIGHUP on, kills what runs 30 s later (--shutdown-timeout) and ends with
+status 1; SIGUSR1, which SLURM's --signal can send, must be named to it, or it dies and the run with it, unsaved:
+`torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1`. Logits, losses and gradients that are not finite end the
+run with a sentence before they reach the parameters (in fp16 they skip the step and halve the loss scale). A rank that
+dies ends all others with a sentence.
 """
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +30,8 @@ import torch
 
 from moe_ext import checkpoint
 from moe_ext.config import Config, dumps, parse, plain, require
-from moe_ext.data import IndexedDataset, Loader, unigram_entropy
-from moe_ext.evaluate import evaluate, load_run
+from moe_ext.data import Loader, unigram_entropy
+from moe_ext.evaluate import evaluate, load_run, not_finite
 from moe_ext.generate import complete
 from moe_ext.log import Log, Silence, plot
 from moe_ext.model import GPT, precision
@@ -37,54 +41,61 @@ from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
+from moe_ext.preflight import preflight
 
 
 @dataclass(frozen=True)
 class Command(Config):
     """Train a GPT: a recipe, overridden field by field."""
     resume: str = ""        # auto: go on from the run folder's newest checkpoint, if any; or the folder of a checkpoint
-    dry_run: bool = False   # print the model, its parameters, tokens per step and memory, then stop
+    weights: str = ""       # a new run that begins with these weights: of a checkpoint, or a run folder's newest
+    dry_run: bool = False   # print the model, its parameters, tokens per step and memory, check what a run would, stop
 
 
-def train(config: Config, resume: str = "") -> Path:
+def train(config: Config, resume: str = "", weights: str = "") -> Path:
     """One run from start, or from a checkpoint, to its last step; returns the run folder. Errors: ConfigError,
-    CheckpointError, FileNotFoundError, FloatingPointError (a loss or gradient that is not finite), RankFailure."""
+    CheckpointError, FileNotFoundError, FloatingPointError (a loss or gradient that is not finite), RankFailure. That a
+    sample or plot at the end fails is only said."""
     folder = config.run_folder
-    with joined(config, facts(config, resume=resume), hint=lambda: resumable(folder)) as mesh:
-        log, done = fit(config, mesh, resume)
-    if done and config.train.sample_tokens and config.data.tokenizer and mesh.rank == 0:
-        log.say(f"sample: {complete(load_run(folder), config.train.sample_prompt, config.train.sample_tokens)}")
-    if done and mesh.rank == 0:
+    with joined(config, facts(config, resume=resume, weights=weights), hint=lambda: resumable(folder)) as mesh:
+        log, done = fit(config, mesh, resume, weights)
+    t, finale = config.train, {"plot": lambda: plot(folder)}
+    if t.sample_tokens and config.data.tokenizer:
+        finale = {"sample": lambda: complete(load_run(folder), t.sample_prompt, t.sample_tokens)} | finale
+    for name, make in finale.items() if done and mesh.rank == 0 else []:
         try:
-            log.say(f"plot: {plot(folder)}")
-        except RuntimeError as error:       # matplotlib is an extra
-            log.say(str(error))
+            log.say(f"{name}: {make()}")
+        except Exception as error:          # whatever it is, the run is done and saved
+            log.say(f"no {name}: {type(error).__name__}: {error}")
     log.close()
     return folder
 
 
-def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
+def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log, bool]:
     """The training loop of one rank -> its log, and whether the run is done (False: it was asked to stop)."""
     t, folder, device = config.train, config.run_folder, mesh.device
     start_from = find_checkpoint(folder, resume)
+    weights_from = find_weights(weights, resume, start_from)
+    data, valid = checkpoint.together(lambda: preflight(config, mesh.rank, mesh.world))
 
     # what a step needs
-    loader = Loader(IndexedDataset(config.data.train), seq_len=config.model.seq_len, seed=t.seed,
+    loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed,
                     batch_size=config.sequences_per_step, vocab_size=config.model.vocab_size)
     require(loader.identity() == checkpoint.on_rank_0(loader.identity), f"{config.data.train} is not the text that rank"
             " 0 has there: copy its folder to every host, or use storage that they share")
-    valid = IndexedDataset(config.data.valid) if config.data.valid else None
     torch.manual_seed(t.seed)
     model = build(config, mesh)
     optimizer = adamw(model, config.optim)
     scaler = LossScaler(t.loss_scale, enabled=t.dtype == "fp16")
-    done, best = 0, None
+    done, best, best_step = 0, None, None
     if start_from is not None:
         state = checkpoint.load(start_from, model=model, optimizer=optimizer, loader=loader,
                                 config=dataclasses.asdict(config))
-        done, best = state.step, state.best_loss
+        done, best, best_step = state.step, state.best_loss, state.best_step
         if scaler.enabled and state.extra:
             scaler.load_state_dict(state.extra)
+    elif weights_from is not None:
+        first = checkpoint.load(weights_from, model=model)
 
     # the run folder
     if mesh.rank == 0:
@@ -96,6 +107,11 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
               peak_flops=config.log.peak_tflops * 1e12 * mesh.world) if mesh.rank == 0 else Silence()
     log.say(describe(config, model))
     log.say(f"continuing from {start_from}" if start_from else f"writing {folder}")
+    if start_from and weights:
+        log.say(f"the weights are those of {start_from}: --weights {weights} was for the start of this run")
+    elif weights_from:
+        log.say("\n".join([f"weights from {weights_from}, {first.step} steps old; optimizer and data begin anew",
+                           *checkpoint.differences(first.config["model"], dataclasses.asdict(config.model), "model")]))
     entropy = unigram_entropy(valid) if valid else math.nan
 
     def save(step):
@@ -103,14 +119,14 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
         with log.paused():
             path = checkpoint.save(folder / "ckpt", model=model, optimizer=optimizer, loader=loader, step=step,
                                    config=dataclasses.asdict(config), best_loss=best, keep_last=t.keep_last,
-                                   extra=scaler.state_dict())
+                                   extra=scaler.state_dict(), best_step=best_step if t.keep_best else None)
             log.say(f"saved {path}")
 
     with Stop() as stop, Profile(config, mesh) as profile:
         for step in range(done + 1, t.steps + 1):
             mesh.at(f"step {step}")
             set_learning_rate(optimizer, lr := learning_rate(step, config.optim, t.steps))
-            loss, aux, counts_LE = 0.0, 0.0, 0
+            loss, aux, counts_LE, bad_L = 0.0, 0.0, 0, 0
             for micro in range(t.accumulation):
                 batch = loader.batch(*mesh.rows(micro, t.micro_batch))
                 draws = mesh.draws(t.seed, step, batch.row0, config.model.seq_len)
@@ -119,18 +135,21 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
                 parts = backward(model, out, mesh, tokens=config.tokens_per_step, accumulation=t.accumulation,
                                  last=micro == t.accumulation - 1, scale=scaler.scale)
                 loss, aux, counts_LE = loss + parts[0], aux + parts[1], counts_LE + out.counts_LE
+                bad_L = bad_L + out.bad_L
             asked = torch.tensor(float(bool(stop.asked)), device=device)
-            loss, aux, counts_LE, asked = mesh.sum(loss, aux, counts_LE, asked)
+            loss, aux, counts_LE, bad_L, asked = mesh.sum(loss, aux, counts_LE, bad_L, asked)
             counts_LE = counts_LE.long()
-            if not math.isfinite(loss) and not scaler.enabled:
-                raise FloatingPointError(f"step {step}: the loss is {loss:g}: lower optim.lr, lengthen optim.warmup or "
-                                         f"set optim.clip; {resumable(folder)}")
-            grad_norm = scaler.clip(model.named_parameters(), config.optim.clip)
+            problem = not_finite(model, bad_L, {"the loss": loss, "the balance loss or the z-loss": aux})
+            with diverging(step, folder):
+                if problem and not scaler.enabled:
+                    raise FloatingPointError(f"{problem}: lower optim.lr, lengthen optim.warmup or set optim.clip")
+                grad_norm = scaler.clip(model.named_parameters(), config.optim.clip)
             if grad_norm is not None:
                 optimizer.step()
                 model.update_select_bias(counts_LE)
             else:
-                log.say(f"step {step}: a gradient overflowed, so it moves nothing; the loss scale is {scaler.scale:g}")
+                log.say(f"step {step}: {problem or 'a gradient overflowed'}, so it moves nothing; the loss scale is "
+                        f"{scaler.scale:g}")
             optimizer.zero_grad()
             loader.advance()
             profile.step()
@@ -138,14 +157,16 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
             last = step == t.steps
             log.tick(config.tokens_per_step)
             if step == done + 1 or step % config.log.every == 0 or last:
-                log.step(step, loss=float(loss), aux=float(aux), grad_norm=grad_norm, lr=lr, counts_LE=counts_LE)
+                log.step(step, loss=float(loss), aux=float(aux), grad_norm=grad_norm, lr=lr, counts_LE=counts_LE,
+                         epoch=loader.epoch)
             if valid and (last or (t.eval_every and step % t.eval_every == 0)):
                 mesh.at(f"step {step}, evaluating")
-                with log.paused():
+                with log.paused(), diverging(step, folder):
                     valid_loss = evaluate(model, config, valid, t.eval_batches, mesh)
                     log.evaluation(step, valid_loss, entropy)
-                best = valid_loss if best is None else min(best, valid_loss)
-            if last or asked or (t.save_every and step % t.save_every == 0):
+                if best is None or valid_loss < best:
+                    best, best_step = valid_loss, step
+            if last or asked or (t.save_every and step % t.save_every == 0) or (t.keep_best and best_step == step):
                 save(step)
             if asked and not last:
                 log.say(f"stopped by {stop.asked or 'another rank'} after step {step}; continue with --resume auto")
@@ -153,18 +174,31 @@ def fit(config: Config, mesh: Mesh, resume: str) -> tuple[Log, bool]:
     return log, True
 
 
+@contextmanager
+def diverging(step: int, folder: Path):
+    """A FloatingPointError from inside says its step and what to do next."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}; {resumable(folder)}") from error
+
+
 class Stop:
-    """Between enter and exit, SIGTERM or Ctrl-C only sets `asked` to the signal's name. A second Ctrl-C acts as usual;
-    a second SIGTERM does not: a cluster's scheduler and torchrun may both pass on the first."""
+    """Between enter and exit, SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C only sets `asked` to the signal's name. A second
+    Ctrl-C acts as usual; a second SIGTERM does not: a cluster's scheduler and torchrun may both pass on the first. What
+    was ignored stays so: SIGHUP under nohup, Ctrl-C in the background of a script."""
+    SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
     asked = ""
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self.ask) for number in self.SIGNALS
+                       if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def ask(self, number, frame):
         self.asked = signal.Signals(number).name
-        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+        if signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -177,6 +211,20 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     require(newest is None or resume != "", f"{folder} holds {newest and newest.name} of an earlier run: continue it "
             "with --resume auto, choose another --log.name, or delete the folder")
     return newest if resume in ("", "auto") else Path(resume)
+
+
+def find_weights(weights: str, resume: str, start_from: Path | None) -> Path | None:
+    """The checkpoint whose weights a new run begins with: the folder --weights, or the newest of that run folder."""
+    require(not weights or resume in ("", "auto"), f"--resume {resume} continues a run and --weights {weights} begins "
+            "a new one: give one of them")
+    if not weights or start_from:
+        return None
+    path = Path(weights)
+    found = checkpoint.on_rank_0(
+        lambda: path if (path / "state.json").is_file() else checkpoint.latest(path / "ckpt"))
+    require(found is not None, f"--weights {weights}: neither a checkpoint (it holds no state.json) nor a run folder "
+            "with one (it holds no ckpt/step-NNNNNN)")
+    return found
 
 
 def resumable(folder: Path) -> str:
@@ -192,8 +240,6 @@ class Profile:
     def __init__(self, config: Config, mesh: Mesh):
         self.folder, self.trace, self.memory = config.run_folder / "profile", None, config.train.memory_snapshot
         self.rank, self.device = f"-rank{mesh.rank}" if mesh.world > 1 else "", mesh.device
-        require(not self.memory or mesh.device.type == "cuda", f"train.memory_snapshot records CUDA allocations, but "
-                f"train.device is {mesh.device.type}: leave it off; profile/ops.txt shows what each op allocates")
         if config.train.profile_steps:
             schedule = torch.profiler.schedule(wait=1, warmup=1, active=config.train.profile_steps, repeat=1)
             self.trace = torch.profiler.profile(schedule=schedule, on_trace_ready=self.write, profile_memory=True)
@@ -229,10 +275,12 @@ def main() -> None:
     try:
         command = parse(sys.argv[1:], Command)
         if not command.dry_run:
-            train(plain(command), command.resume)
+            train(plain(command), command.resume, command.weights)
         elif int(os.environ.get("RANK", 0)) == 0:
             check_world(command.mesh, int(os.environ.get("WORLD_SIZE", command.mesh.world)), plain(command))
-            print(describe(command, GPT(command.model, device="meta")))
+            print(describe(command, GPT(command.model, device="meta")), flush=True)
+            find_weights(command.weights, command.resume, find_checkpoint(command.run_folder, command.resume))
+            preflight(plain(command))
     except (ValueError, OSError, FloatingPointError, RankFailure) as error:
         sys.exit(f"error: {error}")
 

@@ -6,6 +6,7 @@ import typing
 
 import pytest
 
+import moe_ext.train
 from moe_ext import config as C
 
 
@@ -78,6 +79,7 @@ def test_command_line_comes_last(tmp_path):
     ("[mesh]\ntp = 3\n", ["mesh.tp 3 does not divide model.seq_len 256", "nearest that does is 2"]),
     ("[mesh]\nfsdp = 2\n[model.moe]\nexperts = 6\nbalanced = true\n", ["model.moe.balanced", "the 512 of a sequence"]),
     ("[mesh]\nfsdp = 2\nep = 2\n", ["mesh.ep and mesh.etp spread experts"]),
+    ("[train]\nkeep_best = true\n[data]\nvalid = ''\n", ["train.keep_best", "data.valid is empty"]),
     ("[model\n", ["is not TOML", "line 1"]),
 ])
 def test_bad_recipes(tmp_path, text, words):
@@ -93,6 +95,17 @@ def test_missing_recipe_and_missing_argument(tmp_path):
         C.load(tmp_path / "nowhere.toml")
     with pytest.raises(C.ConfigError, match=r"usage: python -m moe_ext.train RECIPE"):
         C.parse(["--train.steps", "3"])
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_needs_no_recipe(monkeypatch, capsys, word):
+    monkeypatch.setattr("sys.argv", ["train", word])
+    with pytest.raises(SystemExit) as error:
+        moe_ext.train.main()
+    said = capsys.readouterr().out
+    assert error.value.code == 0
+    for option in ("RECIPE.toml", "--train.steps INT", "--model.moe.top-k INT", "--resume", "--weights", "--dry-run"):
+        assert option in said
 
 
 @pytest.mark.parametrize("args, words", [

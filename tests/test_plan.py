@@ -178,8 +178,9 @@ def test_every_mesh_has_a_plan(mesh):
 @pytest.mark.parametrize("flags", [[], "--mesh.rep 2 --mesh.tp 2 --mesh.ep 4".split()], ids=["recipe", "flags"])
 def test_dry_run_needs_no_ranks(flags, monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(sys, "argv", ["train", "recipes/moe_gpt2_4e.toml", *flags, "--dry-run"])
-    moe_ext.train.main()
+    monkeypatch.setattr(sys, "argv", ["train", "recipes/moe_gpt2_4e.toml", *flags, "--dry-run", "--data.train", "none"])
+    with pytest.raises(SystemExit, match=r"no token file none\.bin"):      # after the plan
+        moe_ext.train.main()
     said = capsys.readouterr().out
     config = load("recipes/moe_gpt2_4e.toml")
     config = replace(config, mesh=MeshConfig(rep=2, fsdp=2, tp=2, ep=4) if flags else config.mesh)

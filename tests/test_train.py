@@ -84,6 +84,8 @@ def straight(data, tmp_path_factory):
 def test_loss_falls_and_the_run_folder_is_whole(straight):
     steps = [r for r in records(straight) if "loss" in r]
     evaluations = [r for r in records(straight) if "valid_loss" in r]
+    samples = Loader(IndexedDataset(load(straight / "config.toml").data.train), seq_len=32, batch_size=8).samples
+    assert [r["epoch"] for r in steps] == [step * 8 / samples for step in (1, 5, 10, 15, 20)]
     assert [r["step"] for r in steps] == [1, 5, 10, 15, 20] and [r["step"] for r in evaluations] == [10, 20]
     assert abs(steps[0]["loss"] - math.log(320)) < 0.2
     assert evaluations[-1]["valid_loss"] < steps[0]["loss"] - 2.5
@@ -92,6 +94,7 @@ def test_loss_falls_and_the_run_folder_is_whole(straight):
                                                     "plot.png"}
     said = (straight / "run.log").read_text()
     assert "step 20/20 | loss" in said and "unigram entropy" in said and "sample: def " in said
+    assert f"tok/s | epoch {160 / samples:.2f} | load" in said
 
 
 def test_config_of_the_run_folder_repeats_it_bit_for_bit(straight, tmp_path):
@@ -132,6 +135,59 @@ def test_sigterm_saves_and_the_rest_is_the_same(data, straight, tmp_path, monkey
     monkeypatch.undo()
     run(data, tmp_path, resume="auto")
     assert_same_checkpoint(straight, folder, 20)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+def test_other_signals_save_too(data, tmp_path, monkeypatch, name):
+    schedule = moe_ext.train.learning_rate
+    monkeypatch.setattr(moe_ext.train, "learning_rate",
+                        lambda step, *rest: os.kill(os.getpid(), signal.Signals[name]) or schedule(step, *rest))
+    before = signal.getsignal(signal.Signals[name])
+    folder = run(data, tmp_path)
+    assert f"stopped by {name} after step 1; continue" in (folder / "run.log").read_text()
+    assert [p.name for p in (folder / "ckpt").iterdir()] == ["step-000001"]
+    assert signal.getsignal(signal.Signals[name]) == before
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    """SIGHUP under nohup, Ctrl-C in the background of a script."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            with moe_ext.train.Stop() as stop:
+                os.kill(os.getpid(), number)
+                assert stop.asked == ""
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert stop.asked == "SIGTERM"
+            assert signal.getsignal(number) == signal.SIG_IGN
+        finally:
+            signal.signal(number, before)
+
+
+def test_a_console_that_is_gone_ends_nothing(data, tmp_path):
+    """The terminal closes: nobody reads what is printed, and SIGHUP comes."""
+    process = subprocess.Popen([sys.executable, "-m", "moe_ext.train", *flags(data, tmp_path, train__steps=100000)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.stdout.close()
+    log = tmp_path / "debug" / "run.log"
+    while "step 15/" not in log.read_text():
+        pass
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+    assert "stopped by SIGHUP after step" in log.read_text()
+
+
+def test_ctrl_c_while_it_starts_is_one_line(data, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "moe_ext.train", *flags(data, tmp_path)], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
+        pass
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "\ninterrupted\n")
 
 
 def test_sigterm_ends_the_process_with_status_0(data, tmp_path):
@@ -213,6 +269,60 @@ def test_an_update_that_throws_the_weights_away(data, tmp_path):
         run(data, tmp_path, model__moe__experts=0, optim__lr=1e30, optim__warmup=0, optim__clip=0, train__save_every=1)
     saved = checkpoint.latest(tmp_path / "debug" / "ckpt")
     assert all(t.isfinite().all() for t in tensors(tmp_path / "debug", int(saved.name[5:])).values())
+
+
+# ---- weights alone ---------------------------------------------------------------------------------------------------
+
+def test_a_new_run_begins_with_the_weights_of_another(data, straight, tmp_path):
+    """On other data, with nothing else of it; afterwards the run is resumed as any other."""
+    still = dict(train__steps=1, optim__lr=0, optim__min_lr=0, optim__warmup=0, data__train=data / "valid")
+    for name, weights in (("run", straight), ("checkpoint", straight / "ckpt" / "step-000020")):
+        folder = moe_ext.train.train(parse(flags(data, tmp_path / name, **still)), weights=str(weights))
+        before, after = tensors(straight, 20), tensors(folder, 1)
+        for key in before.keys() - {"rng.cpu"}:             # torch's generator is that of a new run
+            assert torch.equal(before[key], after[key]) == key.startswith("model."), key
+        assert (after["optim.norm.weight.step"], checkpoint.read_state(folder / "ckpt" / "step-000001").loader["row"]) \
+            == (1, 8)
+        assert f"weights from {straight}/ckpt/step-000020, 20 steps old" in (folder / "run.log").read_text()
+
+    moe_ext.train.train(parse(flags(data, tmp_path / name, **still | dict(train__steps=2))), "auto", "gone/by/now")
+    said = (folder / "run.log").read_text().partition("continuing from")[2]
+    assert f"the weights are those of {folder}/ckpt/step-000001: --weights gone/by/now was for the start" in said
+    assert checkpoint.latest(folder / "ckpt").name == "step-000002"
+
+
+def test_what_another_model_computes_with_the_weights_is_listed(data, straight, tmp_path):
+    options = dict(train__steps=1, optim__warmup=0, model__rope_base=500.0, model__moe__scale=2.0)
+    folder = moe_ext.train.train(parse(flags(data, tmp_path, **options)), weights=str(straight))
+    lines = (folder / "run.log").read_text().splitlines()
+    listed = lines[next(i for i, line in enumerate(lines) if line.startswith("weights from")) + 1:][:2]
+    assert ["model.rope_base" in listed[0], "10000.0" in listed[0], "500.0" in listed[0]] == [True] * 3
+    assert "model.moe.scale" in listed[1]
+
+
+@pytest.mark.parametrize("weights, resume, words", [
+    ("{straight}", "{straight}/ckpt/step-000020", r"--resume \S+ continues a run and --weights \S+ begins a new one"),
+    ("{data}", "", r"--weights \S+: neither a checkpoint .* nor a run folder with one"),
+    ("nowhere", "auto", r"--weights nowhere: neither a checkpoint"),
+])
+def test_weights_that_are_refused(data, straight, tmp_path, monkeypatch, weights, resume, words):
+    given = [text.format(data=data, straight=straight) for text in (weights, resume)]
+    more = ["--weights", given[0], *(["--resume", given[1]] if resume else [])]
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit, match=f"^error: {words}"):
+            main(monkeypatch, moe_ext.train, *flags(data, tmp_path), *more, *dry)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_shape_and_the_selection_bias(data, straight, tmp_path):
+    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.experts.w13_E2FD: got .*\[4, 2, 32, 32\], wanted "):
+        moe_ext.train.train(parse(flags(data, tmp_path / "wide", model__moe__hidden=64)), weights=str(straight))
+    biased = dict(model__moe__score="sigmoid", model__moe__select_bias_rate=0.5, train__steps=1, optim__warmup=0)
+    first = run(data, tmp_path / "a", **biased)
+    second = moe_ext.train.train(parse(flags(data, tmp_path / "b", **biased)), weights=str(first))
+    name = "model.layers.0.mlp.select_bias_E"
+    a, b = tensors(first, 1)[name], tensors(second, 1)[name]
+    assert a.abs().max() == 0.5 and set((b - a).abs().tolist()) <= {0.0, 0.5}
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
