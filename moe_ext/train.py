@@ -42,7 +42,7 @@ from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
-from moe_ext.run import absolute, begin, changes, check, locked
+from moe_ext.run import absolute, begin, check, locked
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,10 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     if start_from and weights:
         log.say(f"the weights are those of {start_from}: --weights {weights} was for the start of this run")
     elif weights_from:
+        changed = checkpoint.differences(first.config, dataclasses.asdict(config))
         log.say("\n".join([f"weights from {weights_from}, {first.step} steps old; optimizer and data begin anew",
-                           *changes(first, config)]))
+                           *(f"with {name} {now!r}, there {was!r}" for name, was, now in changed
+                             if name.startswith("model."))]))
     entropy = unigram_entropy(valid) if valid else math.nan
 
     def save(step):

@@ -33,7 +33,7 @@ BROKEN = {
     "empty prompt": (dict(train__sample_prompt=""), "the prompt has no tokens.* --train.sample-prompt"),
     "long sample": (dict(train__sample_tokens=32), "2 prompt tokens . 32 new ones, .*at most 30 fit; see"),
     "long prompt": (dict(train__sample_prompt="fox " * 40), "prompt has .* tokens, but .* 32: give at most 31; see"),
-    "run folder": (dict(log__folder="bad.json/runs"), "cannot be written: .*bad.json: Not a directory"),
+    "run folder": (dict(log__folder="bad.json/runs"), "bad.json/runs/debug cannot be written: .*Not a directory"),
 }
 
 
@@ -59,7 +59,7 @@ def test_a_sentence_before_the_first_step(data, folder, monkeypatch, capsys, nam
         with pytest.raises(SystemExit, match=f"error: .*{words}"):
             main(monkeypatch, moe_ext.train, *arguments, *more)
     assert "parameters  51,648 in all" in capsys.readouterr().out
-    assert not (folder / "runs").exists()
+    assert not (folder / "runs" / "debug").exists()
 
 
 def test_what_is_in_order_leaves_nothing_behind(data, tmp_path):                            # noqa: F811
