@@ -24,16 +24,6 @@ if sys.argv[:1] == ["-m"] and any(word.startswith("moe_ext") for word in sys.ori
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
 
-if sys.argv[:1] == ["-m"] and any(word.startswith("moe_ext") for word in sys.orig_argv):
-    # `python -m moe_ext.train` begins: from the slow imports below on, Ctrl-C is a line instead of a traceback. Not by
-    # an exception, which some `except ImportError` in there swallows.
-    def interrupted(number, frame):
-        os.write(2, b"\ninterrupted\n")
-        os._exit(130)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupted)
-
 import torch  # first: the extension is linked to the libraries that torch has loaded
 
 from moe_ext import private
