@@ -6,8 +6,8 @@
 
 #include "common.cuh"
 
-// The wires and the yardstick; then the overload with a stream of every function in the table; each is defined in the file named like its
-// twin's.
+// The wires and the yardstick; then the overload with a stream of every function in the table; each is defined in the
+// file named like its twin's.
 std::remove_pointer_t<decltype(moe_cuda::nccl_id)> moe_nccl_id;
 std::remove_pointer_t<decltype(moe_cuda::nccl_open)> moe_nccl_open;
 std::remove_pointer_t<decltype(moe_cuda::window_open)> moe_window_open;

@@ -9,7 +9,8 @@
 // A scope is S consecutive rows, T = G*S. E <= MOE_MAX_EXPERTS. Losses and dloss are one float each. Sums over rows run
 // in double, in an order that the sizes alone decide.
 // An id outside [-1,E) is MOE_BAD_INDEX at its flat position and counts as -1; a priority of NaN is MOE_BAD_VALUE at
-// its own, a capacity below 0 at its scope, where it counts as 0. A count that select_bias_update cannot add is MOE_BAD_VALUE at its expert, and no bias moves.
+// its own, a capacity below 0 at its scope, where it counts as 0. A count that select_bias_update cannot add is
+// MOE_BAD_VALUE at its expert, and no bias moves.
 #include <cmath>
 
 #include "../csrc/vmath.h"

@@ -209,28 +209,42 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
 def room(path: Path, state: State, reader: HuggingFaceStorageReader, model: torch.nn.Module,
          optimizer: torch.optim.Optimizer | None, config: dict | None) -> tuple[dict, dict]:
     """What load reads into, {stored name: tensor}, and of it the optimizer's {NAME: {STATE: tensor}}, if all fits."""
-    if config is not None:
-        differing = [f"{name}: the checkpoint has {was!r}, this run wants {now!r}"
-                     for name, was, now in differences(state.config, config) if changes_model(name, was, now)]
-        if differing:
-            raise CheckpointError(f"{path} is a checkpoint of another model:\n  " + "\n  ".join(differing) +
-                                  "\nresume with the config.toml of its run folder, or start a new run")
     if optimizer is not None and type(optimizer).__name__ != state.optimizer["class"]:
         raise CheckpointError(f"{path}: optimizer: got the state of {state.optimizer['class']}, wanted that of "
                               f"{type(optimizer).__name__}: resume with the optimizer that wrote it")
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {error}; a truncated or damaged .safetensors file: use an earlier "
-                              "checkpoint") from None
-    tensors, states = model_tensors(model), {}
-    check(path, "model.", stored, tensors)
+    stored, tensors = fitting(path, state, reader, model, config)
+    states = {}
     if optimizer is not None:
         states = empty_states(path, model, optimizer, state.optimizer["states"], stored)
         generators = {name: t for name, t in generator_tensors().items() if name == "rng.cpu" or name in stored}
         check(path, "rng.cpu", stored, {"rng.cpu": generators["rng.cpu"]})
         tensors |= flat(states) | generators
     return tensors, states
+
+
+def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: torch.nn.Module,
+            config: dict | None) -> tuple[dict, dict]:
+    """The stored tensors' metadata and the model's tensors. CheckpointError unless the checkpoint is one of this model
+    (and of this config's, if one is given)."""
+    if config is not None:
+        differing = [f"{name}: the checkpoint has {was!r}, this run wants {now!r}"
+                     for name, was, now in differences(state.config, config) if changes_model(name, was, now)]
+        if differing:
+            raise CheckpointError(f"{path} is a checkpoint of another model:\n  " + "\n  ".join(differing) +
+                                  "\nresume with the config.toml of its run folder, or start a new run")
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}; a truncated or damaged .safetensors file: use an earlier "
+                              "checkpoint") from None
+    tensors = model_tensors(model)
+    check(path, "model.", stored, tensors)
+    return stored, tensors
+
+
+def check_model(path: str | Path, model: torch.nn.Module, *, config: dict | None = None) -> None:
+    """What load would refuse of the model and the config; the model may lie on the meta device. Errors: as load."""
+    fitting(Path(path), read_state(path), HuggingFaceStorageReader(str(path)), model, config)
 
 
 def rank() -> int:

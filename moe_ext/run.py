@@ -55,6 +55,7 @@ def lock(folder: Path):
         while (file := claim(folder / "lock")) is None:
             pass
         file.truncate(0)
+        checkpoint.clear(folder / "ckpt")       # the leftovers of a save that was killed take room
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be written: {error.strerror}: mend that or choose another "
@@ -100,7 +101,17 @@ def check(path: Path, config: Config, loader: Loader) -> None:
 
 def own(path: Path, config: Config) -> bool:
     """Whether a checkpoint is one of the run folder's branch."""
-    return path.resolve().parent == (config.run_folder / "ckpt").resolve()
+    return path.absolute().parent.resolve() == (config.run_folder / "ckpt").resolve()
+
+
+def same_evaluation(path: Path, state: State, config: Config) -> bool:
+    """Whether the best loss so far, of a checkpoint, is one that this run's evaluations can be compared with; with
+    train.keep_best also whether its checkpoint was kept."""
+    before, now = state.config, dataclasses.asdict(absolute(config))
+    same = all(before[section].get(name) == now[section][name] for section, name in
+               (("train", "eval_batches"), ("model", "seq_len")))
+    same = same and absolute_paths(before["data"])["valid"] == now["data"]["valid"]
+    return same and own(path, config) and (state.best_step is not None or not config.train.keep_best)
 
 
 def changes(state: State, config: Config) -> list[str]:
@@ -161,7 +172,7 @@ def set_aside(folder: Path, step: int) -> list[str]:
         shutil.copyfile(folder / "config.toml", aside / "config.toml")
     for path in checkpoints:
         (aside / "ckpt").mkdir(exist_ok=True)
-        path.rename(aside / "ckpt" / path.name)
+        move(path, aside / "ckpt" / path.name)
         checkpoint.sync(aside / "ckpt")
         checkpoint.sync(folder / "ckpt")
     if (folder / "plot.png").is_file():
@@ -173,9 +184,25 @@ def set_aside(folder: Path, step: int) -> list[str]:
     return [f"set aside in {aside} what lay beyond step {step}: {', '.join([*(p.name for p in checkpoints), *cut])}"]
 
 
+def move(path: Path, to: Path) -> None:
+    """A checkpoint to another place, which may lie on another file system: whole here or there."""
+    try:
+        path.rename(to)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = shutil.copytree(path, to.with_name(to.name + ".tmp-copy"), dirs_exist_ok=True)
+        for file in (*copy.iterdir(), copy):
+            checkpoint.sync(file)
+        copy.rename(to)
+        checkpoint.discard(path)
+
+
 def write(folder: Path, name: str | Path, data: bytes) -> None:
-    """A file of the run folder, whole or as it was."""
-    (folder / "unfinished").write_bytes(data)
-    checkpoint.sync(folder / "unfinished")
-    (folder / "unfinished").rename(folder / name)
-    checkpoint.sync((folder / name).parent)
+    """A file of the run folder, whole or as it was. A linked file stays one."""
+    file = (folder / name).resolve()
+    unfinished = file.with_name("unfinished")
+    unfinished.write_bytes(data)
+    checkpoint.sync(unfinished)
+    unfinished.rename(file)
+    checkpoint.sync(file.parent)

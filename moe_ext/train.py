@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ from moe_ext.data import Loader, unigram_entropy
 from moe_ext.evaluate import evaluate, load_run, not_finite
 from moe_ext.generate import complete
 from moe_ext.log import Log, Silence, plot
-from moe_ext.model import GPT, precision
+from moe_ext.model import GPT, parameter_dtype, precision
 from moe_ext.optim import LossScaler, adamw, learning_rate, set_learning_rate
 from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
@@ -42,7 +43,7 @@ from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
-from moe_ext.run import absolute, begin, check, locked
+from moe_ext.run import absolute, begin, check, locked, own, same_evaluation
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,11 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     # what a step needs
     loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed,
                     batch_size=config.sequences_per_step, vocab_size=config.model.vocab_size)
-    require(loader.identity() == checkpoint.on_rank_0(loader.identity), f"{config.data.train} is not the text that rank"
-            " 0 has there: copy its folder to every host, or use storage that they share")
+    held_out = (len(valid), len(valid.tokens)) if valid else None
+    here, there = (loader.identity(), held_out), checkpoint.on_rank_0(lambda: (loader.identity(), held_out))
+    for path, same in zip((config.data.train, config.data.valid), map(operator.eq, here, there), strict=True):
+        require(same, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use storage "
+                "that they share")
     torch.manual_seed(t.seed)
     model = build(config, mesh)
     optimizer = adamw(model, config.optim)
@@ -94,7 +98,9 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
         checkpoint.on_rank_0(lambda: check(start_from, config, loader))
         state = checkpoint.load(start_from, model=model, optimizer=optimizer, loader=loader,
                                 config=dataclasses.asdict(config))
-        done, best, best_step = state.step, state.best_loss, state.best_step
+        done = state.step
+        if same_evaluation(start_from, state, config):
+            best, best_step = state.best_loss, state.best_step
         if scaler.enabled and state.extra:
             scaler.load_state_dict(state.extra)
     elif weights_from is not None:
@@ -115,14 +121,16 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                              if name.startswith("model."))]))
     entropy = unigram_entropy(valid) if valid else math.nan
 
-    def save(step):
+    def save(step, keep_last=t.keep_last):
         mesh.at(f"step {step}, saving")
         with log.paused():
             path = checkpoint.save(folder / "ckpt", model=model, optimizer=optimizer, loader=loader, step=step,
-                                   config=dataclasses.asdict(absolute(config)), best_loss=best, keep_last=t.keep_last,
+                                   config=dataclasses.asdict(absolute(config)), best_loss=best, keep_last=keep_last,
                                    extra=scaler.state_dict(), best_step=best_step if t.keep_best else None)
             log.say(f"saved {path}")
 
+    if start_from and not own(start_from, config):
+        save(done)      # now, so that whatever happens next, this folder goes on from there
     with Stop() as stop, Profile(config, mesh) as profile:
         for step in range(done + 1, t.steps + 1):
             mesh.at(f"step {step}")
@@ -160,15 +168,16 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             if step == done + 1 or step % config.log.every == 0 or last:
                 log.step(step, loss=float(loss), aux=float(aux), grad_norm=grad_norm, lr=lr, counts_LE=counts_LE,
                          epoch=loader.epoch)
-            if valid and (last or (t.eval_every and step % t.eval_every == 0)):
+            if valid and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
                 mesh.at(f"step {step}, evaluating")
                 with log.paused(), diverging(step, folder):
                     valid_loss = evaluate(model, config, valid, t.eval_batches, mesh)
                     log.evaluation(step, valid_loss, entropy)
                 if best is None or valid_loss < best:
                     best, best_step = valid_loss, step
-            if last or asked or (t.save_every and step % t.save_every == 0) or (t.keep_best and best_step == step):
-                save(step)
+            due = (t.save_every and step % t.save_every == 0) or (t.keep_best and best_step == step)
+            if last or asked or (due and grad_norm is not None):
+                save(step, t.keep_last if grad_norm is not None else 0)     # what overflows displaces no others
             if asked and not last:
                 log.say(f"stopped by {stop.asked or 'another rank'} after step {step}; continue with --resume auto")
                 return log, False
@@ -274,6 +283,19 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
+def rehearse(config: Config, resume: str, weights: str) -> None:
+    """What a run refuses before its first step, without its ranks and their memory."""
+    start_from = find_checkpoint(config.run_folder, resume)
+    weights_from = find_weights(weights, resume, start_from)
+    data, _ = preflight(config)
+    if start_from:
+        check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
+                                         seed=config.train.seed))
+    if path := start_from or weights_from:
+        model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
+        checkpoint.check_model(path, model, config=dataclasses.asdict(config) if start_from else None)
+
+
 def main() -> None:
     try:
         command = parse(sys.argv[1:], Command)
@@ -282,8 +304,7 @@ def main() -> None:
         elif int(os.environ.get("RANK", 0)) == 0:
             check_world(command.mesh, int(os.environ.get("WORLD_SIZE", command.mesh.world)), plain(command))
             print(describe(command, GPT(command.model, device="meta")), flush=True)
-            find_weights(command.weights, command.resume, find_checkpoint(command.run_folder, command.resume))
-            preflight(plain(command))
+            rehearse(plain(command), command.resume, command.weights)
     except (ValueError, OSError, FloatingPointError, RankFailure) as error:
         sys.exit(f"error: {error}")
 

@@ -62,7 +62,7 @@ def test_only_the_bad_tokens_are_nan_and_they_are_counted(mode, name, device):
 def test_nothing_changes_where_all_is_finite(device):
     x_BSD = torch.randn(3, 4, 8, device=device)
     layer = make(device)
-    weights_TK, ids_TK, routing = layer.route(x_BSD, None)
+    weights_TK, ids_TK, routing = layer.route(x_BSD, None, None)
     want = moe_ext.ops.router(layer.gate(x_BSD.flatten(0, 1)), 2, norm_p=1.0)
     assert torch.equal(weights_TK, want[0]) and torch.equal(ids_TK, want[1]) and routing.bad == 0
 

@@ -167,7 +167,7 @@ def test_a_second_run_in_the_folder_is_refused(data, tmp_path, monkeypatch, caps
         assert len(records(folder)) == 3 and names(folder / "ckpt") == ["step-000005"]
         main(monkeypatch, evaluate, folder)                                 # readers need no lock
         main(monkeypatch, generate, folder, "--max-tokens", "2")
-        main(monkeypatch, moe_ext.train, *flags(data, tmp_path), "--dry-run")
+        main(monkeypatch, moe_ext.train, *flags(data, tmp_path), "--dry-run", "--resume", "auto")
         assert plot(folder) == folder / "plot.png" and "step 5 | valid loss" in capsys.readouterr().out
     finally:
         os.kill(child, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""dtypes of parameters and activations."""
+"""dtypes of parameters and activations; router logits that are not finite."""
 
 import torch
 
@@ -16,3 +16,13 @@ def cast_if_autocast_enabled(x: torch.Tensor) -> torch.Tensor:
     """x in the autocast dtype of its device, if autocast is on there."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def finite(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> logits with zeros for every token that has one which is not finite, and bool [T,1], True for such a token.
+
+    What a router makes of it becomes NaN, as in torch: the op would raise, on one rank of a mesh, on CUDA at some later
+    call, and where a loss scaler would skip the step.
+    """
+    bad_T1 = ~logits_TE.detach().isfinite().all(-1, keepdim=True)
+    return logits_TE.masked_fill(bad_T1, 0), bad_T1

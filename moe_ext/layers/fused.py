@@ -18,6 +18,7 @@ no mean. Real tokens get what they get without pads, but for random numbers, whi
 """
 from __future__ import annotations
 
+import math
 import zlib
 from typing import NamedTuple, Protocol
 
@@ -26,7 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_ext import ops
-from moe_ext.ops.expert import GATED
+from moe_ext.layers.common import finite
+from moe_ext.ops.enums import ACTS, BALANCES, GATED, SCORES
 
 
 def site(name: str) -> int:
@@ -47,18 +49,18 @@ class Draws(NamedTuple):
         return dict(seed=self.seed, step=self.step, site=site(name), row0=self.row0, run=self.run, stride=self.stride)
 
 
-def jitter(x_TD, eps, draws: Draws | None, name):
-    """x * U[1-eps, 1+eps); without draws by torch's generator."""
-    if draws is None:
+def jitter(x_TD, eps, place: dict | None):
+    """x * U[1-eps, 1+eps) at a place of Draws; without one by torch's generator."""
+    if place is None:
         return x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
-    return ops.jitter(x_TD, eps, **draws.at(name))
+    return ops.jitter(x_TD, eps, **place)
 
 
-def noisy(logits_TE, scale_E, draws: Draws | None, name):
-    """logits + scale * N(0,1); without draws by torch's generator."""
-    if draws is None:
+def noisy(logits_TE, scale_E, place: dict | None):
+    """logits + scale * N(0,1) at a place of Draws; without one by torch's generator."""
+    if place is None:
         return logits_TE + scale_E * torch.randn_like(logits_TE)
-    return ops.noisy(logits_TE, scale_E, **draws.at(name))
+    return ops.noisy(logits_TE, scale_E, **place)
 
 
 def check_mask(owner, token_mask, like):
@@ -71,7 +73,8 @@ def check_mask(owner, token_mask, like):
 
 class Routing(NamedTuple):
     """What a forward in training says beside its output. Made while gradients are off, as in the first forward of
-    torch.utils.checkpoint(use_reentrant=True), `loss` cannot be differentiated, and its backward says so."""
+    torch.utils.checkpoint(use_reentrant=True), `loss` cannot be differentiated, and its backward says so: read it there
+    by .item() or .detach(). What was computed from it while gradients are off, or compiled code gave, cannot say so."""
     loss: torch.Tensor      # balance_weight * balance loss + z_weight * z-loss, a scalar of the router's dtype
     counts_E: torch.Tensor  # int32, copies that chose each expert, the dropped ones included
     dropped: torch.Tensor   # int32 scalar, copies that capacity dropped
@@ -189,7 +192,8 @@ class FusedMoE(nn.Module):
     `name` is the layer's place in the model: it keys its random numbers. `bias` gives the experts biases,
     `select_bias` a selection bias that `update_select_bias` moves; the rest is as in config.MoEConfig. `exchange`
     stands between router and experts when these live on several ranks: then `experts` holds this rank's. `peers` are
-    the ranks that share this one's scopes (balance loss, capacity) when those reach beyond it.
+    the ranks that share this one's scopes (balance loss, capacity) when those reach beyond it: all of them give a
+    token_mask, or none does.
     dtype: of the parameters, which follow .to() like any; the router computes in fp32 (fp64 for fp64), whatever they
     and autocast say. The selection bias, which moves by steps below bf16's rounding, stays in that dtype whatever the
     module becomes (an op reads it in fp32).
@@ -210,6 +214,17 @@ class FusedMoE(nn.Module):
                              'Hint: score "softmax_topk" or "sigmoid" with norm_p 0')
         if scale == 0:
             raise ValueError("FusedMoE: scale is 0, so router and experts get no gradient. Hint: scale 1")
+        choices = dict(act=(act, ACTS), score=(score, SCORES), drop_by=(drop_by, ("position", "probability")),
+                       scope=(scope, ("sequence", "micro_batch")), balance_form=(balance_form, BALANCES))
+        for option, (got, known) in choices.items():
+            if got not in known:
+                raise ValueError(f"FusedMoE: {option} is {got!r}, wanted one of {', '.join(known)}")
+        if select_bias and (score == "topk_softmax" or balanced):
+            raise ValueError(f"FusedMoE: select_bias would change nothing with {'balanced' if balanced else score}: "
+                             "leave one of them out")
+        if capacity_factor < 0 or not 0 <= jitter < 1:
+            raise ValueError(f"FusedMoE: got capacity_factor {capacity_factor} and jitter {jitter}, wanted >= 0 (0: "
+                             "dropless) and [0, 1)")
         self.num_experts, self.top_k, self.name, self.act = num_experts, top_k, name, act
         self.score, self.norm_p, self.scale, self.balanced = score, norm_p or None, scale, balanced
         self.jitter, self.capacity_factor, self.drop_by, self.scope = jitter, capacity_factor, drop_by, scope
@@ -263,6 +278,7 @@ class FusedMoE(nn.Module):
         if token_mask is not None:
             check_mask("FusedMoE", token_mask, x[..., 0])
             mask_BS = token_mask.contiguous().view(x_BSD.shape[:2])
+            x_BSD = x_BSD.masked_fill(~mask_BS[..., None], 0)       # NaN in a pad would reach the gradients
             if self.balanced and self.training:
                 raise ValueError("FusedMoE: balanced deals experts out by place and would count pads: leave out "
                                  "token_mask or balanced")
@@ -271,7 +287,7 @@ class FusedMoE(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         if self.exchange is None:
             absent = mask_BS is not None or (self.training and self.capacity_factor)
-            num_copies = int((ids_TK >= 0).sum()) if absent else None
+            num_copies = (ids_TK >= 0).sum().item() if absent else None
             y_TD = self.experts(x_TD, weights_TK, ids_TK, num_copies)
         else:
             x_RD, weights_RK, ids_RK, num_copies, plan = self.exchange.dispatch(x_TD, weights_TK, ids_TK)
@@ -285,25 +301,18 @@ class FusedMoE(nn.Module):
         B, S, _ = x_BSD.shape
         x_TD = x_BSD.flatten(0, 1).to(self.real)
         if self.jitter and self.training:
-            x_TD = jitter(x_TD, self.jitter, draws, self.name + ".jitter")
+            x_TD = jitter(x_TD, self.jitter, draws and draws.at(self.name + ".jitter"))
         logits_TE = self.gate(x_TD)
         if self.noise_E is not None and self.training:
-            logits_TE = noisy(logits_TE, self.noise_E.to(self.real), draws, self.name + ".noise")
-        if mask_BS is not None:
-            pads_T1 = ~mask_BS.view(-1, 1)
-            logits_TE = logits_TE.masked_fill(pads_T1, 0)
-        # A token whose logits are not finite gets NaN for its weights, as torch does: the op would raise, on one rank
-        # of a mesh, on CUDA at some later call, and where fp16 skips a step.
-        poison_T1 = logits_TE.detach().sum(-1, keepdim=True) * 0    # NaN for such a token, else 0
-        bad_T1 = poison_T1.isnan()
-        logits_TE = logits_TE.masked_fill(bad_T1, 0)
+            logits_TE = noisy(logits_TE, self.noise_E.to(self.real), draws and draws.at(self.name + ".noise"))
+        logits_TE, bad_T1 = finite(logits_TE)
         weights_TK, ids_TK, scores_TE = ops.router(
             logits_TE, self.top_k, score=self.score,
             select_bias_E=None if self.select_bias_E is None else self.select_bias_E.float(),
             norm_p=self.norm_p, scale=self.scale, balanced=self.balanced and self.training)
-        weights_TK = weights_TK + poison_T1
+        weights_TK = weights_TK.masked_fill(bad_T1, math.nan)
         if mask_BS is not None:
-            ids_TK = ids_TK.masked_fill(pads_T1, -1)
+            ids_TK = ids_TK.masked_fill(~mask_BS.view(-1, 1), -1)
         counts_GE = ops.balance_counts(ids_TK, self.num_experts, S if self.scope == "sequence" else None)
         loss, kept_TK, dropped = logits_TE.new_zeros(()), ids_TK, ids_TK.new_zeros(())
         if self.training:
@@ -341,7 +350,7 @@ class FusedMoE(nn.Module):
 
     def balance_loss(self, scores_TE, counts_GE, mask_BS, tokens_G):
         if self.score == "sigmoid":     # affinities become a distribution first (DeepSeek-V3, eq. 19)
-            scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+            scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
         if mask_BS is None and self.peers is None:
             return ops.balance_loss(scores_TE, counts_GE, self.top_k, form=self.balance_form)
         # The mean over all of a scope's tokens stands for them: one row per scope, so "switch" divides by 1, not by S.
@@ -380,5 +389,8 @@ class FusedMoE(nn.Module):
     def update_select_bias(self, counts_E, rate):
         """One step towards balance. counts_E: int32 or int64 [E], copies per expert over the whole optimizer step, on
         all ranks."""
+        if self.select_bias_E is None:
+            raise ValueError("FusedMoE: there is no selection bias to move. Hint: select_bias=True")
+        self.keep(self.select_bias_E)       # a wrapper may have set its data
         sign_E = ops.select_bias_update(torch.zeros_like(self.select_bias_E, dtype=torch.float32), counts_E.long(), 1.0)
         self.select_bias_E.add_(sign_E, alpha=rate)

@@ -182,6 +182,8 @@ class MoE(torch.nn.Module):
     def forward(self, x, token_mask=None):
         x = common.cast_if_autocast_enabled(x)
         self._check(x, token_mask)
+        if token_mask is not None:
+            x = x.masked_fill(~token_mask.unsqueeze(-1), 0)     # NaN in a pad would reach the gradients
         out = self._route(x) if token_mask is None else self._route_some(x, token_mask)
         if self.shared_expert is None:
             return out

@@ -5,6 +5,7 @@ divided by their p-norm if asked. The functions of the z-loss are MegaBlocks': r
 with gradients on (saved.py), and a step ends with clear_router_zloss().
 """
 
+import math
 import warnings
 
 import torch
@@ -67,7 +68,9 @@ class LearnedRouter(torch.nn.Module):
         if self.training and args.moe_zloss_weight != 0:
             self.saved.add(logits_TE)
         norm_p = args.moe_normalize_expert_weights or None  # 0 means no normalisation
+        logits_TE, bad_T1 = common.finite(logits_TE)
         weights_TK, ids_TK, scores_TE = ops.router(logits_TE, args.moe_top_k, norm_p=norm_p)
+        weights_TK, scores_TE = (t.masked_fill(bad_T1, math.nan) for t in (weights_TK, scores_TE))
         if args.uniform_expert_assignment:
             ids_TK = torch.arange(ids_TK.numel(), device=x.device).view_as(ids_TK) % args.moe_num_experts
         return scores_TE, weights_TK, ids_TK.long()

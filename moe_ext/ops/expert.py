@@ -111,8 +111,7 @@ def _save_expert_mlp(ctx, inputs, output):
     # x and h are all that is kept of the activations: bytes * (R*D + N*U). x is for the gradients of gate and up.
     x, *tensors, ctx.act, _ = inputs
     _, h = output
-    ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)    # h is nobody's result, but stands for x where someone differentiates twice
     ctx.save_for_backward(h, x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, *tensors)
 
 
