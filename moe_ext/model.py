@@ -139,22 +139,23 @@ class Block(nn.Module):
         """-> x_BSD, Routing (None for a dense block)."""
         p = self.dropout if self.training else 0.0
         y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, cache, self.layer, seen)
-        x_BSD = x_BSD + drop(y_BSD, p, draws and draws.at(self.name + ".self_attn"))
+        x_BSD = x_BSD + drop(y_BSD, p, draws, lambda: self.name + ".self_attn")
         y_BSD, routing = self.post_attention_layernorm(x_BSD), None
         if isinstance(self.mlp, FusedMoE):
             y_BSD, routing = self.mlp(y_BSD, draws, token_mask)
         else:
             y_BSD = self.mlp(y_BSD)
-        return x_BSD + drop(y_BSD, p, draws and draws.at(self.name + ".mlp.dropout")), routing
+        return x_BSD + drop(y_BSD, p, draws, lambda: self.name + ".mlp.dropout"), routing
 
 
-def drop(x_BSD, p, place: dict | None):
-    """Dropout by the counter-based generator at a place of Draws; without one by torch's."""
+def drop(x_BSD, p, draws: Draws | None, name):
+    """Dropout by the counter-based generator; without draws by torch's. name() is read where it matters, because
+    torch.compile makes a block anew for each name that it reads."""
     if p == 0:
         return x_BSD
-    if place is None:
+    if draws is None:
         return F.dropout(x_BSD, p)
-    return ops.dropout(x_BSD.flatten(0, 1), p, **place).view_as(x_BSD)
+    return ops.dropout(x_BSD.flatten(0, 1), p, **draws.at(name())).view_as(x_BSD)
 
 
 class Head(nn.Linear):
@@ -236,7 +237,7 @@ class GPT(nn.Module):
             x_BSD = x_BSD + self.embed_positions(positions)
         else:       # the same for all heads
             rope = rope_angles(positions.unsqueeze(-2), c.head_width, c.rope_base)
-        x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws and draws.at("embed_tokens"))
+        x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         routings = []
         for block in self.layers:
             if self.recompute and self.training:

@@ -167,3 +167,14 @@ def test_fp16_skips_the_step_on_all_ranks(data, tmp_path, monkeypatch, now, mesh
     assert losses[1] is None and losses[-1] < losses[0]
     state = checkpoint.read_state(checkpoint.latest(folder / "ckpt"))
     assert state.step == 6 and state.extra == {"scale": 32768.0, "good_steps": 4, "tolerated": 0}
+
+
+def test_steps_that_overflow_displace_no_checkpoint(data, tmp_path, monkeypatch, now):       # noqa: F811
+    """fp16: the scale falls step after step, and what is saved meanwhile may be the parameters that overflow."""
+    spoil(monkeypatch, 1, lambda mesh, model: now["step"] >= 4)
+    words = flags(data, tmp_path, data__tokenizer="", data__valid="", train__steps=7, train__save_every=1,
+                  train__keep_last=2, train__dtype="fp16")
+    config = plain(parse(words))
+    moe_ext.train.fit(config, Mesh(config.mesh), "")
+    kept = sorted(path.name for path in (config.run_folder / "ckpt").iterdir())
+    assert kept == ["step-000002", "step-000003", "step-000007"]

@@ -318,3 +318,63 @@ def test_export_leaves_every_size_open(shape):
     x = tokens(*(n + 2 for n in shape))
     torch.testing.assert_close(program(x)[0], layer(x)[0])
     torch.testing.assert_close(program(x)[1].loss, layer(x)[1].loss)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(drop_by="prob"), "drop_by is 'prob', wanted one of position, probability"),
+    (dict(scope="batch"), "scope is 'batch', wanted one of sequence, micro_batch"),
+    (dict(score="softmax"), "score is 'softmax', wanted one of softmax_topk"),
+    (dict(act="swish"), "act is 'swish', wanted one of swiglu"),
+    (dict(balance_form="mean"), "balance_form is 'mean', wanted one of switch, mse"),
+    (dict(score="topk_softmax", select_bias=True), "select_bias would change nothing with topk_softmax"),
+    (dict(balanced=True, select_bias=True), "select_bias would change nothing with balanced"),
+    (dict(capacity_factor=-1.0), "capacity_factor -1.0"),
+    (dict(jitter=1.0), "jitter 1.0"),
+])  # fmt: skip
+def test_an_option_that_is_none_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        make(**options)
+
+
+def test_there_is_no_bias_to_move():
+    layer = make()
+    with pytest.raises(ValueError, match="select_bias=True"):
+        layer.update_select_bias(torch.ones(4, dtype=torch.int32), 0.1)
+
+
+def test_affinities_that_underflow_leave_the_balance_loss_finite(device):
+    layer = make(score="sigmoid", balance_weight=1.0, device=device)
+    with torch.no_grad():
+        layer.gate.weight.fill_(-40.0)
+    x_BSD = torch.randn(1, 4, 8, device=device)
+    x_BSD[0, 1] = 1.0       # its logits are -320: the sigmoid of fp32 is 0
+    y_BSD, routing = layer(x_BSD)
+    (y_BSD.sum() + routing.loss).backward()
+    assert routing.bad == 0 and routing.loss.isfinite() and layer.gate.weight.grad.isfinite().all()
+
+
+@pytest.mark.c_core
+@pytest.mark.parametrize("draws", [None, moe_ext.Draws(0, 1)], ids=["generator", "evaluation"])
+def test_blocks_of_a_gpt_compile_once(draws):
+    """Their names differ, and would be a guard each: torch stops at the eighth."""
+    config = ModelConfig(vocab_size=7, seq_len=4, layers=10, dim=8, heads=2, dropout=0.1,
+                         moe=MoEConfig(experts=4, hidden=8, noise=True, jitter=0.1))
+    model = GPT(config).train(draws is None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    tokens = torch.arange(4).expand(2, 4)
+    model(tokens, tokens, draws)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_export_with_a_mask_and_a_capacity(training):
+    layer = make(**AUX, capacity_factor=1.0).train(training)
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    x, mask = tokens(2, 5), torch.arange(5).expand(2, 5) < 4
+    program = torch.export.export(layer, (x,), dict(token_mask=mask), dynamic_shapes=dict(
+        x=sizes, token_mask=sizes)).module()
+    x, mask = tokens(3, 7), torch.arange(7).expand(3, 7) < 6
+    torch.testing.assert_close(program(x, token_mask=mask)[0], layer(x, token_mask=mask)[0])

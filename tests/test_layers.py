@@ -4,6 +4,7 @@ the defects of the layers that they replace, expert parallelism on forked ranks,
 import copy
 import dataclasses
 import io
+import math
 import types
 from functools import partial
 from pathlib import Path
@@ -425,7 +426,7 @@ def test_masked_tokens_are_as_if_they_were_not_there(case, pads, device):
     args = layer.experts.args
     mask = {"none": torch.ones(3, 40), "all": torch.zeros(3, 40)}.get(pads, torch.rand(3, 40) < 0.2).bool()
     x = torch.randn(3, 40, D)
-    if pads == "nan" and not args.shared_expert:
+    if pads == "nan":
         x[~mask] = torch.nan
     x.requires_grad_()
 
@@ -439,7 +440,7 @@ def test_masked_tokens_are_as_if_they_were_not_there(case, pads, device):
     y, bias, loss, number = run(x, mask)
     want_y, _, want_loss, want_number = run(x[mask])
     assert number == want_number == mask.sum()
-    pads = layer.shared_expert(x) / 3 if layer.shared_expert else torch.zeros_like(x)
+    pads = layer.shared_expert(torch.zeros_like(x)) / 3 if layer.shared_expert else torch.zeros_like(x)
     whole = torch.where(mask.unsqueeze(2), torch.zeros_like(x).masked_scatter(mask.unsqueeze(2), want_y), pads)
     assert (bias is layer.experts.bias) if args.return_bias else bias is None
     tensors = dict(layer.named_parameters(), x=x)
@@ -788,3 +789,20 @@ def test_scale_gradient():
     x = torch.randn(3, requires_grad=True)
     mlp.scale_gradient(x, 0.25).sum().backward()
     assert torch.equal(x.grad, torch.full((3,), 0.25))
+
+
+@pytest.mark.parametrize("layer", ["MoE", "dMoE"])
+def test_a_token_that_is_not_finite_is_nan_as_in_torch(layer):
+    """A loss scaler skips such a step; an error would end the run."""
+    args = moe_ext.Arguments(hidden_size=8, ffn_hidden_size=16, moe_num_experts=4, moe_top_k=2, bias=False,
+                             return_bias=False, fp16=False, device="cpu", moe_capacity_factor=0)
+    layer = getattr(moe_ext, layer)(args)
+    x = torch.randn(6, 8)
+    x[2, 3] = math.inf
+    y = layer(x)
+    assert y[2].isnan().any() and y[[0, 1, 3, 4, 5]].isfinite().all()
+    scores = moe_ext.layers.moe.get_load_balancing_loss()[-1][1]
+    assert scores[2].isnan().all() and scores[[0, 1, 3, 4, 5]].isfinite().all()
+    moe_ext.layers.moe.clear_load_balancing_loss()
+    y.square().sum().backward()
+    assert any(p.grad.isnan().any() for p in layer.parameters())

@@ -92,6 +92,15 @@ def test_pads_change_nothing(name, training, where, device):
     assert not torch.equal(without.counts_E, want.counts_E)
 
 
+@pytest.mark.parametrize("name", ["issue", "top 1"])
+def test_nan_in_a_pad_reaches_no_gradient(name, device):
+    layer = layer_of(name, device)
+    many, mask = padded(torch.randn(3, S, D, dtype=widest(device), device=device), S + 4, "left", math.nan)
+    y, dx, grads, routing = run(layer, many, mask)
+    assert y.isfinite().all() and dx.isfinite().all() and routing.loss.isfinite() and routing.bad == 0
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_sequences_of_several_lengths(name, device):
     """Scope by scope: the mean over those that have a token. A sequence of pads alone is as if it were not there."""

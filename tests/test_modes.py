@@ -87,6 +87,9 @@ def test_an_op_differentiated_twice(key, device):
         assert refused(run, op, args, leaves)
         return
     results = [y for y in run(op, args, leaves) if y.requires_grad]
+    if op._opname == "expert_mlp":
+        results, (h,) = results[:1], results[1:]
+        assert refused(torch.autograd.grad, h.sum(), list(leaves.values()), None, True)
     assert bool(results) == (op._opname not in CONSTANT)
     upstream = [torch.randn_like(y, requires_grad=True) for y in results]
     derive = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True, create_graph=True)
@@ -356,3 +359,15 @@ def test_scaled_gradient():
     torch.testing.assert_close(ddx, 0.25 * 6 * x.detach())
     with forward_ad.dual_level():
         assert refused(scale_gradient, forward_ad.make_dual(x.detach(), x.detach()), 0.5)
+
+
+def test_a_second_derivative_by_x_alone_is_refused():
+    """Nothing but h ties the experts' gradient to x where all else is frozen."""
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    gate, up, down = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((6, 4), (6, 4), (4, 6)))
+    index = moe_ext.ops.route_index(torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0]], dtype=torch.int32), 3)
+    weights = torch.ones(5, 2, dtype=torch.float64)
+    loss = moe_ext.ops.expert_mlp(x, gate, up, down, weights, index, act="swiglu").sum() + x.pow(3).sum()
+    dx, = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="expert_mlp has no second derivative"):
+        dx.square().sum().backward()

@@ -1,5 +1,6 @@
 """The run folder: one process at a time, one branch at a time, from any working directory; what a resume may change."""
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -363,3 +364,81 @@ def test_a_run_folder_is_used_from_anywhere_and_moved(data, five, tmp_path, monk
 def test_a_recipe_called_config_is_a_recipe(tmp_path):
     shutil.copyfile(RECIPE, tmp_path / "config.toml")
     assert load(tmp_path / "config.toml").run_folder == Path("runs/config")
+
+
+# ---- what may go wrong around a run ----------------------------------------------------------------------------------
+def test_a_start_from_elsewhere_is_saved_at_once(data, five, tmp_path, monkeypatch):        # noqa: F811
+    """Killed before its first own checkpoint, the run goes on from there all the same."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moe_ext.train, "learning_rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path, str(five / "ckpt" / "step-000005"), train__steps=8)
+    assert names(tmp_path / "debug" / "ckpt") == ["step-000005"]
+
+
+def test_a_linked_checkpoint_is_the_runs_own(data, tmp_path):                               # noqa: F811
+    folder = run(data, tmp_path, train__steps=5, train__save_every=5, **NOTHING)
+    newest = checkpoint.latest(folder / "ckpt")
+    newest.rename(tmp_path / newest.name)
+    newest.symlink_to(tmp_path / newest.name)
+    run(data, tmp_path, "auto", train__steps=6, **NOTHING)
+    assert not (folder / "abandoned").exists() and [r["step"] for r in records(folder)][-1] == 6
+
+
+def test_setting_aside_across_file_systems(tmp_path, monkeypatch):
+    """ckpt is a link to another disk: renaming is not possible there."""
+    rename = Path.rename
+
+    def within(path, target):
+        if "abandoned" in str(target) and "abandoned" not in str(path):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(path, target)
+
+    (tmp_path / "ckpt" / "step-000007").mkdir(parents=True)
+    (tmp_path / "ckpt" / "step-000007" / "state.json").write_text("{}")
+    monkeypatch.setattr(Path, "rename", within)
+    assert "step-000007" in set_aside(tmp_path, 5)[0]
+    aside = tmp_path / "abandoned" / "after-000005-1" / "ckpt"
+    assert names(aside) == ["step-000007"] and names(aside / "step-000007") == ["state.json"]
+    assert names(tmp_path / "ckpt") == []
+
+
+def test_a_lock_clears_what_a_killed_save_left(tmp_path):
+    (tmp_path / "ckpt" / "step-000005.tmp-abc").mkdir(parents=True)
+    with locked(tmp_path, 0):
+        assert names(tmp_path / "ckpt") == []
+
+
+@pytest.mark.parametrize("change", [dict(data__valid="other/valid"), dict(train__eval_batches=1)], ids=str)
+def test_another_evaluation_has_a_best_of_its_own(data, tmp_path, change):                  # noqa: F811
+    def start(steps, resume="", **options):
+        options = dict(train__steps=steps, train__eval_every=2, data__tokenizer="") | options
+        return moe_ext.train.train(parse([*flags(data, tmp_path, **options), "--train.keep-best"]), resume)
+
+    newest = checkpoint.latest(start(4) / "ckpt")
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps(state | {"best_loss": -1.0}))         # which no evaluation beats
+    shutil.copytree(data, tmp_path / "other")
+    change = {name: tmp_path / value if name == "data__valid" else value for name, value in change.items()}
+    folder = start(6, "auto", **change)
+    assert checkpoint.read_state(checkpoint.latest(folder / "ckpt")).best_step == 6
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(resume="nowhere"), "no checkpoint nowhere"),
+    (dict(resume="auto", train__steps=4), "5 steps behind it and train.steps is 4"),
+    (dict(resume="auto", model__dim=64), "another model:\n  model.dim"),
+    (dict(weights="five", model__dim=64, log__name="new"), "embed_tokens.weight: got .*, wanted"),
+    (dict(resume="auto"), None),
+    (dict(weights="five", log__name="new"), None),
+], ids=str)  # fmt: skip
+def test_a_dry_run_refuses_what_the_run_would(data, five, tmp_path, monkeypatch, options, words):      # noqa: F811
+    shutil.copytree(five, tmp_path / "debug")
+    options = {name: five if value == "five" else value for name, value in options.items()}
+    arguments = [*flags(data, tmp_path, **{"train__steps": 8} | options), "--dry-run"]
+    if words is None:
+        return main(monkeypatch, moe_ext.train, *arguments)
+    with pytest.raises(SystemExit, match=words):
+        main(monkeypatch, moe_ext.train, *arguments)

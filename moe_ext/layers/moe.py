@@ -157,9 +157,9 @@ class MoE(torch.nn.Module):
     """A Mixture-of-Experts layer that drops the copies beyond an expert's capacity.
 
     x [..., hidden_size] -> what ParallelMLP returns. token_mask, bool [...], is True for the tokens that are there: the
-    others neither route nor count, in capacity and losses too, and the experts give them zeros. To know how many they
-    are takes one wait for the device, and under torch.compile(fullgraph=True) what x[token_mask] takes:
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True.
+    others neither route nor count, in capacity and losses too, and the experts give them zeros; a shared expert sees
+    zeros there. To know how many they are takes one wait for the device, and under torch.compile(fullgraph=True) what
+    x[token_mask] takes: torch._dynamo.config.capture_dynamic_output_shape_ops = True.
 
     ValueError if x or token_mask has another shape or args.mlp_type names experts that this layer has not; TypeError if
     token_mask is not bool, or x has another dtype than the layer and autocast is off.

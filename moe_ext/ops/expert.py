@@ -111,11 +111,13 @@ def _save_expert_mlp(ctx, inputs, output):
     # x and h are all that is kept of the activations: bytes * (R*D + N*U). x is for the gradients of gate and up.
     x, *tensors, ctx.act, _ = inputs
     _, h = output
-    ctx.set_materialize_grads(False)    # h is nobody's result, but stands for x where someone differentiates twice
+    ctx.set_materialize_grads(False)    # h is no user's result, but stands for x where someone differentiates twice
     ctx.save_for_backward(h, x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, *tensors)
 
 
-def _backward_expert_mlp(ctx, dy, _):
+def _backward_expert_mlp(ctx, dy, dh):
+    if dh is not None:
+        raise NotImplementedError("moe_ext::expert_mlp has no gradient for h, its second result. Hint: use the first")
     grads = [None] * 13
     if dy is None:
         return tuple(grads)
