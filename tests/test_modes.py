@@ -88,8 +88,7 @@ def test_an_op_differentiated_twice(key, device):
         return
     results = [y for y in run(op, args, leaves) if y.requires_grad]
     if op._opname == "expert_mlp":
-        results, (h,) = results[:1], results[1:]
-        assert refused(torch.autograd.grad, h.sum(), list(leaves.values()), None, True)
+        results = results[:1]       # h is no user's result
     assert bool(results) == (op._opname not in CONSTANT)
     upstream = [torch.randn_like(y, requires_grad=True) for y in results]
     derive = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True, create_graph=True)

@@ -115,9 +115,7 @@ def _save_expert_mlp(ctx, inputs, output):
     ctx.save_for_backward(h, x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, *tensors)
 
 
-def _backward_expert_mlp(ctx, dy, dh):
-    if dh is not None:
-        raise NotImplementedError("moe_ext::expert_mlp has no gradient for h, its second result. Hint: use the first")
+def _backward_expert_mlp(ctx, dy, _):
     grads = [None] * 13
     if dy is None:
         return tuple(grads)
