@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,14 @@ def test_rolling_back_sets_the_later_branch_aside(data, tmp_path):              
     assert names(folder / "ckpt") == ["step-000015", "step-000018"]        # keep_last counts this branch alone
     assert checkpoint.latest(folder / "ckpt").name == "step-000018" and evaluate.load_run(folder).step == 18
     aside = folder / "abandoned" / "after-000010-1"
-    assert names(aside) == ["ckpt", "config.toml", "metrics.jsonl", "plot.png", "tb"]
+    plotted = ["plot.png"] if find_spec("matplotlib") else []
+    assert names(aside) == ["ckpt", "config.toml", "metrics.jsonl", *plotted, "tb"]
     assert names(aside / "ckpt") == ["step-000015", "step-000020"] and load(aside / "config.toml").optim.lr == 1e-2
     assert [r["step"] for r in records(folder)] == [1, 5, 10, 11, 15, 18]
     assert records(folder)[:3] == before[:3] and records(aside) == before[3:]
     for place in (folder, aside):
         assert scalars(place / "tb") == [(r["step"], r["loss"]) for r in records(place)]
-    assert plot(aside, tmp_path / "aside.png").is_file()
+    assert not plotted or plot(aside, tmp_path / "aside.png").is_file()
     (events,) = names(aside / "tb")
     assert (f"set aside in {aside} what lay beyond step 10: step-000015, step-000020, tb/{events}, metrics.jsonl\n"
             "changed since step 10: train.steps was 20 and is 18\n") in said(folder)
@@ -169,7 +171,8 @@ def test_a_second_run_in_the_folder_is_refused(data, tmp_path, monkeypatch, caps
         main(monkeypatch, evaluate, folder)                                 # readers need no lock
         main(monkeypatch, generate, folder, "--max-tokens", "2")
         main(monkeypatch, moe_ext.train, *flags(data, tmp_path), "--dry-run", "--resume", "auto")
-        assert plot(folder) == folder / "plot.png" and "step 5 | valid loss" in capsys.readouterr().out
+        assert not find_spec("matplotlib") or plot(folder) == folder / "plot.png"
+        assert "step 5 | valid loss" in capsys.readouterr().out
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

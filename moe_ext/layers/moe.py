@@ -95,9 +95,9 @@ class ParallelMLP(torch.nn.Module):
         if not self.args.moe_capacity_factor:
             return index
         (R, K), experts = ids_RK.shape, index.counts_E.shape[0]
-        capacity = self.capacity(tokens)
-        capacity = capacity + R * K * (1 - torch.sym_min(capacity, 1))  # none if it is 0, without asking whether it is
-        capacity_1 = torch.full((1,), capacity, dtype=torch.int32, device=ids_RK.device)
+        capacity_1 = torch.full((1,), self.capacity(tokens), dtype=torch.int32, device=ids_RK.device)
+        # None if it is 0: in tensors, because torch.export may not know yet whether it is.
+        capacity_1 = torch.where(capacity_1 > 0, capacity_1, torch.full_like(capacity_1, R * K))
         return ops.route_index(ops.capacity_drop(ids_RK.int(), experts, capacity_1), experts)
 
     def permute_and_compute(self, x_RD, weights_RK, index):

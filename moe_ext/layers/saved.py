@@ -20,6 +20,9 @@ private.require("moe_ext.layers")
 
 KEPT = 16  # forwards of one layer (micro-batches, or calls of one shared by several depths) between two clears
 
+# torch 2.11 calls every compiled frame exporting (2.13 does not, 2.12 is untried).
+_CALLS_ALL_EXPORTING = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+
 _slots = {}  # kind -> weak references to its slots, in order of construction
 
 
@@ -53,7 +56,8 @@ class Slot:
         RuntimeError where the forward was checkpointed with use_reentrant=True: it ran without gradients, so that a
         loss of what it saved has none.
         """
-        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        compiled = _CALLS_ALL_EXPORTING and torch.compiler.is_dynamo_compiling()
+        if not torch.is_grad_enabled() or (torch.compiler.is_exporting() and not compiled):
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # inside a backward
             if "CheckpointFunction" in torch._C._current_autograd_node().name():
