@@ -19,6 +19,7 @@ NAMES = {
         "torch._C._is_fwd_grad_enabled",
         "torch._functorch.utils.enable_single_level_autograd_function",
         "torch.autograd.forward_ad._current_level",
+        "torch.autograd.function._SingleLevelFunction",
         "torch.ops.aten.add.Tensor._opname",    # of any op
         "torch.ops.aten.add.Tensor._schema",
     ),

@@ -7,6 +7,7 @@ The kernel of an op is the function of the same name in csrc/ops.cpp, unless `ke
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 _library = torch.library.Library("moe_ext", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -81,8 +82,7 @@ def _autograd_kernel(op, save, backward):
         return *backward(ctx, *grads), None
 
     parts = {"forward": staticmethod(node_forward), "backward": staticmethod(node_backward)}
-    Node = type(op._opname, (torch.autograd.Function,), parts)
-    apply = super(torch.autograd.Function, Node).apply  # Node.apply is closed to torch.func
+    apply = type(op._opname, (_SingleLevelFunction,), parts).apply  # autograd.Function is closed to torch.func
 
     def kernel(keyset, *args):
         if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
