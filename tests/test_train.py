@@ -185,7 +185,10 @@ def test_a_console_that_is_gone_ends_nothing(data, tmp_path):
     while "step 15/" not in log.read_text():
         pass
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+    try:
+        assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
     assert "stopped by SIGHUP after step" in log.read_text()
 
 
