@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from moe_ext.config import Config
+from moe_ext.layers.fused import norm_power
 
 FORMAT = 1
 WHOLE = re.compile(r"step-(\d{6,})(\.old)?")       # .old: set aside while a save of the same step takes its place
@@ -304,9 +305,10 @@ def differences(got: dict, wanted: dict, default: dict | None = None, prefix: st
 def norm_said(config: dict) -> dict:
     """The config with what norm_p "auto" stands for."""
     moe = config.get("model", {}).get("moe", {})
-    if moe.get("norm_p", "auto") != "auto" or "top_k" not in moe:
+    if "top_k" not in moe:
         return config
-    return config | {"model": config["model"] | {"moe": moe | {"norm_p": float(moe["top_k"] > 1)}}}
+    norm_p = norm_power(moe.get("norm_p", "auto"), moe["top_k"])
+    return config | {"model": config["model"] | {"moe": moe | {"norm_p": norm_p}}}
 
 
 def changes_model(name: str, was, now) -> bool:

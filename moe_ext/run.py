@@ -107,18 +107,15 @@ def own(path: Path, config: Config) -> bool:
 def same_evaluation(path: Path, state: State, config: Config) -> bool:
     """Whether the best loss so far, of a checkpoint, is one that this run's evaluations can be compared with; with
     train.keep_best also whether its checkpoint was kept."""
-    before, now = state.config, dataclasses.asdict(absolute(config))
-    same = all(before[section].get(name) == now[section][name] for section, name in
-               (("train", "eval_batches"), ("model", "seq_len")))
-    same = same and absolute_paths(before["data"])["valid"] == now["data"]["valid"]
+    same = {"data.valid", "train.eval_batches", "model.seq_len"}.isdisjoint(name for name, *_ in changes(state, config))
     return same and own(path, config) and (state.best_step is not None or not config.train.keep_best)
 
 
-def changes(state: State, config: Config) -> list[str]:
-    """One line for each field that is not as the checkpoint's run had it; a path is compared as an absolute one."""
+def changes(state: State, config: Config) -> list[tuple]:
+    """(name, value, new value) of each field that is not as the checkpoint's run had it; a path is compared as an
+    absolute one."""
     before = state.config | {name: absolute_paths(state.config[name]) for name in ("data", "log")}
-    return [f"changed since step {state.step}: {name} was {was!r} and is {now!r}"
-            for name, was, now in checkpoint.differences(before, dataclasses.asdict(absolute(config)))]
+    return list(checkpoint.differences(before, dataclasses.asdict(absolute(config))))
 
 
 def absolute(config: Config) -> Config:
@@ -140,7 +137,8 @@ def begin(config: Config, path: Path | None, state: State | None) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     lines = set_aside(folder, state.step if state and own(path, config) else 0)
     if state:
-        lines += changes(state, config)
+        lines += [f"changed since step {state.step}: {name} was {was!r} and is {now!r}"
+                  for name, was, now in changes(state, config)]
         if state.step == config.train.steps:
             lines.append(f"all {state.step} steps are done: to go on, give a larger train.steps")
     write(folder, "config.toml", dumps(absolute(config)).encode())

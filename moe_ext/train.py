@@ -283,8 +283,8 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def rehearse(config: Config, resume: str, weights: str) -> None:
-    """What a run refuses before its first step, without its ranks and their memory."""
+def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
+    """What a run refuses before its first step, without its ranks and their memory: `model` lies on the meta device."""
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
@@ -292,7 +292,6 @@ def rehearse(config: Config, resume: str, weights: str) -> None:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
                                          seed=config.train.seed))
     if path := start_from or weights_from:
-        model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
         checkpoint.check_model(path, model, config=dataclasses.asdict(config) if start_from else None)
 
 
@@ -303,8 +302,9 @@ def main() -> None:
             train(plain(command), command.resume, command.weights)
         elif int(os.environ.get("RANK", 0)) == 0:
             check_world(command.mesh, int(os.environ.get("WORLD_SIZE", command.mesh.world)), plain(command))
-            print(describe(command, GPT(command.model, device="meta")), flush=True)
-            rehearse(plain(command), command.resume, command.weights)
+            model = GPT(command.model, dtype=parameter_dtype(command), device="meta")
+            print(describe(command, model), flush=True)
+            rehearse(plain(command), model, command.resume, command.weights)
     except (ValueError, OSError, FloatingPointError, RankFailure) as error:
         sys.exit(f"error: {error}")
 

@@ -49,6 +49,11 @@ class Draws(NamedTuple):
         return dict(seed=self.seed, step=self.step, site=site(name), row0=self.row0, run=self.run, stride=self.stride)
 
 
+def norm_power(norm_p, top_k):
+    """What "auto" stands for: 1, but no norm (0) at top-1, where it would make the one weight 1."""
+    return float(top_k > 1) if norm_p == "auto" else norm_p
+
+
 def jitter(x_TD, eps, place: dict | None):
     """x * U[1-eps, 1+eps) at a place of Draws; without one by torch's generator."""
     if place is None:
@@ -207,7 +212,7 @@ class FusedMoE(nn.Module):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"FusedMoE: top_k is {top_k}, wanted 1 to num_experts = {num_experts}")
-        norm_p = float(top_k > 1) if norm_p == "auto" else norm_p
+        norm_p = norm_power(norm_p, top_k)
         if top_k == 1 and (norm_p or score == "topk_softmax"):
             asked = 'score "topk_softmax"' if score == "topk_softmax" else f"norm_p {norm_p}"
             raise ValueError(f"FusedMoE: with top_k 1, {asked} makes every weight 1, so the router gets no gradient. "

@@ -182,9 +182,11 @@ class MoE(torch.nn.Module):
     def forward(self, x, token_mask=None):
         x = common.cast_if_autocast_enabled(x)
         self._check(x, token_mask)
-        if token_mask is not None:
+        if token_mask is None:
+            out = self._route(x)
+        else:
             x = x.masked_fill(~token_mask.unsqueeze(-1), 0)     # NaN in a pad would reach the gradients
-        out = self._route(x) if token_mask is None else self._route_some(x, token_mask)
+            out = self._route_some(x, token_mask)
         if self.shared_expert is None:
             return out
         return self.shared_expert.add_experts_sharedexpert(self.shared_expert(x), out)
