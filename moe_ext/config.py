@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Act = Literal["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"]
+Act = Literal["swiglu", "geglu", "geglu_tanh", "swiglu_oai", "silu", "gelu", "gelu_tanh", "relu"]
 
 
 class ConfigError(ValueError):
@@ -50,6 +50,7 @@ class MoEConfig:
                                         # 1, but 0 with top_k 1, where a norm would make the one weight 1
     scale: float = 1.0                  # the weights are multiplied by this after the norm
     select_bias_rate: float = 0.0       # step of the selection bias per optimizer step; 0: no bias
+    router_bias: bool = False           # a learned bias on the logits
     noise: bool = False                 # learned noise: logits + scale_E * N(0,1), scale_E starts at 0 (training only)
     jitter: float = 0.0                 # router input times U[1-jitter, 1+jitter) (training only)
     balanced: bool = False              # ignore the logits, spread tokens evenly (throughput tests)
@@ -96,9 +97,17 @@ class ModelConfig:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"   # before attention, before the MLP and before the head
     norm_eps: float = 1e-6              # added to the variance
     bias: bool = False                  # biases in attention, MLPs, experts and LayerNorm
+    attention_bias: Literal["auto", "none", "qkv", "all"] = "auto"  # of which of attention's matrices; auto: as `bias`
+    window: int = 0                     # tokens that a token sees, itself included (sliding window); 0: all before it
+    window_full_every: int = 0          # each so many-th block sees all tokens all the same; 0: none does
+    sinks: bool = False                 # a learned logit per head to which softmax may give weight, without a value
     position: Literal["rope", "learned"] = "rope"       # queries and keys turned; or a table of seq_len rows added
     rope_base: float = 10000.0          # wavelengths run from 2 pi to 2 pi * base tokens
-    qk_norm: bool = False               # RMSNorm of each head's query and key before RoPE
+    rope_fraction: float = 1.0          # share of a head's columns that RoPE turns
+    rope_scale: float = 1.0             # YaRN: the context is so many times rope_context; 1: plain RoPE
+    rope_context: int = 0               # YaRN: tokens of the context before it was stretched
+    qk_norm: bool = False               # RMSNorm of query and key before RoPE
+    qk_norm_over: Literal["head", "width"] = "head"     # each head's columns, or those of all heads together
     tied: bool = False                  # the head is the embedding transposed
     dropout: float = 0.0                # probability, after the embedding, attention and MLP (training only)
     init_std: float = 0.02              # of every matrix; residual outputs get init_std / sqrt(2 * layers)
@@ -113,6 +122,14 @@ class ModelConfig:
                 f"multiple of model.kv_heads {self.kv_heads}")
         require(self.position != "rope" or self.head_width % 2 == 0,
                 "RoPE turns pairs of columns: the head width (model.head_dim or dim / heads) must be even")
+        require(0 < self.rope_fraction <= 1 and int(self.head_width * self.rope_fraction) % 2 == 0,
+                f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns: RoPE turns pairs, so "
+                "it must leave an even number of them")
+        require(self.rope_scale == 1 or (self.rope_scale > 1 and self.rope_context > 0), f"model.rope_scale "
+                f"{self.rope_scale} stretches a context (YaRN): it must be above 1, and model.rope_context, the tokens "
+                "before that, positive")
+        require(self.window >= 0 and self.window_full_every >= 0, f"model.window {self.window} and "
+                f"model.window_full_every {self.window_full_every} cannot be negative")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         require(0 <= self.moe.dense_layers <= self.layers, f"model.moe.dense_layers is {self.moe.dense_layers}, but "
                 f"there are {self.layers} layers")
@@ -128,8 +145,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = "data/text/train"              # prefix of the training tokens: PREFIX.bin and PREFIX.idx
-    valid: str = "data/text/valid"              # prefix of the held-out tokens; "": no evaluation
+    train: str = "data/text/train"              # prefix of the training tokens: PREFIX.bin and PREFIX.idx; or a blend
+                                                # of several: "0.7 PREFIX 0.3 PREFIX"
+    valid: str = "data/text/valid"              # prefix or blend of the held-out tokens; "": no evaluation
+    split: str = ""                             # "949,50,1": train, valid and test are these shares of data.train
+    eval_sets: str = ""                         # more held-out tokens: "NAME=PREFIX NAME=PREFIX"
+    choices: str = ""                           # questions in HellaSwag's layout (.jsonl), scored at each evaluation
+    reset_attention: bool = False               # a token sees its own document alone
+    reset_positions: bool = False               # positions begin anew in each document
+    mask_end: bool = False                      # what follows an end of document is not learnt
+    cache: str = ""                             # folder of the index caches; "": beside the tokens
+    prefetch: int = 2                           # micro-batches read ahead by a thread; 0: none
     tokenizer: str = "data/text/tokenizer.json" # of the `tokenizers` library; "": no text samples
 
 
@@ -139,6 +165,8 @@ class TrainConfig:
     steps: int = 1000                   # optimizer steps
     micro_batch: int = 8                # sequences per forward on one rank
     accumulation: int = 1               # forwards per optimizer step
+    batch_ramp: str = ""                # "16,16,1000": sequences per step at first, their increment, samples until the
+                                        # whole batch (accumulation * micro_batch * ranks) is reached; "": no ramp
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"     # activations (16 bits: autocast, fp32 parameters)
     loss_scale: float = 65536.0         # fp16: the loss times this at first; halved by an overflow
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if the ops run there
@@ -252,9 +280,11 @@ def nearest(wanted: int, choices: list[int]) -> int:
 class LogConfig:
     folder: str = "runs"                # the run folder is FOLDER/NAME
     name: str = ""                      # "": the recipe's file name
+    style: Literal["line", "megatron"] = "line"     # of the console: one short line a step, or Megatron's format
     every: int = 10                     # steps between step lines
     trace_exchange: bool = False        # print and check every step of the token exchange (moe_ext.parallel.trace)
     tensorboard: bool = True            # write FOLDER/NAME/tb
+    wandb: str = ""                     # project of Weights & Biases to which the numbers go too; "": none
     peak_tflops: float = 0.0            # of the device, for "mfu"; 0: not printed
 
     def __post_init__(self):
