@@ -123,8 +123,8 @@ class ModelConfig:
         require(self.position != "rope" or self.head_width % 2 == 0,
                 "RoPE turns pairs of columns: the head width (model.head_dim or dim / heads) must be even")
         require(0 < self.rope_fraction <= 1 and int(self.head_width * self.rope_fraction) % 2 == 0,
-                f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns: RoPE turns pairs, so "
-                "it must leave an even number of them")
+                f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns: RoPE turns pairs of "
+                "columns, so there must be an even number of them")
         require(self.rope_scale == 1 or (self.rope_scale > 1 and self.rope_context > 0), f"model.rope_scale "
                 f"{self.rope_scale} stretches a context (YaRN): it must be above 1, and model.rope_context, the tokens "
                 "before that, positive")
@@ -141,6 +141,18 @@ class ModelConfig:
     @property
     def kv_groups(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether (q, k and v, o) have biases."""
+        if self.attention_bias == "auto":
+            return self.bias, self.bias
+        return self.attention_bias != "none", self.attention_bias == "all"
+
+    def window_of(self, layer: int) -> int:
+        """The window of a block; 0: it sees all tokens before it."""
+        full = self.window_full_every and (layer + 1) % self.window_full_every == 0
+        return 0 if full else self.window
 
 
 @dataclass(frozen=True)

@@ -90,14 +90,17 @@ class Attention(nn.Module):
     """Causal self-attention with H query and G key/value heads; query head h reads key/value head h // (H/G)."""
     def __init__(self, c: ModelConfig, **options):
         super().__init__()
-        self.head_width = c.head_width
+        self.head_width, self.wide_norm = c.head_width, c.qk_norm_over == "width"
         q_width, kv_width = c.heads * c.head_width, c.kv_groups * c.head_width
-        self.q_proj = nn.Linear(c.dim, q_width, bias=c.bias, **options)
-        self.k_proj = nn.Linear(c.dim, kv_width, bias=c.bias, **options)
-        self.v_proj = nn.Linear(c.dim, kv_width, bias=c.bias, **options)
-        self.o_proj = nn.Linear(q_width, c.dim, bias=c.bias, **options)
-        self.q_norm = nn.RMSNorm(c.head_width, eps=c.norm_eps, **options) if c.qk_norm else None
-        self.k_norm = nn.RMSNorm(c.head_width, eps=c.norm_eps, **options) if c.qk_norm else None
+        qkv_bias, o_bias = c.attention_biases
+        self.q_proj = nn.Linear(c.dim, q_width, bias=qkv_bias, **options)
+        self.k_proj = nn.Linear(c.dim, kv_width, bias=qkv_bias, **options)
+        self.v_proj = nn.Linear(c.dim, kv_width, bias=qkv_bias, **options)
+        self.o_proj = nn.Linear(q_width, c.dim, bias=o_bias, **options)
+        q_columns, k_columns = (q_width, kv_width) if self.wide_norm else (c.head_width, c.head_width)
+        self.q_norm = nn.RMSNorm(q_columns, eps=c.norm_eps, **options) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(k_columns, eps=c.norm_eps, **options) if c.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(c.heads, **options)) if c.sinks else None
 
     def forward(self, x_BSD, rope, cache: KVCache | None = None, layer: int = 0, seen=None):
         """seen: the keys that each query sees, broadcast to [B,H,S,L]; None: those up to itself."""
@@ -131,8 +134,8 @@ class Block(nn.Module):
             self.mlp = FusedMoE(
                 c.dim, m.hidden, m.experts, m.top_k, name=self.name + ".mlp", act=c.act, bias=c.bias,
                 score=m.score, norm_p=m.norm_p, scale=m.scale, select_bias=m.select_bias_rate > 0,
-                noise=m.noise, jitter=m.jitter, balanced=m.balanced, shared_hidden=m.shared_hidden,
-                capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
+                router_bias=m.router_bias, noise=m.noise, jitter=m.jitter, balanced=m.balanced,
+                shared_hidden=m.shared_hidden, capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
                 balance_form=m.balance_form, balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
 
     def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None):
@@ -198,9 +201,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int, normal_=normal_):
         """Every value is a function of (seed, parameter's name, index in the whole parameter), so no mesh changes it.
-        Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases and noise 0."""
+        Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases, noise and sinks 0:
+        a sink begins as one more token of middling score."""
         for name, p in self.named_parameters():
-            if name.endswith(("bias", "noise_E")):
+            if name.endswith(("bias", "sinks", "noise_E")):
                 p.zero_()
             elif p.ndim == 1:
                 p.fill_(1.0)
