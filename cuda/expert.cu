@@ -153,21 +153,19 @@ struct dact_epilogue {
         act8(plain, x, value, slope);
         load8(gated ? h + F : h, n, up);
         for (int v = 0; v < 8; v++) {
-            if (!gated) up[v] = 1;
-            const float a = value[v] * up_value_f32(plain, up[v], &du);
+            up[v] = gated ? up_value_f32(plain, up[v], &du) : du = 1;
+            const float a = value[v] * up[v];               // a = f(gate) * u(up)
             if (v < n) ds = fmaf(c[0][v], a, ds);
             x[v] = s * a;
+            value[v] *= du;
         }
         if (sa_NF) store8(piece_at<true>(sa_NF + p * row_F + j), 8, x);
         if (!dh_NU) return ds;
         T *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up_value_f32(plain, up[v], &du) * slope[v];    // a = f * u
+        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up[v] * slope[v];
         store8(piece_at<true>(dh), 8, x);
         if (!gated) return ds;
-        for (int v = 0; v < 8; v++) {
-            up_value_f32(plain, up[v], &du);
-            x[v] = s * c[0][v] * value[v] * du;
-        }
+        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * value[v];
         store8(piece_at<true>(dh + row_F), 8, x);
         return ds;
     }
