@@ -68,9 +68,9 @@ def make_norm(c: ModelConfig, **options):
 def rope_angles(positions, columns, base, scale=1.0, context=0):
     """-> cos, sin, fp64 [.., columns/2]: position * base^(-2i/columns) (Su et al., 2021).
 
-    scale > 1 stretches a context of so many tokens by YaRN (Peng et al., 2023; beta 32 and 1): pairs that turn less
-    than once in it turn `scale` times slower, those that turn more than 32 times as before, and those between, by a
-    ramp over i, something between; all are longer by 0.1 ln(scale) + 1, for sharper attention.
+    scale > 1 stretches a context of so many tokens by YaRN (Peng et al., 2023): pairs that turn less than once in it
+    turn `scale` times slower, those that turn more than 32 times as before, and those between by a ramp over i, whose
+    ends are not rounded (gpt-oss). All are longer by 0.1 ln(scale) + 1, for sharper attention.
     """
     pair = torch.arange(columns // 2, dtype=torch.float64, device=positions.device)
     frequency, length = base ** (-2 * pair / columns), 1.0

@@ -333,8 +333,9 @@ def test_flops_of_a_published_model():
     assert GPT(dataclasses.replace(config, window=4096), device="meta").flops_per_token() == flops
 
 
-def test_bf16_routes_in_fp32(device):
-    config = Config(model=dataclasses.replace(VARIANTS["qwen3_moe"]), train=TrainConfig(dtype="bf16", device=device))
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_bf16_routes_in_fp32(name, device):
+    config = Config(model=VARIANTS[name], train=TrainConfig(dtype="bf16", device=device))
     model, (tokens, targets) = build(config), text(config.model, device=device)
     want = model(tokens, targets)
     with precision(config, torch.device(device)):
