@@ -347,7 +347,8 @@ class Config:
         share = model.seq_len // mesh.tp * moe.top_k
         dealt = moe.balanced and moe.experts and mesh.world > 1
         require(not dealt or share % moe.experts == 0, f"model.moe.balanced deals a rank's copies out from the first "
-                f"expert on, but the {share} of a sequence (model.seq_len / mesh.tp * model.moe.top_k) are no multiple of model.moe.experts {moe.experts}: another mesh would route others")
+                f"expert on, but the {share} of a sequence (model.seq_len / mesh.tp * model.moe.top_k) are no multiple "
+                f"of model.moe.experts {moe.experts}: another mesh would route others")
         for axis, widths in shares.items():
             size = getattr(mesh, axis)
             for name, width in widths.items():

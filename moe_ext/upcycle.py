@@ -10,8 +10,8 @@ In each block that the recipe makes MoE, the H hidden units of the dense MLP are
 
 G = 1 makes every expert a copy (Komatsuzaki et al., 2023). G > 1 makes fine-grained ones: the experts from j * G on are
 a virtual group (He et al., 2024), whose G rows in the router are equal at first, so that a token that chooses one of
-them chooses all; for that, G must divide moe.top_k and moe.experts. What `--type dense` makes of a recipe has G = top_k.
-All else is copied, the router is drawn anew; what does not fit is refused by name.
+them chooses all; for that, G must divide moe.top_k and moe.experts. The dense form of a recipe (--type dense) has G =
+top_k. All else is copied, the router is drawn anew; what does not fit is refused by name.
 
 The model computes exactly what the dense one did if a token's weights always sum to the same number: norm_p 1, or score
 topk_softmax (weight_sum). Otherwise they sum to about what equal weights do, the closer the smaller router_std is. Two
