@@ -9,7 +9,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from moe_ext.config import Config, ModelConfig
+from moe_ext.config import Config, MeshConfig, ModelConfig
 from moe_ext.model import GPT
 from moe_ext.parallel.shard import dense_dim, experts_dim
 from moe_ext.parallel.tensor import COLUMNS, ROWS
@@ -55,8 +55,13 @@ class Box(NamedTuple):
 
 def boxes(config: Config) -> list[Box]:
     """One for each kind of parameter."""
-    mesh, result = config.mesh, []
-    for name, shape, count in kinds(config.model):
+    return _boxes(config.model, config.mesh)
+
+
+@functools.lru_cache(maxsize=64)
+def _boxes(model: ModelConfig, mesh: MeshConfig) -> list[Box]:
+    result = []
+    for name, shape, count in kinds(model):
         rows, columns, bias = ROWS.search(name), COLUMNS.search(name), "bias" in name
         if ".experts." in name:
             fsdp, dim, partial = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), "etp" if bias else ""
