@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from moe_ext.config import Config
 from moe_ext.ops.enums import GATED
-from moe_ext.plan.shares import Share, boxes, message, moe_layers, rows_per_token, widths
+from moe_ext.plan.shares import Share, blocks, boxes, message, rows_per_token, widths
 
 CHUNK = 1024        # tokens of which the head has logits at a time (ops.linear_cross_entropy)
 
@@ -50,20 +50,21 @@ def activations(config: Config, device: str = "cuda") -> int:
     real, half = widths(config)
     whole = t.micro_batch * c.seq_len
     x = whole // config.mesh.tp * c.dim * real
-    outside, sparse = 2 * norm(config, device) + attended(config, device), moe_layers(c)
-    blocks = []         # (how many, bytes of one)
-    if sparse < c.layers:
-        blocks.append((c.layers - sparse, outside + mlp(config, c.hidden)))
-    if sparse:
-        shared = mlp(config, moe.shared_hidden, shared=True) if moe.shared_hidden else 0
-        blocks.append((sparse, outside + routed(config) + shared))
+    sizes, masks = {}, 0
+    for (sparse, window), count in blocks(c).items():
+        inner = routed(config) if sparse else mlp(config, c.hidden)
+        if sparse and moe.shared_hidden:
+            inner += mlp(config, moe.shared_hidden, shared=True)
+        sizes[sparse, window] = 2 * norm(config, device) + attended(config, window, device) + inner
+        shared, own = mask(config, window)
+        masks += shared + own * (1 if t.recompute else count)
     if t.recompute:
-        inner = c.layers * x + max(size for _, size in blocks)
+        inner = c.layers * x + max(sizes.values())
     else:
-        inner = sum(count * size for count, size in blocks)
+        inner = sum(count * sizes[kind] for kind, count in blocks(c).items())
     # RoPE's angles in fp64; the last norm; the gradients of the head's input and matrix, which its forward makes
-    angles = 8 * c.seq_len * c.head_width if c.position == "rope" and (t.recompute or half == 8) else 0
-    return inner + angles + norm(config, device) + half * (whole + -(-c.vocab_size // config.mesh.tp)) * c.dim
+    angles = 8 * c.seq_len * c.rope_columns if c.position == "rope" and (t.recompute or half == 8) else 0
+    return inner + masks + angles + norm(config, device) + half * (whole + -(-c.vocab_size // config.mesh.tp)) * c.dim
 
 
 def normed(config: Config, rows: int, columns: int, rmsnorm: bool, device: str) -> int:
@@ -84,18 +85,44 @@ def copies(config: Config, readers: int) -> int:
     return readers if half < real and config.mesh.tp == 1 else 1
 
 
-def attended(config: Config, device: str) -> int:
-    """The input of q, k and v; these after norm and RoPE; the output; the sums of softmax; the input of o."""
-    c, tp = config.model, config.mesh.tp
+def spans(config: Config, window: int) -> tuple[int, int, int]:
+    """(queries, keys, columns of a head) of attention over one sequence, with the keys of the sinks; in a window run by
+    run (model.attend)."""
+    c, S = config.model, config.model.seq_len
+    columns = c.head_width + 8 * c.sinks
+    if window:
+        runs = -(-S // window)
+        return runs * window, runs * (2 * window + c.sinks), columns
+    return S + (c.sinks and not config.data.reset_attention), S + c.sinks, columns
+
+
+def mask(config: Config, window: int) -> tuple[int, int]:
+    """(of all blocks together, of each): the mask of documents; that of a window, for each sequence again."""
+    c, B = config.model, config.train.micro_batch
+    size = widths(config)[1] * (-(-c.seq_len // window) * window * (2 * window + c.sinks) if window
+                                else c.seq_len * (c.seq_len + c.sinks))
+    if config.data.reset_attention:
+        return B * size, 0
+    return (0, 0) if not window else (size, 0) if B == 1 else (0, B * size)
+
+
+def attended(config: Config, window: int, device: str) -> int:
+    """The input of q, k and v; these after norm, RoPE and sinks; the output; the sums of softmax; the input of o."""
+    c, B, tp = config.model, config.train.micro_batch, config.mesh.tp
     real, half = widths(config)
-    whole, heads, groups = config.train.micro_batch * c.seq_len, c.heads // tp, c.kv_groups // tp
-    size = whole * (half * (copies(config, 3) * c.dim + 2 * (heads + groups) * c.head_width) + real * heads)
-    if c.position == "rope":        # RoPE leaves heads outermost, so that o's input is a copy; angles as q and k want
+    whole, heads, groups = B * c.seq_len, c.heads // tp, c.kv_groups // tp
+    queries, keys, columns = spans(config, window)
+    size = half * (whole * copies(config, 3) * c.dim + 2 * B * (queries * heads + keys * groups) * columns)
+    size += B * queries * heads * real
+    if c.position == "rope" or c.sinks or window:       # these leave heads outermost, so that o's input is a copy
         size += half * whole * heads * c.head_width
-        if half < 8:
-            size += half * 2 * c.seq_len * c.head_width
+    if c.position == "rope" and half < 8:               # angles as q and k want them
+        size += half * 2 * c.seq_len * c.rope_columns
     if c.qk_norm:
-        size += normed(config, whole * (heads + groups), c.head_width, True, device)
+        wide = c.qk_norm_over == "width"
+        for n in (heads, groups):
+            rows, over = (whole, n * c.head_width) if wide else (whole * n, c.head_width)
+            size += normed(config, rows, over, True, device)
     return size
 
 
@@ -143,7 +170,7 @@ def head(config: Config) -> int:
 def passing(config: Config) -> tuple[int, int]:
     """(whole in FSDP, cast by autocast)."""
     mesh, (real, half) = config.mesh, widths(config)
-    kept, blocks, cast = 0, collections.Counter(), collections.Counter()
+    kept, fetched, cast = 0, collections.Counter(), collections.Counter()
     layers = {box.block: box.count for box in boxes(config)}
     for box in boxes(config):
         mixed = box.fsdp == "efsdp" and mesh.rep * mesh.efsdp > 1       # FSDP casts the experts, autocast the rest
@@ -152,11 +179,11 @@ def passing(config: Config) -> tuple[int, int]:
         if getattr(mesh, box.fsdp) > 1:
             size = box.whole * (half if mixed else real)
             if box.block:
-                blocks[box.block] += size
+                fetched[box.block] += size
             else:
                 kept += 2 * size
     each = [size * (1 if config.train.recompute else layers[block]) for block, size in cast.items()] or [0]
-    return kept + 3 * max(blocks.values(), default=0), (max if config.train.recompute else sum)(each)
+    return kept + 3 * max(fetched.values(), default=0), (max if config.train.recompute else sum)(each)
 
 
 def exchange(config: Config) -> int:

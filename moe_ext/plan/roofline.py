@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from moe_ext.config import Config, ModelConfig, require
 from moe_ext.plan.memory import activations
-from moe_ext.plan.shares import Share, kinds, widths
+from moe_ext.plan.shares import Share, blocks, kinds, widths
 from moe_ext.plan.traffic import traffic
 
 
@@ -56,6 +56,9 @@ class Shares(NamedTuple):
     wires: float = 0.7      # not measured: what collectives usually reach of a link
 
 
+SHARES = Shares()
+
+
 class Estimate(NamedTuple):
     """Seconds of a step."""
     compute: float      # these four at their peak
@@ -75,12 +78,13 @@ class Estimate(NamedTuple):
 
 
 def keys_seen(model: ModelConfig, causal: bool = True) -> float:
-    """The keys that a token's attention reads, summed over layers, on average over the tokens of a sequence."""
-    S, w = model.seq_len, min(model.window or model.seq_len, model.seq_len)
-    if not causal:
-        return float(model.layers * S)
-    full = model.layers // model.window_full_every if model.window_full_every else 0
-    return full * (S + 1) / 2 + (model.layers - full) * (w * (w + 1) / 2 + (S - w) * w) / S
+    """The keys that a token's attention reads, summed over layers, on average over the tokens of a sequence; not causal:
+    as GPT.flops_per_token counts them, also those that come later."""
+    S, total = model.seq_len, 0.0
+    for (_, window), count in blocks(model).items():
+        w = window or S
+        total += count * ((w * (w + 1) / 2 + (S - w) * w) / S if causal else w)
+    return total
 
 
 def forward_flops(model: ModelConfig, causal: bool = True) -> tuple[float, float]:
@@ -94,13 +98,13 @@ def forward_flops(model: ModelConfig, causal: bool = True) -> tuple[float, float
     return 2 * weights + attention, 2 * model.vocab_size * model.dim
 
 
-def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares = Shares()) -> Estimate:
+def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares = SHARES) -> Estimate:
     """Of a step. Errors: ConfigError for fp64, which has no CUDA kernels."""
     t, mesh = config.train, config.mesh
     require(t.dtype != "fp64", "train.dtype is fp64, which has no CUDA kernels: plan with bf16, fp16 or fp32")
     real, half = widths(config)
-    blocks, head = forward_flops(config.model)
-    flops = config.tokens_per_step / mesh.world * ((3 + t.recompute) * blocks + 3 * head)
+    inner, head = forward_flops(config.model)
+    flops = config.tokens_per_step / mesh.world * ((3 + t.recompute) * inner + 3 * head)
     compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
     share, saved = Share.of(config), activations(config)
     state = 7 * real * share.parameters + t.accumulation * share.whole * (2 * half + real)

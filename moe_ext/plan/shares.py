@@ -95,6 +95,15 @@ def widths(config: Config) -> tuple[int, int]:
     return {"fp64": (8, 8), "fp32": (4, 4)}.get(config.train.dtype, (4, 2))
 
 
+@functools.lru_cache(maxsize=8)
+def blocks(model: ModelConfig) -> collections.Counter:
+    """(whether it is MoE, its window or 0 for the whole sequence) -> how many blocks are such."""
+    def window(layer):
+        return model.window_of(layer) if model.window_of(layer) < model.seq_len else 0
+    return collections.Counter((layer >= model.layers - moe_layers(model), window(layer))
+                               for layer in range(model.layers))
+
+
 def moe_layers(model: ModelConfig) -> int:
     return model.layers - model.moe.dense_layers if model.moe.experts else 0
 
