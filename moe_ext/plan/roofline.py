@@ -78,8 +78,8 @@ class Estimate(NamedTuple):
 
 
 def keys_seen(model: ModelConfig, causal: bool = True) -> float:
-    """The keys that a token's attention reads, summed over layers, on average over the tokens of a sequence; not causal:
-    as GPT.flops_per_token counts them, also those that come later."""
+    """The keys that a token's attention reads, summed over layers, on average over the tokens of a sequence; if not
+    causal, those that come later too, as GPT.flops_per_token counts them."""
     S, total = model.seq_len, 0.0
     for (_, window), count in blocks(model).items():
         w = window or S
