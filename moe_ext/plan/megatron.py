@@ -19,7 +19,7 @@ from moe_ext.ops.enums import GATED
 from moe_ext.parallel.tensor import COLUMNS, ROWS, SLICED
 
 MB = 2**20
-BUCKET = 40_000_000     # elements that close a bucket; or a million for each data-parallel rank, if that is more
+BUCKET, PER_RANK = 40_000_000, 1_000_000    # elements that close a bucket, or so many for each data-parallel rank
 
 
 def padded_vocabulary(config: Config) -> int:
@@ -215,7 +215,7 @@ def buckets(config: Config, model: GPT, grouped: bool | None = None) -> list[lis
     """The gradient buckets of param_and_grad_buffer.py: those of the dense parameters, and those of the experts if ep
     divides them. Filled in the reverse order of the parameters; one is closed as soon as it holds the bucket size."""
     held = parameters(config, model, grouped=grouped)[::-1]
-    enough = max(BUCKET, 1_000_000 * config.mesh.dp)
+    enough = max(BUCKET, PER_RANK * config.mesh.dp)
     buffers = []
     for expert in (False, True):
         full, filling = [], []

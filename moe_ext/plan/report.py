@@ -85,9 +85,9 @@ def changes(config: Config, device: Device, per_host: int, shares: Shares, recip
     """Options that make it fit, each planned again before it is said."""
     same = config.mesh.world
     ways = {replace(config, train=replace(config.train, recompute=True)): "recompute"}
-    for recompute, name in ((False, "smaller micro-batches"), (True, "recompute and smaller micro-batches")):
+    for recompute in (False, True):
         if way := largest(config, device, recompute):
-            ways.setdefault(way, name)
+            ways.setdefault(way, "the largest micro-batches that do" + ", with recompute" * recompute)
     lines = [f"  {name}: {' '.join(flags(way, config))} ({size(memory(way).total).strip()})"
              for way, name in ways.items() if fits(way, device)]
     try:
