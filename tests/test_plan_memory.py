@@ -49,6 +49,8 @@ CASES = {
     "window, sinks, every other block": case(window=48, window_full_every=2, sinks=True, kv_heads=2),
     "window of one sequence": case(DENSE, window=32, sinks=True, dtype="bf16", micro_batch=1, layers=3),
     "window beyond the sequence": case(DENSE, window=500),
+    "documents": case(DENSE, data=dict(reset_attention=True), sinks=True),
+    "documents, window": case(DENSE, data=dict(reset_attention=True), window=32, layers=3),
     "moe": case(),
     "moe bf16": case(dtype="bf16"),
     "moe top-1": case(replace(MOE, top_k=1)),
