@@ -17,6 +17,7 @@ from moe_ext.config import Config, ConfigError, require
 from moe_ext.model import GPT
 from moe_ext.ops.enums import GATED
 from moe_ext.parallel.tensor import COLUMNS, ROWS, SLICED
+from moe_ext.plan.shares import moe_layers
 
 MB = 2**20
 BUCKET, PER_RANK = 40_000_000, 1_000_000    # elements that close a bucket, or so many for each data-parallel rank
@@ -26,10 +27,6 @@ def padded_vocabulary(config: Config) -> int:
     """megatron/training/tokenizer: up to a multiple of make_vocab_size_divisible_by (128) * tp."""
     multiple = 128 * config.mesh.tp
     return -(-config.model.vocab_size // multiple) * multiple
-
-
-def moe_layers(config: Config) -> int:
-    return config.model.layers - config.model.moe.dense_layers if config.model.moe.experts else 0
 
 
 def mlp_halves(config: Config) -> int:
@@ -44,8 +41,8 @@ def num_floating_point_operations(config: Config) -> int:
     """
     c, moe = config.model, config.model.moe
     attention = c.dim * c.head_width * (c.heads + c.kv_groups) + c.seq_len * c.heads * c.head_width
-    widths = ((c.layers - moe_layers(config)) * c.hidden
-              + moe_layers(config) * (moe.top_k * moe.hidden + moe.shared_hidden))
+    widths = ((c.layers - moe_layers(c)) * c.hidden
+              + moe_layers(c) * (moe.top_k * moe.hidden + moe.shared_hidden))
     return config.tokens_per_step * (12 * c.layers * attention + 6 * mlp_halves(config) * c.dim * widths
                                      + 6 * padded_vocabulary(config) * c.dim)
 
@@ -56,8 +53,8 @@ def counted_parameters(config: Config) -> tuple[int, int]:
     2 L h^2 [(1 + g/a) (a d / h) + (f/h) E m + 2/h + 1 / (L h)], and h V, twice if untied
     """
     c, moe = config.model, config.model.moe
-    widths = ((c.layers - moe_layers(config)) * c.hidden
-              + moe_layers(config) * (moe.experts * moe.hidden + moe.shared_hidden))
+    widths = ((c.layers - moe_layers(c)) * c.hidden
+              + moe_layers(c) * (moe.experts * moe.hidden + moe.shared_hidden))
     layers = (2 * c.layers * c.dim * c.head_width * (c.heads + c.kv_groups) + mlp_halves(config) * c.dim * widths
               + 4 * c.layers * c.dim + 2 * c.dim)
     return layers, (1 if c.tied else 2) * c.dim * padded_vocabulary(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import collections
 from dataclasses import replace
 
-from moe_ext.config import Config, ConfigError, load
+from moe_ext.config import Config, ConfigError, divisors, load
 from moe_ext.model import GPT
 from moe_ext.plan import megatron
 from moe_ext.plan.memory import memory
@@ -112,7 +112,8 @@ def more(config: Config, devices: int, device: Device, recipe: str) -> list[str]
         lines = [f"  nothing on {devices} x {device.name}: the least is {size(held.total).strip()} of "
                  f"{size(room(device)).strip()}, with {' '.join(flags(least, config)) or 'these options'}"]
     if number := enough(config, 2 * devices, device):
-        lines.append(f"  {number} devices: python -m moe_ext.plan {recipe} --device {device.name} --search {number}")
+        options = " ".join([*flags(config, load(recipe)), f"--device {device.name} --search {number}"])
+        lines.append(f"  {number} devices: python -m moe_ext.plan {recipe} {options}")
     else:
         lines.append("  or devices with more memory (--device), fewer tokens (model.seq_len), a smaller model")
     return lines
@@ -142,10 +143,10 @@ def found(config: Config, devices: int, device: Device, per_host: int, shares: S
 def start(config: Config, base: Config, recipe: str, per_host: int) -> str:
     """The command that runs it."""
     world = config.mesh.world
-    hosts = f"--nnodes {world // per_host} --nproc-per-node {per_host} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
-    if world <= per_host or world % per_host:
-        hosts = f"--standalone --nproc-per-node {world}"
-    run = "python" if world == 1 else f"torchrun {hosts}"
+    each = max(ranks for ranks in divisors(world) if ranks <= per_host)
+    hosts = f"--nnodes {world // each} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    hosts = "--standalone" if each == world else hosts
+    run = "python" if world == 1 else f"torchrun {hosts} --nproc-per-node {each}"
     return " ".join([run, "-m moe_ext.train", recipe, *flags(config, base)])
 
 
