@@ -129,15 +129,16 @@ class ModelConfig:
         require(not rope or (0 < self.rope_fraction <= 1 and self.rope_columns % 2 == 0 < self.rope_columns),
                 f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns is "
                 f"{self.rope_columns}: RoPE turns pairs of columns, at least one and at most the head's")
+        require(not rope or self.rope_base > 1, f"model.rope_base is {self.rope_base}; it must be above 1")
         require(self.rope_scale == 1 or (self.rope_scale > 1 and self.rope_context > 0), f"model.rope_scale "
                 f"{self.rope_scale} stretches a context (YaRN): it must be above 1, and model.rope_context, the tokens "
                 "before that, positive")
         require(self.window >= 0 and self.window_full_every >= 0, f"model.window {self.window} and "
                 f"model.window_full_every {self.window_full_every} cannot be negative")
         require(self.window > 0 or self.window_full_every == 0, f"model.window_full_every {self.window_full_every} "
-                "excepts blocks from a window, but model.window is 0: set it too")
+                "excepts blocks from a window, but model.window is 0: set both or none")
         require(self.qk_norm or self.qk_norm_over == "head", "model.qk_norm_over is width, but there is no norm: set "
-                "model.qk_norm")
+                "model.qk_norm too")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         require(0 <= self.moe.dense_layers <= self.layers, f"model.moe.dense_layers is {self.moe.dense_layers}, but "
                 f"there are {self.layers} layers")
@@ -347,7 +348,8 @@ class Config:
         share = model.seq_len // mesh.tp * moe.top_k
         dealt = moe.balanced and moe.experts and mesh.world > 1
         require(not dealt or share % moe.experts == 0, f"model.moe.balanced deals a rank's copies out from the first "
-                f"expert on, but the {share} of a sequence (model.seq_len / mesh.tp * model.moe.top_k) are no multiple of model.moe.experts {moe.experts}: another mesh would route others")
+                f"expert on, but the {share} of a sequence (model.seq_len / mesh.tp * model.moe.top_k) are no multiple "
+                f"of model.moe.experts {moe.experts}: another mesh would route others")
         for axis, widths in shares.items():
             size = getattr(mesh, axis)
             for name, width in widths.items():

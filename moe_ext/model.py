@@ -103,33 +103,34 @@ def after_the_last(x):
 
 def visible(S, past=0, window=0, real_BL=None, documents_BS=None, *, device=None):
     """The keys that each of the last S of past + S tokens sees, True or False, as `attend` takes it: those up to it, of
-    its document and of its window, of which only real ones, and in any case itself, for softmax over nothing is NaN.
+    its document and of its window, in which real ones count, of which only real ones; and in any case itself, for
+    softmax over nothing is NaN.
 
-    [B or 1, 1, S, L] over the last L tokens, or with a window and no past [B or 1, r, 1, w, 2w], run by run: S * 2w
-    values instead of S * S. documents_BS goes without a past.
+    [B or 1, 1, S, L] over the last L tokens; or, of a window without past and pads, [B or 1, r, 1, w, 2w], run by run:
+    S * 2w values instead of S * S. documents_BS goes without a past.
     """
-    local = 0 < window < S and not past
-    queries = torch.arange(past, past + S, device=device)
-    first = max(0, past + 1 - window) if window else 0
-    keys = torch.arange(first, past + S, device=device)
-    if local:
-        queries = torch.arange(-(-S // window) * window, device=device).view(-1, window)
+    tokens = torch.arange(past + S, device=device)
+    local, recent = False, window and real_BL is None       # pads may stand between a token and the first of its window
+    if recent and not past and window < S:
+        local, queries = True, torch.arange(-(-S // window) * window, device=device).view(-1, window)
         keys = queries[:, :1] + torch.arange(-window, window, device=device)
-
-    def of_queries(x_BL):
-        return runs(x_BL[..., None], window)[..., 0] if local else x_BL[:, past:]
-
-    def of_keys(x_BL):
-        return after_the_last(runs(x_BL[..., None], window))[..., 0] if local else x_BL[:, first:]
-
+    else:
+        queries, keys = tokens[past:], tokens[max(0, past + 1 - window) if recent else 0:]
     age = (queries[..., :, None] - keys[..., None, :])[None]
     seen = (age >= 0) & (keys >= 0)[..., None, :]
-    if window:
+    if recent:
         seen = seen & (age < window)
+    elif window:
+        place_BL = real_BL.cumsum(1)
+        seen = seen & (place_BL[:, past:, None] - place_BL[:, None] < window)
     if documents_BS is not None:
-        seen = seen & (of_queries(documents_BS)[..., :, None] == of_keys(documents_BS)[..., None, :])
+        theirs = mine = documents_BS
+        if local:
+            mine = runs(documents_BS[..., None], window)
+            theirs, mine = after_the_last(mine)[..., 0], mine[..., 0]
+        seen = seen & (mine[..., :, None] == theirs[..., None, :])
     if real_BL is not None:
-        seen = seen & of_keys(real_BL)[..., None, :]
+        seen = seen & real_BL[:, None]
     return (seen | (age == 0)).unsqueeze(-3)
 
 

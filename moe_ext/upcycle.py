@@ -10,8 +10,8 @@ In each block that the recipe makes MoE, the H hidden units of the dense MLP are
 
 G = 1 makes every expert a copy (Komatsuzaki et al., 2023). G > 1 makes fine-grained ones: the experts from j * G on are
 a virtual group (He et al., 2024), whose G rows in the router are equal at first, so that a token that chooses one of
-them chooses all; for that, G must divide moe.top_k and moe.experts. What `--type dense` makes of a recipe has G = top_k.
-All else is copied, the router is drawn anew; what does not fit is refused by name.
+them chooses all; for that, G must divide moe.top_k and moe.experts. The dense form of a recipe (--type dense) has G =
+top_k. All else is copied, the router is drawn anew; what does not fit is refused by name.
 
 The model computes exactly what the dense one did if a token's weights always sum to the same number: norm_p 1, or score
 topk_softmax (weight_sum). Otherwise they sum to about what equal weights do, the closer the smaller router_std is. Two
@@ -101,31 +101,28 @@ def upcycle(dense: GPT, moe: GPT, *, seed: int = 0, noise: float = 0.0, drop: fl
                     zero.zero_()
 
 
-def deal(old: MLP, new: FusedMoE, g: int, weight_sum: float) -> None:
-    """The hidden units of the dense MLP to the shared expert, the first of them, and in g slices to the experts."""
-    ups = [proj for proj in (old.gate_proj, old.up_proj) if proj is not None]
-    shared = 0
+def deal(old: MLP, new: FusedMoE, g: int, total: float) -> None:
+    """The hidden units of the dense MLP to the shared expert, the first of them, and in g slices to the experts, whose
+    weights sum to `total`."""
+    shared, (experts, _, width) = 0, new.experts.w2_EDF.shape
     if new.shared is not None:
         shared = new.shared.up_proj.out_features
-        news = [proj for proj in (new.shared.gate_proj, new.shared.up_proj) if proj is not None]
-        for have, want in zip(ups, news, strict=True):
-            want.weight.copy_(have.weight[:shared])
-            if have.bias is not None:
-                want.bias.copy_(have.bias[:shared])
-        new.shared.down_proj.weight.copy_(old.down_proj.weight[:, :shared])
-        if old.down_proj.bias is not None:
-            new.shared.down_proj.bias.zero_()           # the experts have it
-    experts, factor = new.experts, g / weight_sum
-    for e in range(new.num_experts):
-        width = experts.w2_EDF.shape[2]
+        for name, want in new.shared.named_parameters():
+            have = old.get_parameter(name)
+            if name == "down_proj.bias":
+                want.zero_()        # the experts have it
+            else:
+                want.copy_(have[:, :shared] if name == "down_proj.weight" else have[:shared])
+    ups = [proj for proj in (old.gate_proj, old.up_proj) if proj is not None]
+    for e in range(experts):
         units = slice(shared + e % g * width, shared + (e % g + 1) * width)
-        experts.w2_EDF[e] = old.down_proj.weight[:, units] * factor
-        if experts.w2_bias is not None:
-            experts.w2_bias[e] = old.down_proj.bias / weight_sum
+        new.experts.w2_EDF[e] = old.down_proj.weight[:, units] * (g / total)
         for half, proj in enumerate(ups):
-            experts.w13_E2FD[e, half] = proj.weight[units]
-            if experts.w13_bias is not None:
-                experts.w13_bias[e, half] = proj.bias[units]
+            new.experts.w13_E2FD[e, half] = proj.weight[units]
+        if old.down_proj.bias is not None:
+            new.experts.w2_bias[e] = old.down_proj.bias / total
+            for half, proj in enumerate(ups):
+                new.experts.w13_bias[e, half] = proj.bias[units]
 
 
 def vary(layer: FusedMoE, seed: int, noise: float, drop: float) -> None:
@@ -185,7 +182,7 @@ def convert(source: Path, config: Config, out: Path, **options) -> str:
     exact = weight_sum(config.model.moe)[1] and not options.get("noise") and not options.get("drop")
     kind = "a copy of the dense MLP" if g == 1 else f"one of {g} slices of the dense MLP"
     return (f"{out}: {len(moe.moe_layers())} layers of {config.model.moe.experts} experts, each {kind} of {source}; it "
-            f"computes {'what' if exact else 'about what'} that does. Go on with --weights {out}")
+            f"computes {'exactly' if exact else 'about'} what that does. Go on with --weights {out}")
 
 
 def empty(config: Config) -> GPT:
