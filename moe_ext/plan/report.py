@@ -1,0 +1,167 @@
+"""The planner's pages: the plan of one mesh, and the best meshes of a number of devices."""
+from __future__ import annotations
+
+import collections
+from dataclasses import replace
+
+from moe_ext.config import Config, ConfigError, divisors, load
+from moe_ext.model import GPT
+from moe_ext.plan import megatron
+from moe_ext.plan.memory import memory
+from moe_ext.plan.roofline import RESERVE, Device, Estimate, Shares, estimate, forward_flops
+from moe_ext.plan.search import enough, fits, flags, largest, room, search, smallest
+from moe_ext.plan.shares import Share
+from moe_ext.plan.traffic import traffic
+
+PARTS = {
+    "weights": "weights", "gradients": "gradients", "optimizer": "AdamW's two moments",
+    "activations": "activations that the backward reads", "head": "logits and gradient of the head",
+    "fsdp": "parameters and gradients whole in FSDP", "cast": "weights cast by autocast",
+    "exchange": "messages of the token exchange",
+}
+
+
+def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shares, recipe: str, pp: int = 1,
+         vpp: int = 1) -> str:
+    """Parameters, FLOPs, memory, traffic and time of a rank, what to change if it does not fit, and Megatron's figures.
+    `model` lies on the meta device. Errors: ConfigError."""
+    megatron.check_pipeline(config, pp, vpp)
+    c, m, mesh, t, held = config.model, config.model.moe, config.mesh, config.train, memory(config)
+    (total, active), share, tokens = model.num_parameters(), Share.of(config), config.tokens_per_step
+    experts = f", {m.experts} experts of width {m.hidden}, top-{m.top_k}" if m.experts else ""
+    each = [sum(p.numel() for p in layer.experts.parameters()) // m.experts for layer in model.moe_layers()[:1]]
+    products, seen = (3 * sum(forward_flops(c, causal)) for causal in (False, True))
+    rows = {
+        "model": f"{c.layers} layers, width {c.dim}, {c.heads} heads, vocabulary {c.vocab_size}{experts}",
+        "parameters": f"{total:,} in all, {active:,} active per token" + "".join(f", {n:,} per expert" for n in each)
+                      + f"; {share.whole:,} local to a rank, which stores {share.parameters:,}",
+        "tokens": f"{tokens:,} per step = {t.accumulation} x {t.micro_batch * mesh.dp} sequences of {c.seq_len}",
+        "FLOPs": f"{model.flops_per_token():,} per token, {model.flops_per_token() * tokens:,} per iteration: 6 per "
+                 "active weight, attention without the causal half",
+        "products": f"{products:,.0f} FLOPs per token in matrix products alone, {seen:,.0f} of them over keys that are "
+                    "seen",
+        "mesh": named(config, per_host),
+    }
+    lines = [f"{name:10}  {text}" for name, text in rows.items()]
+    if pp > 1:
+        lines.append(f"pipeline    {pp} stages of {vpp} chunks in Megatron's formulas alone: the driver has none yet")
+    lines += ["", f"memory of rank 0 on a GPU, {t.dtype}, each part at its own peak",
+              *(f"  {size(part)}  {PARTS[name]}" for name, part in held._asdict().items() if part),
+              f"  {size(held.total)}  in all, of {size(room(device)).strip()}, the {1 - RESERVE:.0%} of {device.name} "
+              f"memory that a run can use: it {'fits' if fits(config, device) else 'does not fit'}"]
+    if not fits(config, device):
+        lines += ["", "what would fit", *changes(config, device, per_host, shares, recipe)]
+    if mesh.world > 1:
+        lines += ["", "traffic: each rank sends per step"]
+        lines += [f"  {size(sent)}  {axis}" for axis, sent in traffic(config).items() if sent]
+    lines += ["", f"time of a step on {mesh.world} x {device.name}",
+              *clock(config, estimate(config, device, per_host, shares), shares)]
+    return "\n".join([*lines, "", *formulas(config, model, pp, vpp)])
+
+
+def named(config: Config, per_host: int) -> str:
+    mesh, hosts = config.mesh, -(-config.mesh.world // per_host)
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.sizes.items() if size > 1)
+    return f"{mesh.world} ranks: {sizes}; {hosts} host{'s' * (hosts > 1)} of {per_host}" if mesh.world > 1 else \
+        "one process"
+
+
+def size(count: float) -> str:
+    return f"{count / 2**30:10,.2f} GiB" if count >= 2**30 else f"{count / 2**20:10,.2f} MiB"
+
+
+def clock(config: Config, time: Estimate, shares: Shares) -> list[str]:
+    def line(label, seconds, why):
+        return f"  {label:8} {1000 * seconds:12,.1f} ms, {config.tokens_per_step / seconds:,.0f} tokens/s: {why}"
+
+    peaks = ", ".join(f"{name} {1000 * value:,.1f}" for name, value in time._asdict().items()
+                      if name != "likely" and value)
+    return [line("at least", time.at_least, f"the longest of what each takes alone at its peak ({peaks})"),
+            line("likely", time.likely, f"at {shares.compute:.0%} of the peak in matrix products, {shares.memory:.0%} "
+                 f"of memory's and {shares.wires:.0%} of the wires', where nothing hides these")]
+
+
+def changes(config: Config, device: Device, per_host: int, shares: Shares, recipe: str) -> list[str]:
+    """Options that make it fit, each planned again before it is said."""
+    same = config.mesh.world
+    ways = {replace(config, train=replace(config.train, recompute=True)): "recompute"}
+    for recompute in (False, True):
+        if way := largest(config, device, recompute):
+            ways.setdefault(way, "the largest micro-batches that do" + ", with recompute" * recompute)
+    lines = [f"  {name}: {' '.join(flags(way, config))} ({size(memory(way).total).strip()})"
+             for way, name in ways.items() if fits(way, device)]
+    try:
+        best = search(config, same, device, per_host, shares)
+    except ConfigError:         # a batch that no mesh of so many divides
+        best = []
+    if best and best[0].config.mesh != config.mesh:
+        lines.append(f"  another mesh of {same}: {' '.join(flags(best[0].config, config))} "
+                     f"({size(best[0].memory.total).strip()})")
+    if not lines:
+        lines += more(config, same, device, recipe)
+    return lines
+
+
+def more(config: Config, devices: int, device: Device, recipe: str) -> list[str]:
+    """What helps where so many devices do not."""
+    try:
+        least, held = smallest(config, devices)
+    except ValueError:
+        lines = []
+    else:
+        lines = [f"  nothing on {devices} x {device.name}: the least is {size(held.total).strip()} of "
+                 f"{size(room(device)).strip()}, with {' '.join(flags(least, config)) or 'these options'}"]
+    if number := enough(config, 2 * devices, device):
+        options = " ".join([*flags(config, load(recipe)), f"--device {device.name} --search {number}"])
+        lines.append(f"  {number} devices: python -m moe_ext.plan {recipe} {options}")
+    else:
+        lines.append("  or devices with more memory (--device), fewer tokens (model.seq_len), a smaller model")
+    return lines
+
+
+def found(config: Config, devices: int, device: Device, per_host: int, shares: Shares, top: int, recipe: str) -> str:
+    """The best meshes of so many devices and how to start them. Errors: ConfigError if there is none."""
+    best = search(config, devices, device, per_host, shares)
+    base = load(recipe)
+    lines = [f"{devices} x {device.name}: {config.sequences_per_step} sequences of {config.model.seq_len} per step; "
+             f"{len(best)} meshes fit in {size(room(device)).strip()} a device"]
+    if not best:
+        return "\n".join([*lines, *more(config, devices, device, recipe)])
+    for rank, (way, held, time) in enumerate(best[:top], 1):
+        sent = ", ".join(f"{axis} {size(part).strip()}" for axis, part in traffic(way).items() if part) or "nothing"
+        lines += ["", f"{rank}. {named(way, per_host)}; {way.train.accumulation} x {way.train.micro_batch} sequences"
+                  + (", recomputed" if way.train.recompute else ""),
+                  f"   memory   {size(held.total).strip()}; state {size(held.state).strip()}, activations "
+                  f"{size(held.activations).strip()}",
+                  f"   traffic  {sent}",
+                  f"   time     likely {1000 * time.likely:,.1f} ms, at least {1000 * time.at_least:,.1f} (bound by "
+                  f"{time.bound}); {config.tokens_per_step / time.likely:,.0f} tokens/s",
+                  f"   {start(way, base, recipe, per_host)}"]
+    return "\n".join(lines)
+
+
+def start(config: Config, base: Config, recipe: str, per_host: int) -> str:
+    """The command that runs it."""
+    world = config.mesh.world
+    each = max(ranks for ranks in divisors(world) if ranks <= per_host)
+    hosts = f"--nnodes {world // each} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    hosts = "--standalone" if each == world else hosts
+    run = "python" if world == 1 else f"torchrun {hosts} --nproc-per-node {each}"
+    return " ".join([run, "-m moe_ext.train", recipe, *flags(config, base)])
+
+
+def formulas(config: Config, model: GPT, pp: int, vpp: int) -> list[str]:
+    """What Megatron-LM would print, and the exact figures beside its memory."""
+    exact, aware = megatron.exact_memory(config, model, pp, vpp)
+    lines = [f"Megatron's formulas (tensor {config.mesh.tp}, pipeline {pp}, data {config.mesh.dp}; vocabulary padded "
+             f"to {megatron.padded_vocabulary(config)})",
+             f"FLOPs per iteration: {megatron.num_floating_point_operations(config):,}",
+             megatron.parameter_lines(config, model, pp, vpp), megatron.footprint(config, pp),
+             f"  of the parameters that there are: {exact:.2f} MB"
+             + (f"; each expert on one of {config.mesh.ep} ranks: {aware:.2f} MB" if config.mesh.ep > 1 else "")]
+    if pp == 1:
+        for what, buffer in zip(("", " of the experts"), megatron.buckets(config, model), strict=False):
+            sizes = collections.Counter(sum(p.size for p in bucket) for bucket in buffer)
+            lines.append(f"gradient buckets{what} (Megatron rule), in elements: " + " + ".join(
+                f"{count} x {elements:,}" if count > 1 else f"{elements:,}" for elements, count in sizes.items()))
+    return lines

@@ -1,0 +1,198 @@
+"""The plan's memory beside tensors that are there: what autograd saves of a forward, and the exchange's messages."""
+
+import contextlib
+import functools
+import tempfile
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from moe_ext.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from moe_ext.layers.fused import Draws
+from moe_ext.model import GPT, parameter_dtype, precision
+from moe_ext.optim import adamw
+from moe_ext.parallel.mesh import Mesh
+from moe_ext.parallel.shard import build
+from moe_ext.parallel.transport import TorchTransport
+from moe_ext.plan import memory
+
+pytestmark = pytest.mark.c_core
+MOE = MoEConfig(experts=8, top_k=2, hidden=64)
+# Taking turns, top-1 experts send as many rows as uniform routing is expected to.
+TURNS = replace(MOE, top_k=1, balanced=True)
+MODEL = ModelConfig(vocab_size=512, seq_len=128, layers=2, dim=64, heads=4, hidden=96)
+DENSE = MoEConfig()
+
+
+def case(moe=MOE, *, dtype="fp32", recompute=False, micro_batch=2, mesh=None, data=None, **model):
+    return Config(model=replace(MODEL, moe=moe, **model), data=DataConfig(**data or {}), mesh=MeshConfig(**mesh or {}),
+                  train=TrainConfig(micro_batch=micro_batch, dtype=dtype, recompute=recompute))
+
+
+CASES = {
+    "dense": case(DENSE),
+    "dense bf16": case(DENSE, dtype="bf16"),
+    "dense fp64": case(DENSE, dtype="fp64"),
+    "dense fp16, tied": case(DENSE, dtype="fp16", tied=True),
+    "layernorm, biases, learned, dropout": case(DENSE, norm="layernorm", bias=True, position="learned", dropout=0.1),
+    "GQA, gelu": case(DENSE, act="gelu", kv_heads=2),
+    "other sizes": case(DENSE, vocab_size=317, seq_len=72, layers=3, dim=48, head_dim=20, hidden=112, micro_batch=3),
+    "qk norm": case(DENSE, qk_norm=True, kv_heads=2, dtype="bf16"),
+    "qk norm over the width": case(DENSE, qk_norm=True, qk_norm_over="width", kv_heads=2),
+    "qk norm, learned": case(DENSE, qk_norm=True, position="learned"),
+    "partial rope": case(DENSE, rope_fraction=0.5),
+    "sinks": case(DENSE, sinks=True),
+    "sinks, learned": case(DENSE, sinks=True, position="learned", dtype="bf16"),
+    "window": case(DENSE, window=32),
+    "window, sinks, every other block": case(window=48, window_full_every=2, sinks=True, kv_heads=2),
+    "window of one sequence": case(DENSE, window=32, sinks=True, dtype="bf16", micro_batch=1, layers=3),
+    "window beyond the sequence": case(DENSE, window=500),
+    "documents": case(DENSE, data=dict(reset_attention=True), sinks=True),
+    "documents, window": case(DENSE, data=dict(reset_attention=True), window=32, layers=3),
+    "moe": case(),
+    "moe bf16": case(dtype="bf16"),
+    "moe top-1": case(replace(MOE, top_k=1)),
+    "shared expert": case(replace(MOE, shared_hidden=48)),
+    "shared expert bf16": case(replace(MOE, shared_hidden=48), dtype="bf16"),
+    "jitter": case(replace(MOE, jitter=0.1)),
+    "jitter bf16": case(replace(MOE, jitter=0.1), dtype="bf16"),
+    "noise, z-loss": case(replace(MOE, noise=True, z_weight=0.1, experts=16, top_k=3)),
+    "sigmoid": case(replace(MOE, score="sigmoid", select_bias_rate=0.1)),
+    "capacity": case(replace(MOE, capacity_factor=0.5, balanced=True)),
+    "dense layers, relu, biases": case(replace(MOE, dense_layers=1), act="relu", bias=True, layers=3),
+    "gpt-oss": case(replace(MOE, router_bias=True), act="swiglu_oai", bias=True, rope_scale=4.0, rope_context=32),
+}  # fmt: skip
+
+
+class Saved(contextlib.AbstractContextManager):
+    """The storages that autograd saves, each once; none of `known` tensors."""
+
+    def __init__(self, known):
+        self.known, self.kept = {t.untyped_storage()._cdata for t in known}, {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
+
+    def pack(self, t):
+        if t.untyped_storage()._cdata not in self.known:
+            self.kept[t.untyped_storage()._cdata] = t
+        return t
+
+    def __enter__(self):
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.hooks.__exit__(*exception)
+
+    @property
+    def bytes(self):
+        """Now: FSDP has freed the parameters that it will gather again."""
+        return sum(t.untyped_storage().nbytes() for t in self.kept.values())
+
+
+def forward(config, model, mesh):
+    c, generator = config.model, torch.Generator().manual_seed(1)
+    tokens = torch.randint(c.vocab_size, (config.train.micro_batch, c.seq_len), generator=generator)
+    known = [p.to_local() if hasattr(p, "to_local") else p for p in (*model.parameters(), *model.buffers())]
+    documents = {}
+    if config.data.reset_attention:
+        documents["documents_BS"] = torch.zeros_like(tokens)
+    draws = Draws(1, 1) if mesh is None else mesh.draws(1, 1, 0, c.seq_len)
+    with Saved([*known, tokens]) as saved, precision(config, torch.device("cpu")):
+        out = model(tokens, tokens, draws, **documents)
+    return out, saved.bytes
+
+
+def near(got, want):
+    return abs(got / want - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_activations(name):
+    config = CASES[name]
+    model = GPT(config.model, dtype=parameter_dtype(config))
+    _, saved = forward(config, model, None)
+    held = memory(config, "cpu")
+    assert near(held.activations + held.cast, saved)
+    assert held.exchange == held.fsdp == 0
+
+
+@pytest.mark.parametrize("name", ["dense fp64", "qk norm", "window, sinks, every other block", "moe bf16",
+                                  "dense layers, relu, biases"])  # fmt: skip
+def test_recomputation(name):
+    """Every block's input is kept, and in the backward all that a block saves: of the kind that saves most."""
+    config = CASES[name]
+    model = GPT(config.model, dtype=parameter_dtype(config))
+    _, whole = forward(config, model, None)
+    each = []
+    for block in model.layers:      # the whole without it
+        less, kept = GPT(config.model, dtype=parameter_dtype(config)), block.layer
+        less.layers.pop(kept)
+        each.append(whole - forward(config, less, None)[1])
+    model.recompute = True
+    _, inputs = forward(config, model, None)
+    held = memory(replace(config, train=replace(config.train, recompute=True)), "cpu")
+    assert near(held.activations + held.cast, inputs + max(each))
+
+
+def test_state():
+    """Weights, gradients and moments of one process, to the byte."""
+    config = case(bias=True, tied=True)
+    model = GPT(config.model)
+    optimizer = adamw(model, config.optim)
+    out, _ = forward(config, model, None)
+    (out.token_loss + out.aux_loss).backward()
+    optimizer.step()
+    held = memory(config)
+    assert held.weights == sum(p.nbytes for p in model.parameters())
+    assert held.gradients == sum(p.grad.nbytes for p in model.parameters())
+    moments = [optimizer.state[p][name] for p in model.parameters() for name in ("exp_avg", "exp_avg_sq")]
+    assert held.optimizer == sum(t.nbytes for t in moments)
+
+
+MESHES = {
+    "fsdp": case(mesh=dict(fsdp=2)),
+    "fsdp bf16": case(mesh=dict(fsdp=2), dtype="bf16"),
+    "rep bf16": case(mesh=dict(rep=2), dtype="bf16"),
+    "tp": case(DENSE, mesh=dict(tp=2), kv_heads=2),
+    "tp bf16, window, sinks": case(DENSE, mesh=dict(tp=2), dtype="bf16", window=32),
+    "tp, shared bf16": case(replace(MOE, shared_hidden=48), mesh=dict(tp=2), dtype="bf16"),
+    "tp, etp": case(mesh=dict(tp=2, etp=2)),
+    "tp, etp bf16": case(mesh=dict(tp=2, etp=2), dtype="bf16", bias=True),
+    "ep": case(TURNS, mesh=dict(fsdp=2, ep=2)),
+    "ep bf16": case(replace(TURNS, shared_hidden=48), mesh=dict(fsdp=2, ep=2), dtype="bf16"),
+    "ep, jitter": case(replace(TURNS, jitter=0.1), mesh=dict(fsdp=2, ep=2), dtype="fp64"),
+    "tp, ep": case(TURNS, mesh=dict(tp=2, ep=2)),
+}  # fmt: skip
+
+
+@functools.cache
+def measured():
+    """Per case: (bytes saved on rank 0, bytes of the largest pair of messages)."""
+
+    def body(rank):
+        result, messages, rows = {}, [], TorchTransport.rows
+
+        def metered(self, sent, rows_PP):
+            received = rows(self, sent, rows_PP)
+            messages.append(sent.nbytes + received.nbytes)
+            return received
+
+        TorchTransport.rows = metered
+        for name, config in MESHES.items():
+            messages[:] = [0]
+            mesh = Mesh(config.mesh)
+            _, saved = forward(config, build(config, mesh), mesh)
+            result[name] = saved, max(messages)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(2, body, folder)[0]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_activations_and_messages_on_two_ranks(name):
+    held, (saved, message) = memory(MESHES[name], "cpu"), measured()[name]
+    assert near(held.activations + held.cast, saved)
+    assert near(held.exchange, message) if message else held.exchange == 0
