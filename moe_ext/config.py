@@ -14,6 +14,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -165,8 +166,9 @@ class TrainConfig:
     steps: int = 1000                   # optimizer steps
     micro_batch: int = 8                # sequences per forward on one rank
     accumulation: int = 1               # forwards per optimizer step
-    batch_ramp: str = ""                # "16,16,1000": sequences per step at first, their increment, samples until the
-                                        # whole batch (accumulation * micro_batch * ranks) is reached; "": no ramp
+    batch_ramp: str = ""                # "16,16,1000": sequences per step at first, their increment, and over how many
+                                        # sequences the step grows to a whole one (accumulation * micro_batch *
+                                        # mesh.dp); schedules and intervals count steps all the same; "": no ramp
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"     # activations (16 bits: autocast, fp32 parameters)
     loss_scale: float = 65536.0         # fp16: the loss times this at first; halved by an overflow
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if the ops run there
@@ -188,6 +190,9 @@ class TrainConfig:
         for name in ("eval_every", "save_every", "keep_last", "sample_tokens", "profile_steps"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it cannot be negative")
         require(self.timeout > 0, f"train.timeout is {self.timeout}; it must be positive")
+        require(not self.batch_ramp or re.fullmatch(r"([1-9]\d*,){2}[1-9]\d*", self.batch_ramp) is not None,
+                f"train.batch_ramp is {self.batch_ramp!r}; it must be three positive numbers as in 16,16,1000: "
+                "sequences per step at first, their increment, sequences until the whole batch is reached")
         require(self.loss_scale >= 1 and math.frexp(self.loss_scale)[0] == 0.5, f"train.loss_scale is "
                 f"{self.loss_scale}; it must be a power of two from 1 on")
         require(not self.memory_snapshot or self.profile_steps > 0, "train.memory_snapshot records the profiled "
@@ -285,10 +290,12 @@ class LogConfig:
     trace_exchange: bool = False        # print and check every step of the token exchange (moe_ext.parallel.trace)
     tensorboard: bool = True            # write FOLDER/NAME/tb
     wandb: str = ""                     # project of Weights & Biases to which the numbers go too; "": none
-    peak_tflops: float = 0.0            # of the device, for "mfu"; 0: not printed
+    timers: bool = False                # time the parts of the steps that have a line, on every rank
+    peak_tflops: float = 0.0            # of one device, for "mfu"; 0: that of the table in moe_ext.plan, if it is there
 
     def __post_init__(self):
         require(self.every > 0, f"log.every is {self.every}; it must be positive")
+        require(self.peak_tflops >= 0, f"log.peak_tflops is {self.peak_tflops}; it cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -323,6 +330,16 @@ class Config:
         require(not moe.balanced or mesh.world == 1 or share % moe.experts == 0, f"model.moe.balanced deals a rank's "
                 f"copies out from the first expert on, but the {share} of a sequence (model.seq_len / mesh.tp * "
                 f"model.moe.top_k) are no multiple of model.moe.experts {moe.experts}: another mesh would route others")
+        if self.train.batch_ramp:
+            start, increment, _ = self.ramp
+            whole, at_once = self.sequences_per_step, self.train.micro_batch * mesh.dp
+            for name, size in (("start", start), ("increment", increment)):
+                require(size % at_once == 0, f"train.batch_ramp {self.train.batch_ramp}: its {name} {size} is no "
+                        f"multiple of the {at_once} sequences that all ranks see at a time (train.micro_batch * "
+                        f"mesh.dp): the nearest is {max(1, round(size / at_once)) * at_once}")
+            require(start < whole and (whole - start) % increment == 0, f"train.batch_ramp {self.train.batch_ramp}: "
+                    f"increments of {increment} do not lead from {start} to the {whole} sequences of a whole step "
+                    "(train.accumulation * train.micro_batch * mesh.dp): change one of them")
         for axis, widths in shares.items():
             size = getattr(mesh, axis)
             for name, width in widths.items():
@@ -336,11 +353,34 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
+        """Of a whole step, as after train.batch_ramp."""
         return self.sequences_per_step * self.model.seq_len
 
     @property
     def sequences_per_step(self) -> int:
+        """Of a whole step, as after train.batch_ramp."""
         return self.train.accumulation * self.train.micro_batch * self.mesh.dp
+
+    @property
+    def ramp(self) -> tuple[int, int, int]:
+        """(sequences per step at first, their increment, sequences until the whole batch) of a train.batch_ramp."""
+        return tuple(int(number) for number in self.train.batch_ramp.split(","))
+
+    def sequences_after(self, consumed: int) -> int:
+        """Sequences of the step that comes after so many: Megatron's rule for --rampup-batch-size."""
+        whole = self.sequences_per_step
+        if not self.train.batch_ramp or consumed >= self.ramp[2]:
+            return whole
+        start, increment, samples = self.ramp
+        return start + consumed * ((whole - start) // increment) // samples * increment
+
+    @property
+    def tokens_in_all(self) -> int:
+        """Tokens of the whole run."""
+        consumed, steps = 0, self.train.steps
+        while steps and self.sequences_after(consumed) < self.sequences_per_step:
+            consumed, steps = consumed + self.sequences_after(consumed), steps - 1
+        return (consumed + steps * self.sequences_per_step) * self.model.seq_len
 
 
 def build(cls, table: dict, prefix: str = ""):

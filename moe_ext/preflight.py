@@ -31,6 +31,8 @@ def preflight(config: Config, rank: int = 0, ranks: int = 1) -> tuple[IndexedDat
         Loader(dataset, seq_len=config.model.seq_len, batch_size=1)     # long enough
         check_tokens(dataset, config.model.vocab_size, rank, ranks)
     if rank == 0:
+        if config.log.wandb:
+            check_wandb()
         if config.data.tokenizer:
             check_text(config)
         check_folder(config)
@@ -61,6 +63,17 @@ def check_text(config: Config) -> None:
         except ValueError as error:
             raise ConfigError(f"the sample at the end of the run: {error}; see --train.sample-prompt and "
                               "--train.sample-tokens (0: no sample)") from None
+
+
+def check_wandb() -> None:
+    """ConfigError unless the package is there; a folder of that name, as it leaves behind, is not."""
+    try:
+        import wandb
+        found = hasattr(wandb, "init")
+    except ImportError:
+        found = False
+    require(found, "log.wandb sends the numbers to Weights & Biases, which needs its package: pip install wandb, or "
+            "leave log.wandb empty")
 
 
 def check_folder(config: Config) -> None:
