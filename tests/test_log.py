@@ -393,7 +393,7 @@ def drawn(monkeypatch):
 
 
 def test_the_plot_shows_losses_entropy_and_load(tmp_path, clock, drawn):
-    out = plot(run_folder(tmp_path / "run", clock), out=tmp_path / "deep" / "out.png")
+    out = plot(run_folder(tmp_path / "run", clock), tmp_path / "deep" / "out.png")
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 20_000
     loss, lines, heat = drawn[0].axes[:3]
     curves = {line.get_label().split(" (")[0]: line for line in loss.get_lines()}
@@ -420,7 +420,7 @@ def test_a_comparison_draws_each_run_over_each_axis_and_its_load(tmp_path, clock
             run_folder(tmp_path / "moe" / "run", clock, seconds=1.8, slope=6.0),
             run_folder(tmp_path / "coarse" / "run", clock, experts=2, seconds=3.6)]
     monkeypatch.chdir(tmp_path)
-    assert plot(*runs) == Path("comparison.png") and Path("comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert plot(runs) == Path("comparison.png") and Path("comparison.png").read_bytes().startswith(b"\x89PNG")
     step, tokens, hours, moe, coarse, bar = drawn[0].axes
     labels = [text.get_text() for text in step.get_legend().get_texts()]
     assert labels == ["dense/run (2.200)", "moe/run (2.150)", "coarse/run (2.200)"]
@@ -434,7 +434,7 @@ def test_a_comparison_draws_each_run_over_each_axis_and_its_load(tmp_path, clock
     assert [load.get_array().shape for load in loads] == [(2, 4), (2, 2)] and "moe/run" in moe.get_title()
     assert loads[0].norm.vmax == loads[1].norm.vmax == pytest.approx(4 * 355 / 385)         # one scale
     assert bar.get_ylabel() == "tokens / layer's mean"
-    assert plot(*runs[:2], out=tmp_path / "time.png", by="time") == tmp_path / "time.png"
+    assert plot(runs[:2], tmp_path / "time.png", "time") == tmp_path / "time.png"
     assert [panel.get_xlabel() for panel in drawn[1].axes[:2]] == ["running time (hours)", "expert"]
 
 
@@ -448,7 +448,7 @@ def test_files_of_earlier_versions_plot_by_step(tmp_path, clock, drawn):
     plot(old)
     with pytest.raises(ValueError, match=r"old/metrics.jsonl has lines without 'tokens'.* plot it --by step"):
         plot(old, by="tokens")
-    plot(new, old, out=tmp_path / "both.png")
+    plot([new, old], tmp_path / "both.png")
     assert [len(panel.get_lines()) for panel in drawn[1].axes[:3]] == [4, 2, 2]
     assert drawn[1].axes[1].get_title() == "not known of old"
 

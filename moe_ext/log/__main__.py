@@ -19,7 +19,7 @@ def main() -> None:
             out: image to write; if not given RUN/plot.png, of several runs comparison.png here
             by: what the losses stand over; if not given the step, of several runs each of the three
         """
-        print(plot(*runs, out=out, by=by))
+        print(plot(runs, out, by))
 
     tyro.extras.subcommand_cli_from_dict({"plot": command}, prog="python -m moe_ext.log")
 

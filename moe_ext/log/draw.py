@@ -37,8 +37,8 @@ class Run(NamedTuple):
         return [record[name] / unit for record in records]
 
 
-def plot(*folders: str | Path, out: str | Path | None = None, by: str | None = None) -> Path:
-    """Draw the losses over `by` ("step", "tokens", "time") and expert load of run folders to `out`.
+def plot(runs: str | Path | list[Path], out: str | Path | None = None, by: str | None = None) -> Path:
+    """Draw the losses over `by` ("step", "tokens", "time") and expert load of a run folder or several to `out`.
 
     One: over the step, to RUN/plot.png. Several: over each of the three, to comparison.png here. Errors: RuntimeError
     without matplotlib; FileNotFoundError; ValueError for a file that says nothing, or nothing about `by`.
@@ -47,7 +47,8 @@ def plot(*folders: str | Path, out: str | Path | None = None, by: str | None = N
         from matplotlib.figure import Figure
     except ImportError:
         raise RuntimeError("the plot needs matplotlib: pip install matplotlib") from None
-    runs = [read_run(Path(folder), name) for folder, name in zip(folders, names(folders), strict=True)]
+    folders = list(map(Path, runs)) if isinstance(runs, list) else [Path(runs)]
+    runs = [read_run(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     for run in runs:
         if by and not run.has(by):
             raise ValueError(f"{run.folder}/metrics.jsonl has lines without {AXES[by][0]!r}, as earlier versions wrote "
@@ -63,9 +64,9 @@ def plot(*folders: str | Path, out: str | Path | None = None, by: str | None = N
     return out
 
 
-def names(folders) -> list[str]:
+def names(folders: list[Path]) -> list[str]:
     """The last parts of the paths, as many as tell them apart."""
-    paths = [Path(folder).resolve().parts for folder in folders]
+    paths = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         short = [os.path.join(*path[-length:]) for path in paths]
         if len(set(short)) == len(set(paths)):
