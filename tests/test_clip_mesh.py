@@ -178,7 +178,7 @@ def test_any_mesh_measures_as_one_process(mesh, tmp_path, monkeypatch):
     assert norm == pytest.approx(math.sqrt(sum(t.square().sum() for t in tensors(0).values())), rel=1e-15)
     for right, counted_twice in ranks:
         assert right == (zeros, pytest.approx(norm, rel=1e-15)) and right == ranks[0][0]
-        assert mesh == (1, 1, 1) or counted_twice[0] > zeros and counted_twice[1] > norm
+        assert mesh == (1, 1, 1) or (counted_twice[0] > zeros and counted_twice[1] > norm)
 
 
 @pytest.mark.parametrize("world, wanted", [(1, []), (2, [(torch.float64, len(LAYOUT) - 1)])])

@@ -28,7 +28,7 @@ from moe_ext.optim import learning_rate
 ITERATION = re.compile(
     r" \[(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] iteration +(?P<step>\d+)/ +(?P<steps>\d+) \| consumed samples: "
     r"+(?P<samples>\d+) \| elapsed time per iteration \(ms\): (?P<ms>\d+\.\d) \| throughput per GPU \(TFLOP/s/GPU\): "
-    r"(?P<tflops>\d+\.\d) \| learning rate: (?P<lr>\d\.\d{6}E-\d\d) \| global batch size: +(?P<sequences>\d+) \|"
+    r"(?P<tflops>\d+\.\d) \| learning rate: (?P<lr>\d\.\d{6}E[+-]\d\d) \| global batch size: +(?P<sequences>\d+) \|"
     r"( lm loss: (?P<mean_loss>\d\.\d{6}E[+-]\d\d) \|)?( load_balancing_loss: (?P<balance>\d\.\d{6}E[+-]\d\d) \|)? "
     r"loss scale: (?P<loss_scale>\d+\.\d) \|"
     r"( grad norm: (?P<grad_norm>\d+\.\d{3}) \| num zeros: (?P<zeros>\d+\.\d) \|)?"

@@ -235,8 +235,8 @@ def test_a_batch_ramp_begins_small_and_resumes_bit_for_bit(data, tmp_path):
     assert [r["samples"] for r in steps] == [4, 8, 12, 16, 24, 32, 44, 56, 72]
     assert steps[-1]["tokens"] == 72 * 32 == load(straight / "config.toml").tokens_in_all
     assert [sum(r["counts_LE"][0]) for r in steps] == [r["sequences"] * 32 * 2 for r in steps]
-    small = [r for r in records(run(data, tmp_path / "small", **ramp | dict(train__batch_ramp="", train__accumulation=1)))
-             if "loss" in r]
+    folder = run(data, tmp_path / "small", **ramp | dict(train__batch_ramp="", train__accumulation=1))
+    small = [r for r in records(folder) if "loss" in r]
     assert [r["loss"] for r in small][:4] == [r["loss"] for r in steps][:4]        # means over the tokens of their step
     assert small[4]["loss"] != steps[4]["loss"]
     shutil.copytree(straight / "ckpt" / "step-000005", tmp_path / "debug" / "ckpt" / "step-000005")
