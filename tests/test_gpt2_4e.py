@@ -72,7 +72,7 @@ def test_the_recipe_is_that_run():
     config = load(RECIPE)
     model = GPT(config.model, device="meta")
     assert model.num_parameters() == (407_127_600, 237_092_400)
-    assert Share.of(config, model).whole == 237_092_400
+    assert Share.of(config).whole == 237_092_400
     said = describe(config, model)
     for line in ("Rank 0: Managing experts 0 to 1", "Rank 1: Managing experts 2 to 3",
                  "407,127,600 in all, 237,092,400 active per token, 237,092,400 local",

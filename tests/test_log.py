@@ -330,9 +330,18 @@ def test_memory_of_this_process():
     assert 50 < after.allocated - before.allocated < 80 and after.max_allocated >= after.allocated and x[0] == 1
 
 
-def test_mfu_needs_a_peak():
+@pytest.mark.parametrize("device, dtype, tflops", [
+    ("NVIDIA A100-SXM4-80GB", "bf16", 312), ("NVIDIA A100-PCIE-40GB", "fp32", 19.5),
+    ("NVIDIA H100 80GB HBM3", "fp16", 989), ("NVIDIA H100 PCIe", "bf16", 756), ("NVIDIA H200", "bf16", 989),
+    ("NVIDIA GeForce RTX 4090", "bf16", 165),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", 0), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", 0),
+    ("NVIDIA GB200", "bf16", 0), ("Some other card", "fp32", 0)])
+def test_the_peak_of_a_device(device, dtype, tflops, monkeypatch):
     config = config_of(Path("runs/x"))
-    assert peak_flops(config, torch.device("cpu")) == 0
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
+    assert peak_flops(config, torch.device("cuda")) == tflops * 1e12
+    assert peak_flops(config, torch.device("cpu")) == 0                     # no "mfu" on a CPU
     assert peak_flops(config_of(Path("runs/x"), peak_tflops=2.5), torch.device("cpu")) == 2.5e12
 
 

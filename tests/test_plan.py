@@ -20,7 +20,7 @@ from moe_ext.model import GPT, precision
 from moe_ext.optim import adamw
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import backward, build
-from moe_ext.plan import Share, describe, memory, rows_per_token, traffic
+from moe_ext.plan import describe, memory, rows_per_token, traffic
 
 # Taking turns, top-1 and one expert per rank send as many rows as uniform routing is expected to. 51 does not divide.
 MOE = MoEConfig(experts=4, top_k=1, hidden=16, balanced=True, noise=True, shared_hidden=8)
@@ -140,7 +140,7 @@ def test_traffic(name):
     config = CASES[name]
     sent, groups, _ = measured(config.mesh.world)[name]
     want = collections.Counter()  # axes with the same ranks together
-    for axis, size in traffic(config, planned(config)).items():
+    for axis, size in traffic(config).items():
         want[groups[axis]] += size
     if config.model.moe.experts and not config.model.moe.balanced:
         assert sent.keys() == {ranks for ranks in want if want[ranks]}
@@ -154,7 +154,7 @@ def test_state(name):
     """Parameters, gradients and moments of the rank that holds the most, to the byte."""
     config = CASES[name]
     _, _, state = measured(config.mesh.world)[name]
-    assert max(state) == state[0] == memory(config, Share.of(config, planned(config)).parameters)[0]
+    assert max(state) == state[0] == memory(config).state
 
 
 @pytest.mark.c_core

@@ -1,4 +1,6 @@
 """What a step took: time and tokens per second, its parts on every rank, memory."""
+import itertools
+import re
 import resource
 import time
 from contextlib import contextmanager
@@ -7,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 from moe_ext.config import Config
+from moe_ext.model import half_dtype
+from moe_ext.plan.roofline import DEVICES, Device
 
 
 class Mark(NamedTuple):
@@ -115,5 +119,20 @@ class Memory(NamedTuple):
         return cls(here, most, here, most)
 
 
+OTHERS = {"laptop", "mig", "nvl", "d"}      # words in the names of devices that are less than their namesake
+
+
 def peak_flops(config: Config, device: torch.device) -> float:
-    return config.log.peak_tflops * 1e12
+    """FLOPs per second of a device in train.dtype: log.peak_tflops, or what plan.roofline has of it; 0: not known."""
+    if config.log.peak_tflops or device.type != "cuda":
+        return config.log.peak_tflops * 1e12
+    known = find_device(torch.cuda.get_device_name(device))
+    return 1e12 * (0 if known is None else known.tflops if half_dtype(config) else known.tflops_fp32)
+
+
+def find_device(name: str) -> Device | None:
+    """By the name that CUDA gives it, as "NVIDIA A100-SXM4-40GB"; the entry that says most about it."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    said = {*words, *map("".join, itertools.pairwise(words))}
+    fits = [d for d in DEVICES.values() if said.issuperset(d.name.split("-"))]
+    return None if said & OTHERS else max(fits, key=lambda d: len(d.name), default=None)

@@ -1,0 +1,135 @@
+"""How long a step takes on a named device: a bound from below, and what this program is likely to need.
+
+The bound takes each of four things at its peak and the others as free: the matrix products of a rank (attention over
+the keys that are seen, recomputation included), its memory traffic, and what it sends over the links of a host and over
+the network between hosts. What is likely adds the first two up at the shares of the peak that were measured (SHARES),
+and of the traffic what has nothing to hide behind.
+
+Ranks are numbered as in moe_ext.parallel.mesh, tp and etp fastest, so neighbours share a host. A ring of n ranks that
+leaves its host takes the network of all its devices; an exchange sends each pair of ranks the same.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moe_ext.config import Config, ModelConfig, require
+from moe_ext.plan.memory import activations
+from moe_ext.plan.shares import Share, kinds, widths
+from moe_ext.plan.traffic import traffic
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of a data sheet, products of matrices without sparsity."""
+    name: str
+    tflops: float       # of bf16 and fp16 with fp32 sums
+    tflops_fp32: float
+    memory: float       # GB
+    bandwidth: float    # of memory, GB/s
+    link: float         # to the other devices of a host, GB/s each way
+    network: float      # to other hosts, GB/s each way: one adapter of 200, 400 or 100 Gb/s a device, as in the maker's
+                        # own servers
+
+
+# NVIDIA's data sheets: A100 (DS-10031, 2021), H100 (2287922, 2023), H200 (3567064, 2024), B200 in HGX B200 (2025), L40S
+# (2023), RTX 4090 in the Ada whitepaper (2.01, 2022); NVLink, or PCIe of 4.0 x16 (L40S, RTX 4090) and 5.0 x16.
+DEVICES = {d.name: d for d in (
+    Device("a100", 312, 19.5, 80, 2039, 300, 25),
+    Device("a100-40gb", 312, 19.5, 40, 1555, 300, 25),
+    Device("h100", 989, 67, 80, 3350, 450, 50),
+    Device("h100-pcie", 756, 51, 80, 2000, 64, 50),
+    Device("h200", 989, 67, 141, 4800, 450, 50),
+    Device("b200", 2250, 75, 180, 7700, 900, 50),
+    Device("l40s", 362, 91.6, 48, 864, 32, 12.5),
+    Device("rtx4090", 165, 82.6, 24, 1008, 32, 12.5),
+)}
+RESERVE = 0.1       # of a device's memory: the CUDA context, libraries, workspaces and what the allocator cannot use
+
+
+class Shares(NamedTuple):
+    """Of the peaks, what this program reaches: in one run on an H200, 1.3 B parameters in 12 layers of width 1024, 8
+    experts top-2, bf16, 2 x 16 sequences of 2048. Elsewhere it is a guess."""
+    compute: float = 0.27   # 634 ms in matrix products and attention, which at the peak take 171
+    memory: float = 0.35    # 148 ms in AdamW, norms, casts and sums, for whose bytes, as counted here, 54 would do
+    wires: float = 0.7      # not measured: what collectives usually reach of a link
+
+
+class Estimate(NamedTuple):
+    """Seconds of a step."""
+    compute: float      # these four at their peak
+    memory: float
+    links: float        # inside hosts
+    network: float      # between them
+    likely: float
+
+    @property
+    def at_least(self) -> float:
+        return max(self[:4])
+
+    @property
+    def bound(self) -> str:
+        """What the bound is bound by."""
+        return ("compute", "memory", "links", "network")[self[:4].index(self.at_least)]
+
+
+def keys_seen(model: ModelConfig, causal: bool = True) -> float:
+    """The keys that a token's attention reads, summed over layers, on average over the tokens of a sequence."""
+    S, w = model.seq_len, min(model.window or model.seq_len, model.seq_len)
+    if not causal:
+        return float(model.layers * S)
+    full = model.layers // model.window_full_every if model.window_full_every else 0
+    return full * (S + 1) / 2 + (model.layers - full) * (w * (w + 1) / 2 + (S - w) * w) / S
+
+
+def forward_flops(model: ModelConfig, causal: bool = True) -> tuple[float, float]:
+    """Of the matrix products of one token: (in the blocks, in the head)."""
+    weights = 0
+    for name, shape, count in kinds(model):
+        if name.startswith("layers.") and name.endswith(("weight", "E2FD", "EDF")) and len(shape) > 1:
+            active = model.moe.top_k / model.moe.experts if ".experts." in name else 1
+            weights += count * math.prod(shape) * active
+    attention = 4 * model.heads * model.head_width * keys_seen(model, causal)
+    return 2 * weights + attention, 2 * model.vocab_size * model.dim
+
+
+def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares = Shares()) -> Estimate:
+    """Of a step. Errors: ConfigError for fp64, which has no CUDA kernels."""
+    t, mesh = config.train, config.mesh
+    require(t.dtype != "fp64", "train.dtype is fp64, which has no CUDA kernels: plan with bf16, fp16 or fp32")
+    real, half = widths(config)
+    blocks, head = forward_flops(config.model)
+    flops = config.tokens_per_step / mesh.world * ((3 + t.recompute) * blocks + 3 * head)
+    compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
+    share, saved = Share.of(config), activations(config)
+    state = 7 * real * share.parameters + t.accumulation * share.whole * (2 * half + real)
+    memory = (state + t.accumulation * 2 * saved) / device.bandwidth / 1e9
+
+    strides = {"rep": mesh.fsdp * mesh.tp, "fsdp": mesh.tp, "tp": 1, "efsdp": mesh.ep * mesh.etp, "ep": mesh.etp,
+               "etp": 1, "dp": mesh.tp, "world": 1}
+    links = network = hidden = waited = 0.0
+    for axis, sent in traffic(config).items():
+        on_link, on_network = wires(sent, getattr(mesh, axis), strides[axis], per_host, exchange=axis == "ep")
+        on_link, on_network = on_link / device.link / 1e9, on_network / device.network / 1e9
+        links, network = links + on_link, network + on_network
+        if axis in ("rep", "fsdp", "efsdp"):
+            hidden += max(on_link, on_network)
+        else:
+            waited += max(on_link, on_network)
+    # each value saved is written and read by the forward, and so is its gradient by the backward
+    computing = compute / shares.compute + (state + t.accumulation * 4 * saved) / device.bandwidth / 1e9 / shares.memory
+    return Estimate(compute, memory, links, network,
+                    computing + waited / shares.wires + max(0.0, hidden / shares.wires - computing))
+
+
+def wires(sent: float, ranks: int, stride: int, per_host: int, exchange: bool = False) -> tuple[float, float]:
+    """Of the bytes that a rank sends in a group of so many ranks, each `stride` after the last: (those over its link,
+    those over its own network adapter)."""
+    if ranks * stride <= per_host or ranks == 1:
+        return sent, 0.0
+    here = max(1, per_host // stride)       # of the group, on one host
+    if exchange:
+        away = sent * (ranks - here) / (ranks - 1)
+        return sent - away, away
+    return (sent if here > 1 else 0.0), sent * min(stride, per_host) / per_host

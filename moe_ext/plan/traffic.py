@@ -1,0 +1,65 @@
+"""Bytes that a rank sends over each axis of its mesh."""
+from __future__ import annotations
+
+from moe_ext.config import Config
+from moe_ext.plan.shares import boxes, message, moe_layers, rows_per_token, widths
+
+
+def traffic(config: Config) -> dict[str, int]:
+    """Bytes that one rank sends over each axis per optimizer step, in its forwards, backwards and sum_replicated.
+
+    Of n ranks each sends (n-1) * b in an all-gather of pieces of b bytes, or a reduce-scatter into them, and
+    2 (n-1)/n * b in an all-reduce of b bytes, as in a ring. Tokens choose experts uniformly and none is dropped. "dp"
+    and "world" carry the statistics of the scope micro_batch. Not counted: the step's sums of loss, counts and norm.
+    """
+    c, m, t, mesh = config.model, config.model.moe, config.train, config.mesh
+    real, half = widths(config)
+    ranks = {axis: getattr(mesh, axis) for axis in ("rep", "fsdp", "efsdp", "tp", "ep", "etp", "dp", "world")}
+    sent = dict.fromkeys(ranks, 0)
+
+    def pieces(axis, size, times):          # all-gather, reduce-scatter
+        sent[axis] += times * (ranks[axis] - 1) * size
+
+    def total(axis, size, times):           # all-reduce
+        sent[axis] += times * 2 * (ranks[axis] - 1) * size // ranks[axis]
+
+    micro = t.accumulation
+    for box in boxes(config):
+        size = box.count * box.stored
+        gathers = 2 if box.block else 1             # for forward and backward; the root keeps what no block has
+        pieces(box.fsdp, size * (half if box.fsdp == "efsdp" else real), micro * gathers)
+        pieces(box.fsdp, size * real, micro)                                        # gradients
+        total("rep", size * real, 1)
+        if box.partial:
+            total(box.partial, size * real, 1)
+
+    # Recomputation repeats a block's forward up to the last tensor that the backward reads: without its last
+    # reduce-scatter, and without combine unless the shared expert comes after it.
+    B, T, again = t.micro_batch, t.micro_batch * c.seq_len // mesh.tp, int(t.recompute)
+    x, sparse = T * c.dim * half, moe_layers(c)
+    pieces("tp", T * c.dim * real, 2 * micro)                                       # embedding
+    pieces("tp", x, micro * c.layers * (4 + 2 * again))                             # attention: in and out, twice
+    pieces("tp", x, micro * (c.layers - sparse) * (4 + again))                  # dense MLP
+    pieces("tp", 2 * x + 2 * T * mesh.tp * real, micro)                             # head; every token's loss, logit
+    if m.experts:
+        backwards, forwards = micro * sparse, micro * sparse * (1 + again)
+        combines = forwards if m.shared_hidden else backwards
+        ids, weights, values = 4 * m.top_k, real * m.top_k, c.dim * half
+        if m.shared_hidden:
+            pieces("tp", x, backwards * (4 + again))
+        pieces("etp", x + T * (ids + weights), forwards)                            # dispatch
+        pieces("etp", x, combines + backwards)                                      # combine and its backward
+        pieces("etp", x + T * weights, backwards)                                   # backward of dispatch
+        rows = T * mesh.etp * rows_per_token(m.experts, m.top_k, mesh.ep) * (mesh.ep - 1) / mesh.ep     # to other ranks
+        sent["ep"] += round(rows * (message(values, ids, weights) * forwards + values * (combines + backwards)
+                                    + message(values, weights) * backwards))
+        pieces("ep", mesh.ep * 2 * 4, forwards)                                     # counts of rows and copies, int32
+
+        whole = m.scope == "micro_batch"
+        if m.balance_weight:                                                        # scores and counts, int32
+            total("world" if whole else "tp", (1 if whole else B) * m.experts * (real + 4), forwards)
+        if m.capacity_factor:                                                       # ids, and scores where they decide
+            scores = real * m.top_k if m.drop_by == "probability" else 0
+            pieces("tp", T * (ids + scores), forwards)
+            pieces("dp", T * mesh.tp * (ids + scores), forwards if whole else 0)
+    return sent
