@@ -430,11 +430,11 @@ def test_a_comparison_draws_each_run_over_each_axis_and_its_load(tmp_path, clock
             run_folder(tmp_path / "coarse" / "run", clock, experts=2, seconds=3.6)]
     monkeypatch.chdir(tmp_path)
     assert plot(runs) == Path("comparison.png") and Path("comparison.png").read_bytes().startswith(b"\x89PNG")
-    step, tokens, hours, moe, coarse, bar = drawn[0].axes
+    step, tokens, minutes, moe, coarse, bar = drawn[0].axes
     labels = [text.get_text() for text in step.get_legend().get_texts()]
     assert labels == ["dense/run (2.200)", "moe/run (2.150)", "coarse/run (2.200)"]
-    for panel, places, name in ((step, [20, 40], "step"), (tokens, [2e-4, 4e-4], "tokens (millions)"),
-                                (hours, [0.01, 0.02], "running time (hours)")):
+    for panel, places, name in ((step, [20, 40], "step"), (tokens, [200, 400], "tokens"),
+                                (minutes, [0.6, 1.2], "running time (minutes)")):
         heldout = {line.get_label(): line for line in panel.get_lines() if line.get_marker() == "o"}
         assert list(heldout) == labels and panel.get_xlabel() == name and len(panel.get_lines()) == 6
         assert list(heldout["moe/run (2.150)"].get_xdata()) == pytest.approx(places)
@@ -444,7 +444,7 @@ def test_a_comparison_draws_each_run_over_each_axis_and_its_load(tmp_path, clock
     assert loads[0].norm.vmax == loads[1].norm.vmax == pytest.approx(4 * 355 / 385)         # one scale
     assert bar.get_ylabel() == "tokens / layer's mean"
     assert plot(runs[:2], tmp_path / "time.png", "time") == tmp_path / "time.png"
-    assert [panel.get_xlabel() for panel in drawn[1].axes[:2]] == ["running time (hours)", "expert"]
+    assert [panel.get_xlabel() for panel in drawn[1].axes[:2]] == ["running time (minutes)", "expert"]
 
 
 def test_files_of_earlier_versions_plot_by_step(tmp_path, clock, drawn):

@@ -8,10 +8,11 @@ import torch
 
 from moe_ext.log.files import read_metrics
 
-AXES = {    # --by: the field of a record, its unit, what stands below the axis
-    "step": ("step", 1.0, "step"),
-    "tokens": ("tokens", 1e6, "tokens (millions)"),
-    "time": ("seconds", 3600.0, "running time (hours)"),
+FIELDS = {"step": "step", "tokens": "tokens", "time": "seconds"}     # --by: the field of a record
+UNITS = {   # by what it is divided, and what stands below the axis; the largest unit of which there is one
+    "step": [(1, "step")],
+    "tokens": [(1e9, "tokens (billions)"), (1e6, "tokens (millions)"), (1, "tokens")],
+    "time": [(3600, "running time (hours)"), (60, "running time (minutes)"), (1, "running time (seconds)")],
 }
 COLOURS = "#08519c", "#d94801", "#238b45", "#6a51a3", "#a50f15", "#636363", "#b8860b", "#008b8b"
 
@@ -30,11 +31,22 @@ class Run(NamedTuple):
 
     def has(self, by: str) -> bool:
         """Whether all lines can stand there; those of earlier versions know only their step."""
-        return all(AXES[by][0] in record for record in self.train + self.valid)
+        return all(FIELDS[by] in record for record in self.train + self.valid)
 
-    def places(self, records: list[dict], by: str) -> list[float]:
-        name, unit, _ = AXES[by]
-        return [record[name] / unit for record in records]
+
+class Axis(NamedTuple):
+    """Where records stand from left to right."""
+    by: str
+    unit: float
+    label: str
+
+    @classmethod
+    def of(cls, by: str, runs: list[Run]) -> "Axis":
+        most = max((run.train[-1][FIELDS[by]] for run in runs if run.has(by)), default=0)
+        return cls(by, *next((unit for unit in UNITS[by] if most >= unit[0]), UNITS[by][-1]))
+
+    def places(self, records: list[dict]) -> list[float]:
+        return [record[FIELDS[self.by]] / self.unit for record in records]
 
 
 def plot(runs: str | Path | list[Path], out: str | Path | None = None, by: str | None = None) -> Path:
@@ -51,13 +63,13 @@ def plot(runs: str | Path | list[Path], out: str | Path | None = None, by: str |
     runs = [read_run(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     for run in runs:
         if by and not run.has(by):
-            raise ValueError(f"{run.folder}/metrics.jsonl has lines without {AXES[by][0]!r}, as earlier versions wrote "
+            raise ValueError(f"{run.folder}/metrics.jsonl has lines without {FIELDS[by]!r}, as earlier versions wrote "
                              "them: plot it --by step")
     if len(runs) == 1:
         figure = draw_run(Figure, runs[0], by or "step")
         out = Path(out or runs[0].folder / "plot.png")
     else:
-        figure = draw_comparison(Figure, runs, [by] if by else list(AXES))
+        figure = draw_comparison(Figure, runs, [by] if by else list(FIELDS))
         out = Path(out or "comparison.png")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
@@ -89,27 +101,28 @@ def draw_run(Figure, run: Run, by: str):
     axes = figure.subplot_mosaic([["loss", "loss"], ["lines", "heat"]] if routed else [["loss"]])
     for panel in axes.values():
         panel.xaxis.get_major_locator().set_params(integer=by == "step" or panel is axes.get("heat"))
-    draw_loss(axes["loss"], run, by)
+    axis = Axis.of(by, [run])
+    draw_loss(axes["loss"], run, axis)
     if routed:
-        draw_load_lines(axes["lines"], run, by)
+        draw_load_lines(axes["lines"], run, axis)
         image = draw_load_map(axes["heat"], routed)
         figure.colorbar(image, ax=axes["heat"], label="tokens / layer's mean")
     return figure
 
 
-def draw_loss(axes, run: Run, by: str) -> None:
-    places, losses = run.places(run.train, by), column(run.train, "loss")
+def draw_loss(axes, run: Run, axis: Axis) -> None:
+    places, losses = axis.places(run.train), column(run.train, "loss")
     axes.plot(places, losses, color="#9ecae1", linewidth=1, label="train")
     if len(places) >= 20:
         axes.plot(places, centred_mean(losses, len(places) // 40 + 1), color="#08519c", linewidth=1.6,
                   label="train, centred mean")
     if run.valid:
         heldout, entropy = column(run.valid, "valid_loss"), run.valid[-1]["unigram_entropy"]
-        axes.plot(run.places(run.valid, by), heldout, color="#d94801", marker="o", markersize=4,
+        axes.plot(axis.places(run.valid), heldout, color="#d94801", marker="o", markersize=4,
                   linewidth=1.2, label=f"held out (last {heldout[-1]:.2f})")
         axes.axhline(entropy, color="#636363", linestyle="--", linewidth=1,
                      label=f"unigram entropy of held-out tokens ({entropy:.2f})")
-    axes.set(xlabel=AXES[by][2], ylabel="loss (nats per token)", title="Loss")
+    axes.set(xlabel=axis.label, ylabel="loss (nats per token)", title="Loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
@@ -127,17 +140,17 @@ def centred_mean(values: list[float], reach: int) -> list[float]:
     return means
 
 
-def draw_load_lines(axes, run: Run, by: str) -> None:
+def draw_load_lines(axes, run: Run, axis: Axis) -> None:
     """Per layer: the fullest expert's tokens over the layer's mean."""
     from matplotlib import colormaps
     loads_SL = [[max(row) * len(row) / max(sum(row), 1) for row in record["counts_LE"]] for record in run.routed]
     layers = len(loads_SL[0])
     for layer, loads in enumerate(zip(*loads_SL, strict=True)):
         colour = colormaps["viridis"](0.9 * layer / max(1, layers - 1))
-        axes.plot(run.places(run.routed, by), loads, color=colour, linewidth=1.2,
+        axes.plot(axis.places(run.routed), loads, color=colour, linewidth=1.2,
                   label=f"MoE layer {layer}" if layers <= 8 else None)
     axes.axhline(1.0, color="#636363", linestyle="--", linewidth=1)
-    axes.set(xlabel=AXES[by][2], ylabel="fullest expert / mean", title="Fullest expert per layer (1 is balanced)")
+    axes.set(xlabel=axis.label, ylabel="fullest expert / mean", title="Fullest expert per layer (1 is balanced)")
     axes.grid(alpha=0.3)
     if layers <= 8:
         axes.legend(frameon=False, fontsize="small")
@@ -182,10 +195,10 @@ def draw_comparison(Figure, runs: list[Run], axes_by: list[str]):
     losses, maps = (figure.subfigures(2, 1, height_ratios=[4.6, 3.2 * rows]) if routed else (figure, None))
     panels = losses.subplots(1, len(axes_by), sharey=True, squeeze=False)[0]
     for panel, by in zip(panels, axes_by, strict=True):
-        draw_losses(panel, runs, by)
+        draw_losses(panel, runs, Axis.of(by, runs))
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend(frameon=False, fontsize="small", title="faint: train, dots: held out (its last value)",
-                     title_fontsize="small")
+                     title_fontsize="small", alignment="left")
     if routed:
         top = max(recent_load(run.routed).max().item() for run in routed)
         grid = maps.subplots(rows, across, squeeze=False)
@@ -200,21 +213,21 @@ def draw_comparison(Figure, runs: list[Run], axes_by: list[str]):
     return figure
 
 
-def draw_losses(axes, runs: list[Run], by: str) -> None:
-    left_out = [run.name for run in runs if not run.has(by)]
+def draw_losses(axes, runs: list[Run], axis: Axis) -> None:
+    left_out = [run.name for run in runs if not run.has(axis.by)]
     for number, run in enumerate(runs):
         if run.name in left_out:
             continue
-        colour, reach = COLOURS[number % len(COLOURS)], max(1, len(run.train) // 40 + 1)
+        colour, reach = COLOURS[number % len(COLOURS)], len(run.train) // 40 + 1
         style = dict(color=colour, linestyle="-" if number < len(COLOURS) else "--")
         losses, label = centred_mean(column(run.train, "loss"), reach), run.name
         if run.valid:
             heldout = column(run.valid, "valid_loss")
             label += f" ({heldout[-1]:.3f})"
-            axes.plot(run.places(run.valid, by), heldout, marker="o", markersize=4, linewidth=1.4, **style, label=label)
-        axes.plot(run.places(run.train, by), losses, linewidth=1.2, alpha=0.45 if run.valid else 1.0, **style,
+            axes.plot(axis.places(run.valid), heldout, marker="o", markersize=4, linewidth=1.4, **style, label=label)
+        axes.plot(axis.places(run.train), losses, linewidth=1.2, alpha=0.45 if run.valid else 1.0, **style,
                   label=None if run.valid else label)
-    axes.set(xlabel=AXES[by][2])
+    axes.set(xlabel=axis.label)
     axes.grid(alpha=0.3)
     if left_out:
         axes.set_title(f"not known of {', '.join(left_out)}", fontsize="small")
