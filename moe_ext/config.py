@@ -158,6 +158,11 @@ class DataConfig:
     prefetch: int = 2                           # micro-batches read ahead by a thread; 0: none
     tokenizer: str = "data/text/tokenizer.json" # of the `tokenizers` library; "": no text samples
 
+    def __post_init__(self):
+        require(self.prefetch >= 0, f"data.prefetch is {self.prefetch}; it cannot be negative")
+        require(not (self.split and self.valid), f"data.split {self.split} takes the held-out text out of data.train, "
+                f"but data.valid is {self.valid}: give one of them, the other as \"\"")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -303,8 +308,8 @@ class Config:
     def __post_init__(self):
         require(self.optim.warmup + self.optim.decay <= self.train.steps, f"optim.warmup {self.optim.warmup} + "
                 f"optim.decay {self.optim.decay} steps do not fit in train.steps {self.train.steps}")
-        require(not self.train.keep_best or self.data.valid != "", "train.keep_best keeps the checkpoint of the best "
-                "evaluation, but data.valid is empty: give held-out text or leave it off")
+        require(not self.train.keep_best or self.data.valid or self.data.split, "train.keep_best keeps the checkpoint "
+                "of the best evaluation, but data.valid is empty: give held-out text or leave it off")
         model, moe, mesh = self.model, self.model.moe, self.mesh
         shares = {"tp": {"model.seq_len": model.seq_len, "model.heads": model.heads, "key/value heads": model.kv_groups,
                          "model.moe.shared_hidden": moe.shared_hidden}}

@@ -43,7 +43,7 @@ from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
-from moe_ext.run import absolute, begin, check, locked, own, same_evaluation
+from moe_ext.run import absolute, begin, check, data_lines, loader_options, locked, own, same_evaluation
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     data, valid = checkpoint.together(lambda: preflight(config, mesh.rank, mesh.world))
 
     # what a step needs
-    loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed,
-                    batch_size=config.sequences_per_step, vocab_size=config.model.vocab_size)
-    held_out = (len(valid), len(valid.tokens)) if valid else None
+    loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed, batch_size=config.sequences_per_step,
+                    vocab_size=config.model.vocab_size, **loader_options(config))
+    held_out = valid.digest if valid else None
     here, there = (loader.identity(), held_out), checkpoint.on_rank_0(lambda: (loader.identity(), held_out))
     for path, same in zip((config.data.train, config.data.valid), map(operator.eq, here, there), strict=True):
         require(same, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use storage "
@@ -110,7 +110,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
     log = Log(folder, steps=t.steps, tensorboard=config.log.tensorboard, flops_per_token=model.flops_per_token(),
               peak_flops=config.log.peak_tflops * 1e12 * mesh.world) if mesh.rank == 0 else Silence()
-    log.say(describe(config, model))
+    log.say("\n".join([describe(config, model), *data_lines(config, data)]))
     log.say("\n".join([f"continuing from {start_from}" if start_from else f"writing {folder}", *lines]))
     if start_from and weights:
         log.say(f"the weights are those of {start_from}: --weights {weights} was for the start of this run")
@@ -135,13 +135,13 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
         for step in range(done + 1, t.steps + 1):
             mesh.at(f"step {step}")
             set_learning_rate(optimizer, lr := learning_rate(step, config.optim, t.steps))
-            loss, aux, counts_LE, bad_L = 0.0, 0.0, 0, 0
+            loss, aux, counts_LE, bad_L, targets = 0.0, 0.0, 0, 0, loader.targets
             for micro in range(t.accumulation):
                 batch = loader.batch(*mesh.rows(micro, t.micro_batch))
                 draws = mesh.draws(t.seed, step, batch.row0, config.model.seq_len)
                 with precision(config, device):
-                    out = model(batch.tokens.to(device), batch.targets.to(device), draws)
-                parts = backward(model, out, mesh, tokens=config.tokens_per_step, accumulation=t.accumulation,
+                    out = model(batch.tokens.to(device), batch.targets.to(device), draws, **batch.borders(device))
+                parts = backward(model, out, mesh, tokens=targets, accumulation=t.accumulation,
                                  last=micro == t.accumulation - 1, scale=scaler.scale)
                 loss, aux, counts_LE = loss + parts[0], aux + parts[1], counts_LE + out.counts_LE
                 bad_L = bad_L + out.bad_L
@@ -288,6 +288,7 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
+    print("\n".join(data_lines(config, data)))
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
                                          seed=config.train.seed))
