@@ -2,8 +2,8 @@
 
 Every rank calls it at the start of a run, and --dry-run after it has printed the plan. It looks at every token of the
 data, at the tokenizer and whether all tokens are of it, at the sample's prompt and its room in the context, and at the
-run folder: whether it can be written and has room for the checkpoints. It leaves nothing behind. What is wrong is raised
-as ConfigError, or as the FileNotFoundError or ValueError of a data file, in a sentence that says what to type.
+run folder: whether it can be written and has room for the checkpoints. It leaves nothing behind. What is wrong is
+raised as ConfigError, or as the FileNotFoundError or ValueError of a data file, in a sentence that says what to type.
 """
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ def check(path: Path, config: Config, loader: Loader) -> None:
                               f"these weights: --weights {path}")
     there, here = tokenizer_of(path.parent.parent), check_tokenizer(config)
     if there and here and there != here:
-        raise CheckpointError(f"{path} is of a run with the tokenizer {there[:12]}, but data.tokenizer and the data are "
-                              f"now of {here[:12]}: give the tokenizer that it had")
+        raise CheckpointError(f"{path} is of a run with the tokenizer {there[:12]}, but data.tokenizer and the data "
+                              f"are now of {here[:12]}: give the tokenizer that it had")
 
 
 def own(path: Path, config: Config) -> bool:
@@ -177,8 +177,8 @@ def check_tokenizer(config: Config) -> str | None:
     known = {name: value for name, value in tokenizers(config).items() if value}
     name, value = next(iter(known.items()), (None, None))
     for other, its in known.items():
-        require(its == value, f"{other} is of another tokenizer ({its[:12]}) than {name} ({value[:12]}), so the same id "
-                "is another text in each: prepare both with one (python -m moe_ext.data prepare --tokenizer FILE)")
+        require(its == value, f"{other} is of another tokenizer ({its[:12]}) than {name} ({value[:12]}), so the same "
+                "id is another text in each: prepare both with one (python -m moe_ext.data prepare --tokenizer FILE)")
     return value
 
 

@@ -97,7 +97,7 @@ class Samples:
         with turn(folder):
             try:
                 return self.map(path, inputs.digest())
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 pass
             except (OSError, ValueError) as error:
                 warnings.warn(f"{error}; it is built anew", stacklevel=2)
