@@ -128,7 +128,7 @@ def main(samples: int = 10**8, seq_len: int = 256, out: Path = Path("benchmarks/
     report |= facts | {"seq_len": seq_len}
     print(f"{report['cpu']}, numpy {np.__version__}, commit {report['commit']}\n")
     print(f"{facts['samples']:,} samples of {seq_len} tokens from {facts['documents']:,} documents; at most "
-          f"{facts['core_gib']:.1f} GiB with the core's arrays, {facts['numpy_gib']:.1f} GiB with numpy's\n")  # fmt: skip
+          f"{facts['core_gib']:.1f} GiB with the core's, {facts['numpy_gib']:.1f} GiB with numpy's\n")  # fmt: skip
     print("| | core, s | numpy, s | x numpy |\n|---|---|---|---|")
     for line in report["index"]:
         core, theirs = line["core_s"], line["numpy_s"]

@@ -20,6 +20,7 @@ from moe_ext.config import ConfigError, DataConfig, parse, plain
 from moe_ext.data import Blend, IndexedDataset, Loader, index, open_data, totals, unigram_entropy
 from moe_ext.data.blend import read_blend, write_blend
 from moe_ext.data.identity import tokenizer_hash
+from moe_ext.model import build
 
 
 def documents(count, seed=0, longest=12):
@@ -85,6 +86,12 @@ def test_documents_positions_and_mask_against_plain_python(tmp_path):
     assert all(tensor.is_contiguous() for tensor in (batch.tokens, batch.targets, batch.documents, batch.positions))
 
 
+def test_a_mask_that_leaves_nothing(tmp_path):
+    loader = Loader(write(tmp_path / "t", [[1]] * 40), seq_len=7, batch_size=4, mask_end=True)
+    with pytest.raises(ValueError, match=r"data.mask_end leaves nothing to learn of rows 0 to 4"):
+        _ = loader.targets
+
+
 def test_without_the_options_there_is_nothing(tmp_path):
     loader = Loader(write(tmp_path / "t", documents(40)), seq_len=7, batch_size=4)
     batch = loader.batch()
@@ -98,6 +105,27 @@ def test_a_flat_file_knows_no_documents(tmp_path):
     for option in ("reset_attention", "reset_positions", "mask_end"):
         with pytest.raises(ValueError, match=r"flat.bin has no index, .* leave data.reset_attention, .* off"):
             Loader(dataset, seq_len=7, batch_size=1, **{option: True})
+
+
+@torch.no_grad()
+def test_a_token_knows_its_own_document_alone(data, tmp_path):                              # noqa: F811
+    """Each document of a row gives the logits that it gives alone, whatever stands beside it."""
+    config = plain(parse(flags(data, tmp_path, data__tokenizer="")))
+    model, generator = build(config).double().eval(), np.random.default_rng(0)
+    dataset = write(tmp_path / "t", [generator.integers(0, 320, size) for size in generator.integers(1, 20, 60)], 320)
+
+    def logits(**options):
+        batch = Loader(dataset, seq_len=32, batch_size=6, seed=3, **options).batch()
+        return batch, model.lm_head(model.hidden(batch.tokens, **batch.borders("cpu"))[0])
+
+    batch, got_BSV = logits(reset_attention=True, reset_positions=True)
+    for tokens, numbers, got_SV in zip(batch.tokens, batch.documents, got_BSV, strict=True):
+        assert numbers.max() >= 2
+        for number in numbers.unique():
+            alone = model.logits(tokens[numbers == number][None])[0]
+            torch.testing.assert_close(got_SV[numbers == number], alone, rtol=0, atol=1e-12)
+    for part in (dict(reset_attention=True), dict(reset_positions=True)):
+        assert (logits(**part)[1] - got_BSV).abs().max() > 1e-4
 
 
 # ---- blends ----------------------------------------------------------------------------------------------------------
@@ -455,18 +483,19 @@ def test_tokens_of_other_programs_are_allowed_and_said(data, tied, monkeypatch, 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------
 def test_a_run_on_parts_of_a_blend(data, tmp_path, monkeypatch, capsys):                    # noqa: F811
-    """From another directory too; mask_end changes the loss, and what the thread reads ahead changes nothing."""
+    """From another directory too; documents change the loss, and what the thread reads ahead changes nothing."""
     blend = f"0.7 {data}/train 0.3 {data}/valid"
     options = dict(data__train=blend, data__valid="", data__split="8,2", train__steps=5, train__eval_every=3,
                    train__accumulation=2, data__tokenizer="")
     losses = {}
-    for name, more in {"ahead": [], "plain": ["--data.prefetch", 0], "masked": ["--data.mask-end"]}.items():
+    for name, more in {"ahead": [], "plain": ["--data.prefetch", 0], "masked": ["--data.mask-end"],
+                       "apart": ["--data.reset-attention", "--data.reset-positions"]}.items():
         main(monkeypatch, moe_ext.train, *flags(data, tmp_path / name, **options), *more)
         lines = (tmp_path / name / "debug" / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line) for line in lines]
     for key in ("loss", "valid_loss"):
-        ahead, direct, masked = ([line[key] for line in losses[name] if key in line] for name in losses)
-        assert ahead == direct != masked
+        ahead, direct, masked, apart = ([line[key] for line in losses[name] if key in line] for name in losses)
+        assert ahead == direct and masked != direct != apart
     said = capsys.readouterr().out
     assert "data        0.700 of the rows: " in said and "epochs" in said
     main(monkeypatch, evaluate, tmp_path / "ahead" / "debug")
