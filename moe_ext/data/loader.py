@@ -84,8 +84,8 @@ class Loader:
         with self.lock:
             documents = self.rows(self.row, self.row + self.batch_size, tokens=False)[1]
         if not (learnt := int((documents[:, 1:] == documents[:, :-1]).sum())):
-            raise ValueError(f"data.mask_end leaves nothing to learn of rows {self.row} to {self.row + self.batch_size}: "
-                             "each of their documents is one token; leave it off")
+            raise ValueError(f"data.mask_end leaves nothing to learn of rows {self.row} to "
+                             f"{self.row + self.batch_size}: each of their documents is one token; leave it off")
         return learnt
 
     def batch(self, begin: int = 0, end: int | None = None) -> Batch:
