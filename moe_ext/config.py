@@ -123,14 +123,22 @@ class ModelConfig:
                 f"multiple of model.kv_heads {self.kv_heads}")
         require(self.position != "rope" or self.head_width % 2 == 0,
                 "RoPE turns pairs of columns: the head width (model.head_dim or dim / heads) must be even")
-        require(0 < self.rope_fraction <= 1 and int(self.head_width * self.rope_fraction) % 2 == 0,
-                f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns: RoPE turns pairs, so "
-                "it must leave an even number of them")
+        rope = self.position == "rope"
+        require(rope or self.rope_fraction == self.rope_scale == 1, "model.rope_fraction and model.rope_scale are of "
+                "RoPE, but model.position is learned: leave both at 1")
+        require(not rope or (0 < self.rope_fraction <= 1 and self.rope_columns % 2 == 0 < self.rope_columns),
+                f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns is "
+                f"{self.rope_columns}: RoPE turns pairs of columns, at least one and at most the head's")
+        require(not rope or self.rope_base > 1, f"model.rope_base is {self.rope_base}; it must be above 1")
         require(self.rope_scale == 1 or (self.rope_scale > 1 and self.rope_context > 0), f"model.rope_scale "
                 f"{self.rope_scale} stretches a context (YaRN): it must be above 1, and model.rope_context, the tokens "
                 "before that, positive")
         require(self.window >= 0 and self.window_full_every >= 0, f"model.window {self.window} and "
                 f"model.window_full_every {self.window_full_every} cannot be negative")
+        require(self.window > 0 or self.window_full_every == 0, f"model.window_full_every {self.window_full_every} "
+                "excepts blocks from a window, but model.window is 0: set both or none")
+        require(self.qk_norm or self.qk_norm_over == "head", "model.qk_norm_over is width, but there is no norm: set "
+                "model.qk_norm too")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         require(0 <= self.moe.dense_layers <= self.layers, f"model.moe.dense_layers is {self.moe.dense_layers}, but "
                 f"there are {self.layers} layers")
@@ -142,6 +150,23 @@ class ModelConfig:
     @property
     def kv_groups(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def rope_columns(self) -> int:
+        """Columns of a head that RoPE turns."""
+        return int(self.head_width * self.rope_fraction)
+
+    @property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether (q, k and v, o) have biases."""
+        if self.attention_bias == "auto":
+            return self.bias, self.bias
+        return self.attention_bias != "none", self.attention_bias == "all"
+
+    def window_of(self, layer: int) -> int:
+        """The window of a block; 0: it sees all tokens before it."""
+        full = self.window_full_every and (layer + 1) % self.window_full_every == 0
+        return 0 if full else self.window
 
 
 @dataclass(frozen=True)
@@ -158,6 +183,11 @@ class DataConfig:
     cache: str = ""                             # folder of the index caches; "": beside the tokens
     prefetch: int = 2                           # micro-batches read ahead by a thread; 0: none
     tokenizer: str = "data/text/tokenizer.json" # of the `tokenizers` library; "": no text samples
+
+    def __post_init__(self):
+        require(self.prefetch >= 0, f"data.prefetch is {self.prefetch}; it cannot be negative")
+        require(not (self.split and self.valid), f"data.split {self.split} takes the held-out text out of data.train, "
+                f"but data.valid is {self.valid}: give one of them, the other as \"\"")
 
 
 @dataclass(frozen=True)
@@ -310,8 +340,8 @@ class Config:
     def __post_init__(self):
         require(self.optim.warmup + self.optim.decay <= self.train.steps, f"optim.warmup {self.optim.warmup} + "
                 f"optim.decay {self.optim.decay} steps do not fit in train.steps {self.train.steps}")
-        require(not self.train.keep_best or self.data.valid != "", "train.keep_best keeps the checkpoint of the best "
-                "evaluation, but data.valid is empty: give held-out text or leave it off")
+        require(not self.train.keep_best or self.data.valid or self.data.split, "train.keep_best keeps the checkpoint "
+                "of the best evaluation, but data.valid is empty: give held-out text or leave it off")
         model, moe, mesh = self.model, self.model.moe, self.mesh
         shares = {"tp": {"model.seq_len": model.seq_len, "model.heads": model.heads, "key/value heads": model.kv_groups,
                          "model.moe.shared_hidden": moe.shared_hidden}}

@@ -85,15 +85,18 @@ class Case:
     bias: bool = option(False, True)
     norm: str = option("rmsnorm", "layernorm")
     position: str = option("rope", "learned")
+    documents: bool = option(False, True)       # several in a sequence, each with its own attention and positions
+    sinks: bool = option(False, True)           # and a window in the first block, q, k and v with biases, YaRN
     kv_heads: int = option(0, 8)                # 8: of 16 heads
-    qk_norm: bool = option(False, True)
-    act: str = option("swiglu", "gelu")
+    qk_norm: str = option("none", "head", "width")
+    act: str = option("swiglu_oai", "gelu")
     dropout: float = option(0.0, 0.2)
     transport: str = option("torch", "windows", moe=True)   # of rows between the experts' ranks: needs ep > 1
     top_k: int = option(2, 1, moe=True)
     score: str = option("softmax_topk", "topk_softmax", "sigmoid", moe=True)
     routing: str = option("plain", "moving", "skewed", "starving", moe=True)    # see `skew`; all but plain with a bias
     norm_p: float | str = option("auto", 0.0, moe=True)
+    router_bias: bool = option(False, True, moe=True)
     noise: bool = option(False, True, moe=True)
     jitter: float = option(0.0, 0.1, moe=True)
     scope: str = option("sequence", "micro_batch", moe=True)
@@ -120,14 +123,20 @@ class Case:
         moe = MoEConfig() if self.dense else MoEConfig(
             experts=EXPERTS, top_k=self.top_k, hidden=24, dense_layers=self.dense_layers, score=self.score,
             shared_hidden=self.shared_hidden, norm_p=self.norm_p, scale=1.5, noise=self.noise, jitter=self.jitter,
-            select_bias_rate=0.0 if self.routing == "plain" else 0.02, scope=self.scope,
+            router_bias=self.router_bias, select_bias_rate=0.0 if self.routing == "plain" else 0.02, scope=self.scope,
             capacity_factor=0.0 if self.drop_by == "nothing" else 1.0,
             drop_by="position" if self.drop_by == "nothing" else self.drop_by,
             balance_form=self.balance_form, balance_weight=0.1, z_weight=self.z_weight)
+        more = {}
+        if self.sinks:
+            more = dict(sinks=True, window=5, window_full_every=2, attention_bias="all" if self.bias else "qkv")
+            if self.position == "rope":
+                more |= dict(rope_fraction=0.5, rope_scale=4.0, rope_context=TOKENS // 2)
         return ModelConfig(
             vocab_size=self.vocab_size, seq_len=TOKENS, layers=2, dim=32, heads=2 * self.kv_heads or 8,
             kv_heads=self.kv_heads, head_dim=8, hidden=48, act=self.act, norm=self.norm, bias=self.bias,
-            position=self.position, qk_norm=self.qk_norm, tied=self.tied, dropout=self.dropout, init_std=0.2, moe=moe)
+            position=self.position, qk_norm=self.qk_norm != "none", qk_norm_over=self.qk_norm.replace("none", "head"),
+            tied=self.tied, dropout=self.dropout, init_std=0.2, moe=moe, **more)
 
     @property
     def alone(self) -> Case:
@@ -291,6 +300,15 @@ def text(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[..., :-1], targets
 
 
+def documents(case: Case) -> tuple:
+    """-> documents, positions, both [step, row, position]; or None, None."""
+    if not case.documents:
+        return None, None
+    begins = torch.rand(STEPS, ROWS, TOKENS, generator=torch.Generator().manual_seed(SEED)) < 0.2
+    place = torch.arange(TOKENS)
+    return begins.cumsum(-1), place - torch.where(begins, place, 0).cummax(-1).values
+
+
 def build(case: Case, mesh: Mesh) -> GPT:
     if case.start == "meta" and mesh.world > 1:
         model = GPT(case.model, dtype=case.dtype, device="meta")
@@ -324,22 +342,25 @@ def train(case: Case, mesh: Mesh) -> Record:
         layer.gate.register_forward_hook(note_margin)
     optim = OptimConfig(lr=1e-2, min_lr=0.0, eps=1e-4, clip=case.clip)
     optimizer = adamw(model, optim)
-    tokens, targets = text(case)
+    step_text = (*text(case), *documents(case))
     micro_batch = ROWS // (case.accumulation * mesh.config.dp)
 
+    def run(step, begin, end, draws=None):
+        tokens, targets, *rows = (x if x is None else x[step, begin:end] for x in step_text)
+        return model(tokens, targets, draws, None, *rows)
+
     def evaluate():
-        begin, end = mesh.rows(0, ROWS // mesh.config.dp)
         model.eval()
         with torch.no_grad():
-            loss = model(tokens[-1, begin:end], targets[-1, begin:end]).token_loss
+            loss = run(-1, *mesh.rows(0, ROWS // mesh.config.dp)).token_loss
         model.train()
         return mesh.sum(loss / mesh.config.tp)[0]
 
     for step in range(case.steps):
         loss, aux, loads, dropped = 0.0, 0.0, 0, 0
         for micro in range(case.accumulation):
-            begin, end = mesh.rows(micro, micro_batch)
-            out = model(tokens[step, begin:end], targets[step, begin:end], mesh.draws(SEED, step, begin, TOKENS))
+            begin, _ = mesh.rows(micro, micro_batch)
+            out = run(step, begin, begin + micro_batch, mesh.draws(SEED, step, begin, TOKENS))
             parts = backward(model, out, mesh, tokens=ROWS * TOKENS, accumulation=case.accumulation,
                              last=micro == case.accumulation - 1)
             loss, aux = loss + parts[0], aux + parts[1]

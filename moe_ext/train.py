@@ -45,7 +45,7 @@ from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
-from moe_ext.run import absolute, begin, check, locked, own, same_evaluation
+from moe_ext.run import absolute, begin, check, data_lines, loader_options, locked, own, same_evaluation
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     data, valid = checkpoint.together(lambda: preflight(config, mesh.rank, mesh.world))
 
     # what a step needs
-    loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed,
-                    batch_size=config.sequences_per_step, vocab_size=config.model.vocab_size)
-    held_out = (len(valid), len(valid.tokens)) if valid else None
+    loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed, batch_size=config.sequences_per_step,
+                    vocab_size=config.model.vocab_size, **loader_options(config))
+    held_out = valid.digest if valid else None
     here, there = (loader.identity(), held_out), checkpoint.on_rank_0(lambda: (loader.identity(), held_out))
     for path, same in zip((config.data.train, config.data.valid), map(operator.eq, here, there), strict=True):
         require(same, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use storage "
@@ -115,7 +115,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
     log = Log(config, samples=loader.row, seconds=seconds, flops_per_token=model.flops_per_token(),
               peak_flops=peak_flops(config, device) * mesh.world) if mesh.rank == 0 else Silence()
-    log.start(model, start_from, done, lines, setup)
+    log.start(model, start_from, done, lines, data_lines(config, data), setup)
     if start_from and weights:
         log.say(f"the weights are those of {start_from}: --weights {weights} was for the start of this run")
     elif weights_from:
@@ -147,16 +147,16 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             set_learning_rate(optimizer, lr := learning_rate(step, config.optim, t.steps))
             loader.batch_size = sequences = config.sequences_after(loader.row)
             accumulation = sequences // (t.micro_batch * config.mesh.dp)
-            totals = [0.0] * 6
+            totals, targets = [0.0] * 6, loader.targets
             for micro in range(accumulation):
                 with timers("data"):
                     batch = loader.batch(*mesh.rows(micro, t.micro_batch))
                 draws = mesh.draws(t.seed, step, batch.row0, config.model.seq_len)
                 with precision(config, device), timers("forward"):
-                    out = model(batch.tokens.to(device), batch.targets.to(device), draws)
+                    out = model(batch.tokens.to(device), batch.targets.to(device), draws, **batch.borders(device))
                 with timers("backward"):
-                    parts = backward(model, out, mesh, tokens=sequences * config.model.seq_len,
-                                     accumulation=accumulation, last=micro == accumulation - 1, scale=scaler.scale)
+                    parts = backward(model, out, mesh, tokens=targets, accumulation=accumulation,
+                                     last=micro == accumulation - 1, scale=scaler.scale)
                 parts = *parts, out.balance / (accumulation * mesh.world), out.counts_LE, out.dropped_L, out.bad_L
                 totals = [total + number for total, number in zip(totals, parts, strict=True)]
             asked = torch.tensor(float(bool(stop.asked)), device=device)
@@ -308,6 +308,7 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
+    print("\n".join(data_lines(config, data)))
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
                                          seed=config.train.seed))

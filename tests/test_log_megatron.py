@@ -111,7 +111,7 @@ def test_the_banner_line_by_line():
     """Each line of the seeds' banners, in their order, and of the arguments the lines of the same ones."""
     config = replace(config_of(MOE, MeshConfig(fsdp=2, ep=2)),
                      train=TrainConfig(steps=1000, batch_ramp="16,16,64", accumulation=4))
-    banner = Megatron(config).start(None, None, 0, ["told"], [[1.0, 20.0], [2.0, 10.0]]).splitlines()
+    banner = Megatron(config).start(None, None, 0, ["told"], ["> data"], [[1.0, 20.0], [2.0, 10.0]]).splitlines()
     theirs = sections()["banner"]
     place = theirs.index("training ...(min, max) time across ranks (ms):")
     theirs[place:place + 1] = ["(min, max) time across ranks (ms):"]        # two processes wrote at once

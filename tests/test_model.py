@@ -36,6 +36,11 @@ VARIANTS = {
     "jitter_dropout": small(moe=dict(jitter=0.1, top_k=1), dropout=0.1),
     "balanced_relu": small(moe=dict(balanced=True, norm_p=math.inf), act="relu"),
     "all_experts": small(moe=dict(top_k=4), act="geglu", bias=True),
+    "gpt_oss": small(moe=dict(score="topk_softmax", router_bias=True), act="swiglu_oai", bias=True, kv_heads=2,
+                     window=4, window_full_every=2, sinks=True, rope_scale=4.0, rope_context=8),
+    "glm4_moe": small(moe=dict(score="sigmoid", select_bias_rate=0.01, scale=1.5, shared_hidden=8, dense_layers=1),
+                      attention_bias="qkv", kv_heads=2, head_dim=8, rope_fraction=0.5, qk_norm=True),
+    "olmoe": small(moe=dict(norm_p=0.0), kv_heads=2, qk_norm=True, qk_norm_over="width"),
 }
 DRAWS = Draws(seed=7, step=5)
 
@@ -289,6 +294,8 @@ def test_names_are_those_of_qwen3_moe():
         "embed_tokens.weight", "norm.weight", "lm_head.weight",
         "layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.weight",
         "layers.0.mlp.gate.weight", "layers.0.mlp.experts.w13_E2FD", "layers.0.mlp.experts.w2_EDF"}
+    more = {name.removeprefix("layers.0.") for name, _ in GPT(VARIANTS["gpt_oss"], device="meta").named_parameters()}
+    assert more >= {"self_attn.sinks", "self_attn.q_proj.bias", "self_attn.o_proj.bias", "mlp.gate.bias"}
 
 
 @pytest.mark.parametrize("model, total, active", [
@@ -300,6 +307,14 @@ def test_names_are_those_of_qwen3_moe():
      213_148_160, 213_148_160),
     (dict(vocab_size=128256, seq_len=2048, layers=24, dim=512, heads=4, kv_heads=1,
           moe=MoEConfig(experts=64, top_k=1, hidden=1792)), 4_375_732_736, 213_934_592),
+    # gpt-oss-20b, with its table and its head counted as active
+    (dict(vocab_size=201088, seq_len=4096, layers=24, dim=2880, heads=64, kv_heads=8, head_dim=64, bias=True,
+          sinks=True, window=128, window_full_every=2, act="swiglu_oai",
+          moe=MoEConfig(experts=32, top_k=4, hidden=2880, score="topk_softmax", router_bias=True)),
+     20_914_757_184, 4_187_440_704),
+    # OLMoE-1B-7B
+    (dict(vocab_size=50304, seq_len=4096, layers=16, dim=2048, heads=16, qk_norm=True, qk_norm_over="width",
+          moe=MoEConfig(experts=64, top_k=8, hidden=1024)), 6_919_161_856, 1_282_017_280),
 ])
 def test_published_parameter_counts(model, total, active):
     assert GPT(ModelConfig(**model), device="meta").num_parameters() == (total, active)
@@ -310,7 +325,12 @@ def test_flops_of_a_published_model():
     config = ModelConfig(vocab_size=128256, seq_len=2048, layers=24, dim=512, heads=4, kv_heads=1, head_dim=128,
                          moe=MoEConfig(experts=64, top_k=1, hidden=1792))
     norms, router = 6 * 49 * 512, 6 * 512 * 64 * 24
-    assert GPT(config, device="meta").flops_per_token() - norms - router == 155_546_535_591_936 // (64 * 2048)
+    flops = GPT(config, device="meta").flops_per_token()
+    assert flops - norms - router == 155_546_535_591_936 // (64 * 2048)
+    # 128 of 2048 keys in 12 of the 24 layers, which have 4 heads of 128
+    windowed = GPT(dataclasses.replace(config, window=128, window_full_every=2), device="meta").flops_per_token()
+    assert flops - windowed == 12 * 12 * (2048 - 128) * 4 * 128
+    assert GPT(dataclasses.replace(config, window=4096), device="meta").flops_per_token() == flops
 
 
 def test_bf16_routes_in_fp32(device):

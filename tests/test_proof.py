@@ -109,6 +109,16 @@ def runs_forgotten():
         seed, step, row0 * seq_len + self.tp_rank * seq_len // self.config.tp)
 
 
+def norm_over_own_columns():
+    tensor.width_norm = lambda norm, rank, group, x: torch.nn.functional.rms_norm(
+        x, x.shape[-1:], norm.weight.view(-1, x.shape[-1])[rank], norm.eps)
+
+
+def sinks_of_other_heads():
+    chunk = torch.Tensor.chunk
+    torch.Tensor.chunk = lambda x, n, dim=0: chunk(x, n, dim)[::-1] if x.shape == (8,) else chunk(x, n, dim)
+
+
 def bias_of_o_on_every_tp_rank():
     tensor.ONCE = re.compile("(?!)")
 
@@ -185,6 +195,8 @@ BUGS = {
     clip_by_mesh: on(tp=2, ep=2),
     random_numbers_by_local_row: on(True, rep=2, dropout=0.2),
     runs_forgotten: on(True, tp=2, dropout=0.2),
+    norm_over_own_columns: on(True, tp=2, qk_norm="width"),
+    sinks_of_other_heads: on(True, tp=2, sinks=True),
     bias_of_o_on_every_tp_rank: on(True, tp=2, bias=True),
     bias_of_w2_on_every_etp_rank: on(tp=2, etp=2, bias=True),
     bias_of_w13_split_in_another_order: on(tp=2, etp=2, bias=True),

@@ -30,9 +30,9 @@ class Line:
     def __init__(self, config: Config):
         self.config, self.steps = config, config.train.steps
 
-    def start(self, model: GPT, loaded: Path | None, step: int, lines: list[str], setup: list[list[float]]) -> str:
+    def start(self, model: GPT, loaded: Path | None, step: int, lines: list[str], data: list[str], setup) -> str:
         first = f"continuing from {loaded}" if loaded else f"writing {self.config.run_folder}"
-        return "\n".join([describe(self.config, model), first, *lines])
+        return "\n".join([describe(self.config, model), *data, first, *lines])
 
     def step(self, record: dict, eta: float) -> str:
         return step_line(record, self.steps, eta)

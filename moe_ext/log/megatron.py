@@ -34,7 +34,8 @@ class Megatron:
         self.config, self.clock, self.first = config, clock, True
         self.flops_per_token = formulas.num_floating_point_operations(config) / config.tokens_per_step
 
-    def start(self, model: GPT, loaded: Path | None, step: int, told: list[str], setup: list[list[float]]) -> str:
+    def start(self, model: GPT, loaded: Path | None, step: int, told: list[str], data: list[str],
+              setup: list[list[float]]) -> str:
         """The banner, up to the first iteration."""
         config, tp = self.config, self.config.mesh.tp
         whole = GPT(config.model, device="meta")        # of which a rank's model has parts
@@ -64,7 +65,7 @@ class Megatron:
             *([f" loading distributed checkpoint from {loaded.parent} at iteration {step}",
                f"  successfully loaded checkpoint from {loaded.parent} {self.shards} at iteration {step}"] if loaded
               else ["    will not load any checkpoints and will start from random"]),
-            self.at("after model, optimizer, and learning rate scheduler are built"), *targets(config),
+            self.at("after model, optimizer, and learning rate scheduler are built"), *targets(config), *data,
             self.at("after dataloaders are built"), "done with setup ...",
             timers(dict(zip(("model-and-optimizer-setup", "train/valid/test-data-iterators-setup"),
                             [(min(column), max(column)) for column in zip(*setup, strict=True)], strict=True))),

@@ -73,10 +73,11 @@ class Log:
             self.sinks.pop(name, None)
             self.say(f"no {name} from here on: {type(error).__name__}: {error}; the numbers are in {self.metrics.path}")
 
-    def start(self, model: GPT, loaded: Path | None, step: int, lines: list[str], setup: list[list[float]]) -> None:
-        """What the run is, and from which checkpoint of how many steps it starts; `lines` say more of that. setup: of
-        each rank the milliseconds that the model and the data took."""
-        self.say(self.style.start(model, loaded, step, lines, setup))
+    def start(self, model: GPT, loaded: Path | None, step: int, lines: list[str], data: list[str],
+              setup: list[list[float]]) -> None:
+        """What the run is, and from which checkpoint of how many steps it starts; `lines` say more of that, `data` of
+        its data. setup: of each rank the milliseconds that the model and the data took."""
+        self.say(self.style.start(model, loaded, step, lines, data, setup))
         self.progress.started(step, self.tokens)
 
     def tick(self, sequences: int, loss: float | None = None, balance: float | None = None) -> None:

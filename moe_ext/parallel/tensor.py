@@ -25,7 +25,7 @@ from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocab
 
 ROWS = re.compile(r"(^|\.)((q|k|v|gate|up)_proj|embed_tokens|lm_head)\.weight$")        # of W: outputs of the layer
 COLUMNS = re.compile(r"(^|\.)(o|down)_proj\.weight$")                                   # inputs
-SLICED = re.compile(r"(^|\.)(q|k|v|gate|up)_proj\.bias$")       # replicated, each rank adds its outputs' part
+SLICED = re.compile(r"(^|\.)((q|k|v|gate|up)_proj\.bias|sinks)$")   # replicated, each rank uses its outputs' part
 ONCE = re.compile(r"(^|\.)(o|down)_proj\.bias$")                # replicated, rank 0 adds it
 
 
@@ -47,6 +47,8 @@ def tensor_parallel(model: nn.Module, mesh) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             whole_sequences(module, 1, group)
+            for norm in (module.q_norm, module.k_norm) if module.wide_norm else ():
+                norm.forward = functools.partial(width_norm, norm, rank, group)
         elif isinstance(module, MLP):           # token by token: the order in which they are gathered does not matter
             whole_sequences(module, 0, group)
         elif isinstance(module, Block):         # of the token mask, if there is one, this rank's tokens
@@ -67,6 +69,13 @@ def whole_sequences(module: nn.Module, dim: int, group) -> None:
     """The module gets all ranks' tokens along `dim`; of its partial results the sum leaves, for this rank's tokens."""
     module.register_forward_pre_hook(lambda _, args: (gather(as_autocast(args[0]), dim, group), *args[1:]))
     module.register_forward_hook(lambda _, args, y: reduce_scatter(y, dim, group))
+
+
+def width_norm(norm: nn.RMSNorm, rank: int, group, x):
+    """RMSNorm over columns of which each rank of the group has a part, as x is this rank's."""
+    sums = gather(x.square().sum(-1, keepdim=True), -1, group)
+    mean = sums.sum(-1, keepdim=True) / norm.weight.shape[0]
+    return x * torch.rsqrt(mean + norm.eps) * norm.weight.chunk(sums.shape[-1])[rank]
 
 
 def distribute(root: nn.Module, device_mesh, placements, used) -> None:
