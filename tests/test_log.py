@@ -283,6 +283,20 @@ def test_a_full_disk_is_told_once_and_the_lines_wait(tmp_path, clock):
     assert log.stream.getvalue().endswith("the console shows it\n")
 
 
+def test_other_sets_and_choices_have_names_of_their_own(tmp_path, clock):
+    log = new_log(tmp_path, clock)
+    log.evaluation(5, 2.0, 6.0)
+    log.evaluation(5, 1.5, 4.0, "code", bits_per_byte=0.75)
+    log.choices(5, {"questions": 40, "acc": 0.25, "acc_stderr": 0.07})
+    said = log.stream.getvalue().splitlines()
+    assert said[1:] == ["eval 5/100 | code loss 1.5000 | bits per byte 0.7500 | unigram entropy 4.0000 | below it by "
+                        "2.5000 nats", "eval 5/100 | choices of 40 | acc 0.2500 +- 0.0700"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (lines[1]["code_loss"], lines[1]["code_bits_per_byte"], lines[1]["code_unigram_entropy"]) == (1.5, 0.75, 4.0)
+    assert lines[1]["code_perplexity"] == pytest.approx(math.exp(1.5)) and lines[2]["choices_acc"] == 0.25
+    assert [[r["step"] for r in kind] for kind in read_metrics(tmp_path / "metrics.jsonl")] == [[], [5]]
+
+
 # ---- numbers about a step --------------------------------------------------------------------------------------------
 def test_expert_load_by_layer():
     counts_LE = torch.tensor([[8, 0, 0, 0], [2, 2, 2, 2], [4, 4, 0, 0], [0, 0, 0, 0]])

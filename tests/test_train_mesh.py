@@ -62,7 +62,7 @@ def test_every_step_is_that_of_one_process(data, alone, tmp_path, name):        
     said = (folder / "run.log").read_text()
     assert "eval 10/10" in said and said.count("step 7/10 |") == 1
     world = math.prod(size for name, size in MESHES[name].items() if name in ("mesh__rep", "mesh__fsdp", "mesh__tp"))
-    assert {tuple(row) for row in numbers(folder, "loss", "world") for row in [row[1:]]} == {(world,)}
+    assert [row[1] for row in numbers(folder, "loss", "world")] == [world] * 10
 
 
 def test_a_batch_ramp_on_a_mesh_is_that_of_one_process(data, tmp_path):                    # noqa: F811
@@ -118,7 +118,8 @@ def test_16_bits(data, tmp_path):                                               
         np.testing.assert_allclose(losses[0], losses[1], rtol=0.03)
         assert losses[1][-1] < losses[1][0] - 1
     path = checkpoint.latest(runs[1] / "ckpt")
-    assert checkpoint.read_state(path).extra == {"scale": 65536.0, "good_steps": 10, "tolerated": 0}
+    extra = checkpoint.read_state(path).extra
+    assert extra == {"scale": 65536.0, "good_steps": 10, "tolerated": 0, "seconds": extra["seconds"]}
 
     folder = fit(data, tmp_path / "overflow", tmp_path / "store-overflow", train__dtype="fp16", train__steps=5,
                  train__loss_scale=2.0**40, **MESHES["fsdp2-ep2"])

@@ -19,9 +19,10 @@ step:
     memory_mib, max_memory_mib      of the rank that has most: of its GPU, or of the process
     time_ms                         with log.timers: {part of the step: [least, most of any rank]}
 
-and an evaluation: step, tokens, seconds, valid_loss, valid_perplexity, unigram_entropy. A resumed run appends; steps
-beyond its start are set aside first (moe_ext.run). Where a step stands twice, as in folders of earlier versions, the
-later line holds. Those also lack some of these names.
+and an evaluation: step, tokens, seconds, valid_loss, valid_perplexity, unigram_entropy and other forms of the loss; of
+another set NAME_loss and so on, of multiple choice choices_acc and so on. A resumed run appends; steps beyond its start
+are set aside first (moe_ext.run). Where a step stands twice, as in folders of earlier versions, the later line holds.
+Those also lack some of these names.
 
 Nothing here ends a run: what a full disk, a closed terminal, TensorBoard or wandb refuses is said once, and the run
 goes on; lines that the disk refused are written when it takes them again.
@@ -30,9 +31,9 @@ goes on; lines that the disk refused are written when it takes them again.
 """
 from moe_ext.log.draw import plot
 from moe_ext.log.files import read_metrics, split_events, split_metrics
-from moe_ext.log.line import beside
+from moe_ext.log.line import beside, chosen, measured
 from moe_ext.log.meter import Memory, Timers, peak_flops
 from moe_ext.log.writer import Log, Silence
 
-__all__ = ["Log", "Memory", "Silence", "Timers", "beside", "peak_flops", "plot", "read_metrics", "split_events",
-           "split_metrics"]
+__all__ = ["Log", "Memory", "Silence", "Timers", "beside", "chosen", "measured", "peak_flops", "plot", "read_metrics",
+           "split_events", "split_metrics"]

@@ -24,6 +24,19 @@ def beside(loss: float, entropy: float) -> str:
     return f"unigram entropy {entropy:.4f} | {side} it by {abs(entropy - loss):.4f} nats"
 
 
+def measured(name: str, loss: float, entropy: float, **numbers: float) -> str:
+    """Held-out loss of the set `name`, other forms of it, and beside what it stands."""
+    forms = [f"{key.replace('_', ' ')} {value:.{4 if 'bits' in key else 2}f}" for key, value in numbers.items()]
+    return " | ".join([f"{name} loss {loss:.4f}", *forms, beside(loss, entropy)])
+
+
+def chosen(scores: dict[str, float]) -> str:
+    """The scores of multiple choice, as shares with standard errors."""
+    shares = [f"{name} {scores[name]:.4f} +- {scores[name + '_stderr']:.4f}" for name in scores
+              if name + "_stderr" in scores]
+    return " | ".join([f"choices of {scores['questions']}", *shares])
+
+
 class Line:
     """What the console and run.log show, as text, in this style."""
 
@@ -37,8 +50,8 @@ class Line:
     def step(self, record: dict, eta: float) -> str:
         return step_line(record, self.steps, eta)
 
-    def evaluation(self, step: int, name: str, loss: float, entropy: float) -> str:
-        return f"eval {step}/{self.steps} | {name} loss {loss:.4f} | {beside(loss, entropy)}"
+    def evaluation(self, step: int, name: str, loss: float, entropy: float, numbers: dict[str, float]) -> str:
+        return f"eval {step}/{self.steps} | {measured(name, loss, entropy, **numbers)}"
 
     def saving(self, step: int) -> str:
         return ""

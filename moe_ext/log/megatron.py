@@ -116,7 +116,7 @@ class Megatron:
             lines.append(timers({TIMERS[part]: span for part, span in record["time_ms"].items()}))
         return "\n".join(lines)
 
-    def evaluation(self, step: int, name: str, loss: float, entropy: float) -> str:
+    def evaluation(self, step: int, name: str, loss: float, entropy: float, numbers: dict[str, float]) -> str:
         place = f"iteration {step}" + (f" on {name} set" if name != "valid" else "")
         line = (f" validation loss at {place} | lm loss value: {loss:.6E} | "
                 f"lm loss PPL: {math.exp(min(20, loss)):.6E} | ")

@@ -12,7 +12,7 @@ import torch
 
 from moe_ext.config import Config
 from moe_ext.log.files import Lines, Progress
-from moe_ext.log.line import Line
+from moe_ext.log.line import Line, chosen
 from moe_ext.log.megatron import Megatron, leaves
 from moe_ext.log.meter import Memory, Meter, Timers
 from moe_ext.model import GPT
@@ -133,11 +133,17 @@ class Log:
         """Held-out loss of the set `name` beside the entropy of its tokens' frequencies, in nats per token, and other
         numbers about the set."""
         prefix = "" if name == "valid" else f"{name}_"
+        self.say(self.style.evaluation(step, name, loss, unigram_entropy, numbers))
         numbers = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf} | numbers
-        self.say(self.style.evaluation(step, name, loss, unigram_entropy))
         self.record({"step": step, "tokens": self.tokens, "seconds": self.seconds,
                      **{f"{name}_{key}": value for key, value in numbers.items()},
                      f"{prefix}unigram_entropy": unigram_entropy})
+
+    def choices(self, step: int, scores: dict[str, float]) -> None:
+        """Multiple choice: shares of right answers with their standard errors, and how many questions."""
+        self.say(f"eval {step}/{self.config.train.steps} | {chosen(scores)}")
+        self.record({"step": step, "tokens": self.tokens, "seconds": self.seconds,
+                     **{f"choices_{key}": value for key, value in scores.items()}})
 
     def saving(self, step: int) -> None:
         if line := self.style.saving(step):
@@ -169,6 +175,7 @@ class Silence:
     def tick(self, *numbers): pass
     def step(self, step, **numbers): pass
     def evaluation(self, step, loss, unigram_entropy, name="valid", **numbers): pass
+    def choices(self, step, scores): pass
     def saving(self, step): pass
     def saved(self, path, step): pass
     def paused(self): return nullcontext()
