@@ -66,36 +66,47 @@ static PyObject *cuda(PyObject *module, PyObject *none) {
     return PyUnicode_FromString(why);
 }
 
+// "O&": a dtype of document and sample numbers, given as its bytes.
+static int to_number(PyObject *object, void *out) {
+    const long bytes = PyLong_AsLong(object);
+    *(int *)out = bytes == 4 ? MOE_I32 : MOE_I64;
+    if (!PyErr_Occurred() && bytes != 4 && bytes != 8)
+        PyErr_Format(PyExc_ValueError, "got numbers of %ld bytes, wanted 4 (int32) or 8 (int64)", bytes);
+    return !PyErr_Occurred();
+}
+
 PyDoc_STRVAR(shuffle_doc,
-    "shuffle(seed, stream, n, order): writes a permutation of 0..n-1, a function of (seed, stream, n), to the int64\n"
-    "array of n elements at address order.");
+    "shuffle(bytes, seed, stream, n, order): writes a permutation of 0..n-1, a function of (seed, stream, n), to the\n"
+    "array of n integers of `bytes` bytes (4 or 8) at address order.");
 static PyObject *shuffle(PyObject *module, PyObject *args) {
     (void)module;
     uint64_t  seed;
     long long stream, n;
     void     *order;
-    int       status;
-    if (!PyArg_ParseTuple(args, "O&LLO&:shuffle", to_u64, &seed, &stream, &n, to_address, &order)) return NULL;
+    int       dtype, status;
+    if (!PyArg_ParseTuple(args, "O&O&LLO&:shuffle", to_number, &dtype, to_u64, &seed, &stream, &n, to_address, &order))
+        return NULL;
     Py_BEGIN_ALLOW_THREADS
-    status = moe_shuffle(seed, stream, n, order);
+    status = moe_shuffle(dtype, seed, stream, n, order);
     Py_END_ALLOW_THREADS
     return checked(status, "shuffle");
 }
 
 PyDoc_STRVAR(sample_index_doc,
-    "sample_index(docs_n, docs, sizes_n, sizes, length, samples, doc, offset): the documents docs (int64, docs_n of\n"
-    "them, each an index into sizes) are laid end to end; sizes (int32, sizes_n) are in tokens. Sample i is the\n"
-    "length + 1 tokens from token i*length on, and begins in document docs[doc[i]] at token offset[i]: two int64\n"
-    "arrays of `samples` elements that this function writes. Arrays are given by address.");
+    "sample_index(bytes, docs_n, docs, sizes_n, sizes, length, samples, doc, offset): the documents docs (docs_n\n"
+    "integers of `bytes` bytes, each an index into sizes) are laid end to end; sizes (int32, sizes_n) are in tokens.\n"
+    "Sample i is the length + 1 tokens from token i*length on, and begins in document docs[doc[i]] at token offset[i]:\n"
+    "arrays of `samples` elements that this function writes, doc of `bytes` bytes each, offset int32. Arrays are given\n"
+    "by address.");
 static PyObject *sample_index(PyObject *module, PyObject *args) {
     (void)module;
     long long docs_n, sizes_n, length, samples;
     void     *docs, *sizes, *doc, *offset;
-    int       status;
-    if (!PyArg_ParseTuple(args, "LO&LO&LLO&O&:sample_index", &docs_n, to_address, &docs, &sizes_n, to_address, &sizes,
-                          &length, &samples, to_address, &doc, to_address, &offset)) return NULL;
+    int       dtype, status;
+    if (!PyArg_ParseTuple(args, "O&LO&LO&LLO&O&:sample_index", to_number, &dtype, &docs_n, to_address, &docs, &sizes_n,
+                          to_address, &sizes, &length, &samples, to_address, &doc, to_address, &offset)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    status = moe_sample_index(docs_n, docs, sizes_n, sizes, length, samples, doc, offset);
+    status = moe_sample_index(dtype, docs_n, docs, sizes_n, sizes, length, samples, doc, offset);
     Py_END_ALLOW_THREADS
     if (status == MOE_BAD_SHAPE)
         return PyErr_Format(PyExc_ValueError,
@@ -105,12 +116,52 @@ static PyObject *sample_index(PyObject *module, PyObject *args) {
     return checked(status, "sample_index");
 }
 
+PyDoc_STRVAR(blend_doc,
+    "blend(sets, weights, first, rows, taken, set, row): rows [first, first + rows) of a mixture of data sets, whose\n"
+    "float64 weights sum to 1: row r is row row[r] (int64) of set[r] (int32). taken (int64, sets): the rows of each set\n"
+    "before `first`, moved on by this call. Arrays are given by address.");
+static PyObject *blend(PyObject *module, PyObject *args) {
+    (void)module;
+    long long sets, first, rows;
+    void     *weights, *taken, *set, *row;
+    int       status;
+    if (!PyArg_ParseTuple(args, "LO&LLO&O&O&:blend", &sets, to_address, &weights, &first, &rows, to_address, &taken,
+                          to_address, &set, to_address, &row)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = moe_blend(sets, weights, first, rows, taken, set, row);
+    Py_END_ALLOW_THREADS
+    return checked(status, "blend");
+}
+
+PyDoc_STRVAR(samples_doc,
+    "samples(bytes, token_bytes, tokens, starts_n, starts, docs_n, docs, rows, doc, offset, length, out, documents):\n"
+    "row r of out is `length` tokens of token_bytes bytes each, from token offset[r] (int64) of document docs[doc[r]]\n"
+    "(int64) on, through the documents that follow in docs (docs_n integers of `bytes` bytes); document d is\n"
+    "tokens[starts[d]:starts[d+1]] (int64, starts_n). documents (int32): the number of each token's document within\n"
+    "its row, from 0. Arrays are given by address; out 0: not wanted.");
+static PyObject *samples(PyObject *module, PyObject *args) {
+    (void)module;
+    long long token_bytes, starts_n, docs_n, rows, length;
+    void     *tokens, *starts, *docs, *doc, *offset, *out, *documents;
+    int       dtype, status;
+    if (!PyArg_ParseTuple(args, "O&LO&LO&LO&LO&O&LO&O&:samples", to_number, &dtype, &token_bytes, to_address, &tokens,
+                          &starts_n, to_address, &starts, &docs_n, to_address, &docs, &rows, to_address, &doc,
+                          to_address, &offset, &length, to_address, &out, to_address, &documents)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = moe_samples(dtype, token_bytes, tokens, starts_n, starts, docs_n, docs, rows, doc, offset, length, out,
+                         documents);
+    Py_END_ALLOW_THREADS
+    return checked(status, "samples");
+}
+
 static PyMethodDef methods[] = {
     {"versions", versions, METH_NOARGS, versions_doc},
     {"cpu_features", cpu_features, METH_NOARGS, cpu_features_doc},
     {"cuda", cuda, METH_NOARGS, cuda_doc},
     {"shuffle", shuffle, METH_VARARGS, shuffle_doc},
     {"sample_index", sample_index, METH_VARARGS, sample_index_doc},
+    {"blend", blend, METH_VARARGS, blend_doc},
+    {"samples", samples, METH_VARARGS, samples_doc},
     {NULL, NULL, 0, NULL},
 };
 

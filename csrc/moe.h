@@ -272,13 +272,25 @@ int  moe_windows_leave(moe_windows *windows);
 void moe_windows_close(moe_windows *windows);
 
 // ---- dataset.c -----------------------------------------------------------------------------------------------------
-// Fisher-Yates by Philox, so that an epoch's order is a function of (seed, epoch) alone.
-int moe_shuffle(uint64_t seed, int64_t stream, int64_t n, int64_t *order_n);
+// Numbers of documents and of samples are I32 or I64: `dtype`. sizes and starts are in tokens.
+// Fisher-Yates by Philox, so that an epoch's order is a function of (seed, epoch) alone, the same in both dtypes.
+int moe_shuffle(int dtype, uint64_t seed, int64_t stream, int64_t n, void *order_n);
 // Sample i of `samples` covers tokens [i*length, i*length + length + 1) of the documents, laid end to end in the order
-// of `docs`: docs[doc[i]] at token offset[i] is where it begins (never at the end of a document). sizes are in tokens.
-// Returns MOE_BAD_SHAPE if the documents are too short.
-int moe_sample_index(int64_t docs_n, const int64_t *docs, int64_t sizes_n, const int32_t *sizes, int64_t length,
-                     int64_t samples, int64_t *doc, int64_t *offset);
+// of `docs`: docs[doc[i]] at token offset[i] is where it begins (never at the end of a document). docs and doc are
+// of `dtype`. Returns MOE_BAD_SHAPE if the documents are too short.
+int moe_sample_index(int dtype, int64_t docs_n, const void *docs, int64_t sizes_n, const int32_t *sizes,
+                     int64_t length, int64_t samples, void *doc, int32_t *offset);
+// Rows [first, first + rows) of a mixture of `sets` data sets, by weights that sum to 1: row r is row row_R[r] of set
+// set_R[r]. taken[k]: rows of set k before `first`, and on return before first + rows.
+int moe_blend(int64_t sets, const double *weights, int64_t first, int64_t rows, int64_t *taken, int32_t *set_R,
+              int64_t *row_R);
+// Row r: `length` tokens of `bytes` each, from token offset_R[r] of document docs[doc_R[r]] on, through the documents
+// that follow in docs; document d is tokens[starts[d]] to tokens[starts[d+1]], starts_n counts its entries.
+// documents_RL: for each token the number of its document within the row, from 0. tokens_RL NULL: not wanted.
+// Returns MOE_BAD_INDEX if the documents end before the row does.
+int moe_samples(int dtype, int64_t bytes, const void *tokens, int64_t starts_n, const int64_t *starts, int64_t docs_n,
+                const void *docs, int64_t rows, const int64_t *doc_R, const int64_t *offset_R, int64_t length,
+                void *tokens_RL, int32_t *documents_RL);
 
 #ifdef __cplusplus
 }

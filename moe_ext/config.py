@@ -15,6 +15,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -184,6 +185,11 @@ class DataConfig:
     prefetch: int = 2                           # micro-batches read ahead by a thread; 0: none
     tokenizer: str = "data/text/tokenizer.json" # of the `tokenizers` library; "": no text samples
 
+    def __post_init__(self):
+        require(self.prefetch >= 0, f"data.prefetch is {self.prefetch}; it cannot be negative")
+        require(not (self.split and self.valid), f"data.split {self.split} takes the held-out text out of data.train, "
+                f"but data.valid is {self.valid}: give one of them, the other as \"\"")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -191,8 +197,9 @@ class TrainConfig:
     steps: int = 1000                   # optimizer steps
     micro_batch: int = 8                # sequences per forward on one rank
     accumulation: int = 1               # forwards per optimizer step
-    batch_ramp: str = ""                # "16,16,1000": sequences per step at first, their increment, samples until the
-                                        # whole batch (accumulation * micro_batch * ranks) is reached; "": no ramp
+    batch_ramp: str = ""                # "16,16,1000": sequences per step at first, their increment, and over how many
+                                        # sequences the step grows to a whole one (accumulation * micro_batch *
+                                        # mesh.dp); schedules and intervals count steps all the same; "": no ramp
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"     # activations (16 bits: autocast, fp32 parameters)
     loss_scale: float = 65536.0         # fp16: the loss times this at first; halved by an overflow
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if the ops run there
@@ -214,6 +221,9 @@ class TrainConfig:
         for name in ("eval_every", "save_every", "keep_last", "sample_tokens", "profile_steps"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it cannot be negative")
         require(self.timeout > 0, f"train.timeout is {self.timeout}; it must be positive")
+        require(not self.batch_ramp or re.fullmatch(r"([1-9]\d*,){2}[1-9]\d*", self.batch_ramp) is not None,
+                f"train.batch_ramp is {self.batch_ramp!r}; it must be three positive numbers as in 16,16,1000: "
+                "sequences per step at first, their increment, sequences until the whole batch is reached")
         require(self.loss_scale >= 1 and math.frexp(self.loss_scale)[0] == 0.5, f"train.loss_scale is "
                 f"{self.loss_scale}; it must be a power of two from 1 on")
         require(not self.memory_snapshot or self.profile_steps > 0, "train.memory_snapshot records the profiled "
@@ -311,10 +321,12 @@ class LogConfig:
     trace_exchange: bool = False        # print and check every step of the token exchange (moe_ext.parallel.trace)
     tensorboard: bool = True            # write FOLDER/NAME/tb
     wandb: str = ""                     # project of Weights & Biases to which the numbers go too; "": none
-    peak_tflops: float = 0.0            # of the device, for "mfu"; 0: not printed
+    timers: bool = False                # time the parts of the steps that have a line, on every rank
+    peak_tflops: float = 0.0            # of one device, for "mfu"; 0: that of the table in moe_ext.plan, if it is there
 
     def __post_init__(self):
         require(self.every > 0, f"log.every is {self.every}; it must be positive")
+        require(self.peak_tflops >= 0, f"log.peak_tflops is {self.peak_tflops}; it cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -329,8 +341,8 @@ class Config:
     def __post_init__(self):
         require(self.optim.warmup + self.optim.decay <= self.train.steps, f"optim.warmup {self.optim.warmup} + "
                 f"optim.decay {self.optim.decay} steps do not fit in train.steps {self.train.steps}")
-        require(not self.train.keep_best or self.data.valid != "", "train.keep_best keeps the checkpoint of the best "
-                "evaluation, but data.valid is empty: give held-out text or leave it off")
+        require(not self.train.keep_best or self.data.valid or self.data.split, "train.keep_best keeps the checkpoint "
+                "of the best evaluation, but data.valid is empty: give held-out text or leave it off")
         model, moe, mesh = self.model, self.model.moe, self.mesh
         shares = {"tp": {"model.seq_len": model.seq_len, "model.heads": model.heads, "key/value heads": model.kv_groups,
                          "model.moe.shared_hidden": moe.shared_hidden}}
@@ -350,6 +362,16 @@ class Config:
         require(not dealt or share % moe.experts == 0, f"model.moe.balanced deals a rank's copies out from the first "
                 f"expert on, but the {share} of a sequence (model.seq_len / mesh.tp * model.moe.top_k) are no multiple "
                 f"of model.moe.experts {moe.experts}: another mesh would route others")
+        if self.train.batch_ramp:
+            start, increment, _ = self.ramp
+            whole, at_once = self.sequences_per_step, self.train.micro_batch * mesh.dp
+            for name, size in (("start", start), ("increment", increment)):
+                require(size % at_once == 0, f"train.batch_ramp {self.train.batch_ramp}: its {name} {size} is no "
+                        f"multiple of the {at_once} sequences that all ranks see at a time (train.micro_batch * "
+                        f"mesh.dp): the nearest is {max(1, round(size / at_once)) * at_once}")
+            require(start < whole and (whole - start) % increment == 0, f"train.batch_ramp {self.train.batch_ramp}: "
+                    f"increments of {increment} do not lead from {start} to the {whole} sequences of a whole step "
+                    "(train.accumulation * train.micro_batch * mesh.dp): change one of them")
         for axis, widths in shares.items():
             size = getattr(mesh, axis)
             for name, width in widths.items():
@@ -363,11 +385,34 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
+        """Of a whole step, as after train.batch_ramp."""
         return self.sequences_per_step * self.model.seq_len
 
     @property
     def sequences_per_step(self) -> int:
+        """Of a whole step, as after train.batch_ramp."""
         return self.train.accumulation * self.train.micro_batch * self.mesh.dp
+
+    @property
+    def ramp(self) -> tuple[int, int, int]:
+        """(sequences per step at first, their increment, sequences until the whole batch) of a train.batch_ramp."""
+        return tuple(int(number) for number in self.train.batch_ramp.split(","))
+
+    def sequences_after(self, consumed: int) -> int:
+        """Sequences of the step that comes after so many: Megatron's rule for --rampup-batch-size."""
+        whole = self.sequences_per_step
+        if not self.train.batch_ramp or consumed >= self.ramp[2]:
+            return whole
+        start, increment, samples = self.ramp
+        return start + consumed * ((whole - start) // increment) // samples * increment
+
+    @property
+    def tokens_in_all(self) -> int:
+        """Tokens of the whole run."""
+        consumed, steps = 0, self.train.steps
+        while steps and self.sequences_after(consumed) < self.sequences_per_step:
+            consumed, steps = consumed + self.sequences_after(consumed), steps - 1
+        return (consumed + steps * self.sequences_per_step) * self.model.seq_len
 
 
 def build(cls, table: dict, prefix: str = ""):

@@ -16,10 +16,12 @@ import tyro
 
 from moe_ext import checkpoint
 from moe_ext.config import Config, load, require
-from moe_ext.data import IndexedDataset, Loader, unigram_entropy
+from moe_ext.data import Blend, IndexedDataset, Loader, open_data, unigram_entropy
+from moe_ext.data.blend import read_blend
 from moe_ext.log import beside
 from moe_ext.model import GPT, build, precision
 from moe_ext.parallel.mesh import Mesh
+from moe_ext.run import loader_options, same_tokenizer
 
 
 class Run(NamedTuple):
@@ -48,35 +50,39 @@ def load_run(folder: str | Path, path: str | Path | None = None) -> Run:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int = 0, mesh: Mesh | None = None) -> float:
+def evaluate(model: GPT, config: Config, dataset: IndexedDataset | Blend, batches: int = 0,
+             mesh: Mesh | None = None) -> float:
     """Mean loss in nats per token over `batches` micro-batches of `dataset`, always the same rows (0, or more than
-    there are: all of them).
+    there are: all of them). Of a Blend: the mean of its sets' losses, by its weights.
 
     A micro-batch is that of all ranks together. mesh: of a model that lies on one; every rank calls, all get the mean.
     Errors: ValueError; FloatingPointError if the mean is not finite.
     """
     if batches < 0:
         raise ValueError(f"evaluate: batches is {batches}, wanted 0 (all of the held-out text) or a positive number")
+    if len(dataset.parts) > 1:
+        return sum(weight * evaluate(model, config, part, batches, mesh) for weight, part in dataset.parts)
     rows_per_batch, device = config.train.micro_batch * config.mesh.dp, model.norm.weight.device
     mine = rows_per_batch // (mesh.config.dp if mesh else 1)
     first = mesh.dp_rank * mine if mesh else 0
     loader = Loader(dataset, seq_len=config.model.seq_len, batch_size=rows_per_batch,
-                    vocab_size=config.model.vocab_size)
+                    vocab_size=config.model.vocab_size, **loader_options(config))
     rows = min(batches * rows_per_batch or loader.samples, loader.samples)
-    training, total, bad_L = model.training, torch.zeros((), dtype=torch.float64, device=device), 0
+    training, total, bad_L = model.training, torch.zeros(2, dtype=torch.float64, device=device), 0
     model.eval()
     for begin in range(0, rows, rows_per_batch):
         for micro in range(first, first + mine, config.train.micro_batch):
             batch = loader.batch(micro, micro + config.train.micro_batch)
             batch.targets[max(0, rows - begin - micro):] = -100     # rows past the last: ranks go on together
             with precision(config, device):
-                out = model(batch.tokens.to(device), batch.targets.to(device))
-            total, bad_L = total + out.token_loss, bad_L + out.bad_L
+                out = model(batch.tokens.to(device), batch.targets.to(device), **batch.borders(device))
+            learnt = (batch.targets >= 0).sum().to(device)
+            total, bad_L = total + torch.stack([out.token_loss.double(), learnt]), bad_L + out.bad_L
         loader.advance()
     model.train(training)
     if mesh:
         total, bad_L = mesh.sum(total / mesh.config.tp, bad_L)
-    loss = total.item() / (rows * config.model.seq_len)
+    loss = (total[0] / total[1]).item()
     if problem := not_finite(model, bad_L, {"the held-out loss": loss}):
         raise FloatingPointError(problem)
     return loss
@@ -102,9 +108,12 @@ def main() -> None:
             batches: micro-batches of these tokens; 0, or more than there are: all of them
         """
         loaded = load_run(run, checkpoint)
-        data = data or loaded.config.data.valid
-        require(data != "", f"{run} was trained without held-out text (data.valid): give --data PREFIX")
-        dataset = IndexedDataset(data)
+        own = loaded.config.data
+        require(data or own.valid or own.split, f"{run} was trained without held-out text (data.valid): give --data "
+                "PREFIX")
+        for _, prefix in read_blend(data or own.valid or own.train):
+            same_tokenizer(run, prefix)
+        dataset = open_data(data).train if data else open_data(own.train, own.valid, own.split).valid
         loss, entropy = evaluate(loaded.model, loaded.config, dataset, batches), unigram_entropy(dataset)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         print(f"step {loaded.step} | valid loss {loss:.4f} | perplexity {perplexity:.2f} | {beside(loss, entropy)}")

@@ -17,6 +17,7 @@ import tyro
 from moe_ext.config import ConfigError, ModelConfig, require
 from moe_ext.evaluate import Run, load_run
 from moe_ext.model import GPT, KVCache, precision
+from moe_ext.run import same_tokenizer
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")    # end-of-text tokens; the first is moe_ext.data's
 
@@ -93,6 +94,7 @@ def complete(run: Run, prompt: str, max_tokens: int, *, ignore_eos: bool = False
     """Prompt and continuation as text, to the end-of-text token unless ignore_eos; other options as in `generate`."""
     path = run.folder / "tokenizer.json"
     require(path.is_file(), f"no {path}: the run was trained without data.tokenizer, so it cannot read or write text")
+    same_tokenizer(run.folder, path)
     tokenizer = load_tokenizer(path)
     special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
     end = None if ignore_eos else next((special[name] for name in ENDS if name in special), None)

@@ -30,8 +30,9 @@ class Losses(NamedTuple):
     token_loss: torch.Tensor    # scalar, cross-entropy summed over the tokens (nats)
     aux_loss: torch.Tensor      # scalar, balance and z-loss with their weights, mean over MoE layers; 0 in evaluation
     counts_LE: torch.Tensor     # int32, copies per MoE layer and expert; [0,0] for a dense model
-    dropped: torch.Tensor       # int32 scalar, copies that capacity dropped, all layers
+    dropped_L: torch.Tensor     # int32, copies that capacity dropped in each MoE layer
     bad_L: torch.Tensor         # int32, tokens of each MoE layer whose router's logits are not finite
+    balance: torch.Tensor       # scalar, balance loss without weight or gradient, mean over MoE layers
 
 
 class KVCache:
@@ -382,10 +383,10 @@ class GPT(nn.Module):
             targets_BS = targets_BS.masked_fill(~token_mask, -100)
         token_loss = self.lm_head(x_BSD, targets_BS)
         if not routings:
-            none = torch.zeros((), dtype=torch.int32, device=tokens_BS.device)
-            return Losses(token_loss, torch.zeros_like(token_loss), none.new_zeros(0, 0), none, none.new_zeros(0))
-        loss, counts, dropped, bad = (torch.stack(column) for column in zip(*routings, strict=True))
-        return Losses(token_loss, loss.mean(), counts, dropped.sum(), bad)
+            none, zero = torch.zeros(0, dtype=torch.int32, device=tokens_BS.device), torch.zeros_like(token_loss)
+            return Losses(token_loss, zero, none.view(0, 0), none, none, zero.detach())
+        loss, counts, dropped, bad, balance = (torch.stack(column) for column in zip(*routings, strict=True))
+        return Losses(token_loss, loss.mean(), counts, dropped, bad, balance.mean())
 
     def logits(self, tokens_BS, cache: KVCache | None = None, token_mask=None):
         """-> [B,S,V]. With a cache, tokens continue those that it holds, and token_mask is that of the new ones."""

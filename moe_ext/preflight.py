@@ -1,9 +1,9 @@
 """What would end a run hours later and can be known before step 1: `preflight(config)`.
 
 Every rank calls it at the start of a run, and --dry-run after it has printed the plan. It looks at every token of the
-data, at the tokenizer, at the sample's prompt and its room in the context, and at the run folder: whether it can be
-written and has room for the checkpoints. It leaves nothing behind. What is wrong is raised as ConfigError, or as the
-FileNotFoundError or ValueError of a data file, in a sentence that says what to type.
+data, at the tokenizer and whether all tokens are of it, at the sample's prompt and its room in the context, and at the
+run folder: whether it can be written and has room for the checkpoints. It leaves nothing behind. What is wrong is
+raised as ConfigError, or as the FileNotFoundError or ValueError of a data file, in a sentence that says what to type.
 """
 from __future__ import annotations
 
@@ -13,26 +13,31 @@ import tempfile
 
 from moe_ext import checkpoint, generate, plan
 from moe_ext.config import Config, ConfigError, require
-from moe_ext.data import IndexedDataset, Loader
+from moe_ext.data import Blend, IndexedDataset, Loader, open_data
 from moe_ext.model import GPT, pick_device
+from moe_ext.run import check_tokenizer, loader_options
 
 CHUNK = 2**24       # tokens looked at in one piece
 
 
-def preflight(config: Config, rank: int = 0, ranks: int = 1) -> tuple[IndexedDataset, IndexedDataset | None]:
-    """-> the training and the held-out tokens (None without data.valid). Of these each of the `ranks` looks through its
-    own share; rank 0 alone looks at the rest."""
+def preflight(config: Config, rank: int = 0,
+              ranks: int = 1) -> tuple[IndexedDataset | Blend, IndexedDataset | Blend | None]:
+    """-> the training and the held-out tokens (None without data.valid and data.split). Of these each of the `ranks`
+    looks through its own share; rank 0 alone looks at the rest."""
     t, device = config.train, pick_device(config)
     require(not t.memory_snapshot or device.type == "cuda", f"train.memory_snapshot records CUDA allocations, but "
             f"train.device is {device.type}: leave it off; profile/ops.txt shows what each op allocates")
-    train = IndexedDataset(config.data.train)
-    valid = IndexedDataset(config.data.valid) if config.data.valid else None
-    for dataset in filter(None, (train, valid)):
-        Loader(dataset, seq_len=config.model.seq_len, batch_size=1)     # long enough
-        check_tokens(dataset, config.model.vocab_size, rank, ranks)
+    train, valid, _ = open_data(config.data.train, config.data.valid, config.data.split)
+    for data in filter(None, (train, valid)):
+        Loader(data, seq_len=config.model.seq_len, batch_size=1, **loader_options(config))  # long enough
+        for _, dataset in data.parts:
+            check_tokens(dataset, config.model.vocab_size, rank, ranks)
     if rank == 0:
+        if config.log.wandb:
+            check_wandb()
         if config.data.tokenizer:
             check_text(config)
+        check_tokenizer(config)
         check_folder(config)
     return train, valid
 
@@ -61,6 +66,17 @@ def check_text(config: Config) -> None:
         except ValueError as error:
             raise ConfigError(f"the sample at the end of the run: {error}; see --train.sample-prompt and "
                               "--train.sample-tokens (0: no sample)") from None
+
+
+def check_wandb() -> None:
+    """ConfigError unless the package is there; a folder of that name, as it leaves behind, is not."""
+    try:
+        import wandb
+        found = hasattr(wandb, "init")
+    except ImportError:
+        found = False
+    require(found, "log.wandb sends the numbers to Weights & Biases, which needs its package: pip install wandb, or "
+            "leave log.wandb empty")
 
 
 def check_folder(config: Config) -> None:

@@ -364,7 +364,7 @@ def train(case: Case, mesh: Mesh) -> Record:
             parts = backward(model, out, mesh, tokens=ROWS * TOKENS, accumulation=case.accumulation,
                              last=micro == case.accumulation - 1)
             loss, aux = loss + parts[0], aux + parts[1]
-            loads, dropped = loads + out.counts_LE, dropped + out.dropped
+            loads, dropped = loads + out.counts_LE, dropped + out.dropped_L
         norm = clip_grad_norm(model.named_parameters(), optim.clip)
         losses = dict(zip(("token", "aux"), mesh.sum(loss, aux), strict=True), norm=torch.tensor(norm).double())
         exact |= dict(zip((f"loads {step}", f"dropped {step}"), mesh.sum(loads, dropped), strict=True))

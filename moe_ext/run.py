@@ -1,6 +1,7 @@
 """The run folder: one run at a time, one branch at a time.
 
     RUN/lock                    while a run is on: held by its rank 0 (flock), which the kernel lets go when it dies
+    RUN/tokenizer.sha256        which tokenizer the run's tokens are of, if that is known, for evaluate and generate
     RUN/ckpt, metrics.jsonl, tb what led to the run's newest checkpoint and what followed, nothing else
     RUN/abandoned/after-000500-1/   ckpt/, metrics.jsonl, tb/, config.toml, plot.png: set aside by a run that started
                                 from step 500 (0: anew) when there was more; kept until you delete it
@@ -19,6 +20,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 import socket
 import warnings
@@ -27,8 +29,10 @@ from pathlib import Path
 
 from moe_ext import checkpoint
 from moe_ext.checkpoint import CheckpointError, State
-from moe_ext.config import Config, ConfigError, dumps
-from moe_ext.data import Loader
+from moe_ext.config import Config, ConfigError, dumps, require
+from moe_ext.data import Blend, IndexedDataset, Loader, summary, totals
+from moe_ext.data.blend import read_blend, write_blend
+from moe_ext.data.identity import data_meta, tokenizer_hash
 from moe_ext.log import split_events, split_metrics
 
 
@@ -90,13 +94,15 @@ def check(path: Path, config: Config, loader: Loader) -> None:
     if steps < state.step or (steps == state.step and not own(path, config)):
         raise CheckpointError(f"{path} has {state.step} steps behind it and train.steps is {steps}: give a larger "
                               "train.steps, or --resume an earlier checkpoint")
-    differing = [f"{name} {state.loader.get(name)} there, {value} here" for name, value in loader.identity().items()
-                 if state.loader.get(name) != value]
-    if differing:
+    if differing := loader.differing(state.loader):
         raise CheckpointError(f"{path} is a place in the text {state.config['data']['train']}, not in "
                               f"{config.data.train} as data.train, model.seq_len and train.seed now have it "
                               f"({'; '.join(differing)}): continue with those that it had, or start a new run with "
                               f"these weights: --weights {path}")
+    there, here = tokenizer_of(path.parent.parent), check_tokenizer(config)
+    if there and here and there != here:
+        raise CheckpointError(f"{path} is of a run with the tokenizer {there[:12]}, but data.tokenizer and the data "
+                              f"are now of {here[:12]}: give the tokenizer that it had")
 
 
 def own(path: Path, config: Config) -> bool:
@@ -107,7 +113,8 @@ def own(path: Path, config: Config) -> bool:
 def same_evaluation(path: Path, state: State, config: Config) -> bool:
     """Whether the best loss so far, of a checkpoint, is one that this run's evaluations can be compared with; with
     train.keep_best also whether its checkpoint was kept."""
-    same = {"data.valid", "train.eval_batches", "model.seq_len"}.isdisjoint(name for name, *_ in changes(state, config))
+    decisive = {"data.valid", "data.split", "train.eval_batches", "model.seq_len"}
+    same = decisive.isdisjoint(name for name, *_ in changes(state, config))
     return same and own(path, config) and (state.best_step is not None or not config.train.keep_best)
 
 
@@ -125,8 +132,74 @@ def absolute(config: Config) -> Config:
 
 
 def absolute_paths(section: dict) -> dict:
-    return section | {name: os.path.abspath(section[name]) for name in ("train", "valid", "tokenizer", "folder")
-                      if section.get(name)}
+    blends = {name: write_blend([(weight, os.path.abspath(prefix)) for weight, prefix in read_blend(section[name])])
+              for name in ("train", "valid") if section.get(name)}
+    return section | blends | {name: os.path.abspath(section[name]) for name in ("tokenizer", "folder", "cache")
+                               if section.get(name)}
+
+
+def loader_options(config: Config) -> dict:
+    """The fields of data.* that Loader takes."""
+    return {name: getattr(config.data, name) for name in ("reset_attention", "reset_positions", "mask_end", "cache",
+                                                          "prefetch")}
+
+
+def data_lines(config: Config, data: IndexedDataset | Blend) -> list[str]:
+    """What the training data of a run are, in log.style, and what is not known of any of its tokens."""
+    rows = config.tokens_in_all // config.model.seq_len
+    if config.log.style == "megatron":
+        lines = totals(data, config.model.seq_len, rows)
+    else:
+        lines = [f"{'data':10}  {line}" for line in summary(data, config.model.seq_len, rows)]
+    if unknown := [name for name, value in tokenizers(config).items() if not value]:
+        lines.append(f"not checked, for no meta.json tells it: which tokenizer {', '.join(unknown)} is of")
+    return lines
+
+
+# ---- one tokenizer ---------------------------------------------------------------------------------------------------
+def tokenizers(config: Config) -> dict[str, str | None]:
+    """Which tokenizer all that a run reads is of: data.tokenizer and each prefix of tokens -> its hash; None for tokens
+    without meta.json, those of other programs."""
+    data = config.data
+    prefixes = [prefix for text in filter(None, (data.train, data.valid)) for _, prefix in read_blend(text)]
+    prefixes += [word.partition("=")[2] for word in shlex.split(data.eval_sets)]
+    own = {data.tokenizer: tokenizer_hash(data.tokenizer)} if data.tokenizer else {}
+    return own | {prefix: hash_of(prefix) for prefix in prefixes}
+
+
+def hash_of(prefix: str | Path) -> str | None:
+    return (data_meta(prefix) or {}).get("tokenizer_sha256")
+
+
+def check_tokenizer(config: Config) -> str | None:
+    """The hash of the one tokenizer that all that a run reads is of; None if nothing is known. ConfigError if there are
+    two."""
+    known = {name: value for name, value in tokenizers(config).items() if value}
+    name, value = next(iter(known.items()), (None, None))
+    for other, its in known.items():
+        require(its == value, f"{other} is of another tokenizer ({its[:12]}) than {name} ({value[:12]}), so the same "
+                "id is another text in each: prepare both with one (python -m moe_ext.data prepare --tokenizer FILE)")
+    return value
+
+
+def tokenizer_of(folder: Path) -> str | None:
+    """The hash of a run's tokenizer; None if it is not known."""
+    kept = folder / "tokenizer.sha256"
+    if kept.is_file():
+        return kept.read_text().split()[0]
+    return tokenizer_hash(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
+
+
+def same_tokenizer(folder: str | Path, path: str | Path) -> None:
+    """ConfigError if `path`, a prefix of tokens or a tokenizer.json, is of another tokenizer than the run in `folder`.
+    A warning if that is not known of the tokens."""
+    there, here = tokenizer_of(Path(folder)), tokenizer_hash(path) if str(path).endswith(".json") else hash_of(path)
+    if there and not here:
+        warnings.warn(f"not checked, for no meta.json tells it: whether {path} is of the tokenizer of {folder}",
+                      stacklevel=2)
+    require(not (there and here) or there == here, f"{path} is of another tokenizer ({str(here)[:12]}) than the run "
+            f"{folder} ({str(there)[:12]}), which would read other words in it: give tokens prepared with --tokenizer "
+            f"{folder}/tokenizer.json")
 
 
 # ---- one branch at a time --------------------------------------------------------------------------------------------
@@ -142,6 +215,8 @@ def begin(config: Config, path: Path | None, state: State | None) -> list[str]:
         if state.step == config.train.steps:
             lines.append(f"all {state.step} steps are done: to go on, give a larger train.steps")
     write(folder, "config.toml", dumps(absolute(config)).encode())
+    if known := check_tokenizer(config):
+        write(folder, "tokenizer.sha256", f"{known}  tokenizer.json\n".encode())
     if config.data.tokenizer:
         write(folder, "tokenizer.json", Path(config.data.tokenizer).read_bytes())
     return lines

@@ -4,6 +4,7 @@
 depend on the mesh (README, "Which mesh should I use"). Rank 0 writes the run folder, log.folder/log.name:
     config.toml       every field, defaults included: `moe_ext.train RUN/config.toml` repeats the run
     run.log           what the console showed          metrics.jsonl, tb/   the same as numbers (moe_ext.log)
+    progress.txt      starts and checkpoints of all restarts
     lock              while the run is on              abandoned/      what a start left behind (moe_ext.run)
     ckpt/step-NNNNNN  checkpoints (moe_ext.checkpoint) tokenizer.json       a copy, so that the folder is whole
     plot.png          loss and expert load             profile/             traces, with train.profile_steps
@@ -23,6 +24,7 @@ import operator
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,16 +36,16 @@ from moe_ext.config import Config, parse, plain, require
 from moe_ext.data import Loader, unigram_entropy
 from moe_ext.evaluate import evaluate, load_run, not_finite
 from moe_ext.generate import complete
-from moe_ext.log import Log, Silence, plot
+from moe_ext.log import Log, Memory, Silence, Timers, peak_flops, plot
 from moe_ext.model import GPT, parameter_dtype, precision
-from moe_ext.optim import LossScaler, adamw, learning_rate, set_learning_rate
+from moe_ext.optim import LossScaler, adamw, count_zeros, learning_rate, parameter_norm, set_learning_rate
 from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
-from moe_ext.run import absolute, begin, check, locked, own, same_evaluation
+from moe_ext.run import absolute, begin, check, data_lines, loader_options, locked, own, same_evaluation
 
 
 @dataclass(frozen=True)
@@ -80,26 +82,28 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     t, folder, device = config.train, config.run_folder, mesh.device
     start_from = find_checkpoint(folder, resume)
     weights_from = find_weights(weights, resume, start_from)
+    began = time.perf_counter()
     data, valid = checkpoint.together(lambda: preflight(config, mesh.rank, mesh.world))
 
     # what a step needs
-    loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed,
-                    batch_size=config.sequences_per_step, vocab_size=config.model.vocab_size)
-    held_out = (len(valid), len(valid.tokens)) if valid else None
+    loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed, batch_size=config.sequences_per_step,
+                    vocab_size=config.model.vocab_size, **loader_options(config))
+    held_out = valid.digest if valid else None
     here, there = (loader.identity(), held_out), checkpoint.on_rank_0(lambda: (loader.identity(), held_out))
     for path, same in zip((config.data.train, config.data.valid), map(operator.eq, here, there), strict=True):
         require(same, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use storage "
                 "that they share")
+    read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)
     optimizer = adamw(model, config.optim)
     scaler = LossScaler(t.loss_scale, enabled=t.dtype == "fp16")
-    state, done, best, best_step = None, 0, None, None
+    state, done, best, best_step, seconds = None, 0, None, None, 0.0
     if start_from is not None:
         checkpoint.on_rank_0(lambda: check(start_from, config, loader))
         state = checkpoint.load(start_from, model=model, optimizer=optimizer, loader=loader,
                                 config=dataclasses.asdict(config))
-        done = state.step
+        done, seconds = state.step, state.extra.pop("seconds", 0.0)
         if same_evaluation(start_from, state, config):
             best, best_step = state.best_loss, state.best_step
         if scaler.enabled and state.extra:
@@ -108,11 +112,11 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
         first = checkpoint.load(weights_from, model=model)
 
     # the run folder
+    setup = mesh.each([1e3 * (time.perf_counter() - read), 1e3 * (read - began)])
     lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
-    log = Log(folder, steps=t.steps, tensorboard=config.log.tensorboard, flops_per_token=model.flops_per_token(),
-              peak_flops=config.log.peak_tflops * 1e12 * mesh.world) if mesh.rank == 0 else Silence()
-    log.say(describe(config, model))
-    log.say("\n".join([f"continuing from {start_from}" if start_from else f"writing {folder}", *lines]))
+    log = Log(config, samples=loader.row, seconds=seconds, flops_per_token=model.flops_per_token(),
+              peak_flops=peak_flops(config, device) * mesh.world) if mesh.rank == 0 else Silence()
+    log.start(model, start_from, done, lines, data_lines(config, data), setup)
     if start_from and weights:
         log.say(f"the weights are those of {start_from}: --weights {weights} was for the start of this run")
     elif weights_from:
@@ -125,37 +129,50 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     def save(step, keep_last=t.keep_last):
         mesh.at(f"step {step}, saving")
         with log.paused():
+            log.saving(step)
             path = checkpoint.save(folder / "ckpt", model=model, optimizer=optimizer, loader=loader, step=step,
                                    config=dataclasses.asdict(absolute(config)), best_loss=best, keep_last=keep_last,
-                                   extra=scaler.state_dict(), best_step=best_step if t.keep_best else None)
-            log.say(f"saved {path}")
+                                   extra=scaler.state_dict() | {"seconds": log.seconds},
+                                   best_step=best_step if t.keep_best else None)
+            log.saved(path, step)
 
     if start_from and not own(start_from, config):
         save(done)      # now, so that whatever happens next, this folder goes on from there
+    timers = Timers(device)
     with Stop() as stop, Profile(config, mesh) as profile:
         for step in range(done + 1, t.steps + 1):
             mesh.at(f"step {step}")
+            last = step == t.steps
+            told = step == done + 1 or step % config.log.every == 0 or last     # it will have a line
+            timers.on = told and config.log.timers
             set_learning_rate(optimizer, lr := learning_rate(step, config.optim, t.steps))
-            loss, aux, counts_LE, bad_L = 0.0, 0.0, 0, 0
-            for micro in range(t.accumulation):
-                batch = loader.batch(*mesh.rows(micro, t.micro_batch))
+            loader.batch_size = sequences = config.sequences_after(loader.row)
+            accumulation = sequences // (t.micro_batch * config.mesh.dp)
+            totals, targets = [0.0] * 6, loader.targets
+            for micro in range(accumulation):
+                with timers("data"):
+                    batch = loader.batch(*mesh.rows(micro, t.micro_batch))
                 draws = mesh.draws(t.seed, step, batch.row0, config.model.seq_len)
-                with precision(config, device):
-                    out = model(batch.tokens.to(device), batch.targets.to(device), draws)
-                parts = backward(model, out, mesh, tokens=config.tokens_per_step, accumulation=t.accumulation,
-                                 last=micro == t.accumulation - 1, scale=scaler.scale)
-                loss, aux, counts_LE = loss + parts[0], aux + parts[1], counts_LE + out.counts_LE
-                bad_L = bad_L + out.bad_L
+                with precision(config, device), timers("forward"):
+                    out = model(batch.tokens.to(device), batch.targets.to(device), draws, **batch.borders(device))
+                with timers("backward"):
+                    parts = backward(model, out, mesh, tokens=targets, accumulation=accumulation,
+                                     last=micro == accumulation - 1, scale=scaler.scale)
+                parts = *parts, out.balance / (accumulation * mesh.world), out.counts_LE, out.dropped_L, out.bad_L
+                totals = [total + number for total, number in zip(totals, parts, strict=True)]
             asked = torch.tensor(float(bool(stop.asked)), device=device)
-            loss, aux, counts_LE, bad_L, asked = mesh.sum(loss, aux, counts_LE, bad_L, asked)
+            loss, aux, balance, counts_LE, dropped_L, bad_L, asked = mesh.sum(*totals, asked)
             counts_LE = counts_LE.long()
             problem = not_finite(model, bad_L, {"the loss": loss, "the balance loss or the z-loss": aux})
             with diverging(step, folder):
                 if problem and not scaler.enabled:
                     raise FloatingPointError(f"{problem}: lower optim.lr, lengthen optim.warmup or set optim.clip")
-                grad_norm = scaler.clip(model.named_parameters(), config.optim.clip)
+                with timers("optimizer"):
+                    grad_norm = scaler.clip(model.named_parameters(), config.optim.clip)
+            zeros = count_zeros(model.named_parameters()) if told and grad_norm is not None else None
             if grad_norm is not None:
-                optimizer.step()
+                with timers("optimizer"):
+                    optimizer.step()
                 model.update_select_bias(counts_LE)
             else:
                 log.say(f"step {step}: {problem or 'a gradient overflowed'}, so it moves nothing; the loss scale is "
@@ -164,11 +181,14 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             loader.advance()
             profile.step()
 
-            last = step == t.steps
-            log.tick(config.tokens_per_step)
-            if step == done + 1 or step % config.log.every == 0 or last:
-                log.step(step, loss=float(loss), aux=float(aux), grad_norm=grad_norm, lr=lr, counts_LE=counts_LE,
-                         epoch=loader.epoch)
+            balance = float(balance) if config.model.moe.balance_weight and len(counts_LE) else None
+            log.tick(sequences, float(loss) if grad_norm is not None else None, balance)
+            if told:
+                log.step(step, sequences=sequences, loss=float(loss), aux=float(aux), grad_norm=grad_norm, zeros=zeros,
+                         parameter_norm=parameter_norm(model.named_parameters()), lr=lr, loss_scale=scaler.scale,
+                         counts_LE=counts_LE, dropped_L=dropped_L if config.model.moe.capacity_factor else None,
+                         epoch=loader.epoch, memory=[Memory(*row) for row in mesh.each(Memory.now(device))],
+                         times=mesh.each(timers.milliseconds()) if timers.on else [])
             if valid and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
                 mesh.at(f"step {step}, evaluating")
                 with log.paused(), diverging(step, folder):
@@ -289,6 +309,7 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
+    print("\n".join(data_lines(config, data)))
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
                                          seed=config.train.seed))

@@ -13,7 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from moe_ext.config import OptimConfig
-from moe_ext.optim import LossScaler, NonFiniteGradient, adamw, clip, clip_grad_norm, param_groups
+from moe_ext.optim import (
+    LossScaler,
+    NonFiniteGradient,
+    adamw,
+    clip,
+    clip_grad_norm,
+    count_zeros,
+    param_groups,
+    parameter_norm,
+)
 
 COPY, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
 LAYOUT = {  # name: shape, mesh dimensions, placements
@@ -142,6 +151,34 @@ def test_any_mesh_clips_as_one_process(mesh, tmp_path):
             with pytest.raises(AssertionError):
                 check([rank[name] for rank in ranks], wanted)
                 pytest.fail(name)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_any_mesh_measures_as_one_process(mesh, tmp_path, monkeypatch):
+    """The parameters' norm, and how many values of the gradients are zero: in part of a tensor, in all of it."""
+    def plant(whole):
+        whole["embed"][2:5] = 0
+        whole["experts"][1] = 0
+        whole["wide"][0, 3] = 0
+        whole["router"].zero_()
+
+    def measured(model, put):
+        set_gradients(model, put, spoil=plant)
+        return count_zeros(model.named_parameters()), parameter_norm(model.named_parameters())
+
+    def body(rank):
+        made = model_on(*mesh)
+        right = measured(*made)
+        monkeypatch.setattr(clip, "_copies", lambda name, grad, world: 1)
+        return right, measured(*made)
+
+    ranks = run_ranks(math.prod(mesh), body, tmp_path)
+    zeros, norm = measured(*one_process())
+    assert zeros == 3 * 6 + 6 * 3 + 1 + 12
+    assert norm == pytest.approx(math.sqrt(sum(t.square().sum() for t in tensors(0).values())), rel=1e-15)
+    for right, counted_twice in ranks:
+        assert right == (zeros, pytest.approx(norm, rel=1e-15)) and right == ranks[0][0]
+        assert mesh == (1, 1, 1) or (counted_twice[0] > zeros and counted_twice[1] > norm)
 
 
 @pytest.mark.parametrize("world, wanted", [(1, []), (2, [(torch.float64, len(LAYOUT) - 1)])])

@@ -33,7 +33,7 @@ def test_every_field_is_documented_and_they_are_few():
             if f.name != "moe":
                 assert re.search(rf"^    {f.name}: .*= .*# \S", source, re.M), f"{cls.__name__}.{f.name} says no unit"
                 count += 1
-    assert 0 < count <= 106
+    assert 0 < count <= 107
 
 
 def test_round_trip(tmp_path):
@@ -92,6 +92,13 @@ def test_command_line_comes_last(tmp_path):
     ("[train]\nsteps = 50\n", ["optim.warmup 100", "train.steps 50"]),
     ("[train]\nmicro_batch = 0\n", ["train.micro_batch is 0"]),
     ("[train]\nmemory_snapshot = true\n", ["set train.profile_steps"]),
+    ("[train]\nbatch_ramp = '16,16'\n", ["train.batch_ramp is '16,16'", "as in 16,16,1000"]),
+    ("[train]\nbatch_ramp = '16,0,100'\n", ["train.batch_ramp is '16,0,100'", "three positive numbers"]),
+    ("[train]\nbatch_ramp = '12,8,100'\naccumulation = 4\n", ["its start 12 is no multiple of the 8", "nearest is 16"]),
+    ("[train]\nbatch_ramp = '8,3,100'\naccumulation = 4\n", ["its increment 3 is no multiple", "the nearest is 8"]),
+    ("[train]\nbatch_ramp = '16,8,100'\naccumulation = 2\n", ["do not lead from 16 to the 16", "change one"]),
+    ("[train]\nbatch_ramp = '8,16,100'\naccumulation = 4\n", ["increments of 16 do not lead from 8 to the 32"]),
+    ("[log]\npeak_tflops = -1\n", ["log.peak_tflops is -1.0", "negative"]),
     ("[mesh]\npp = 2\n", ["mesh.pp is 2", "not built yet"]),
     ("[mesh]\nfsdp = 4\nep = 3\n", ["mesh.ep * mesh.etp = 3 does not divide mesh.fsdp * mesh.tp = 4", "does is 2"]),
     ("[mesh]\ntp = 2\netp = 4\n", ["mesh.etp is 4", "1 or mesh.tp = 2"]),
@@ -108,6 +115,19 @@ def test_bad_recipes(tmp_path, text, words):
     assert "recipe.toml" in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_batch_ramp_is_megatrons():
+    """Of --rampup-batch-size 16 16 1000 to 64 (its num_microbatches_calculator)."""
+    config = C.Config(train=C.TrainConfig(micro_batch=16, accumulation=4, batch_ramp="16,16,1000"))
+    rule = {0: 16, 333: 16, 334: 32, 666: 32, 667: 48, 999: 48, 1000: 64, 10**9: 64}
+    assert {consumed: config.sequences_after(consumed) for consumed in rule} == rule
+    assert config.sequences_per_step == 64 and config.tokens_per_step == 64 * 256
+    steps, consumed = 0, 0
+    while steps < config.train.steps:
+        steps, consumed = steps + 1, consumed + config.sequences_after(consumed)
+    assert config.tokens_in_all == consumed * 256 < 1000 * 64 * 256
+    assert C.Config().sequences_after(0) == 8 and C.Config().tokens_in_all == 1000 * 8 * 256
 
 
 def test_missing_recipe_and_missing_argument(tmp_path):

@@ -91,7 +91,7 @@ def test_loss_falls_and_the_run_folder_is_whole(straight):
     assert evaluations[-1]["valid_loss"] < steps[0]["loss"] - 2.5
     assert sum(steps[-1]["counts_LE"][0]) == 2 * 4 * 32 * 2          # accumulation x rows x tokens x K
     assert {p.name for p in straight.iterdir()} - {"plot.png"} == {"config.toml", "run.log", "metrics.jsonl", "ckpt",
-                                                                   "tokenizer.json"}
+                                                                   "tokenizer.json", "progress.txt"}
     said = (straight / "run.log").read_text()
     assert "step 20/20 | loss" in said and "unigram entropy" in said and "sample: def " in said
     assert f"tok/s | epoch {160 / samples:.2f} | load" in said
@@ -224,6 +224,37 @@ def test_accumulation_changes_nothing_in_fp64(data, tmp_path):
     for name in a:
         if a[name].dtype == torch.float64:
             assert (a[name] - b[name]).abs().max() <= 1e-11 * a[name].abs().max() + 1e-13, name
+
+
+def test_a_batch_ramp_begins_small_and_resumes_bit_for_bit(data, tmp_path):
+    ramp = dict(train__batch_ramp="4,4,48", train__accumulation=4, train__steps=9, train__save_every=5,
+                train__keep_last=0, log__every=1, data__tokenizer="")
+    straight = run(data, tmp_path / "straight", **ramp)
+    steps = [r for r in records(straight) if "loss" in r]
+    assert [r["sequences"] for r in steps] == [4, 4, 4, 4, 8, 8, 12, 12, 16]
+    assert [r["samples"] for r in steps] == [4, 8, 12, 16, 24, 32, 44, 56, 72]
+    assert steps[-1]["tokens"] == 72 * 32 == load(straight / "config.toml").tokens_in_all
+    assert [sum(r["counts_LE"][0]) for r in steps] == [r["sequences"] * 32 * 2 for r in steps]
+    folder = run(data, tmp_path / "small", **ramp | dict(train__batch_ramp="", train__accumulation=1))
+    small = [r for r in records(folder) if "loss" in r]
+    assert [r["loss"] for r in small][:4] == [r["loss"] for r in steps][:4]        # means over the tokens of their step
+    assert small[4]["loss"] != steps[4]["loss"]
+    shutil.copytree(straight / "ckpt" / "step-000005", tmp_path / "debug" / "ckpt" / "step-000005")
+    again = run(data, tmp_path, "auto", **ramp)
+    assert_same_checkpoint(straight, again, 9)
+    later = [r for r in records(again) if "loss" in r]
+    assert [(r["loss"], r["tokens"]) for r in later] == [(r["loss"], r["tokens"]) for r in steps[5:]]
+    state = checkpoint.read_state(straight / "ckpt" / "step-000005")
+    assert later[0]["seconds"] > state.extra["seconds"] == steps[4]["seconds"] > 0
+    lines = [line.split("\t")[3:5] for line in (again / "progress.txt").read_text().splitlines()]
+    assert lines == [["Starting job", "Iteration: 5"], ["Saved checkpoint", "Iteration: 9"]]
+
+
+def test_a_dry_run_knows_the_ramp(data, tmp_path, monkeypatch, capsys):
+    main(monkeypatch, moe_ext.train, *flags(data, tmp_path, train__batch_ramp="4,4,48", train__accumulation=4,
+                                            train__steps=9), "--dry-run")
+    assert "512 per step = 4 x 4 sequences of 32; 2,304 in 9 steps, from 4 sequences per step on" in (
+        capsys.readouterr().out)
 
 
 def test_selection_bias_moves_once_per_step_from_all_counts(data, tmp_path):

@@ -1,4 +1,6 @@
 """The driver on many ranks: the losses of one process, resume here and on other meshes, and how a run ends."""
+import dataclasses
+import math
 import os
 import re
 import shutil
@@ -53,11 +55,39 @@ def alone(data, tmp_path_factory):                                              
 @pytest.mark.parametrize("name", MESHES)
 def test_every_step_is_that_of_one_process(data, alone, tmp_path, name):                   # noqa: F811
     folder = fit(data, tmp_path, tmp_path / "store", train__dtype="fp64", train__steps=10, **MESHES[name])
-    for columns in (("loss", "aux", "grad_norm", "lr"), ("valid_loss",)):
+    for columns in (("loss", "aux", "grad_norm", "lr", "balance", "zeros", "parameter_norm", "tokens", "load"),
+                    ("valid_loss",)):
         np.testing.assert_allclose(numbers(folder, *columns), numbers(alone["fp64"], *columns), rtol=1e-9)
     assert numbers(folder, "counts_LE") == numbers(alone["fp64"], "counts_LE")
     said = (folder / "run.log").read_text()
     assert "eval 10/10" in said and said.count("step 7/10 |") == 1
+    world = math.prod(size for name, size in MESHES[name].items() if name in ("mesh__rep", "mesh__fsdp", "mesh__tp"))
+    assert [row[1] for row in numbers(folder, "loss", "world")] == [world] * 10
+
+
+def test_a_batch_ramp_on_a_mesh_is_that_of_one_process(data, tmp_path):                    # noqa: F811
+    """Of 4 sequences per step, then 8, 12 and 16, and resumed on another mesh while they grow."""
+    ramp = dict(train__dtype="fp64", train__batch_ramp="4,4,48", train__accumulation=4, train__steps=9,
+                train__save_every=5, train__keep_last=0)
+    columns = "loss", "aux", "balance", "grad_norm", "zeros", "tokens", "sequences"
+    one = fit(data, tmp_path / "one", tmp_path / "s1", **ramp)
+    assert [row[-1] for row in numbers(one, *columns)] == [4, 4, 4, 4, 8, 8, 12, 12, 16]
+    two = fit(data, tmp_path / "two", tmp_path / "s2", **ramp, **MESHES["fsdp2-ep2"])
+    np.testing.assert_allclose(numbers(two, *columns), numbers(one, *columns), rtol=1e-9)
+    shutil.copytree(one / "ckpt" / "step-000005", tmp_path / "three" / "debug" / "ckpt" / "step-000005")
+    three = fit(data, tmp_path / "three", tmp_path / "s3", "auto", **ramp, **MESHES["fsdp2-ep2"])
+    np.testing.assert_allclose(numbers(three, *columns), numbers(one, *columns)[5:], rtol=1e-9)
+
+
+def test_times_and_memory_of_all_ranks(data, tmp_path):                                    # noqa: F811
+    folder = tmp_path / "debug"
+    config = dataclasses.replace(plain(parse([*flags(data, tmp_path, **ALL, train__steps=5, **MESHES["fsdp2-ep2"]),
+                                              "--log.timers"])))
+    run_ranks(2, lambda rank: moe_ext.train.fit(config, Mesh(config.mesh), "")[1], tmp_path)
+    for record in [r for r in records(folder) if "loss" in r]:
+        assert list(record["time_ms"]) == ["data", "forward", "backward", "optimizer"]
+        assert all(0 < least < most for least, most in record["time_ms"].values())      # two ranks never take the same
+        assert 0 < record["memory_mib"] <= record["max_memory_mib"]
 
 
 def test_fp32_differs_by_rounding(data, alone, tmp_path):                                   # noqa: F811
@@ -88,7 +118,8 @@ def test_16_bits(data, tmp_path):                                               
         np.testing.assert_allclose(losses[0], losses[1], rtol=0.03)
         assert losses[1][-1] < losses[1][0] - 1
     path = checkpoint.latest(runs[1] / "ckpt")
-    assert checkpoint.read_state(path).extra == {"scale": 65536.0, "good_steps": 10, "tolerated": 0}
+    extra = checkpoint.read_state(path).extra
+    assert extra == {"scale": 65536.0, "good_steps": 10, "tolerated": 0, "seconds": extra["seconds"]}
 
     folder = fit(data, tmp_path / "overflow", tmp_path / "store-overflow", train__dtype="fp16", train__steps=5,
                  train__loss_scale=2.0**40, **MESHES["fsdp2-ep2"])

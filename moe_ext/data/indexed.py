@@ -14,8 +14,11 @@ PREFIX.idx   little endian, no padding:
 
 A wrong or truncated file is a ValueError that names the file, what it holds, what was wanted and what to do.
 """
+import copy
+import hashlib
 import os
 import struct
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ import numpy as np
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}    # token dtypes only
+SAMPLED, BLOCK = 128, 2**15     # IndexedDataset.digest reads so many blocks of so many tokens
 FLAT_DOCUMENT = 2**20   # a flat file knows no documents: it is cut into pieces of this many tokens
 
 
@@ -38,6 +42,7 @@ class IndexedDataset:
     tokens  memory map [tokens]: all documents end to end
     starts  int64 [D+1]: document d is tokens[starts[d]:starts[d+1]]
     sizes   int32 [D]: tokens of each document
+    flat    whether there is no .idx, so that documents are mere pieces
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -61,7 +66,7 @@ class IndexedDataset:
                              f"({self.starts[-1]} tokens of {dtype}); truncated or of another index: prepare it again")
         if wanted == 0:
             raise ValueError(f"{bin_path}: got no tokens, wanted at least one; prepare it again")
-        self.path = bin_path
+        self.path, self.flat = bin_path, not idx_path.is_file()
         self.tokens = np.memmap(bin_path, dtype=dtype, mode="r")
         self.sizes = np.diff(self.starts).astype(np.int32)
 
@@ -72,6 +77,31 @@ class IndexedDataset:
         """The tokens of one document: a view [sizes[document]] of the file's dtype."""
         document = range(len(self))[document]
         return self.tokens[self.starts[document]:self.starts[document + 1]]
+
+    @property
+    def parts(self) -> list[tuple[float, "IndexedDataset"]]:
+        """Weights and data sets, as those of a Blend: itself."""
+        return [(1.0, self)]
+
+    @cached_property
+    def digest(self) -> str:
+        """Which tokens these are: SHA-256 of their dtype, the documents' borders, and blocks spread evenly over the
+        tokens, first and last among them: all of up to SAMPLED * BLOCK = 4 Mi tokens, a sample of more."""
+        digest = hashlib.sha256(f"{self.tokens.dtype.str} {len(self.tokens)}\n".encode())
+        digest.update(self.starts.astype("<i8", copy=False))
+        for at in np.unique(np.linspace(0, max(0, len(self.tokens) - BLOCK), SAMPLED, dtype=np.int64)):
+            digest.update(self.tokens[at:at + BLOCK])
+        return digest.hexdigest()
+
+    def between(self, begin: int, end: int) -> "IndexedDataset":
+        """Tokens [begin, end) as a data set of their own. A document across a border is cut there."""
+        part = copy.copy(self)
+        part.__dict__.pop("digest", None)
+        inside = self.starts[(self.starts > begin) & (self.starts < end)]
+        part.starts = np.concatenate([[begin], inside, [end]]) - begin
+        part.sizes = np.diff(part.starts).astype(np.int32)
+        part.tokens = self.tokens[begin:end]
+        return part
 
 
 def token_paths(path: str | os.PathLike) -> tuple[Path, Path]:
@@ -154,10 +184,24 @@ class IndexedWriter:
             file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
 
 
-def unigram_entropy(dataset: IndexedDataset) -> float:
-    """Entropy of the tokens' frequencies in nats: the loss of the best model that sees no context."""
-    counts = np.zeros(int(dataset.tokens.max()) + 1, dtype=np.int64)
-    for begin in range(0, len(dataset.tokens), 2**24):      # bincount works on an int64 copy: not of the whole file
-        counts += np.bincount(dataset.tokens[begin:begin + 2**24], minlength=len(counts))
-    shares = counts[counts > 0] / counts.sum()
+def sequence_sizes(dataset: IndexedDataset) -> np.ndarray:
+    """int32 [S]: tokens of each sequence in a data set's .idx, mapped; those of its documents if it has none."""
+    if dataset.flat:
+        return dataset.sizes
+    path = token_paths(dataset.path)[1]
+    with open(path, "rb") as file:
+        sequences = HEADER.unpack(file.read(HEADER.size))[3]
+    return np.memmap(path, "<i4", "r", HEADER.size, (sequences,))
+
+
+def unigram_entropy(data) -> float:
+    """Entropy of the tokens' frequencies in nats: the loss of the best model that sees no context. data: an
+    IndexedDataset or a Blend."""
+    shares = np.zeros(max(int(dataset.tokens.max()) for _, dataset in data.parts) + 1)
+    for weight, dataset in data.parts:
+        counts = np.zeros(len(shares), dtype=np.int64)
+        for begin in range(0, len(dataset.tokens), 2**24):  # bincount works on an int64 copy: not of the whole file
+            counts += np.bincount(dataset.tokens[begin:begin + 2**24], minlength=len(counts))
+        shares += weight * (counts / counts.sum())
+    shares = shares[shares > 0]
     return float(-(shares * np.log(shares)).sum())

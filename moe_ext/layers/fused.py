@@ -85,6 +85,7 @@ class Routing(NamedTuple):
     counts_E: torch.Tensor  # int32, copies that chose each expert, the dropped ones included
     dropped: torch.Tensor   # int32 scalar, copies that capacity dropped
     bad: torch.Tensor       # int32 scalar, tokens whose logits are not finite: their outputs are NaN
+    balance: torch.Tensor   # the balance loss without its weight and without a gradient; 0 if the weight is 0
 
 
 class _Gradless(torch.autograd.Function):
@@ -323,10 +324,12 @@ class FusedMoE(nn.Module):
             ids_TK = ids_TK.masked_fill(~mask_BS.view(-1, 1), -1)
         counts_GE = ops.balance_counts(ids_TK, self.num_experts, S if self.scope == "sequence" else None)
         loss, kept_TK, dropped = logits_TE.new_zeros(()), ids_TK, ids_TK.new_zeros(())
+        balance = loss
         if self.training:
             tokens_G = self.tokens(x_BSD, mask_BS, counts_GE.shape[0])
             if self.balance_weight:
-                loss = loss + self.balance_weight * self.balance_loss(scores_TE, counts_GE, mask_BS, tokens_G)
+                balance = self.balance_loss(scores_TE, counts_GE, mask_BS, tokens_G)
+                loss = loss + self.balance_weight * balance
             if self.z_weight:
                 loss = loss + self.z_weight * self.z_loss(logits_TE, mask_BS, tokens_G)
             if self.capacity_factor:
@@ -335,7 +338,7 @@ class FusedMoE(nn.Module):
             if (self.balance_weight or self.z_weight) and not torch.is_grad_enabled():
                 loss = gradless(loss, self.name)
         return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped,
-                                            bad_T1.sum(dtype=torch.int32))
+                                            bad_T1.sum(dtype=torch.int32), balance.detach())
 
     def tokens(self, x_BSD, mask_BS, scopes):
         """int64 [G]: the real tokens of each scope, on all ranks."""

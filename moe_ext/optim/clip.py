@@ -1,4 +1,5 @@
-"""Clip gradients by their global norm: g *= min(1, max_norm / |g|), |g| = sqrt(sum over all parameters of g^2).
+"""Clip gradients by their global norm: g *= min(1, max_norm / |g|), |g| = sqrt(sum over all parameters of g^2); and two
+numbers for the log, the parameters' norm and how many values of the gradients are zero.
 
 On any mesh: a DTensor counts once, however many ranks hold a copy of it, and parameters may lie on different meshes.
 """
@@ -79,3 +80,29 @@ def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], m
     if factor != 1:
         torch._foreach_mul_(shards, factor)
     return total
+
+
+@torch.no_grad()
+def parameter_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> float:
+    """|p| = sqrt(sum over all parameters of p^2). All ranks call, and parameters may lie, as in clip_grad_norm."""
+    return math.sqrt(_total(named_parameters, _square))
+
+
+@torch.no_grad()
+def count_zeros(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> int:
+    """How many values of all gradients are 0: rows of tokens that did not occur, experts without a token. All ranks
+    call, and gradients may lie, as in clip_grad_norm; parameters without one are skipped."""
+    gradients = ((name, p.grad) for name, p in named_parameters if p.grad is not None)
+    return round(_total(gradients, lambda x: (x.numel() - x.count_nonzero()).double()))
+
+
+def _total(named: Iterable[tuple[str, torch.Tensor]], measure) -> float:
+    """The sum of measure(x) over all values of the whole tensors, each counted once; one all-reduce, one host read."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    parts = [measure(x.to_local() if isinstance(x, DTensor) else x) / _copies(name, x, world) for name, x in named]
+    if not parts:
+        return 0.0
+    total = torch.stack(parts).sum()
+    if world > 1:
+        dist.all_reduce(total)
+    return total.item()

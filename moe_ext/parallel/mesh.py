@@ -75,6 +75,12 @@ class Mesh:
         dist.all_reduce(flat)
         return [part.view(n.shape) for part, n in zip(flat.split([n.numel() for n in numbers]), numbers, strict=True)]
 
+    def each(self, numbers) -> list[list[float]]:
+        """The numbers of every rank, by rank, from each rank's own."""
+        own = torch.zeros(self.world, len(numbers), dtype=torch.float64, device=self.device)
+        own[self.rank] = torch.tensor(numbers, dtype=torch.float64)
+        return self.sum(own)[0].tolist()
+
     def close(self) -> None:
         """Frees the transport; every rank calls it after its last step."""
         if hasattr(self.transport, "close"):

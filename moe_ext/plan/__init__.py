@@ -38,7 +38,8 @@ def describe(config: Config, model: GPT) -> str:
         "model": f"{c.layers} layers, width {c.dim}, {c.heads} heads, vocabulary {c.vocab_size}{experts}",
         "parameters": f"{total:,} in all, {active:,} active per token{local}",
         "tokens": f"{config.tokens_per_step:,} per step = {t.accumulation} x {t.micro_batch * mesh.dp} sequences of "
-                  f"{c.seq_len}; {t.steps * config.tokens_per_step:,} in {t.steps} steps",
+                  f"{c.seq_len}; {config.tokens_in_all:,} in {t.steps} steps"
+                  + (f", from {config.ramp[0]} sequences per step on" if t.batch_ramp else ""),
         "FLOPs": f"{model.flops_per_token():,} per token, forward and backward",
         "memory": f"{mib(held.state)} parameters, gradients and moments, about {mib(held.activations)} activations"
                   f"{' per rank' if mesh.world > 1 else ''}; the device has {mib(available)}",

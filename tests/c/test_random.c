@@ -1,5 +1,5 @@
 // test_random.c: the counter-based numbers: the published vectors of Philox, their distribution, and that an element
-// does not know the matrix around it; then the dataset indices, which are built from them.
+// does not know the matrix around it.
 #include "check.h"
 #include "philox.h"
 
@@ -206,59 +206,6 @@ static void test_bad_random(void) {
     for (int i = 0; i < 4; i++) CHECK(y[i] == 9, "an output was touched: %g", y[i]);
 }
 
-static void test_shuffle(void) {
-    enum { N = 1000 };
-    int64_t a[N], b[N], seen[N] = {0};
-    CHECK_OK(moe_shuffle(1, 0, N, a));
-    CHECK_OK(moe_shuffle(1, 0, N, b));
-    CHECK(!memcmp(a, b, sizeof a), "not a function of its arguments");
-    for (int i = 0; i < N; i++) seen[a[i] >= 0 && a[i] < N ? a[i] : 0]++;
-    for (int i = 0; i < N; i++) CHECK(seen[i] == 1, "%d appears %d times", i, (int)seen[i]);
-    for (uint64_t seed = 1; seed < 3; seed++)       // another seed, another stream: about one element stays in place
-        for (int64_t stream = 0; stream < 2; stream++) {
-            CHECK_OK(moe_shuffle(seed, stream, N, b));
-            int same = 0;
-            for (int i = 0; i < N; i++) same += a[i] == b[i];
-            CHECK((seed == 1 && stream == 0) == (same == N) && (same == N || same < 10), "%d of %d in place", same, N);
-        }
-    int first[3][3] = {{0}};                        // each of 3 items as often in each of 3 places
-    for (int64_t stream = 0; stream < 3000; stream++) {
-        CHECK_OK(moe_shuffle(9, stream, 3, b));
-        for (int i = 0; i < 3; i++) first[b[i]][i]++;
-    }
-    for (int i = 0; i < 9; i++)
-        CHECK(abs(first[i / 3][i % 3] - 1000) < 130, "item %d in place %d: %d", i / 3, i % 3, first[i / 3][i % 3]);
-    CHECK_OK(moe_shuffle(1, 0, 0, NULL));
-    CHECK_STATUS(moe_shuffle(1, 0, -1, a), MOE_BAD_SHAPE);
-}
-
-static void test_sample_index(void) {
-    const int32_t sizes[] = {5, 0, 1, 7, 0};        // in the order below: 7 tokens, 0, 5, 1, 7, 0 = 20
-    const int64_t docs[] = {3, 1, 0, 2, 3, 4}, bad_docs[] = {3, 5};
-    int64_t at_doc[20], at_offset[20];              // each token of the documents laid end to end
-    int n = 0;
-    for (int d = 0; d < 6; d++)
-        for (int t = 0; t < sizes[docs[d]]; t++, n++) at_doc[n] = d, at_offset[n] = t;
-    for (int64_t length = 1; length < 20; length++) {
-        const int64_t samples = 19 / length;
-        int64_t *doc = check_alloc(8 * samples), *offset = check_alloc(8 * samples);
-        CHECK_STATUS(moe_sample_index(6, docs, 5, sizes, length, samples + 1, doc, offset), MOE_BAD_SHAPE);
-        CHECK(doc[0] == -1 && offset[0] == -1, "an output was touched");
-        CHECK_OK(moe_sample_index(6, docs, 5, sizes, length, samples, doc, offset));
-        for (int64_t i = 0; i < samples; i++)
-            CHECK(doc[i] == at_doc[i * length] && offset[i] == at_offset[i * length],
-                  "length %d, sample %d begins in %d at %d", (int)length, (int)i, (int)doc[i], (int)offset[i]);
-        free(doc); free(offset);
-    }
-    int64_t doc, offset;
-    const int32_t negative[] = {5, -1};
-    CHECK_OK(moe_sample_index(0, NULL, 0, NULL, 4, 0, NULL, NULL));
-    CHECK_STATUS(moe_sample_index(2, bad_docs, 5, sizes, 1, 1, &doc, &offset), MOE_BAD_INDEX);
-    CHECK_STATUS(moe_sample_index(2, (const int64_t[]){0, 1}, 2, negative, 1, 1, &doc, &offset), MOE_BAD_VALUE);
-    CHECK_STATUS(moe_sample_index(6, docs, 5, sizes, 0, 1, &doc, &offset), MOE_BAD_SHAPE);
-    CHECK_STATUS(moe_sample_index(6, docs, 5, sizes, INT64_MAX, 2, &doc, &offset), MOE_BAD_SHAPE);
-}
-
 static void tests(void) {
     test_known_answers();
     test_functions();
@@ -269,7 +216,5 @@ static void tests(void) {
     test_moments();
     test_dropout();
     test_bad_random();
-    test_shuffle();
-    test_sample_index();
 }
 int main(void) { return check_main(tests); }
