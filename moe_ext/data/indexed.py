@@ -28,7 +28,7 @@ from moe_ext.data.target import claim, sync
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}    # token dtypes only
-CHUNK = 2**20           # entries handled at a time
+CHUNK = 2**20           # entries of an index handled at a time
 FLAT_DOCUMENT = 2**20   # a flat file knows no documents: it is cut into pieces of this many tokens
 
 
@@ -224,10 +224,8 @@ def merge(prefixes: list[str | os.PathLike], out: str | os.PathLike) -> None:
 
 def unigram_entropy(dataset: IndexedDataset) -> float:
     """Entropy of the tokens' frequencies in nats: the loss of the best model that sees no context."""
-    counts = np.zeros(0, dtype=np.int64)
-    for begin in range(0, len(dataset.tokens), CHUNK):      # bincount works on an int64 copy: not of the whole file
-        more = np.bincount(dataset.tokens[begin:begin + CHUNK], minlength=len(counts))
-        more[:len(counts)] += counts
-        counts = more
+    counts = np.zeros(int(dataset.tokens.max()) + 1, dtype=np.int64)
+    for begin in range(0, len(dataset.tokens), 2**24):      # bincount works on an int64 copy: not of the whole file
+        counts += np.bincount(dataset.tokens[begin:begin + 2**24], minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
