@@ -119,7 +119,7 @@ def test_missing_and_empty_files(tmp_path):
 
 
 def test_a_failed_writer_leaves_no_index(tmp_path):
-    with pytest.raises(OverflowError), IndexedWriter(tmp_path / "t", 4096) as writer:
+    with pytest.raises(ValueError), IndexedWriter(tmp_path / "t", 4096) as writer:
         writer.add([70000])
     assert not (tmp_path / "t.idx").exists()
 
