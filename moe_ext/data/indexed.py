@@ -147,7 +147,7 @@ class IndexedWriter:
         self.file = claim(self.partial)
 
     def add(self, tokens) -> None:
-        """Write one document. tokens: integers [n] in [0, vocab_size). ValueError for others, and nothing is written."""
+        """One document. tokens: integers [n] in [0, vocab_size); ValueError for others, and nothing is written."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
             raise ValueError(f"{self.bin_path}: got tokens of shape {list(tokens.shape)} and dtype {tokens.dtype}, "

@@ -41,7 +41,7 @@ NOT_INPUTS = ("out", "workers", "overwrite")        # options that do not change
 class Text:
     """Where documents come from, and in what order."""
     out: Path = Path("data/text")       # folder to write
-    text: tuple[str, ...] = ("stdlib",) # files and folders of text (.txt, .md, .py), .jsonl and .parquet, also packed by
+    text: tuple[str, ...] = ("stdlib",) # files and folders of text (.txt, .md, .py), .jsonl, .parquet; also packed by
                                         # gzip, bzip2, xz or zstd; stdlib: Python's standard library
     text_key: str = "text"              # field of a .jsonl line, column of a .parquet file
     broken: Literal["refuse", "skip"] = "refuse"    # what to do with a .jsonl line without text
@@ -99,8 +99,8 @@ def prepare(options: Prepare, say=print) -> dict:
         documents = plan.train[0] + plan.valid[0]
         for side in SIDES:
             if not getattr(plan, side)[0]:
-                raise ValueError(f"text: got {documents} documents in {' '.join(options.text)}, none of them for {side}: "
-                                 "give more text or another valid_fraction (equal documents stay together)"
+                raise ValueError(f"text: got {documents} documents in {' '.join(options.text)}, none of them for "
+                                 f"{side}: give more text or another valid_fraction (equal documents stay together)"
                                  + (f"; left out: {left_out}" if left_out.reasons else ""))
         size = plan.train[1] + plan.valid[1]
         say(f"{documents:,} documents, {size / 1e6:.1f} MB from {collected['files']:,} files")
@@ -165,8 +165,8 @@ def target(options: Text, say):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
-        raise ValueError(f"out: writing {out}.partial: {error.strerror}; {out} is as it was. Make room and give the same "
-                         f"command again, which continues, or delete {out}.partial") from error
+        raise ValueError(f"out: writing {out}.partial: {error.strerror}; {out} is as it was. Make room and give the "
+                         f"same command again, which continues, or delete {out}.partial") from error
 
 
 def collect(options: Text, work: Path, files: list[Source], left_out: LeftOut, say) -> dict:

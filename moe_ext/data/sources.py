@@ -187,7 +187,7 @@ class Reader:
             file = lzma.open(file)
         elif start.startswith(COMPRESSED[".zst"]):
             if not zstd:
-                raise NotText(path, "zstd file, which needs backports.zstd: pip install backports.zstd")
+                raise NotText(path, "zstd file, which needs backports.zstd: pip install 'moe_ext[zstd]'")
             file = zstd.open(file)
         else:
             return file
@@ -245,7 +245,7 @@ class Reader:
             pass
         if self.broken == "refuse":
             raise ValueError(f"{path}: line {number}: got {got!r}, wanted one JSON object with a string "
-                             f'"{self.text_key}" a line, below {LINE:,} characters: mend it, choose another --text-key, '
+                             f'"{self.text_key}" a line, below {LINE:,} characters: mend it, choose another --text-key '
                              "or leave out such lines with --broken skip")
         self.left_out.add("broken line", f"{path}: line {number}")
 

@@ -5,6 +5,7 @@ and only the end of a document becomes the end-of-text id. The tokenizer's own a
 its truncation and padding are off.
 """
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -89,7 +90,7 @@ def tokenizer_files(path: Path) -> tuple[Path, Path | None]:
         return path, None
     merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
     if merges == path or not merges.is_file():
-        raise FileNotFoundError(f"tokenizer: {path} is no tokenizer.json, and a vocabulary without a merges.txt beside it")
+        raise FileNotFoundError(f"tokenizer: {path} is no tokenizer.json, and has no merges.txt beside it")
     return path, merges
 
 
@@ -177,6 +178,7 @@ worker: tuple       # of a worker process: its tokeniser and what is the same fo
 
 def begin_worker(path: Path, end_of_text: str, *rest) -> None:
     global worker
+    gc.freeze()     # to collect what the parent left would run destructors that wait for its threads
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG: it ends with the process that waits for it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     worker = (Tokeniser(path, end_of_text), *rest)
