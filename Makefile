@@ -37,7 +37,7 @@ build: .venv/installed
 
 # ---- the two commands ------------------------------------------------------------------------------------------------
 train: build
-	$(PY) -m moe_ext.data prepare --out data/tiny $(if $(TEXT),--text $(TEXT))
+	$(PY) -m moe_ext.data prepare --out data/tiny $(if $(TEXT),--text $(TEXT),--max-mb 24 --cut-kb 0)
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m moe_ext.train $(RECIPE) --resume auto
 
 test: build lint test-c .venv/parity

@@ -1,8 +1,6 @@
-"""Token files byte for byte, the loader's order, and text to data; every damaged input is named."""
+"""Token files byte for byte and the loader's order; every damaged input is named."""
 import json
-import runpy
 import struct
-import sys
 
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ import torch
 
 from moe_ext import _C
 from moe_ext.data import IndexedDataset, IndexedWriter, Loader, token_dtype, unigram_entropy
-from moe_ext.data import prepare as prepare_file
-from moe_ext.data.prepare import END_OF_TEXT, Prepare, prepare, read_meta
 
 
 def write(prefix, documents, vocab_size=4096):
@@ -116,12 +112,6 @@ def test_missing_and_empty_files(tmp_path):
         IndexedDataset(tmp_path / "nothing")
     with pytest.raises(ValueError, match="no tokens"):
         write(tmp_path / "t", [[], []])
-
-
-def test_a_failed_writer_leaves_no_index(tmp_path):
-    with pytest.raises(OverflowError), IndexedWriter(tmp_path / "t", 4096) as writer:
-        writer.add([70000])
-    assert not (tmp_path / "t.idx").exists()
 
 
 def test_unigram_entropy(tmp_path):
@@ -232,159 +222,3 @@ def test_bad_requests(dataset, tmp_path):
     for begin, end in ((0, 5), (2, 2), (-1, 3)):
         with pytest.raises(ValueError, match=r"wanted a part of \[0, 4\)"):
             loader.batch(begin, end)
-
-
-# ---- prepare ---------------------------------------------------------------------------------------------------------
-def text_folder(folder, count=60):
-    folder.mkdir()
-    for i in range(count):
-        words = " ".join(f"word{(i * j) % 17} héllo" for j in range(30))
-        (folder / f"doc{i:02d}.txt").write_text(f"document {i}\n{words}\n")
-    (folder / "blank.txt").write_text(" \n")
-    (folder / "image.png").write_bytes(b"no text")
-    return folder
-
-
-def texts(out, side):
-    """The documents of a prepared folder as text, and a check that each ends in the end-of-text id."""
-    from tokenizers import Tokenizer
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    end = read_meta(out)["end_of_text"]
-    documents = [document.tolist() for document in IndexedDataset(out / side)]
-    assert all(document[-1] == end and end not in document[:-1] for document in documents)
-    return [tokenizer.decode(document[:-1], skip_special_tokens=False) for document in documents]
-
-
-@pytest.fixture
-def prepared(tmp_path):
-    source = text_folder(tmp_path / "source")
-    out = tmp_path / "out"
-    meta = prepare(Prepare(out=out, text=str(source), vocab_size=320, valid_fraction=0.2), say=str)
-    return source, out, meta
-
-
-def test_every_document_is_on_one_side_and_whole(prepared):
-    source, out, meta = prepared
-    train, valid = texts(out, "train"), texts(out, "valid")
-    originals = [path.read_text() for path in sorted(source.glob("doc*.txt"))]
-    assert sorted(train + valid) == sorted(originals) and train and valid
-    assert [text for text in originals if text in train] != train      # shuffled
-    assert meta["vocab_size"] == 320 and meta["end_of_text"] == 0
-    assert meta["valid"]["documents"] == len(valid)
-    assert meta["valid"]["bytes"] == sum(len(text.encode()) for text in valid)
-    assert meta["valid"]["unigram_entropy_nats"] == unigram_entropy(IndexedDataset(out / "valid"))
-
-
-def test_sides_depend_on_the_text_alone(prepared, tmp_path):
-    _, out, _ = prepared
-    other = text_folder(tmp_path / "elsewhere", count=80)
-    for path in list(other.glob("doc*.txt")):
-        path.rename(path.with_name("z" + path.name))
-    prepare(Prepare(out=tmp_path / "more", text=str(other), vocab_size=320, valid_fraction=0.2), say=str)
-    assert set(texts(out, "valid")) < set(texts(tmp_path / "more", "valid"))
-    assert set(texts(out, "train")) < set(texts(tmp_path / "more", "train"))
-
-
-def test_the_same_input_gives_the_same_bytes(prepared, tmp_path):
-    source, out, _ = prepared
-    prepare(Prepare(out=tmp_path / "again", text=str(source), vocab_size=320, valid_fraction=0.2), say=str)
-    for name in ("train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.json"):
-        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_a_second_run_does_nothing_until_something_changes(prepared):
-    source, out, meta = prepared
-    options = Prepare(out=out, text=str(source), vocab_size=320, valid_fraction=0.2)
-    before = (out / "meta.json").stat().st_ino
-    said = []
-    assert prepare(options, say=said.append) == meta and said == [f"{out} is up to date"]
-    assert (out / "meta.json").stat().st_ino == before
-    (source / "doc99.txt").write_text("a new document\n")
-    assert prepare(options, say=str)["inputs"] != meta["inputs"]
-    assert any("a new document" in text for side in ("train", "valid") for text in texts(out, side))
-    assert sorted(path.name for path in out.parent.iterdir()) == ["out", "source"]
-
-
-def test_a_failure_leaves_the_previous_data(prepared, monkeypatch):
-    source, out, meta = prepared
-
-    def fail(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(prepare_file, "tokenise", fail)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(Prepare(out=out, text=str(source), vocab_size=300), say=str)
-    assert read_meta(out) == meta and sorted(path.name for path in out.parent.iterdir()) == ["out", "source"]
-
-
-def test_a_single_file_is_cut_at_line_ends(tmp_path):
-    lines = [f"line {i} {'x' * (i % 50)}\n" for i in range(6000)]
-    (tmp_path / "book.txt").write_text("".join(lines))
-    meta = prepare(Prepare(out=tmp_path / "out", text=str(tmp_path / "book.txt"), vocab_size=300, valid_fraction=0.3),
-                   say=str)
-    pieces = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "valid")
-    assert meta["valid"]["documents"] >= 1 and len(pieces) >= 10
-    assert sorted("".join(pieces).splitlines(keepends=True)) == sorted(lines)
-
-
-def test_jsonl(tmp_path):
-    wanted = [f"record {i}\nwith {END_OF_TEXT} inside, \U0001f600 and more" for i in range(40)]
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in wanted) + "\n")
-    prepare(Prepare(out=tmp_path / "out", text=str(path), vocab_size=300, valid_fraction=0.3), say=str)
-    assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "valid")) == sorted(wanted)
-    for bad in ('{"text": 3}', '["text"]', "{", '{"content": "x"}'):
-        path.write_text(json.dumps({"text": "good"}) + "\n" + bad + "\n")
-        with pytest.raises(ValueError, match=r"data.jsonl: byte 17: got .* wanted one JSON object"):
-            prepare(Prepare(out=tmp_path / "out", text=str(path), vocab_size=300), say=str)
-
-
-def test_limits_take_an_even_part(tmp_path):
-    source = text_folder(tmp_path / "source")
-    meta = prepare(Prepare(out=tmp_path / "out", text=str(source), vocab_size=300, valid_fraction=0.3, max_mb=0.008),
-                   say=str)
-    used = meta["train"]["bytes"] + meta["valid"]["bytes"]
-    assert 7000 < used <= 8000
-    names = sorted(int(text.split()[1]) for side in ("train", "valid") for text in texts(tmp_path / "out", side))
-    assert names != list(range(len(names)))
-
-
-def test_bad_input_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="give a path or `stdlib`"):
-        prepare(Prepare(out=tmp_path / "out", text=str(tmp_path / "nowhere")))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.doc").write_text("irreplaceable")
-    with pytest.raises(FileNotFoundError, match=r"no .txt, .md, .py, .jsonl file"):
-        prepare(Prepare(out=tmp_path / "out", text=str(tmp_path / "mine")))
-    (tmp_path / "one.txt").write_text("one short text\n")
-    with pytest.raises(ValueError, match="exists and was not made by this program"):
-        prepare(Prepare(out=tmp_path / "mine", text=str(tmp_path / "one.txt")))
-    assert (tmp_path / "mine" / "thesis.doc").exists()
-    with pytest.raises(ValueError, match="none of them for"):
-        prepare(Prepare(out=tmp_path / "out", text=str(tmp_path / "one.txt")), say=str)
-    with pytest.raises(ValueError, match="vocab_size: got 256"):
-        Prepare(out=tmp_path, vocab_size=256)
-    with pytest.raises(ValueError, match="valid_fraction: got 0"):
-        Prepare(out=tmp_path, valid_fraction=0)
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged file"):
-        read_meta(tmp_path / "damaged")
-
-
-def command(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["moe_ext.data", *map(str, args)])
-    runpy.run_module("moe_ext.data", run_name="__main__")
-
-
-def test_the_commands(tmp_path, monkeypatch, capsys):
-    source = text_folder(tmp_path / "source")
-    command(monkeypatch, "prepare", "--text", source, "--out", tmp_path / "out", "--vocab-size", 300,
-            "--valid-fraction", 0.2)
-    command(monkeypatch, "show", tmp_path / "out")
-    shown = capsys.readouterr().out
-    assert "60 documents" in shown and "unigram entropy" in shown and "begins 'document" in shown
-    with pytest.raises(SystemExit, match=r"error: no .*meta.json; make it with"):
-        command(monkeypatch, "show", tmp_path / "nowhere")
-    (tmp_path / "out" / "train.bin").write_bytes(b"12")
-    with pytest.raises(SystemExit, match=r"error: .*train.bin: got 2 bytes"):
-        command(monkeypatch, "show", tmp_path / "out")

@@ -17,7 +17,7 @@ def tokenizer_hash(path: str | os.PathLike) -> str:
 def data_meta(prefix: str | os.PathLike) -> dict | None:
     """What is known of the token files PREFIX.bin and PREFIX.idx; None for files of other programs.
 
-    That is PREFIX.meta.json (of `merge`), or meta.json of the folder (of `prepare`) if it has an entry of PREFIX's name.
+    That is PREFIX.meta.json (of `merge`), or meta.json of the folder (of `prepare`) if it has an entry of that name.
     Keys: "tokenizer_sha256", "vocab_size", "end_of_text", and "bytes", "tokens", "documents" in meta[PREFIX's name].
     Errors: ValueError if the file is damaged.
     """

@@ -16,22 +16,30 @@ A wrong or truncated file is a ValueError that names the file, what it holds, wh
 """
 import copy
 import hashlib
+import mmap
 import os
+import shutil
 import struct
+from array import array
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from moe_ext.data.target import claim, sync
+
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}    # token dtypes only
 SAMPLED, BLOCK = 128, 2**15     # IndexedDataset.digest reads so many blocks of so many tokens
+CHUNK = 2**20           # entries of an index handled at a time
 FLAT_DOCUMENT = 2**20   # a flat file knows no documents: it is cut into pieces of this many tokens
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 below 65,500 ids (Megatron's rule), else int32."""
+    """uint16 below 65,500 ids (Megatron's rule), else int32. ValueError if that does not hold them."""
+    if not 0 < vocab_size <= 2**31:
+        raise ValueError(f"vocab_size: got {vocab_size}, wanted 1 to 2^31 ids: token files hold at most int32")
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
@@ -113,7 +121,8 @@ def token_paths(path: str | os.PathLike) -> tuple[Path, Path]:
 
 def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     """An .idx file -> (token dtype, first token of each document int64 [D+1], whose last entry is all tokens)."""
-    data = path.read_bytes()
+    with open(path, "rb") as file:      # mapped: an index of 10^8 documents takes 2 GB
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
     def check(ok: bool, what: str, got, wanted) -> None:
         if not ok:
@@ -140,8 +149,8 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     check(np.array_equal(pointers, ends[:-1] * dtype.itemsize), "byte pointers", "gaps or overlaps",
           "the running sum of the lengths")
-    check(documents[0] == 0 and documents[-1] == sequences and (np.diff(documents) >= 0).all(), "document index",
-          f"{documents[0]} to {documents[-1]}", f"a rising list from 0 to {sequences}")
+    rising = documents[0] == 0 and documents[-1] == sequences and (documents[1:] >= documents[:-1]).all()
+    check(rising, "document index", f"{documents[0]} to {documents[-1]}", f"a rising list from 0 to {sequences}")
     starts = ends[documents]
     check(np.diff(starts).max(initial=0) < 2**31, "longest document", f"{np.diff(starts).max(initial=0)} tokens",
           "less than 2^31")
@@ -153,35 +162,94 @@ class IndexedWriter:
 
         with IndexedWriter("out/train", vocab_size=4096) as writer:
             writer.add([1, 2, 3])
+
+    Until the `with` ends well there is only PREFIX.bin.partial, which an exception removes, so half a file never looks
+    whole; what stood there before stays. Memory: 4 bytes per sequence, 8 per document. dtype: instead of the one that
+    vocab_size needs. Errors: ValueError if another process is writing PREFIX.
     """
 
-    def __init__(self, prefix: str | os.PathLike, vocab_size: int):
+    def __init__(self, prefix: str | os.PathLike, vocab_size: int = 2**31, dtype: np.dtype | None = None):
         self.bin_path, self.idx_path = token_paths(prefix)
-        self.dtype = token_dtype(vocab_size)
-        self.sizes = []
-        self.file = open(self.bin_path, "wb")
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size) if dtype is None else np.dtype(dtype)
+        self.sizes, self.documents = array("i"), array("q", [0])
+        self.partial = self.bin_path.with_name(self.bin_path.name + ".partial")
+        self.file = claim(self.partial)
 
     def add(self, tokens) -> None:
-        """tokens: integers [n] in [0, vocab_size)."""
-        tokens = np.asarray(tokens, dtype=self.dtype)
-        self.file.write(tokens.tobytes())
+        """One document. tokens: integers [n] in [0, vocab_size); ValueError for others, and nothing is written."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
+            raise ValueError(f"{self.bin_path}: got tokens of shape {list(tokens.shape)} and dtype {tokens.dtype}, "
+                             "wanted a list of integers")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise ValueError(f"{self.bin_path}: got token ids from {tokens.min()} to {tokens.max()}, wanted ids from 0 "
+                             f"to {self.vocab_size - 1}: vocab_size must be that of the tokenizer")
+        self.file.write(tokens.astype(self.dtype).tobytes())
         self.sizes.append(len(tokens))
+        self.documents.append(len(self.sizes))
+
+    def extend(self, prefix: str | os.PathLike) -> None:
+        """Append all documents of another token file as they are, of however many sequences. ValueError if its dtype is
+        another or it has modes."""
+        dataset = IndexedDataset(prefix)
+        if dataset.tokens.dtype != self.dtype:
+            raise ValueError(f"{dataset.path}: got tokens of {dataset.tokens.dtype}, wanted {self.dtype} as in "
+                             f"{self.bin_path}: token files of different dtypes cannot be merged; prepare one again")
+        sizes, documents = dataset.sizes, np.arange(len(dataset) + 1)
+        if (idx_path := token_paths(prefix)[1]).is_file():
+            *_, sequences, entries = HEADER.unpack(idx_path.open("rb").read(HEADER.size))
+            at = HEADER.size + 12 * sequences
+            if idx_path.stat().st_size > at + 8 * entries:
+                raise ValueError(f"{idx_path}: got modes of multimodal data, which a merge would lose; wanted text")
+            sizes = np.memmap(idx_path, "<i4", "r", HEADER.size, (sequences,))
+            documents = np.memmap(idx_path, "<i8", "r", at, (entries,))
+        before = len(self.sizes)
+        for begin in range(0, len(sizes), CHUNK):
+            self.sizes.frombytes(sizes[begin:begin + CHUNK].tobytes())
+        for begin in range(1, len(documents), CHUNK):
+            self.documents.frombytes((documents[begin:begin + CHUNK] + before).tobytes())
+        with open(dataset.path, "rb") as source:
+            shutil.copyfileobj(source, self.file, 2**24)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, value, trace) -> None:
-        self.file.close()
-        if kind is not None:
-            return      # no index: a half-written .bin must not look whole
-        sizes = np.asarray(self.sizes, dtype="<i4")
-        pointers = (np.cumsum(sizes, dtype="<i8") - sizes) * self.dtype.itemsize
+        index = self.idx_path.with_name(self.idx_path.name + ".partial")
+        try:
+            if kind is None:
+                self.write_index(index)
+                sync(self.file)
+                self.bin_path.unlink(missing_ok=True)   # a kill from here on leaves an .idx without its .bin, which is
+                index.replace(self.idx_path)            # refused; a .bin alone could be taken for a flat file
+                self.partial.rename(self.bin_path)
+        finally:
+            index.unlink(missing_ok=True)
+            if kind is not None or not self.bin_path.exists():
+                self.partial.unlink(missing_ok=True)
+            self.file.close()
+
+    def write_index(self, path: Path) -> None:
+        sizes = np.frombuffer(self.sizes, "<i4") if self.sizes else np.zeros(0, "<i4")
         code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        with open(self.idx_path, "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
-            file.write(sizes.tobytes())
-            file.write(pointers.astype("<i8").tobytes())
-            file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+        with open(path, "wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(self.documents)))
+            file.write(sizes)
+            end = 0
+            for begin in range(0, len(sizes), CHUNK):
+                ends = end + np.cumsum(sizes[begin:begin + CHUNK], dtype="<i8")
+                file.write(((ends - sizes[begin:begin + CHUNK]) * self.dtype.itemsize).tobytes())
+                end = int(ends[-1])
+            file.write(self.documents)
+            sync(file)
+
+
+def merge(prefixes: list[str | os.PathLike], out: str | os.PathLike) -> None:
+    """Token files end to end in PREFIX `out`; only the index is in memory. ValueError as in IndexedWriter.extend."""
+    with IndexedWriter(out, dtype=IndexedDataset(prefixes[0]).tokens.dtype) as writer:
+        for prefix in prefixes:
+            writer.extend(prefix)
 
 
 def sequence_sizes(dataset: IndexedDataset) -> np.ndarray:

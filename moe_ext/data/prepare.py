@@ -1,115 +1,241 @@
-"""Text to a data folder: train.bin/.idx, valid.bin/.idx, tokenizer.json, meta.json.
+"""Text to a data folder: train.bin/.idx, valid.bin/.idx, tokenizer.json, meta.json. Memory does not grow with the text.
 
-    collect    files -> documents. A folder's unit is the file; a .jsonl file's is the line (its "text" field); a single
-               text file is cut at line ends into documents of about 16 KiB, so that some can be held out.
-    order      a document's SHA-256 decides everything: its first 8 bytes are its place in the shuffled order, the next
-               8 its side (valid if below valid_fraction). So the split does not depend on file names or on which other
-               documents there are, and equal documents never stand on both sides.
-    tokenizer  byte-level BPE trained on the training side; <|endoftext|> is id 0 and ends every document.
-    tokenise   in batches; only the digests and the batch at hand are in memory.
+    collect     files -> documents (sources.py), dealt to buckets on disk (shuffle.py)
+    plan        which documents are used, and which of them are held out
+    tokenizer   the one that --tokenizer names, or a byte-level BPE trained on the training side; its end-of-text token
+                ends every document
+    tokenise    bucket by bucket, in parallel, each to a token file of its own (tokenise.py)
+    merge       those end to end
 
-The folder is written beside its place and renamed when it is whole. A second run with the same text and options does
-nothing.
+All of it happens in OUT.partial, which takes the place of OUT when it is whole; on disk it needs the text once and the
+tokens twice. A run that was stopped continues when the same command is given again: it collects anew if it had not
+finished that, else only unfinished buckets are tokenised. A second run with the same text and options does nothing.
 """
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-import sysconfig
-import tempfile
+import sys
 import time
-from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
-from moe_ext.data.indexed import IndexedDataset, IndexedWriter, unigram_entropy
+from moe_ext.data import shuffle, sources, tokenise
+from moe_ext.data.identity import tokenizer_hash
+from moe_ext.data.indexed import IndexedDataset, merge, unigram_entropy
+from moe_ext.data.shuffle import Buckets, buckets
+from moe_ext.data.sources import LeftOut, NotText, Reader, Source
+from moe_ext.data.target import replace, work_folder, write_whole
+from moe_ext.data.tokenise import END_OF_TEXT, SIDES, Tokeniser
 
-FORMAT = 1                                          # of meta.json and of the rules above
-END_OF_TEXT = "<|endoftext|>"
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # of the standard library
-PIECE = 16 * 1024                                   # bytes of a document cut from a single text file
-BATCH = 256                                         # documents tokenised at a time
+FORMAT = 2                                          # of meta.json and of the rules above
+NOT_INPUTS = ("out", "workers", "overwrite")        # options that do not change the data
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Turn text into training data."""
+class Text:
+    """Where documents come from, and in what order."""
     out: Path = Path("data/text")       # folder to write
-    text: str = "stdlib"                # file or folder of .txt, .md, .py, .jsonl; stdlib: Python's standard library
-    vocab_size: int = 4096              # token ids, the 256 bytes and <|endoftext|> included
-    valid_fraction: float = 0.05        # share of the documents held out
-    max_mb: float = 24.0                # megabytes of text used, chosen evenly from all of it; 0: all
-    bpe_mb: float = 16.0                # megabytes of training text that the tokenizer learns from
+    text: tuple[str, ...] = ("stdlib",) # files and folders, see docs/data.md; stdlib: Python's standard library
+    text_key: str = "text"              # field of a .jsonl line, column of a .parquet file
+    broken: Literal["refuse", "skip"] = "refuse"    # what to do with a .jsonl line without text
+    cut_kb: float = 256.0               # longer files among several are cut, as a single one always is; 0: none is
+    seed: int = 0                       # of the order of the documents
+    overwrite: bool = False             # replace what `out` holds if it was made of other text or with other options
 
     def __post_init__(self):
+        object.__setattr__(self, "out", Path(self.out))
+        if isinstance(self.text, str):
+            object.__setattr__(self, "text", (self.text,))
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: got {self.seed}, wanted 0 to 2^64 - 1")
+        if self.cut_kb < 0:
+            raise ValueError(f"cut_kb: got {self.cut_kb}, wanted kilobytes, or 0 for no limit")
+
+
+@dataclass(frozen=True)
+class Prepare(Text):
+    """Turn text into training data."""
+    valid_text: tuple[str, ...] = ()    # held-out documents, e.g. of `shards`, instead of a share of `text`
+    valid_fraction: float = 0.05        # share of the documents held out
+    max_mb: float = 0.0                 # megabytes of text used, chosen evenly from all of it; 0: all
+    tokenizer: str = ""                 # tokenizer.json, or GPT-2's vocab.json with merges.txt beside it; "": train one
+    end_of_text: str = ""               # the token that ends documents; "": <|endoftext|>, <|end_of_text|>, </s>, <eos>
+    vocab_size: int = 4096              # of a new tokenizer: ids, the 256 bytes and <|endoftext|> included
+    bpe_mb: float = 16.0                # megabytes of training text that a new tokenizer learns from
+    workers: int = 0                    # processes that tokenise; 0: one per core
+
+    def __post_init__(self):
+        super().__post_init__()
         if not 257 <= self.vocab_size < 2**31:
             raise ValueError(f"vocab_size: got {self.vocab_size}, wanted at least 257 (256 bytes and {END_OF_TEXT})")
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"valid_fraction: got {self.valid_fraction}, wanted a number between 0 and 1")
-
-
-class Document(NamedTuple):
-    order: int      # place in the shuffled order
-    side: int       # in [0, 2^64), uniform
-    size: int       # bytes
-    file: Path
-    begin: int      # byte range of the file (of the raw line in a .jsonl)
-    end: int
+        for name in ("max_mb", "bpe_mb", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
 
 
 def prepare(options: Prepare, say=print) -> dict:
     """Write options.out and return its meta.json. Errors: FileNotFoundError, ValueError with what to do."""
     started = time.perf_counter()
-    out = Path(options.out)
-    files = find_files(options.text)
-    inputs = fingerprint(options, files)
-    if (out / "meta.json").is_file():
-        meta = read_meta(out)
-        if meta["inputs"] == inputs:
-            say(f"{out} is up to date")
+    with target(options, say) as (work, files, left_out, meta):
+        if meta:
             return meta
+        if options.tokenizer:       # a wrong one shows before the text is read
+            tokenise.install(Path(options.tokenizer), work / "tokenizer.json")
+            Tokeniser(work / "tokenizer.json", options.end_of_text)
+        collected = collect(options, work, files, left_out, say)
+        plan = shuffle.plan(work / "buckets", options.max_mb * 1e6 or math.inf, options.valid_fraction)
+        for reason, (count, size) in (("beyond --max-mb", plan.cap), ("held out too", plan.repeated)):
+            if count:
+                left_out.add(reason, "", count, size)
+        documents = plan.train[0] + plan.valid[0]
+        for side in SIDES:
+            if not getattr(plan, side)[0]:
+                raise ValueError(f"text: got {documents} documents in {' '.join(options.text)}, none of them for "
+                                 f"{side}: give more text or another valid_fraction (equal documents stay together)"
+                                 + (f"; left out: {left_out}" if left_out.reasons else ""))
+        size = plan.train[1] + plan.valid[1]
+        say(f"{documents:,} documents, {size / 1e6:.1f} MB from {collected['files']:,} files")
+        say_left_out(left_out.reasons, collected["undecodable_bytes"], say)
+
+        path = work / "tokenizer.json"
+        if not path.is_file():
+            tokenise.train(learnt(work / "buckets", plan, options.bpe_mb * 1e6), options.vocab_size, path)
+        tokeniser = Tokeniser(path, options.end_of_text)
+        say(f"tokenizer: {tokeniser.vocab_size:,} ids, {time.perf_counter() - started:.1f} s")
+        meta = {"format": FORMAT, "inputs": fingerprint(options, files), "options": plain(options),
+                "vocab_size": tokeniser.vocab_size, "end_of_text": tokeniser.end, "tokenizer": "tokenizer.json",
+                "tokenizer_sha256": tokenizer_hash(path), "files": collected["files"], "left_out": left_out.reasons,
+                "undecodable_bytes": collected["undecodable_bytes"]}
+        with progress("tokenise", documents) as advance:
+            tokenise.tokenise(path, options.end_of_text, work / "buckets", work / "parts", plan,
+                              options.workers or len(os.sched_getaffinity(0)), advance)
+        data = work / "data"
+        shutil.rmtree(data, ignore_errors=True)
+        data.mkdir()
+        shutil.copyfile(path, data / path.name)
+        for side in SIDES:
+            merge(sorted(prefix.with_suffix("") for prefix in (work / "parts").glob(f"*-{side}.bin")), data / side)
+            dataset = IndexedDataset(data / side)
+            count, size = getattr(plan, side)
+            if len(dataset) != count:
+                raise ValueError(f"out: got {len(dataset)} documents for {side}, wanted {count}: something else has "
+                                 f"changed {work}; delete it and start again")
+            meta[side] = {"documents": count, "bytes": size, "tokens": len(dataset.tokens),
+                          "unigram_entropy_nats": unigram_entropy(dataset)}
+            say(f"{side}: {meta[side]['tokens']:,} tokens of {count:,} documents, unigram entropy "
+                f"{meta[side]['unigram_entropy_nats']:.3f} nats, {time.perf_counter() - started:.1f} s")
+        write_whole(data / "meta.json", json.dumps(meta, indent=1) + "\n")
+        replace(data, options.out)
+    return meta
+
+
+@contextmanager
+def target(options: Text, say):
+    """(work folder, files, what was left out so far, {}); or (None, None, None, meta.json) if `out` has it all."""
+    left_out = LeftOut()
+    files = sources.find(options.text, left_out)
+    if held_out := getattr(options, "valid_text", ()):
+        files += [Source(*source[:2], held_out=True) for source in sources.find(held_out, left_out)]
+    inputs = fingerprint(options, files)
+    out = options.out
+    if (out / "meta.json").is_file():
+        if not options.overwrite:
+            meta = read_meta(out)
+            if meta["inputs"] == inputs:
+                say(f"{out} is up to date")
+                yield None, None, None, meta
+                return
+            there, here = meta["options"], plain(options)
+            changed = ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in {**there, **here}
+                                if name not in NOT_INPUTS and there.get(name) != here.get(name))
+            raise ValueError(f"out: {out} was made of other text or with other options ({changed or 'files changed'}): "
+                             "replace it with --overwrite, or choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and was not made by this program (no meta.json): choose another folder")
-
-    documents = sorted(document for file in files for document in scan(file, whole=len(files) > 1))
-    documents = first_bytes(documents, options.max_mb * 1e6 or math.inf)
-    border = int(options.valid_fraction * 2**64)
-    sides = {"train": [d for d in documents if d.side >= border], "valid": [d for d in documents if d.side < border]}
-    for side, members in sides.items():
-        if not members:
-            raise ValueError(f"text: got {len(documents)} documents in {options.text}, none of them for {side}: give "
-                             "more text or another valid_fraction")
-    say(f"{len(documents):,} documents, {sum(d.size for d in documents) / 1e6:.1f} MB from {len(files):,} files")
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(out.name + ".tmp-*"):      # of a run that was killed
-        shutil.rmtree(stale)
-    work = Path(tempfile.mkdtemp(prefix=out.name + ".tmp-", dir=out.parent))
     try:
-        tokenizer = train_tokenizer(first_bytes(sides["train"], options.bpe_mb * 1e6), options.vocab_size)
-        tokenizer.save(str(work / "tokenizer.json"))
-        say(f"tokenizer: {tokenizer.get_vocab_size():,} ids, {time.perf_counter() - started:.1f} s")
-        meta = {"format": FORMAT, "inputs": inputs, "options": json.loads(json.dumps(asdict(options), default=str)),
-                "vocab_size": tokenizer.get_vocab_size(), "end_of_text": tokenizer.token_to_id(END_OF_TEXT),
-                "tokenizer": "tokenizer.json"}
-        for side, members in sides.items():
-            with IndexedWriter(work / side, options.vocab_size) as writer:
-                for tokens in tokenise(tokenizer, members):
-                    writer.add(tokens)
-            dataset = IndexedDataset(work / side)
-            meta[side] = {"documents": len(members), "bytes": sum(d.size for d in members),
-                          "tokens": len(dataset.tokens), "unigram_entropy_nats": unigram_entropy(dataset)}
-            say(f"{side}: {meta[side]['tokens']:,} tokens of {meta[side]['documents']:,} documents, unigram entropy "
-                f"{meta[side]['unigram_entropy_nats']:.3f} nats, {time.perf_counter() - started:.1f} s")
-        (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        work.chmod(0o755)
-        replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return meta
+        with work_folder(out, inputs) as work:
+            yield work, files, left_out, {}
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise ValueError(f"out: writing {out}.partial: {error.strerror}; {out} is as it was. Make room and give the "
+                         f"same command again, which continues, or delete {out}.partial") from error
+
+
+def collect(options: Text, work: Path, files: list[Source], left_out: LeftOut, say) -> dict:
+    """All documents into work/buckets; what was counted meanwhile. Done already: only the latter."""
+    done = work / "collected.json"
+    if done.is_file():
+        say(f"continuing in {work}")
+        collected = json.loads(done.read_text())
+        left_out.reasons = collected["left_out"]
+        return collected
+    shutil.rmtree(work / "buckets", ignore_errors=True)
+    total = sum(source.path.stat().st_size for source in files)
+    dealt = Buckets(work / "buckets", total, options.seed)
+    reader = Reader(left_out, options.text_key, options.broken, options.cut_kb)
+    begin = sources.undecodable.count
+    given = any(source.held_out for source in files)
+    with progress("read", total, unit="bytes") as advance:
+        for source in files:
+            mark, before = dealt.mark(), sources.undecodable.count
+            side = (shuffle.HELD_OUT if source.held_out else shuffle.LEARNT) if given else None
+            try:
+                for text in reader.documents(source, alone=len(files) == 1):
+                    advance(dealt.add(text, side))
+            except NotText as error:
+                if source.named:
+                    raise ValueError(f"text: {error}") from None
+                dealt.rollback(mark)
+                sources.undecodable.count = before
+                left_out.add(error.reason, source.path, size=source.path.stat().st_size)
+    dealt.finish()
+    collected = {"files": len(files), "left_out": left_out.reasons,
+                 "undecodable_bytes": sources.undecodable.count - begin}
+    write_whole(done, json.dumps(collected))
+    return collected
+
+
+def learnt(folder: Path, plan: shuffle.Plan, limit: float):
+    """The longest beginning of the training documents within `limit` bytes; one at least."""
+    texts = chain.from_iterable(bucket.texts(plan.side(number, bucket, "train"))
+                                for number, bucket in enumerate(buckets(folder)))
+    total = 0
+    for text in texts:
+        size = len(text.encode())
+        if total and total + size > limit:
+            return
+        total += size
+        yield text
+
+
+def say_left_out(reasons: dict, undecodable: int, say) -> None:
+    if reasons:
+        say(f"left out: {LeftOut(reasons)}")
+    if undecodable:
+        say(f"{undecodable:,} bytes that are not of their file's encoding became U+FFFD")
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str = "documents"):
+    """A function that counts what is done; a bar where standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn(f"{{task.completed:,.0f}} {unit}"),
+                  TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda count: bars.advance(task, count)
 
 
 def read_meta(folder: Path) -> dict:
@@ -121,113 +247,25 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}; a damaged file: delete {folder} and prepare it again") from None
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path}: format: got {meta.get('format')}, wanted {FORMAT}: delete {folder} and prepare it "
-                         "again")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        got = meta.get("format") if isinstance(meta, dict) else meta
+        raise ValueError(f"{path}: format: got {got}, wanted {FORMAT}: of another version of this program; prepare it "
+                         f"again, with --overwrite, or delete {folder}")
     return meta
 
 
-def find_files(text: str) -> list[Path]:
-    """The text files behind --text, sorted by name."""
-    root = Path(sysconfig.get_path("stdlib") if text == "stdlib" else text)
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise FileNotFoundError(f"text: no file or folder {root}; give a path or `stdlib`")
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if text != "stdlib" or name not in SKIPPED)
-        files += [Path(folder, name) for name in sorted(names) if name.endswith(SUFFIXES)]
-    if not files:
-        raise FileNotFoundError(f"text: no {', '.join(SUFFIXES)} file in {root}")
-    return files
+def plain(options: Text) -> dict:
+    return json.loads(json.dumps(asdict(options), default=str))
 
 
-def fingerprint(options: Prepare, files: list[Path]) -> str:
-    """Changes when an option or any input file (its name, size or time) does."""
-    digest = hashlib.sha256(repr((FORMAT, {**asdict(options), "out": None})).encode())
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+def fingerprint(options: Text, files: list[Source]) -> str:
+    """Changes when an option, any input file (its name, size or time) or the tokenizer does."""
+    shown = {name: value for name, value in asdict(options).items() if name not in NOT_INPUTS}
+    digest = hashlib.sha256(repr((FORMAT, type(options).__name__, shown)).encode())
+    for source in files:
+        stat = source.path.stat()
+        digest.update(f"{source.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    if shown.get("tokenizer"):
+        for path in tokenise.tokenizer_files(Path(shown["tokenizer"])):
+            digest.update(path.read_bytes() if path else b"")
     return digest.hexdigest()
-
-
-def scan(file: Path, whole: bool) -> Iterator[Document]:
-    """The documents of a file that hold anything but white space. whole: a text file is one document."""
-    with open(file, "rb") as stream:
-        begin = 0
-        while raw := read_raw(stream, file, whole):
-            content = decode(file, raw, begin).encode()
-            if content.strip():
-                digest = hashlib.sha256(content).digest()
-                yield Document(int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big"), len(content),
-                               file, begin, begin + len(raw))
-            begin += len(raw)
-
-
-def read_raw(stream, file: Path, whole: bool) -> bytes:
-    """The next document's bytes as they stand in the file; empty at its end."""
-    if file.suffix == ".jsonl":
-        return stream.readline()
-    return stream.read() if whole else b"".join(stream.readlines(PIECE))
-
-
-def decode(file: Path, raw: bytes, begin: int) -> str:
-    """The text of one document; bytes that are not UTF-8 become U+FFFD. ValueError for a bad .jsonl line."""
-    text = raw.decode("utf-8", errors="replace")
-    if file.suffix != ".jsonl" or not text.strip():
-        return text
-    try:
-        record = json.loads(text)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f'{file}: byte {begin}: got {text[:60]!r}, wanted one JSON object with a string "text" a line')
-    return record["text"].encode("utf-8", errors="replace").decode()    # a lone surrogate is legal JSON, not UTF-8
-
-
-def contents(documents: list[Document]) -> Iterator[str]:
-    for document in documents:
-        with open(document.file, "rb") as stream:
-            stream.seek(document.begin)
-            yield decode(document.file, stream.read(document.end - document.begin), document.begin)
-
-
-def first_bytes(documents: list[Document], limit: float) -> list[Document]:
-    """The longest beginning of the list whose sizes stay within `limit` bytes; at least one document."""
-    total = 0
-    for count, document in enumerate(documents):
-        total += document.size
-        if total > limit and count:
-            return documents[:count]
-    return documents
-
-
-def train_tokenizer(documents: list[Document], vocab_size: int):
-    """Byte-level BPE with GPT-2's word pattern; any text can be encoded and decodes to itself."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(contents(documents), trainer)
-    return tokenizer
-
-
-def tokenise(tokenizer, documents: list[Document]) -> Iterator[list[int]]:
-    """Each document's ids with <|endoftext|> at the end. The same characters inside a text are ordinary characters."""
-    tokenizer.encode_special_tokens = True
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    for begin in range(0, len(documents), BATCH):
-        for encoding in tokenizer.encode_batch_fast(list(contents(documents[begin:begin + BATCH]))):
-            yield [*encoding.ids, end]
-
-
-def replace(work: Path, out: Path) -> None:
-    """Put the finished folder in its place; a previous one goes only after that."""
-    old = work.with_name(work.name + "-old")
-    if out.exists():
-        out.rename(old)
-    work.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
