@@ -107,10 +107,10 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
         first = checkpoint.load(weights_from, model=model)
 
     # the run folder
-    lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
+    lines, about_data = checkpoint.on_rank_0(lambda: (begin(config, start_from, state), data_lines(config, data)))
     log = Log(folder, steps=t.steps, tensorboard=config.log.tensorboard, flops_per_token=model.flops_per_token(),
               peak_flops=config.log.peak_tflops * 1e12 * mesh.world) if mesh.rank == 0 else Silence()
-    log.say("\n".join([describe(config, model), *data_lines(config, data)]))
+    log.say("\n".join([describe(config, model), *about_data]))
     log.say("\n".join([f"continuing from {start_from}" if start_from else f"writing {folder}", *lines]))
     if start_from and weights:
         log.say(f"the weights are those of {start_from}: --weights {weights} was for the start of this run")
