@@ -6,8 +6,8 @@ benchmarks.data --help.
     cache                the same arrays mapped from their file, which is checked whole
     batch                a batch of the loader, of rows at random
 
-Documents have 1 to 1023 tokens, evenly drawn. A line is one run of each, one after the other; a ratio is numpy's time
-over ours. Memory is the process's peak after all of the core's, and after all of numpy's.
+Documents have 1 to 1023 tokens, evenly drawn. A line is one run of each, one after the other, in CPU time of their one
+thread; a ratio is numpy's over ours. Memory is the process's peak after all of the core's, and after all of numpy's.
 
 Prints Markdown, writes benchmarks/results/data-<cpu>.json.
 """
@@ -25,9 +25,9 @@ from moe_ext.data import IndexedDataset, IndexedWriter, Loader, index
 
 
 def clocked(function, *args):
-    began = time.perf_counter()
+    began = time.process_time()  # both sides run on one thread, and on a machine that is not theirs alone
     result = function(*args)
-    return time.perf_counter() - began, result
+    return time.process_time() - began, result
 
 
 def peak_gib():

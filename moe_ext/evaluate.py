@@ -66,7 +66,7 @@ def evaluate(model: GPT, config: Config, dataset: IndexedDataset | Blend, batche
     mine = rows_per_batch // (mesh.config.dp if mesh else 1)
     first = mesh.dp_rank * mine if mesh else 0
     loader = Loader(dataset, seq_len=config.model.seq_len, batch_size=rows_per_batch,
-                    vocab_size=config.model.vocab_size, **loader_options(config))
+                    vocab_size=config.model.vocab_size, **loader_options(config) | {"prefetch": 0})
     rows = min(batches * rows_per_batch or loader.samples, loader.samples)
     training, total, bad_L = model.training, torch.zeros(2, dtype=torch.float64, device=device), 0
     model.eval()

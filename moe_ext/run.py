@@ -217,6 +217,8 @@ def begin(config: Config, path: Path | None, state: State | None) -> list[str]:
     write(folder, "config.toml", dumps(absolute(config)).encode())
     if known := check_tokenizer(config):
         write(folder, "tokenizer.sha256", f"{known}  tokenizer.json\n".encode())
+    elif state is None:
+        (folder / "tokenizer.sha256").unlink(missing_ok=True)
     if config.data.tokenizer:
         write(folder, "tokenizer.json", Path(config.data.tokenizer).read_bytes())
     return lines

@@ -395,8 +395,10 @@ def test_a_fork_reads_on(tmp_path):
     dataset = write(tmp_path / "t", documents(60))
     loader, want = loader_of(dataset, prefetch=2), loader_of(dataset)
     batches(loader, 3), batches(want, 3)
+    loader.lock.acquire()       # as if the thread were reading
 
     def body(rank):
+        assert loader.sample(5).tolist() == want.sample(5).tolist()
         assert same(batches(loader, 3), batches(want, 3))
 
     run_ranks(1, body, tmp_path)

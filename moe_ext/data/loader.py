@@ -69,7 +69,8 @@ class Loader:
         self.samples = sum(of.count for of in self.sets)
         self.row = 0            # first row of the current global batch
         self.asked, self.asked_before = [], []      # (begin, end) of the batches of this step and of the one before
-        self.thread()
+        self.pid = None
+        self.start_thread()
 
     @property
     def epoch(self) -> float:
@@ -81,6 +82,7 @@ class Loader:
         """Targets of the current global batch that are learnt."""
         if not self.mask_end:
             return self.batch_size * self.seq_len
+        self.start_thread()
         with self.lock:
             documents = self.rows(self.row, self.row + self.batch_size, tokens=False)[1]
         if not (learnt := int((documents[:, 1:] == documents[:, :-1]).sum())):
@@ -93,8 +95,7 @@ class Loader:
         end = self.batch_size if end is None else end
         if not 0 <= begin < end <= self.batch_size:
             raise ValueError(f"batch: got rows [{begin}, {end}), wanted a part of [0, {self.batch_size})")
-        if os.getpid() != self.pid:     # a forked process: the thread stayed behind
-            self.thread()
+        self.start_thread()
         ahead = self.ahead.pop((self.row + begin, self.row + end), None)
         batch = ahead.result() if ahead else self.read(self.row + begin, self.row + end)
         self.asked.append((begin, end))
@@ -108,13 +109,15 @@ class Loader:
 
     def sample(self, row: int) -> np.ndarray:
         """Row `row` of the endless run: int64 [S+1]."""
+        self.start_thread()
         with self.lock:
             return self.rows(row, row + 1)[0][0]
 
-    def thread(self) -> None:
-        """Nothing is read ahead yet."""
-        self.pid, self.lock, self.ahead = os.getpid(), threading.Lock(), {}
-        self.reader = ThreadPoolExecutor(1, "moe-data") if self.prefetch else None
+    def start_thread(self) -> None:
+        """A thread and a lock of this process; a forked one inherits neither in working order."""
+        if self.pid != os.getpid():
+            self.pid, self.lock, self.ahead = os.getpid(), threading.Lock(), {}
+            self.reader = ThreadPoolExecutor(1, "moe-data") if self.prefetch else None
 
     def read_ahead(self) -> None:
         """Have the next batches read that this step and the following ones will ask for."""
