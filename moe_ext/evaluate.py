@@ -1,23 +1,31 @@
-"""Held-out loss of a run: `python -m moe_ext.evaluate RUN_DIR [--data PREFIX] [--checkpoint best] [--batches 100]`.
+"""Held-out loss of a run: `python -m moe_ext.evaluate RUN_DIR [--data PREFIX | --sets "code=PREFIX ..."]
+[--choices FILE] [--checkpoint best] [--batches 100]`.
 
-The mean cross-entropy, in nats per token, over rows of the held-out tokens in an order that is always the same; without
-dropout, router noise or capacity. Printed beside the unigram entropy of these tokens, the loss of the best model that
-sees no context.
+The mean cross-entropy, in nats per token, over rows of the held-out tokens; without dropout, router noise or capacity.
+All of them: the file's tokens in its order, cut every seq_len, each predicted once from those before it in its row (the
+very first has none). A part of them: rows of the shuffled text, the same ones each time. Beside it stand
+
+    perplexity      exp(loss)
+    bits per byte   loss * tokens / (ln 2 * bytes): comparable between tokenizers. End-of-document tokens are among the
+                    tokens and their loss in the mean, but they have no bytes
+    unigram entropy of these tokens, the loss of the best model that sees no context
 """
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import tyro
 
 from moe_ext import checkpoint
-from moe_ext.config import Config, load, require
+from moe_ext.config import Config, load, named_sets, require
 from moe_ext.data import IndexedDataset, Loader, unigram_entropy
-from moe_ext.log import beside
+from moe_ext.log import chosen, measured
 from moe_ext.model import GPT, build, precision
 from moe_ext.parallel.mesh import Mesh
 
@@ -47,36 +55,82 @@ def load_run(folder: str | Path, path: str | Path | None = None) -> Run:
     return Run(config, model.eval(), state.step, folder)
 
 
+class Text(NamedTuple):
+    """Held-out tokens, and what their loss is compared with."""
+    dataset: IndexedDataset
+    entropy: float          # of the tokens' frequencies, nats
+    bytes: int | None       # of their text; None: not known
+
+    def compare(self, loss: float) -> dict[str, float]:
+        """Other forms of a loss in nats per token: its perplexity and, where the bytes are known, bits per byte."""
+        numbers = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        if self.bytes:
+            numbers["bits_per_byte"] = loss * len(self.dataset.tokens) / (math.log(2) * self.bytes)
+        return numbers
+
+
+def held_out(dataset: IndexedDataset, tokenizer: str | Path) -> Text:
+    """The Text of a dataset. Its bytes are those of meta.json beside it, if that tells of these tokens; else the tokens
+    are decoded with the file `tokenizer`, if there is one."""
+    meta, side = dataset.path.with_name("meta.json"), None
+    if meta.is_file():
+        try:
+            side = json.loads(meta.read_bytes()).get(dataset.path.stem)
+        except (ValueError, AttributeError):        # not ours
+            pass
+    if isinstance(side, dict) and side.get("tokens") == len(dataset.tokens) and side.get("bytes"):
+        return Text(dataset, unigram_entropy(dataset), side["bytes"])
+    if not Path(tokenizer).is_file():
+        return Text(dataset, unigram_entropy(dataset), None)
+    from tokenizers import Tokenizer
+    decode, size = Tokenizer.from_file(str(tokenizer)).decode_batch, 0
+    for begin in range(0, len(dataset), 256):
+        documents = [dataset[d].tolist() for d in range(begin, min(begin + 256, len(dataset)))]
+        size += sum(len(text.encode()) for text in decode(documents, skip_special_tokens=True))
+    return Text(dataset, unigram_entropy(dataset), size)
+
+
 @torch.no_grad()
 def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int = 0, mesh: Mesh | None = None) -> float:
-    """Mean loss in nats per token over `batches` micro-batches of `dataset`, always the same rows (0, or more than
-    there are: all of them).
+    """Mean loss in nats per token over `batches` micro-batches of `dataset`, always the same rows; 0, or more than
+    there are: over all of it, its last row being shorter.
 
     A micro-batch is that of all ranks together. mesh: of a model that lies on one; every rank calls, all get the mean.
     Errors: ValueError; FloatingPointError if the mean is not finite.
     """
     if batches < 0:
         raise ValueError(f"evaluate: batches is {batches}, wanted 0 (all of the held-out text) or a positive number")
-    rows_per_batch, device = config.train.micro_batch * config.mesh.dp, model.norm.weight.device
+    micro_batch, seq_len, device = config.train.micro_batch, config.model.seq_len, model.norm.weight.device
+    rows_per_batch = micro_batch * config.mesh.dp
     mine = rows_per_batch // (mesh.config.dp if mesh else 1)
     first = mesh.dp_rank * mine if mesh else 0
-    loader = Loader(dataset, seq_len=config.model.seq_len, batch_size=rows_per_batch,
-                    vocab_size=config.model.vocab_size)
-    rows = min(batches * rows_per_batch or loader.samples, loader.samples)
+    predicted = len(dataset.tokens) - 1
+    rows, whole = math.ceil(predicted / seq_len), True
+    if 0 < batches * rows_per_batch < rows:
+        rows, whole = batches * rows_per_batch, False
+        predicted = rows * seq_len
+    loader = Loader(dataset, seq_len=seq_len, batch_size=rows_per_batch, vocab_size=config.model.vocab_size,
+                    shuffle=not whole)
+    rest = torch.tensor(dataset.tokens[loader.samples * seq_len:].astype("int64"))     # what no whole row predicts
     training, total, bad_L = model.training, torch.zeros((), dtype=torch.float64, device=device), 0
     model.eval()
     for begin in range(0, rows, rows_per_batch):
-        for micro in range(first, first + mine, config.train.micro_batch):
-            batch = loader.batch(micro, micro + config.train.micro_batch)
-            batch.targets[max(0, rows - begin - micro):] = -100     # rows past the last: ranks go on together
+        for micro in range(first, first + mine, micro_batch):
+            batch, left = loader.batch(micro, micro + micro_batch), rows - begin - micro
+            tokens, targets = batch.tokens.clone(), batch.targets.clone()       # views of one row share its memory
+            targets[max(0, left):] = -100           # rows past the last: ranks go on together
+            if rows > loader.samples and 0 < left <= micro_batch:
+                pads = seq_len + 1 - len(rest)      # behind, where no token sees them
+                tokens[left - 1] = F.pad(rest[:-1], (0, pads))
+                targets[left - 1] = F.pad(rest[1:], (0, pads), value=-100)
             with precision(config, device):
-                out = model(batch.tokens.to(device), batch.targets.to(device))
+                out = model(tokens.to(device), targets.to(device))
             total, bad_L = total + out.token_loss, bad_L + out.bad_L
         loader.advance()
     model.train(training)
     if mesh:
         total, bad_L = mesh.sum(total / mesh.config.tp, bad_L)
-    loss = total.item() / (rows * config.model.seq_len)
+    loss = total.item() / predicted
     if problem := not_finite(model, bad_L, {"the held-out loss": loss}):
         raise FloatingPointError(problem)
     return loss
@@ -91,23 +145,43 @@ def not_finite(model: GPT, bad_L, losses: dict[str, float]) -> str:
 
 
 def main() -> None:
-    def command(run: tyro.conf.Positional[Path], /, data: str = "", checkpoint: Path | None = None,
-                batches: int = 0) -> None:
-        """Held-out loss of a run.
+    # these import this file
+    from moe_ext.choices import read, score
+    from moe_ext.generate import load_tokenizer
+    from moe_ext.preflight import check_tokens
+
+    def command(run: tyro.conf.Positional[Path], /, data: str = "", sets: str = "", choices: str = "",
+                plain: bool = False, checkpoint: Path | None = None, batches: int = 0) -> None:
+        """Held-out loss of a run, and its share of right answers to multiple-choice questions. Without data, sets and
+        choices: of all that the run itself was evaluated on.
 
         Args:
             run: the run folder
-            data: prefix of the tokens (PREFIX.bin, PREFIX.idx), of the run's tokenizer; its data.valid if not given
+            data: prefix of the tokens (PREFIX.bin, PREFIX.idx), of the run's tokenizer
+            sets: several: "NAME=PREFIX NAME=PREFIX"
+            choices: a file of questions in HellaSwag's layout (.jsonl)
+            plain: read ctx and endings as they stand, as build-nanogpt does, not as lm-evaluation-harness does
             checkpoint: folder of one checkpoint, or best; the newest of the run if not given
-            batches: micro-batches of these tokens; 0, or more than there are: all of them
+            batches: micro-batches of each set; 0, or more than there are: all of them
         """
+        require(not (data and sets), "--data and --sets both name tokens: put all into --sets \"NAME=PREFIX ..\"")
         loaded = load_run(run, checkpoint)
-        data = data or loaded.config.data.valid
-        require(data != "", f"{run} was trained without held-out text (data.valid): give --data PREFIX")
-        dataset = IndexedDataset(data)
-        loss, entropy = evaluate(loaded.model, loaded.config, dataset, batches), unigram_entropy(dataset)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        print(f"step {loaded.step} | valid loss {loss:.4f} | perplexity {perplexity:.2f} | {beside(loss, entropy)}")
+        tokenizer, model, own = run / "tokenizer.json", loaded.config.model, loaded.config.data
+        if not (data or sets or choices):
+            data, sets, choices = own.valid, own.eval_sets, own.choices
+            require(data or sets or choices, f"{run} was trained without held-out text (data.valid): give --data "
+                    "PREFIX")
+        prefixes = ({"valid": data} if data else {}) | named_sets(sets)
+        texts = {name: held_out(IndexedDataset(prefix), tokenizer) for name, prefix in prefixes.items()}
+        for text in texts.values():
+            check_tokens(text.dataset, model.vocab_size, 0, 1)
+        questions = read(choices, load_tokenizer(tokenizer), model, plain) if choices else []
+
+        for name, text in texts.items():
+            loss = evaluate(loaded.model, loaded.config, text.dataset, batches)
+            print(f"step {loaded.step} | {measured(name, loss, text.entropy, **text.compare(loss))}")
+        if questions:
+            print(f"step {loaded.step} | {chosen(score(loaded.model, loaded.config, questions))}")
 
     try:
         tyro.cli(command, prog="python -m moe_ext.evaluate")

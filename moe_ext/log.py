@@ -10,9 +10,11 @@ step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 31
     eta         everything that remains at the pace so far, evaluation and saving included
 
 metrics.jsonl holds one object per line: {"step", "loss", "aux", "grad_norm", "lr", "ms", "tokens_per_s", "epoch",
-"load", "dead", "counts_LE"} for a step line and {"step", "valid_loss", "unigram_entropy"} for an evaluation; losses in
-nats per token. A resumed run appends; steps beyond its start are set aside first (moe_ext.run). Where a step stands
-twice, as in folders of earlier versions, the later line holds.
+"load", "dead", "counts_LE"} for a step line, {"step", "valid_loss", "unigram_entropy", "valid_perplexity",
+"valid_bits_per_byte"} for an evaluation, the same with NAME_ for a set of data.eval_sets and {"step",
+"choices_questions", "choices_acc", "choices_acc_stderr", ..} for data.choices; losses in nats per token. A resumed run
+appends; steps beyond its start are set aside first (moe_ext.run). Where a step stands twice, as in folders of earlier
+versions, the later line holds.
 
 `python -m moe_ext.log plot RUN_DIR [-o out.png]` draws the curves (matplotlib).
 """
@@ -79,6 +81,19 @@ def beside(loss: float, entropy: float) -> str:
     return f"unigram entropy {entropy:.4f} | {side} it by {abs(entropy - loss):.4f} nats"
 
 
+def measured(name: str, loss: float, entropy: float, **numbers: float) -> str:
+    """Held-out loss of the set `name`, other forms of it (evaluate.Text.compare), and beside what it stands."""
+    forms = [f"{key.replace('_', ' ')} {value:.{4 if 'bits' in key else 2}f}" for key, value in numbers.items()]
+    return " | ".join([f"{name} loss {loss:.4f}", *forms, beside(loss, entropy)])
+
+
+def chosen(scores: dict[str, float]) -> str:
+    """The scores of moe_ext.choices, as shares with standard errors."""
+    shares = [f"{name} {scores[name]:.4f} +- {scores[name + '_stderr']:.4f}" for name in scores
+              if name + "_stderr" in scores]
+    return " | ".join([f"choices of {scores['questions']}", *shares])
+
+
 class Log:
     """Writes what a run tells, from one process.
 
@@ -139,10 +154,18 @@ class Log:
         self.record(record)
         return line
 
-    def evaluation(self, step: int, valid_loss: float, unigram_entropy: float) -> None:
-        """Held-out loss beside the entropy of its tokens' frequencies, in nats per token."""
-        self.say(f"eval {step}/{self.steps} | valid loss {valid_loss:.4f} | {beside(valid_loss, unigram_entropy)}")
-        self.record({"step": step, "valid_loss": valid_loss, "unigram_entropy": unigram_entropy})
+    def evaluation(self, step: int, loss: float, unigram_entropy: float, name: str = "valid", **numbers: float) -> None:
+        """Held-out loss of the set `name` beside the entropy of its tokens' frequencies, in nats per token; numbers:
+        other forms of the loss (evaluate.Text.compare)."""
+        self.say(f"eval {step}/{self.steps} | {measured(name, loss, unigram_entropy, **numbers)}")
+        prefix = "" if name == "valid" else name + "_"
+        self.record({"step": step, f"{name}_loss": loss, f"{prefix}unigram_entropy": unigram_entropy,
+                     **{f"{name}_{key}": value for key, value in numbers.items()}})
+
+    def choices(self, step: int, scores: dict[str, float]) -> None:
+        """Multiple choice: what moe_ext.choices.score gives."""
+        self.say(f"eval {step}/{self.steps} | {chosen(scores)}")
+        self.record({"step": step, **{f"choices_{key}": value for key, value in scores.items()}})
 
     def record(self, record: dict) -> None:
         """One line of metrics.jsonl (NaN and infinity as null) and its numbers to TensorBoard."""
@@ -166,7 +189,8 @@ class Silence:
     def say(self, text): pass
     def tick(self, tokens): pass
     def step(self, step, **numbers): pass
-    def evaluation(self, step, valid_loss, unigram_entropy): pass
+    def evaluation(self, step, loss, unigram_entropy, name="valid", **numbers): pass
+    def choices(self, step, scores): pass
     def paused(self): return nullcontext()
     def close(self): pass
 
@@ -229,7 +253,8 @@ def duration(seconds: float) -> str:
 
 
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
-    """metrics.jsonl -> (step records, evaluation records), each by rising step, the later line where one stands twice.
+    """metrics.jsonl -> (step records, evaluation records of data.valid), each by rising step, the later line where one
+    stands twice.
 
     A last line without its newline is one that is being written, and is left out.
     """
@@ -240,7 +265,8 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            (valid if "unigram_entropy" in record else train)[record["step"]] = record
+            kind = valid if "unigram_entropy" in record else train if "loss" in record else {}      # other sets
+            kind[record["step"]] = record
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}: line {number}: got {line[:60]!r}, wanted a JSON object with a step: delete the "
                              "line or plot another run") from None

@@ -11,8 +11,8 @@ import math
 import shutil
 import tempfile
 
-from moe_ext import checkpoint, generate, plan
-from moe_ext.config import Config, ConfigError, require
+from moe_ext import checkpoint, choices, generate, plan
+from moe_ext.config import Config, ConfigError, named_sets, require
 from moe_ext.data import IndexedDataset, Loader
 from moe_ext.model import GPT, pick_device
 
@@ -27,12 +27,14 @@ def preflight(config: Config, rank: int = 0, ranks: int = 1) -> tuple[IndexedDat
             f"train.device is {device.type}: leave it off; profile/ops.txt shows what each op allocates")
     train = IndexedDataset(config.data.train)
     valid = IndexedDataset(config.data.valid) if config.data.valid else None
-    for dataset in filter(None, (train, valid)):
+    for dataset in filter(None, (train, valid, *map(IndexedDataset, named_sets(config.data.eval_sets).values()))):
         Loader(dataset, seq_len=config.model.seq_len, batch_size=1)     # long enough
         check_tokens(dataset, config.model.vocab_size, rank, ranks)
     if rank == 0:
         if config.data.tokenizer:
             check_text(config)
+        if config.data.choices:
+            choices.read(config.data.choices, generate.load_tokenizer(config.data.tokenizer), config.model)
         check_folder(config)
     return train, valid
 

@@ -19,6 +19,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 import socket
 import warnings
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from moe_ext import checkpoint
 from moe_ext.checkpoint import CheckpointError, State
-from moe_ext.config import Config, ConfigError, dumps
+from moe_ext.config import Config, ConfigError, dumps, named_sets
 from moe_ext.data import Loader
 from moe_ext.log import split_events, split_metrics
 
@@ -125,8 +126,12 @@ def absolute(config: Config) -> Config:
 
 
 def absolute_paths(section: dict) -> dict:
-    return section | {name: os.path.abspath(section[name]) for name in ("train", "valid", "tokenizer", "folder")
-                      if section.get(name)}
+    paths = {name: os.path.abspath(section[name]) for name in ("train", "valid", "choices", "tokenizer", "folder")
+             if section.get(name)}
+    if section.get("eval_sets"):
+        paths["eval_sets"] = " ".join(f"{name}={shlex.quote(os.path.abspath(prefix))}"
+                                      for name, prefix in named_sets(section["eval_sets"]).items())
+    return section | paths
 
 
 # ---- one branch at a time --------------------------------------------------------------------------------------------
