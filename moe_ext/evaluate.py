@@ -58,36 +58,41 @@ def load_run(folder: str | Path, path: str | Path | None = None) -> Run:
 class Text(NamedTuple):
     """Held-out tokens, and what their loss is compared with."""
     dataset: IndexedDataset
-    entropy: float          # of the tokens' frequencies, nats
-    bytes: int | None       # of their text; None: not known
+    entropy: float                  # of the tokens' frequencies, nats
+    bytes_per_token: float | None   # of the text; None: not known
 
     def compare(self, loss: float) -> dict[str, float]:
         """Other forms of a loss in nats per token: its perplexity and, where the bytes are known, bits per byte."""
         numbers = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
-        if self.bytes:
-            numbers["bits_per_byte"] = loss * len(self.dataset.tokens) / (math.log(2) * self.bytes)
+        if self.bytes_per_token:
+            numbers["bits_per_byte"] = loss / (math.log(2) * self.bytes_per_token)
         return numbers
 
 
 def held_out(dataset: IndexedDataset, tokenizer: str | Path) -> Text:
-    """The Text of a dataset. Its bytes are those of meta.json beside it, if that tells of these tokens; else the tokens
-    are decoded with the file `tokenizer`, if there is one."""
-    meta, side = dataset.path.with_name("meta.json"), None
-    if meta.is_file():
+    """The Text of a dataset. tokenizer: the file that decodes it, "" or missing if there is none."""
+    size = count_bytes(dataset, Path(tokenizer))
+    return Text(dataset, unigram_entropy(dataset), size and size / len(dataset.tokens))
+
+
+def count_bytes(dataset: IndexedDataset, tokenizer: Path) -> int | None:
+    """Bytes of a dataset's text in UTF-8: those of meta.json beside it, if that tells of as many tokens; else the
+    tokens are decoded. Special tokens, as those that end documents, have none. None without meta.json and tokenizer."""
+    for path in (dataset.path.with_suffix(".meta.json"), dataset.path.with_name("meta.json")):
         try:
-            side = json.loads(meta.read_bytes()).get(dataset.path.stem)
-        except (ValueError, AttributeError):        # not ours
+            side = json.loads(path.read_bytes())[dataset.path.stem]
+            if side["tokens"] == len(dataset.tokens):
+                return side["bytes"]
+        except (OSError, ValueError, LookupError, TypeError):       # none, or not one of moe_ext.data
             pass
-    if isinstance(side, dict) and side.get("tokens") == len(dataset.tokens) and side.get("bytes"):
-        return Text(dataset, unigram_entropy(dataset), side["bytes"])
-    if not Path(tokenizer).is_file():
-        return Text(dataset, unigram_entropy(dataset), None)
+    if not tokenizer.is_file():
+        return None
     from tokenizers import Tokenizer
     decode, size = Tokenizer.from_file(str(tokenizer)).decode_batch, 0
     for begin in range(0, len(dataset), 256):
         documents = [dataset[d].tolist() for d in range(begin, min(begin + 256, len(dataset)))]
         size += sum(len(text.encode()) for text in decode(documents, skip_special_tokens=True))
-    return Text(dataset, unigram_entropy(dataset), size)
+    return size
 
 
 @torch.no_grad()
@@ -104,15 +109,13 @@ def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int =
     rows_per_batch = micro_batch * config.mesh.dp
     mine = rows_per_batch // (mesh.config.dp if mesh else 1)
     first = mesh.dp_rank * mine if mesh else 0
-    predicted = len(dataset.tokens) - 1
-    rows, whole = math.ceil(predicted / seq_len), True
-    if 0 < batches * rows_per_batch < rows:
-        rows, whole = batches * rows_per_batch, False
-        predicted = rows * seq_len
+    rows = math.ceil((len(dataset.tokens) - 1) / seq_len)
+    part = 0 < batches * rows_per_batch < rows
+    rows = batches * rows_per_batch if part else rows
     loader = Loader(dataset, seq_len=seq_len, batch_size=rows_per_batch, vocab_size=config.model.vocab_size,
-                    shuffle=not whole)
+                    shuffle=part)
     rest = torch.tensor(dataset.tokens[loader.samples * seq_len:].astype("int64"))     # what no whole row predicts
-    training, total, bad_L = model.training, torch.zeros((), dtype=torch.float64, device=device), 0
+    training, total, bad_L = model.training, torch.zeros(2, dtype=torch.float64, device=device), 0
     model.eval()
     for begin in range(0, rows, rows_per_batch):
         for micro in range(first, first + mine, micro_batch):
@@ -125,12 +128,13 @@ def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int =
                 targets[left - 1] = F.pad(rest[1:], (0, pads), value=-100)
             with precision(config, device):
                 out = model(tokens.to(device), targets.to(device))
-            total, bad_L = total + out.token_loss, bad_L + out.bad_L
+            predicted = (targets >= 0).sum().to(device)
+            total, bad_L = total + torch.stack([out.token_loss.double(), predicted]), bad_L + out.bad_L
         loader.advance()
     model.train(training)
     if mesh:
         total, bad_L = mesh.sum(total / mesh.config.tp, bad_L)
-    loss = total.item() / predicted
+    loss = (total[0] / total[1]).item()
     if problem := not_finite(model, bad_L, {"the held-out loss": loss}):
         raise FloatingPointError(problem)
     return loss

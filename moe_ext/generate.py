@@ -87,7 +87,8 @@ def generate_all(model: GPT, prompts: list[list[int]], max_tokens: int, *, tempe
         mask_BS = None      # the cache knows the pads; what is new is real
         if padded and new_BS.shape[1] >= longest:
             mask_BS = torch.arange(new_BS.shape[1], device=device) >= pads_B1
-        logits_BV = model.logits(new_BS, kept, mask_BS)[:, -1].cpu()
+        x_BSD, _ = model.hidden(new_BS, cache=kept, token_mask=mask_BS)
+        logits_BV = model.lm_head(x_BSD[:, -1]).cpu()       # of the last token alone: a text's logits are large
         picked = [0 if done else pick(logits_V, temperature, top_k, top_p, generator)
                   for done, logits_V, generator in zip(ended, logits_BV, generators, strict=True)]
         ended = [done or token == end for done, token in zip(ended, picked, strict=True)]

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 import moe_ext.train
 from moe_ext import checkpoint, evaluate
 from moe_ext.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig, load, named_sets, parse
-from moe_ext.data import IndexedDataset, IndexedWriter, unigram_entropy
+from moe_ext.data import IndexedDataset, IndexedWriter, Loader, unigram_entropy
 from moe_ext.data.prepare import Prepare, prepare
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import build
@@ -88,6 +88,14 @@ def test_every_token_is_predicted_once(tmp_path, count):
         assert evaluate.evaluate(model, config, dataset, 10**6) == evaluate.evaluate(model, config, dataset)
 
 
+def test_a_part_is_the_first_rows_of_the_shuffled_text(tmp_path):
+    dataset, model = write(tmp_path / "text", torch.randint(61, (12 * 9 + 5,))), make(VARIANTS["qwen3_moe"]).eval()
+    config, rows = Config(model=model.config, train=TrainConfig(micro_batch=4)), Loader(dataset, seq_len=12, batch_size=8)
+    want = model(*rows.batch()[:2]).token_loss.item() / (8 * 12)
+    assert evaluate.evaluate(model, config, dataset, 2) == pytest.approx(want, rel=1e-13)
+    assert evaluate.evaluate(model, config, dataset, 3) == evaluate.evaluate(model, config, dataset)    # there are 10
+
+
 @pytest.mark.c_core
 @pytest.mark.parametrize("sizes", [dict(fsdp=2, ep=2), dict(rep=2, tp=2, etp=2)], ids=str)
 def test_every_mesh_finds_the_same(tmp_path, sizes):
@@ -119,18 +127,19 @@ def test_bits_per_byte(tmp_path):
     size = sum(len(text.encode()) for text in decoded)
     assert size == meta["valid"]["bytes"]
     text = evaluate.held_out(dataset, "")
-    assert text == (dataset, unigram_entropy(dataset), size)
+    assert text == (dataset, unigram_entropy(dataset), size / len(dataset.tokens))
     nats = 2.5 * len(dataset.tokens)
     assert text.compare(2.5) == pytest.approx({"perplexity": math.exp(2.5), "bits_per_byte": nats / math.log(2) / size})
 
-    written = (tmp_path / "data" / "meta.json").read_text()
-    for other in ("", "[]", "{}", json.dumps(meta | {"valid": meta["train"]}), None):       # none that tells of it
+
+    ours = evaluate.count_bytes(dataset, tmp_path / "nowhere")
+    for other in ("", "[]", "{}", '{"valid": 1}', json.dumps(meta | {"valid": meta["train"]}), None):   # not of these
         (tmp_path / "data" / "meta.json").unlink()
         if other is not None:
             (tmp_path / "data" / "meta.json").write_text(other)
-        assert evaluate.held_out(dataset, tokenizer).bytes == size
-        assert evaluate.held_out(dataset, "").bytes is None
-    assert written and set(evaluate.held_out(dataset, "").compare(2.5)) == {"perplexity"}
+        assert evaluate.count_bytes(dataset, tokenizer) == ours == size
+        assert evaluate.held_out(dataset, "").bytes_per_token is None
+    assert set(evaluate.held_out(dataset, "").compare(2.5)) == {"perplexity"}
     assert text.compare(1000.0)["perplexity"] == math.inf
 
 

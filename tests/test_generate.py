@@ -98,7 +98,7 @@ def continued(model, prompts, **options):
 @pytest.mark.c_core
 @pytest.mark.parametrize("name", test_model.VARIANTS)
 def test_a_prompt_gets_what_it_gets_alone(name):
-    """With others of other lengths and without, with a cache and without; the likeliest token is the logits' largest."""
+    """With others of other lengths and without, with a cache and without; greedy is the argmax."""
     model = test_model.make(test_model.VARIANTS[name]).eval()
     prompts = [torch.randint(61, (length,), generator=torch.Generator().manual_seed(length)).tolist()
                for length in (3, 7, 1, 7)]
