@@ -54,7 +54,7 @@ def read(path: str | Path, tokenizer, config: ModelConfig, plain: bool = False) 
         if data.strip():
             try:
                 found.append((line, *question(json.loads(data), plain)))
-            except ValueError as error:     # JSON's and UTF-8's too
+            except (ValueError, RecursionError) as error:       # JSON's and UTF-8's too
                 raise ValueError(f"{path}: line {line}: {error}") from None
     if not found:
         raise ValueError(f"{path}: got no question, wanted one JSON object a line, in HellaSwag's layout")

@@ -87,8 +87,9 @@ def count_bytes(dataset: IndexedDataset, tokenizer: Path) -> int | None:
             pass
     if not tokenizer.is_file():
         return None
-    from tokenizers import Tokenizer
-    decode, size = Tokenizer.from_file(str(tokenizer)).decode_batch, 0
+    from moe_ext.generate import load_tokenizer     # which imports this file
+
+    decode, size = load_tokenizer(tokenizer).decode_batch, 0
     for begin in range(0, len(dataset), 256):
         documents = [dataset[d].tolist() for d in range(begin, min(begin + 256, len(dataset)))]
         size += sum(len(text.encode()) for text in decode(documents, skip_special_tokens=True))
@@ -164,7 +165,8 @@ def main() -> None:
             data: prefix of the tokens (PREFIX.bin, PREFIX.idx), of the run's tokenizer
             sets: several: "NAME=PREFIX NAME=PREFIX"
             choices: a file of questions in HellaSwag's layout (.jsonl)
-            plain: read ctx and endings as they stand, as build-nanogpt does, not as lm-evaluation-harness does
+            plain: of the questions read ctx and endings as they stand, as build-nanogpt does, not as
+                lm-evaluation-harness does
             checkpoint: folder of one checkpoint, or best; the newest of the run if not given
             batches: micro-batches of each set; 0, or more than there are: all of them
         """

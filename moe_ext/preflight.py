@@ -1,9 +1,9 @@
 """What would end a run hours later and can be known before step 1: `preflight(config)`.
 
 Every rank calls it at the start of a run, and --dry-run after it has printed the plan. It looks at every token of the
-data, at the tokenizer, at the sample's prompt and its room in the context, and at the run folder: whether it can be
-written and has room for the checkpoints. It leaves nothing behind. What is wrong is raised as ConfigError, or as the
-FileNotFoundError or ValueError of a data file, in a sentence that says what to type.
+data, at the tokenizer, at the questions, at the sample's prompt and its room in the context, and at the run folder:
+whether it can be written and has room for the checkpoints. It leaves nothing behind. What is wrong is raised as
+ConfigError, or as the FileNotFoundError or ValueError of a data file, in a sentence that says what to type.
 """
 from __future__ import annotations
 

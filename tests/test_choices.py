@@ -119,6 +119,7 @@ def test_no_special_tokens(tokenizer, tmp_path):
 GOOD = {"ctx": "the fox", "endings": ["a", "b"], "label": 0}
 BROKEN = {
     "cut JSON": ('{"ctx": "the', "line 2: .*Unterminated string"),
+    "deep JSON": ("[" * 10**5, "line 2: maximum recursion depth exceeded"),
     "a list": ("[1]", r"line 2: got \[1\], wanted an object in HellaSwag's layout"),
     "no endings": (GOOD | {"endings": None}, 'line 2: .* wanted a list of two or more texts as "endings"'),
     "one ending": (GOOD | {"endings": ["a"]}, "line 2: .* wanted a list of two or more texts"),

@@ -90,8 +90,8 @@ def test_every_token_is_predicted_once(tmp_path, count):
 
 def test_a_part_is_the_first_rows_of_the_shuffled_text(tmp_path):
     dataset, model = write(tmp_path / "text", torch.randint(61, (12 * 9 + 5,))), make(VARIANTS["qwen3_moe"]).eval()
-    config, rows = Config(model=model.config, train=TrainConfig(micro_batch=4)), Loader(dataset, seq_len=12, batch_size=8)
-    want = model(*rows.batch()[:2]).token_loss.item() / (8 * 12)
+    config = Config(model=model.config, train=TrainConfig(micro_batch=4))
+    want = model(*Loader(dataset, seq_len=12, batch_size=8).batch()[:2]).token_loss.item() / (8 * 12)
     assert evaluate.evaluate(model, config, dataset, 2) == pytest.approx(want, rel=1e-13)
     assert evaluate.evaluate(model, config, dataset, 3) == evaluate.evaluate(model, config, dataset)    # there are 10
 
