@@ -87,7 +87,7 @@ def count_bytes(dataset: IndexedDataset, tokenizer: Path) -> int | None:
             pass
     if not tokenizer.is_file():
         return None
-    from moe_ext.generate import load_tokenizer     # which imports this file
+    from moe_ext.generate import load_tokenizer  # which imports this file
 
     decode, size = load_tokenizer(tokenizer).decode_batch, 0
     for begin in range(0, len(dataset), 256):
@@ -121,7 +121,7 @@ def evaluate(model: GPT, config: Config, dataset: IndexedDataset, batches: int =
     for begin in range(0, rows, rows_per_batch):
         for micro in range(first, first + mine, micro_batch):
             batch, left = loader.batch(micro, micro + micro_batch), rows - begin - micro
-            tokens, targets = batch.tokens.clone(), batch.targets.clone()       # views of one row share its memory
+            tokens, targets = batch.tokens, batch.targets.clone()       # of one row they are views of one memory
             targets[max(0, left):] = -100           # rows past the last: ranks go on together
             if rows > loader.samples and 0 < left <= micro_batch:
                 pads = seq_len + 1 - len(rest)      # behind, where no token sees them

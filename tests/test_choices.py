@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 from test_model import VARIANTS, make
 from test_train import data, flags, main, records, straight  # noqa: F401
+from test_train_mesh import MESHES, fit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import moe_ext.train
@@ -263,6 +264,17 @@ def test_during_training_and_as_a_command(data, tmp_path, monkeypatch, capsys): 
         capsys.readouterr()
         main(monkeypatch, evaluate, folder, *options)
         assert capsys.readouterr().out.startswith(f"step 10 | {line}")
+
+
+def test_a_run_on_two_ranks_records_the_same(data, tmp_path):                                # noqa: F811
+    options = dict(train__dtype="fp64", train__steps=5, data__choices=write(tmp_path / "quiz.jsonl", *quiz(9)),
+                   data__eval_sets=f"train={data / 'train'}", data__tokenizer=data / "tokenizer.json")
+    one, two = (fit(data, tmp_path / name, tmp_path / f"store-{name}", **options, **mesh)
+                for name, mesh in (("one", {}), ("two", MESHES["fsdp2-ep2"])))
+    want, got = ([r for r in records(folder) if "loss" not in r] for folder in (one, two))
+    assert [sorted(r) for r in got] == [sorted(r) for r in want] and len(want) == 3 and "choices_acc" in want[2]
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
 
 
 def test_refused(data, straight, tmp_path, monkeypatch):                                    # noqa: F811
