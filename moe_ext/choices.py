@@ -30,7 +30,7 @@ from moe_ext.parallel.mesh import Mesh
 
 
 class Ending(NamedTuple):
-    tokens: list[int]   # the context's last and all of the ending's, of which the model sees all but the last
+    tokens: list[int]   # the context, its first tokens cut off if need be, and the ending
     scored: int         # how many of them are the ending's
     characters: int     # of the ending, without the blank before it
 

@@ -101,14 +101,18 @@ def generate_all(model: GPT, prompts: list[list[int]], max_tokens: int, *, tempe
 
 
 def load_tokenizer(path: str | Path):
-    """A file of the `tokenizers` library. ConfigError if it is missing or is not one."""
+    """A file of the `tokenizers` library, without the padding and truncation that it may ask for. ConfigError if it is
+    missing or is not one."""
     from tokenizers import Tokenizer
     require(Path(path).is_file(), f"no tokenizer {path}: give --data.tokenizer the file that made the data, or \"\" to "
             "sample no text")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:      # the library raises nothing narrower
         raise ConfigError(f"{path} is no tokenizer of the `tokenizers` library: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def complete(run: Run, prompt: str, max_tokens: int, **options) -> str:

@@ -87,6 +87,16 @@ def test_logits_that_are_not_finite(folder, where, temperature):
         complete(run, "the", 5, temperature=temperature)
 
 
+def test_a_tokenizer_that_pads_and_cuts(folder, tmp_path):
+    """As some files of others ask for; a text is all its tokens and no more."""
+    tokenizer = generate.load_tokenizer(folder / "tokenizer.json")
+    want = tokenizer.encode("the quick brown fox").ids
+    tokenizer.enable_padding(length=9)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert generate.load_tokenizer(tmp_path / "tokenizer.json").encode("the quick brown fox").ids == want
+
+
 # ---- several prompts -------------------------------------------------------------------------------------------------
 
 def continued(model, prompts, **options):
