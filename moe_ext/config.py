@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -189,6 +190,27 @@ class DataConfig:
         require(self.prefetch >= 0, f"data.prefetch is {self.prefetch}; it cannot be negative")
         require(not (self.split and self.valid), f"data.split {self.split} takes the held-out text out of data.train, "
                 f"but data.valid is {self.valid}: give one of them, the other as \"\"")
+        named_sets(self.eval_sets)
+        require(not self.choices or self.tokenizer, f"data.choices {self.choices} is text: give --data.tokenizer the "
+                "file that made the training tokens, or --data.choices \"\"")
+
+
+def named_sets(text: str) -> dict[str, str]:
+    """data.eval_sets -> prefix of the tokens by name. Words are a shell's: quotes hold blanks together. ConfigError."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"the sets {text!r}: {error}") from None
+    sets = {}
+    for word in words:
+        name, _, prefix = word.partition("=")
+        require(prefix != "", f"the sets {text!r}: got {word!r}, wanted NAME=PREFIX, as in \"code=data/code/valid\"")
+        require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None, f"the sets {text!r}: got the name {name!r}, "
+                "wanted letters, digits, _, - and .: it names numbers in metrics.jsonl and TensorBoard")
+        require(name != "valid", f"the sets {text!r}: valid is the name of data.valid: choose another")
+        require(name not in sets, f"the sets {text!r} have {name} twice: give each a name of its own")
+        sets[name] = prefix
+    return sets
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """What would end a run hours later and can be known before step 1: `preflight(config)`.
 
 Every rank calls it at the start of a run, and --dry-run after it has printed the plan. It looks at every token of the
-data, at the tokenizer and whether all tokens are of it, at the sample's prompt and its room in the context, and at the
-run folder: whether it can be written and has room for the checkpoints. It leaves nothing behind. What is wrong is
-raised as ConfigError, or as the FileNotFoundError or ValueError of a data file, in a sentence that says what to type.
+data, at the tokenizer and whether all tokens are of it, at the questions, at the sample's prompt and its room in the
+context, and at the run folder: whether it can be written and has room for the checkpoints. It leaves nothing behind.
+What is wrong is raised as ConfigError, or as the FileNotFoundError or ValueError of a data file, in a sentence that
+says what to type.
 """
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import math
 import shutil
 import tempfile
 
-from moe_ext import checkpoint, generate, plan
-from moe_ext.config import Config, ConfigError, require
+from moe_ext import checkpoint, choices, generate, plan
+from moe_ext.config import Config, ConfigError, named_sets, require
 from moe_ext.data import Blend, IndexedDataset, Loader, open_data
 from moe_ext.model import GPT, pick_device
 from moe_ext.run import check_tokenizer, loader_options
@@ -28,7 +29,7 @@ def preflight(config: Config, rank: int = 0,
     require(not t.memory_snapshot or device.type == "cuda", f"train.memory_snapshot records CUDA allocations, but "
             f"train.device is {device.type}: leave it off; profile/ops.txt shows what each op allocates")
     train, valid, _ = open_data(config.data.train, config.data.valid, config.data.split)
-    for data in filter(None, (train, valid)):
+    for data in filter(None, (train, valid, *map(IndexedDataset, named_sets(config.data.eval_sets).values()))):
         Loader(data, seq_len=config.model.seq_len, batch_size=1, **loader_options(config))  # long enough
         for _, dataset in data.parts:
             check_tokens(dataset, config.model.vocab_size, rank, ranks)
@@ -38,6 +39,8 @@ def preflight(config: Config, rank: int = 0,
         if config.data.tokenizer:
             check_text(config)
         check_tokenizer(config)
+        if config.data.choices:
+            choices.read(config.data.choices, generate.load_tokenizer(config.data.tokenizer), config.model)
         check_folder(config)
     return train, valid
 

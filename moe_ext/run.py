@@ -29,7 +29,7 @@ from pathlib import Path
 
 from moe_ext import checkpoint
 from moe_ext.checkpoint import CheckpointError, State
-from moe_ext.config import Config, ConfigError, dumps, require
+from moe_ext.config import Config, ConfigError, dumps, named_sets, require
 from moe_ext.data import Blend, IndexedDataset, Loader, summary, totals
 from moe_ext.data.blend import read_blend, write_blend
 from moe_ext.data.identity import data_meta, tokenizer_hash
@@ -132,10 +132,13 @@ def absolute(config: Config) -> Config:
 
 
 def absolute_paths(section: dict) -> dict:
-    blends = {name: write_blend([(weight, os.path.abspath(prefix)) for weight, prefix in read_blend(section[name])])
+    paths = {name: write_blend([(weight, os.path.abspath(prefix)) for weight, prefix in read_blend(section[name])])
               for name in ("train", "valid") if section.get(name)}
-    return section | blends | {name: os.path.abspath(section[name]) for name in ("tokenizer", "folder", "cache")
-                               if section.get(name)}
+    if section.get("eval_sets"):
+        paths["eval_sets"] = " ".join(f"{name}={shlex.quote(os.path.abspath(prefix))}"
+                                       for name, prefix in named_sets(section["eval_sets"]).items())
+    return section | paths | {name: os.path.abspath(section[name]) for name in ("choices", "tokenizer", "folder",
+                                                                               "cache") if section.get(name)}
 
 
 def loader_options(config: Config) -> dict:
@@ -162,7 +165,7 @@ def tokenizers(config: Config) -> dict[str, str | None]:
     without meta.json, those of other programs."""
     data = config.data
     prefixes = [prefix for text in filter(None, (data.train, data.valid)) for _, prefix in read_blend(text)]
-    prefixes += [word.partition("=")[2] for word in shlex.split(data.eval_sets)]
+    prefixes += named_sets(data.eval_sets).values()
     own = {data.tokenizer: tokenizer_hash(data.tokenizer)} if data.tokenizer else {}
     return own | {prefix: hash_of(prefix) for prefix in prefixes}
 

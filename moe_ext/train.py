@@ -19,7 +19,6 @@ dies ends all others with a sentence.
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 import os
 import signal
@@ -31,11 +30,11 @@ from pathlib import Path
 
 import torch
 
-from moe_ext import checkpoint, private
-from moe_ext.config import Config, parse, plain, require
-from moe_ext.data import Loader, unigram_entropy
-from moe_ext.evaluate import evaluate, load_run, not_finite
-from moe_ext.generate import complete
+from moe_ext import checkpoint, choices, private
+from moe_ext.config import Config, named_sets, parse, plain, require
+from moe_ext.data import IndexedDataset, Loader
+from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
+from moe_ext.generate import complete, load_tokenizer
 from moe_ext.log import Log, Memory, Silence, Timers, peak_flops, plot
 from moe_ext.model import GPT, parameter_dtype, precision
 from moe_ext.optim import LossScaler, adamw, count_zeros, learning_rate, parameter_norm, set_learning_rate
@@ -88,9 +87,11 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     # what a step needs
     loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed, batch_size=config.sequences_per_step,
                     vocab_size=config.model.vocab_size, **loader_options(config))
-    held_out = valid.digest if valid else None
-    here, there = (loader.identity(), held_out), checkpoint.on_rank_0(lambda: (loader.identity(), held_out))
-    for path, same in zip((config.data.train, config.data.valid), map(operator.eq, here, there), strict=True):
+    paths = ({"valid": config.data.valid or config.data.train} if valid else {}) | named_sets(config.data.eval_sets)
+    sets = {name: valid if name == "valid" else IndexedDataset(path) for name, path in paths.items()}
+    here = [loader.identity(), *(dataset.digest for dataset in sets.values())]
+    there = checkpoint.on_rank_0(lambda: here)
+    for path, same in zip((config.data.train, *paths.values()), map(operator.eq, here, there), strict=True):
         require(same, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use storage "
                 "that they share")
     read = time.perf_counter()
@@ -124,7 +125,9 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
         log.say("\n".join([f"weights from {weights_from}, {first.step} steps old; optimizer and data begin anew",
                            *(f"with {name} {now!r}, there {was!r}" for name, was, now in changed
                              if name.startswith("model."))]))
-    entropy = unigram_entropy(valid) if valid else math.nan
+    texts = {name: held_out(dataset, config.data.tokenizer) for name, dataset in sets.items()}
+    questions = checkpoint.on_rank_0(lambda: choices.read(
+        config.data.choices, load_tokenizer(config.data.tokenizer), config.model) if config.data.choices else [])
 
     def save(step, keep_last=t.keep_last):
         mesh.at(f"step {step}, saving")
@@ -189,13 +192,17 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                          counts_LE=counts_LE, dropped_L=dropped_L if config.model.moe.capacity_factor else None,
                          epoch=loader.epoch, memory=[Memory(*row) for row in mesh.each(Memory.now(device))],
                          times=mesh.each(timers.milliseconds()) if timers.on else [])
-            if valid and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
+            if (texts or questions) and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
                 mesh.at(f"step {step}, evaluating")
                 with log.paused(), diverging(step, folder):
-                    valid_loss = evaluate(model, config, valid, t.eval_batches, mesh)
-                    log.evaluation(step, valid_loss, entropy)
-                if best is None or valid_loss < best:
-                    best, best_step = valid_loss, step
+                    losses = {name: evaluate(model, config, text.dataset, t.eval_batches, mesh)
+                              for name, text in texts.items()}
+                    for name, text in texts.items():
+                        log.evaluation(step, losses[name], text.entropy, name, **text.compare(losses[name]))
+                    if questions:
+                        log.choices(step, choices.score(model, config, questions, mesh))
+                if valid and (best is None or losses["valid"] < best):
+                    best, best_step = losses["valid"], step
             due = (t.save_every and step % t.save_every == 0) or (t.keep_best and best_step == step)
             if last or asked or (due and grad_norm is not None):
                 save(step, t.keep_last if grad_norm is not None else 0)     # what overflows displaces no others

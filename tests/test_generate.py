@@ -1,7 +1,9 @@
 """Text from a run: where it ends, which options are refused, and what a model that has diverged says."""
+import json
 import shutil
 
 import pytest
+import test_model
 import torch
 from test_train import data, main, straight  # noqa: F401
 from tokenizers import Tokenizer
@@ -83,3 +85,72 @@ def test_logits_that_are_not_finite(folder, where, temperature):
     torch.nn.init.constant_(run.model.get_submodule(where).weight, float("nan"))
     with pytest.raises(FloatingPointError, match="the model's logits are not finite: its weights have diverged"):
         complete(run, "the", 5, temperature=temperature)
+
+
+def test_a_tokenizer_that_pads_and_cuts(folder, tmp_path):
+    """As some files of others ask for; a text is all its tokens and no more."""
+    tokenizer = generate.load_tokenizer(folder / "tokenizer.json")
+    want = tokenizer.encode("the quick brown fox").ids
+    tokenizer.enable_padding(length=9)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert generate.load_tokenizer(tmp_path / "tokenizer.json").encode("the quick brown fox").ids == want
+
+
+# ---- several prompts -------------------------------------------------------------------------------------------------
+
+def continued(model, prompts, **options):
+    """Each prompt's new tokens."""
+    steps = generate.generate_all(model, prompts, 5, **options)
+    return [[token for token in tokens if token is not None] for tokens in zip(*steps, strict=True)]
+
+
+@pytest.mark.c_core
+@pytest.mark.parametrize("name", test_model.VARIANTS)
+def test_a_prompt_gets_what_it_gets_alone(name):
+    """With others of other lengths and without, with a cache and without; greedy is the argmax."""
+    model = test_model.make(test_model.VARIANTS[name]).eval()
+    prompts = [torch.randint(61, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+               for length in (3, 7, 1, 7)]
+    for options in (dict(temperature=0), dict(temperature=1.0, top_k=0)):
+        want = [list(generate.generate(model, prompt, 5, **options)) for prompt in prompts]
+        for cache in (True, False):
+            assert continued(model, prompts, cache=cache, **options) == want
+            assert [list(generate.generate(model, prompt, 5, cache=cache, **options)) for prompt in prompts] == want
+    greedy = list(prompts[0])
+    for _ in range(5):
+        greedy.append(int(model.logits(torch.tensor([greedy]))[0, -1].argmax()))
+    assert greedy[3:] == list(generate.generate(model, prompts[0], 5, temperature=0))
+
+
+def test_each_ends_on_its_own():
+    model = test_model.make(test_model.VARIANTS["qwen3_moe"]).eval()
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    whole = continued(model, prompts, temperature=0)
+    end = whole[0][2]
+    cut = [text[:text.index(end)] if end in text else text for text in whole]
+    assert len(cut[0]) < 5 and continued(model, prompts, temperature=0, end=end) == cut
+    assert list(generate.generate(model, [1, 2, 3], 5, temperature=0, end=end)) == cut[0]
+
+
+def test_a_file_of_prompts(folder, tmp_path, monkeypatch, capsys):
+    """Five prompts, in batches of train.micro_batch = 4, in their order."""
+    prompts = ["the quick", "fox", "the lazy dog and runs away", "brown é", "def"]
+    (tmp_path / "prompts").write_text("\n\n".join(prompts) + "\n")
+    options = ["--max-tokens", 6, "--temperature", 0]
+    main(monkeypatch, generate, folder, "--prompts", tmp_path / "prompts", *options)
+    got = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for text, prompt in zip(got, prompts, strict=True):
+        main(monkeypatch, generate, folder, "--prompt", prompt, *options)
+        assert capsys.readouterr().out == text + "\n" and text.startswith(prompt) and len(text) > len(prompt)
+
+
+def test_files_that_are_no_prompts(folder, tmp_path, monkeypatch):
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "long").write_text("fox\n" + "fox " * 40)
+    for name, words in {"nowhere": "no file of prompts .*nowhere", "empty": "empty is empty: write a prompt per line",
+                        "bytes": "bytes is no UTF-8 text: ", "long": r"the prompt has .* at most 31 \(prompt 2 of 2\)",
+                        }.items():
+        with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+            main(monkeypatch, generate, folder, "--prompts", tmp_path / name, "--max-tokens", 5)
