@@ -18,7 +18,7 @@ static int check(int dtype, int act, int64_t N, int64_t F) {
     return N < 0 || F < 0 || (F > 0 && N > INT64_MAX / 16 / F) ? MOE_BAD_SHAPE : MOE_OK;
 }
 
-int moe_act_gated(int act) { return act >= MOE_SWIGLU && act <= MOE_GEGLU_TANH; }
+int moe_act_gated(int act) { return act >= MOE_SWIGLU && act <= MOE_SWIGLU_OAI; }
 
 static void forward(int64_t begin, int64_t end, void *arg) {
     const act_job *j = arg;

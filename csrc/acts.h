@@ -1,9 +1,13 @@
 // acts.h: the value and the derivative of one activation of one number, the same code in C and in CUDA.
 //
 //   silu       x s                    s + x s (1 - s)                  s = 1 / (1 + e^-x)
+//   silu_oai   t s(1.702 t)           s + 1.702 t s (1 - s), or 0      t = min(x, 7); 0 where x is above 7
 //   gelu       x P                    P + x p                          P, p: normal distribution and density
 //   gelu_tanh  x s(2u)                s + 2 x s (1 - s) u'             u = sqrt(2/pi) (x + 0.044715 x^3)
 //   relu       max(x, 0)              x > 0                            (1 + tanh u) / 2 = s(2u)
+//
+// A gate's value is multiplied by up; that of silu_oai by clamp(up, -7, 7) + 1, of derivative 1 from -7 to 7 and 0
+// beyond. (gpt-oss; at a clamp's ends and for NaN the derivatives are torch.clamp's.)
 //
 // Float uses vexp_f32, so that gcc vectorises a loop around it; double uses libm. This file includes itself for both.
 #ifndef REAL
@@ -37,9 +41,9 @@ VMATH_FN void normal_f64(double x, double *cdf, double *pdf) {
 }
 
 // What is applied to the gate (gated) or to all of h (plain).
-enum { SILU, GELU, GELU_TANH, RELU };
+enum { SILU, GELU, GELU_TANH, SILU_OAI, RELU };
 static inline int act_plain(int act) {
-    static const int8_t plain[] = {SILU, GELU, GELU_TANH, SILU, GELU, GELU_TANH, RELU};     // in the order of moe_act
+    static const int8_t plain[] = {SILU, GELU, GELU_TANH, SILU_OAI, SILU, GELU, GELU_TANH, RELU};   // as in moe_act
     return plain[act];
 }
 
@@ -75,8 +79,20 @@ VMATH_FN __attribute__((always_inline)) REAL NAME(act_value)(int plain, REAL x, 
         *derivative = NAME(vfma)(t * s * (1 - s) * c, NAME(vfma)((REAL)0.134145 * t, t, 1), s);
         return x * s;
     }
+    if (plain == SILU_OAI) {
+        const REAL k = (REAL)1.702;
+        REAL t = x > 7 ? 7 : x, s = NAME(vrcp)(1 + NAME(vexp)(-k * t));
+        *derivative = x <= 7 ? s * NAME(vfma)(k * t, 1 - s, 1) : 0;
+        return t * s;
+    }
     REAL s = NAME(vrcp)(1 + NAME(vexp)(-x));
     *derivative = s * NAME(vfma)(x, 1 - s, 1);
     return x * s;
+}
+
+// What a gate's value is multiplied by.
+VMATH_FN __attribute__((always_inline)) REAL NAME(up_value)(int plain, REAL x, REAL *derivative) {
+    *derivative = plain != SILU_OAI || (x >= -7 && x <= 7);
+    return plain != SILU_OAI ? x : 1 + (x < -7 ? -7 : x > 7 ? 7 : x);
 }
 #endif

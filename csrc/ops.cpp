@@ -183,7 +183,7 @@ Tensor grouped_gemm_wgrad(In x, In dy, In bins) {
 }
 
 // The names of moe_act, for messages.
-const char *const ACTS[] = {"swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"};
+const char *const ACTS[] = {"swiglu", "geglu", "geglu_tanh", "swiglu_oai", "silu", "gelu", "gelu_tanh", "relu"};
 
 Tensor activation(In h, int64_t act) {
     Door door{"activation"};

@@ -1,8 +1,9 @@
 // act.cu: the twins of csrc/act.c.
 //
-//   gated   h_NU = [gate | up], U = 2F    a = act(gate) * up    dgate = da * up * act'(gate)    dup = da * act(gate)
-//   plain   h_NU, U = F                   a = act(h)            dh = da * act'(h)
+//   gated   h_NU = [gate | up], U = 2F    a = act(gate) * u    dgate = da * u * act'(gate)    dup = da * act(gate) * u'
+//   plain   h_NU, U = F                   a = act(h)           dh = da * act'(h)
 //
+// with u = u(up), which is up but for swiglu_oai (csrc/acts.h).
 // A thread owns eight neighbouring columns of a, in float; results are rounded once. `whole`: every piece of eight is
 // there and aligned, so that its loads have no branch between them.
 #include "act.cuh"
@@ -42,12 +43,12 @@ template <class T, bool gated, bool whole>
 __global__ void __launch_bounds__(THREADS) act_kernel(act_job job, const T *h_NU, T *a_NF) {
     for_pieces<whole>(job, [&](int64_t row, int64_t j, int n) {
         const T *h = h_NU + row * (gated ? 2 * job.F : job.F) + j;
-        float gate[8], up[8], a[8], slope[8];
+        float gate[8], up[8], a[8], slope[8], unused;
         load8(piece_at<whole>(h), n, gate);
         if (gated) load8(piece_at<whole>(h + job.F), n, up);
         act8(job.plain, gate, a, slope);
         if (gated)
-            for (int v = 0; v < 8; v++) a[v] *= up[v];
+            for (int v = 0; v < 8; v++) a[v] *= up_value_f32(job.plain, up[v], &unused);
         store8(piece_at<whole>(a_NF + row * job.F + j), n, a);
     });
 }
@@ -65,7 +66,7 @@ int moe_activation(int dtype, int act, int64_t N, int64_t F, const void *h_NU, v
     });
 }
 
-// ---- a = act(gate) * up  gives  dgate = da * up * act'(gate), dup = da * act(gate) ----------------------------------
+// ---- a = act(gate) * u(up)  gives  dgate = da * u * act'(gate), dup = da * act(gate) * u' ---------------------------
 template <class T, bool gated, bool whole>
 __global__ void __launch_bounds__(THREADS) dact_kernel(act_job job, const T *h_NU, const T *da_NF, T *dh_NU) {
     for_pieces<whole>(job, [&](int64_t row, int64_t j, int n) {
@@ -76,8 +77,9 @@ __global__ void __launch_bounds__(THREADS) dact_kernel(act_job job, const T *h_N
         load8(piece_at<whole>(da_NF + row * job.F + j), n, da);
         act8(job.plain, gate, value, slope);
         for (int v = 0; v < 8; v++) {
-            dgate[v] = (gated ? da[v] * up[v] : da[v]) * slope[v];
-            dup[v] = da[v] * value[v];
+            float du, u = gated ? up_value_f32(job.plain, up[v], &du) : du = 1;
+            dgate[v] = da[v] * u * slope[v];
+            dup[v] = da[v] * value[v] * du;
         }
         store8(piece_at<whole>(dh_NU + at), n, dgate);
         if (gated) store8(piece_at<whole>(dh_NU + at + job.F), n, dup);

@@ -5,7 +5,7 @@
 #include "common.cuh"
 
 static inline bool known_act(int act) { return act >= MOE_SWIGLU && act <= MOE_RELU; }
-static inline bool gated_act(int act) { return act <= MOE_GEGLU_TANH; }
+static inline bool gated_act(int act) { return act <= MOE_SWIGLU_OAI; }
 
 // Where a piece of eight columns begins; `whole`: it can be moved by 16 bytes, and load8 and store8 have no other path.
 template <bool whole, class T>
@@ -24,6 +24,7 @@ static __device__ inline void act8(int plain, const float (&x)[8], float (&value
     case SILU:      act8_of<SILU>(x, value, slope); break;
     case GELU:      act8_of<GELU>(x, value, slope); break;
     case GELU_TANH: act8_of<GELU_TANH>(x, value, slope); break;
+    case SILU_OAI:  act8_of<SILU_OAI>(x, value, slope); break;
     default:        act8_of<RELU>(x, value, slope);
     }
 }

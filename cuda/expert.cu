@@ -58,7 +58,7 @@ static gemm_operand<T> transposed(moe_mat w) {  // dx = dy w
     return {.p = static_cast<const T *>(w.p), .se = w.se, .si = w.sc, .sk = w.sr};
 }
 
-// ---- forward 1: [gate | up] = x [Wg | Wu]^T + b, a = act(gate) * up -------------------------------------------------
+// ---- forward 1: [gate | up] = x [Wg | Wu]^T + b, a = act(gate) * u(up) ----------------------------------------------
 template <class T>
 struct gated_epilogue {
     static constexpr bool sums_rows = false;
@@ -68,13 +68,13 @@ struct gated_epilogue {
     T      *h_NU, *a_NF;
     __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[2][8]) const {
         T    *h = h_NU + p * 2 * F + j;
-        float x[8], a[8], slope[8];
+        float x[8], a[8], slope[8], unused;
         gate_bias.add(e, j, n, c[0], x);
         store8(h, n, x);
         act8(plain, x, a, slope);
         up_bias.add(e, j, n, c[1], x);
         store8(h + F, n, x);
-        for (int v = 0; v < 8; v++) a[v] *= x[v];
+        for (int v = 0; v < 8; v++) a[v] *= up_value_f32(plain, x[v], &unused);
         store8(piece_at<true>(a_NF + p * row_F + j), 8, a);
         return 0;
     }
@@ -148,23 +148,26 @@ struct dact_epilogue {
         const int32_t f = order_N[p];
         const float   s = f >= 0 && f < flat_ids ? weights[f] : 0;
         const T      *h = h_NU + p * (gated ? 2 * F : F) + j;
-        float value[8], slope[8], up[8], x[8], ds = 0;
+        float value[8], slope[8], up[8], x[8], du, ds = 0;
         load8(h, n, x);
         act8(plain, x, value, slope);
         load8(gated ? h + F : h, n, up);
         for (int v = 0; v < 8; v++) {
             if (!gated) up[v] = 1;
-            const float a = value[v] * up[v];
+            const float a = value[v] * up_value_f32(plain, up[v], &du);
             if (v < n) ds = fmaf(c[0][v], a, ds);
             x[v] = s * a;
         }
         if (sa_NF) store8(piece_at<true>(sa_NF + p * row_F + j), 8, x);
         if (!dh_NU) return ds;
         T *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up[v] * slope[v];          // a = f(gate) * up
+        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up_value_f32(plain, up[v], &du) * slope[v];    // a = f * u
         store8(piece_at<true>(dh), 8, x);
         if (!gated) return ds;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * value[v];
+        for (int v = 0; v < 8; v++) {
+            up_value_f32(plain, up[v], &du);
+            x[v] = s * c[0][v] * value[v] * du;
+        }
         store8(piece_at<true>(dh + row_F), 8, x);
         return ds;
     }

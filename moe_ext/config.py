@@ -4,11 +4,12 @@
     config = parse(["recipes/tiny.toml", "--train.steps", "100"])
     open("config.toml", "w").write(dumps(config))   # load() of that file gives an equal Config
 
-Order of precedence: command line, recipe, the defaults below. Every field says its unit. Each class checks its own
-values in __post_init__ and Config what crosses sections, so an invalid Config cannot be built.
+Order of precedence: command line, `--type` (as_type), recipe, the defaults below. Every field says its unit. Each class
+checks its own values in __post_init__ and Config what crosses sections, so an invalid Config cannot be built.
 """
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -17,7 +18,7 @@ import os
 import sys
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -122,14 +123,21 @@ class ModelConfig:
                 f"multiple of model.kv_heads {self.kv_heads}")
         require(self.position != "rope" or self.head_width % 2 == 0,
                 "RoPE turns pairs of columns: the head width (model.head_dim or dim / heads) must be even")
-        require(0 < self.rope_fraction <= 1 and int(self.head_width * self.rope_fraction) % 2 == 0,
-                f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns: RoPE turns pairs, so "
-                "it must leave an even number of them")
+        rope = self.position == "rope"
+        require(rope or self.rope_fraction == self.rope_scale == 1, "model.rope_fraction and model.rope_scale are of "
+                "RoPE, but model.position is learned: leave both at 1")
+        require(not rope or (0 < self.rope_fraction <= 1 and self.rope_columns % 2 == 0 < self.rope_columns),
+                f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns is "
+                f"{self.rope_columns}: RoPE turns pairs of columns, at least one and at most the head's")
         require(self.rope_scale == 1 or (self.rope_scale > 1 and self.rope_context > 0), f"model.rope_scale "
                 f"{self.rope_scale} stretches a context (YaRN): it must be above 1, and model.rope_context, the tokens "
                 "before that, positive")
         require(self.window >= 0 and self.window_full_every >= 0, f"model.window {self.window} and "
                 f"model.window_full_every {self.window_full_every} cannot be negative")
+        require(self.window > 0 or self.window_full_every == 0, f"model.window_full_every {self.window_full_every} "
+                "excepts blocks from a window, but model.window is 0: set it too")
+        require(self.qk_norm or self.qk_norm_over == "head", "model.qk_norm_over is width, but there is no norm: set "
+                "model.qk_norm")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         require(0 <= self.moe.dense_layers <= self.layers, f"model.moe.dense_layers is {self.moe.dense_layers}, but "
                 f"there are {self.layers} layers")
@@ -141,6 +149,23 @@ class ModelConfig:
     @property
     def kv_groups(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def rope_columns(self) -> int:
+        """Columns of a head that RoPE turns."""
+        return int(self.head_width * self.rope_fraction)
+
+    @property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether (q, k and v, o) have biases."""
+        if self.attention_bias == "auto":
+            return self.bias, self.bias
+        return self.attention_bias != "none", self.attention_bias == "all"
+
+    def window_of(self, layer: int) -> int:
+        """The window of a block; 0: it sees all tokens before it."""
+        full = self.window_full_every and (layer + 1) % self.window_full_every == 0
+        return 0 if full else self.window
 
 
 @dataclass(frozen=True)
@@ -320,9 +345,10 @@ class Config:
         if mesh.tp > 1:
             shares["fsdp"] = {"model.dim": model.dim}
         share = model.seq_len // mesh.tp * moe.top_k
-        require(not moe.balanced or mesh.world == 1 or share % moe.experts == 0, f"model.moe.balanced deals a rank's "
-                f"copies out from the first expert on, but the {share} of a sequence (model.seq_len / mesh.tp * "
-                f"model.moe.top_k) are no multiple of model.moe.experts {moe.experts}: another mesh would route others")
+        dealt = moe.balanced and moe.experts and mesh.world > 1
+        require(not dealt or share % moe.experts == 0, f"model.moe.balanced deals a rank's copies out from the first "
+                f"expert on, but the {share} of a sequence (model.seq_len / mesh.tp * model.moe.top_k) are no multiple "
+                f"of model.moe.experts {moe.experts}: another mesh would route others")
         for axis, widths in shares.items():
             size = getattr(mesh, axis)
             for name, width in widths.items():
@@ -396,15 +422,60 @@ def load(path: str | Path) -> Config:
     return config
 
 
+TYPES = "dense", "capacity", "dropless"
+
+
+def as_type(config: Config, type: str) -> Config:
+    """The run with a model of another type and the same FLOPs per token, but for the router's.
+
+    dense:      every block has one MLP, as wide as a token's experts were: top_k * moe.hidden + moe.shared_hidden.
+    capacity:   an expert has room for capacity_factor times its even share: the recipe's factor and drop_by, or, if it
+                has none, 1.0 and "probability".
+    dropless:   experts take what comes.
+    A dense recipe gets four times as many experts as a token has (moe.top_k), together as wide as its MLP. log.name
+    gets "-TYPE", so that each type of a recipe has a run folder of its own. ConfigError for another type, and where
+    the new widths do not fit.
+    """
+    near = difflib.get_close_matches(type, TYPES, n=1)
+    require(type in TYPES, f"--type: got {type!r}, wanted one of {', '.join(TYPES)}"
+            + (f"; did you mean {near[0]}?" if near else ""))
+    model, moe, mesh, name = config.model, config.model.moe, config.mesh, config.log.name
+    if type == "dense" and moe.experts:
+        model = replace(model, hidden=moe.top_k * moe.hidden + moe.shared_hidden, moe=replace(moe, experts=0))
+        mesh = replace(mesh, ep=1, etp=1)
+    elif type != "dense":
+        if not moe.experts:
+            width = model.hidden - moe.shared_hidden
+            require(width > 0 and width % moe.top_k == 0, f"--type {type}: the recipe is dense, and the {width} of its "
+                    f"model.hidden that model.moe.shared_hidden leaves do not make model.moe.top_k {moe.top_k} experts "
+                    "of one width: change one of the three in the recipe")
+            moe = replace(moe, experts=4 * moe.top_k, hidden=width // moe.top_k)
+        if type == "dropless":
+            moe = replace(moe, capacity_factor=0.0)
+        elif not moe.capacity_factor:
+            moe = replace(moe, capacity_factor=1.0, drop_by="probability")
+        model = replace(model, moe=moe)
+    if name:
+        for other in TYPES:
+            name = name.removesuffix("-" + other)
+        name += "-" + type
+    return replace(config, model=model, mesh=mesh, log=replace(config.log, name=name))
+
+
 def parse(args: list[str], cls=Config, prog: str = "moe_ext.train"):
-    """`RECIPE [--section.field value ...]` -> cls, a Config or a subclass of it with more command-line flags."""
+    """`RECIPE [--section.field value ...]` -> cls, a Config or a subclass of it with more command-line flags. If `type`
+    is among them, `--type TYPE` changes the recipe (as_type) before the other options do."""
     import tyro
     usage = f"usage: python -m {prog} RECIPE.toml [--train.steps 100 ...]   (--help lists every field)"
     if args[:1] in (["-h"], ["--help"]):
         tyro.cli(cls, args=args[:1], default=cls(), prog=f"python -m {prog} RECIPE.toml")
     require(bool(args) and not args[0].startswith("-"), usage)
-    default = cls(**vars(load(args[0])))
-    return tyro.cli(cls, args=args[1:], default=default, prog=f"python -m {prog} {args[0]}")
+    config = load(args[0])
+    switch = argparse.ArgumentParser(prog=f"python -m {prog} {args[0]}", add_help=False, allow_abbrev=False)
+    switch.add_argument("--type", default="")
+    if type := switch.parse_known_args(args[1:])[0].type:
+        config = as_type(config, type)
+    return tyro.cli(cls, args=args[1:], default=cls(**vars(config)), prog=f"python -m {prog} {args[0]}")
 
 
 def plain(config: Config) -> Config:

@@ -65,62 +65,152 @@ def make_norm(c: ModelConfig, **options):
     return nn.LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
 
 
-def rope_angles(positions, head_dim, base):
-    """-> cos, sin, fp64 [.., d/2]: position * base^(-2i/d) (Su et al., 2021)."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
+def rope_angles(positions, columns, base, scale=1.0, context=0):
+    """-> cos, sin, fp64 [.., columns/2]: position * base^(-2i/columns) (Su et al., 2021).
+
+    scale > 1 stretches a context of so many tokens by YaRN (Peng et al., 2023; beta 32 and 1): pairs that turn less
+    than once in it turn `scale` times slower, those that turn more than 32 times as before, and those between, by a
+    ramp over i, something between; all are longer by 0.1 ln(scale) + 1, for sharper attention.
+    """
+    pair = torch.arange(columns // 2, dtype=torch.float64, device=positions.device)
+    frequency, length = base ** (-2 * pair / columns), 1.0
+    if scale > 1:
+        first, last = (columns * math.log(context / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (32, 1))
+        first, last = max(first, 0), min(last, columns - 1)
+        slow = ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
+        frequency, length = frequency * (1 - slow + slow / scale), 0.1 * math.log(scale) + 1
     angle = positions.double()[..., None] * frequency
-    return angle.cos(), angle.sin()
+    return angle.cos() * length, angle.sin() * length
 
 
 def rotate(x_BHSd, rope):
-    """Turns the pairs (x[i], x[i + d/2]) by their position's angles."""
+    """Turns the pairs (x[i], x[i + n/2]) of the first n columns by their position's angles, of which there are n/2."""
     cos, sin = (t.to(x_BHSd.dtype) for t in rope)
-    a, b = x_BHSd.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    n = 2 * cos.shape[-1]
+    a, b = x_BHSd[..., :n].chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x_BHSd[..., n:]], dim=-1)
 
 
-def visible(past, S, real_BL, device):
-    """The keys, of past + S, that each of the last S tokens sees: those up to it, bool [S,L]; of which only real ones,
-    and in any case itself, for softmax over nothing is NaN, [B,1,S,L]."""
-    before_SL = torch.ones(S, past + S, dtype=torch.bool, device=device).tril(past)
-    return before_SL if real_BL is None else (before_SL & real_BL[:, None, None]) | before_SL.triu(past)
+def runs(x, w):
+    """[.., S, n] -> [.., ceil(S/w), w, n]: runs of w tokens, the last filled up with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % w)).unflatten(-2, (-1, w))
+
+
+def after_the_last(x):
+    """Runs [.., r, w, n] -> [.., r, 2w, n]: each behind the one before it, the first behind zeros."""
+    return torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[..., :-1, :, :], x], dim=-2)
+
+
+def visible(S, past=0, window=0, real_BL=None, documents_BS=None, *, device=None):
+    """The keys that each of the last S of past + S tokens sees, True or False, as `attend` takes it: those up to it, of
+    its document and of its window, of which only real ones, and in any case itself, for softmax over nothing is NaN.
+
+    [B or 1, 1, S, L] over the last L tokens, or with a window and no past [B or 1, r, 1, w, 2w], run by run: S * 2w
+    values instead of S * S. documents_BS goes without a past.
+    """
+    local = 0 < window < S and not past
+    queries = torch.arange(past, past + S, device=device)
+    first = max(0, past + 1 - window) if window else 0
+    keys = torch.arange(first, past + S, device=device)
+    if local:
+        queries = torch.arange(-(-S // window) * window, device=device).view(-1, window)
+        keys = queries[:, :1] + torch.arange(-window, window, device=device)
+
+    def of_queries(x_BL):
+        return runs(x_BL[..., None], window)[..., 0] if local else x_BL[:, past:]
+
+    def of_keys(x_BL):
+        return after_the_last(runs(x_BL[..., None], window))[..., 0] if local else x_BL[:, first:]
+
+    age = (queries[..., :, None] - keys[..., None, :])[None]
+    seen = (age >= 0) & (keys >= 0)[..., None, :]
+    if window:
+        seen = seen & (age < window)
+    if documents_BS is not None:
+        seen = seen & (of_queries(documents_BS)[..., :, None] == of_keys(documents_BS)[..., None, :])
+    if real_BL is not None:
+        seen = seen & of_keys(real_BL)[..., None, :]
+    return (seen | (age == 0)).unsqueeze(-3)
+
+
+def attend(q_BHSd, k_BGLd, v_BGLd, seen=None, sinks_H=None):
+    """softmax(q k^T / sqrt(d)) v -> [B,H,S,d], of the keys that are seen; query head h reads key head h // (H/G).
+
+    seen: as `visible` gives it, or log of that (0 and -inf) in q's dtype, with a first column for the sinks if there
+    are any; None: query i sees the keys up to i. Run by run the queries of a run meet its own keys and those of the run
+    before: all that their window reaches. sinks_H: the logit of one more key, of value 0.
+    """
+    (B, _, S, d), first = q_BHSd.shape, 0
+    if seen is not None and seen.ndim == 5:
+        w = seen.shape[-2]
+        q_BrHwd = runs(q_BHSd, w).transpose(1, 2)
+        k, v = (after_the_last(runs(t, w)).transpose(1, 2).flatten(0, 1) for t in (k_BGLd, v_BGLd))
+        seen = seen.expand(B, *seen.shape[1:]).flatten(0, 1)
+        y = attend(q_BrHwd.flatten(0, 1), k, v, seen, sinks_H)
+        return y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :S]
+    q, k, v = q_BHSd, k_BGLd, v_BGLd
+    if seen is not None:
+        keys = seen.shape[-1] - (sinks_H is not None)
+        k, v = k[:, :, -keys:], v[:, :, -keys:]
+    if sinks_H is not None:
+        # One more key in front, which has a column to itself: there every query has its head's logit, every other key
+        # 0. So any kernel of SDPA computes it, with its memory, and gives the sinks their gradient. (Eight columns,
+        # because kernels want multiples of that.) That causal queries see it too, all come one place later.
+        first = int(seen is None)
+        q, k, v = F.pad(q, (0, 8, first, 0)), F.pad(k, (0, 8, 1, 0)), F.pad(v, (0, 8, 1, 0))
+        q[..., d] = sinks_H[:, None] * math.sqrt(d)
+        k[:, :, 0, d] = 1
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=1 / math.sqrt(d),
+                                       enable_gqa=q.shape[1] != k.shape[1])
+    return y[:, :, first:, :d]
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H query and G key/value heads; query head h reads key/value head h // (H/G)."""
+    """Causal self-attention with H query and G key/value heads."""
     def __init__(self, c: ModelConfig, **options):
         super().__init__()
-        self.head_width = c.head_width
+        self.head_width, self.wide_norm = c.head_width, c.qk_norm_over == "width"
         q_width, kv_width = c.heads * c.head_width, c.kv_groups * c.head_width
-        self.q_proj = nn.Linear(c.dim, q_width, bias=c.bias, **options)
-        self.k_proj = nn.Linear(c.dim, kv_width, bias=c.bias, **options)
-        self.v_proj = nn.Linear(c.dim, kv_width, bias=c.bias, **options)
-        self.o_proj = nn.Linear(q_width, c.dim, bias=c.bias, **options)
-        self.q_norm = nn.RMSNorm(c.head_width, eps=c.norm_eps, **options) if c.qk_norm else None
-        self.k_norm = nn.RMSNorm(c.head_width, eps=c.norm_eps, **options) if c.qk_norm else None
+        qkv_bias, o_bias = c.attention_biases
+        self.q_proj = nn.Linear(c.dim, q_width, bias=qkv_bias, **options)
+        self.k_proj = nn.Linear(c.dim, kv_width, bias=qkv_bias, **options)
+        self.v_proj = nn.Linear(c.dim, kv_width, bias=qkv_bias, **options)
+        self.o_proj = nn.Linear(q_width, c.dim, bias=o_bias, **options)
+        q_columns, k_columns = (q_width, kv_width) if self.wide_norm else (c.head_width, c.head_width)
+        self.q_norm = nn.RMSNorm(q_columns, eps=c.norm_eps, **options) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(k_columns, eps=c.norm_eps, **options) if c.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(c.heads, **options)) if c.sinks else None
 
     def forward(self, x_BSD, rope, cache: KVCache | None = None, layer: int = 0, seen=None):
-        """seen: the keys that each query sees, broadcast to [B,H,S,L]; None: those up to itself."""
+        """seen: as `attend` takes it."""
         B, S, _ = x_BSD.shape
-        q, k, v = (proj(x_BSD).view(B, S, -1, self.head_width) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
-            real = self.q_norm.weight.dtype     # not autocast's
-            q, k = self.q_norm(q.to(real)).to(v.dtype), self.k_norm(k.to(real)).to(v.dtype)
+        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        if self.wide_norm:
+            q, k = self.normed(q, k)
+        q, k, v = (t.view(B, S, -1, self.head_width) for t in (q, k, v))
+        if not self.wide_norm:
+            q, k = self.normed(q, k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # [B, H or G, S, d]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        y = attend(q, k, v, seen, self.sinks)
         return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
+
+    def normed(self, q, k):
+        """Query and key after their norms, if they have any, whose columns are the last dimension."""
+        if self.q_norm is None:
+            return q, k
+        real = self.q_norm.weight.dtype     # not autocast's
+        return self.q_norm(q.to(real)).to(q.dtype), self.k_norm(k.to(real)).to(k.dtype)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). `mlp` is dense in the first `dense_layers` blocks, else MoE."""
     def __init__(self, c: ModelConfig, layer: int, **options):
         super().__init__()
-        self.layer, self.dropout, self.name = layer, c.dropout, f"layers.{layer}"
+        self.layer, self.dropout, self.name, self.window = layer, c.dropout, f"layers.{layer}", c.window_of(layer)
         self.input_layernorm = make_norm(c, **options)
         self.self_attn = Attention(c, **options)
         self.post_attention_layernorm = make_norm(c, **options)
@@ -131,8 +221,8 @@ class Block(nn.Module):
             self.mlp = FusedMoE(
                 c.dim, m.hidden, m.experts, m.top_k, name=self.name + ".mlp", act=c.act, bias=c.bias,
                 score=m.score, norm_p=m.norm_p, scale=m.scale, select_bias=m.select_bias_rate > 0,
-                noise=m.noise, jitter=m.jitter, balanced=m.balanced, shared_hidden=m.shared_hidden,
-                capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
+                router_bias=m.router_bias, noise=m.noise, jitter=m.jitter, balanced=m.balanced,
+                shared_hidden=m.shared_hidden, capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
                 balance_form=m.balance_form, balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
 
     def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None):
@@ -171,6 +261,14 @@ class Head(nn.Linear):
         return self.cross_entropy(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
 
 
+def check_integers(name, ids_BS, tokens_BS):
+    """ValueError unless ids_BS is None, or integers with the shape and on the device of the tokens."""
+    if ids_BS is not None and (ids_BS.is_floating_point() or ids_BS.dtype == torch.bool
+                               or (ids_BS.shape, ids_BS.device) != (tokens_BS.shape, tokens_BS.device)):
+        raise ValueError(f"GPT: {name} is {ids_BS.dtype} {list(ids_BS.shape)} on {ids_BS.device}, wanted integers "
+                         f"{list(tokens_BS.shape)} on {tokens_BS.device}")
+
+
 def normal_(parameter, std, seed, place):
     """Fills a whole parameter [.., n] with N(0, std), drawn by row and column of its [rows, n] view."""
     rows = parameter.view(-1, parameter.shape[-1])
@@ -198,9 +296,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int, normal_=normal_):
         """Every value is a function of (seed, parameter's name, index in the whole parameter), so no mesh changes it.
-        Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases and noise 0."""
+        Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases, noise and sinks 0:
+        a sink begins as one more token of middling score."""
         for name, p in self.named_parameters():
-            if name.endswith(("bias", "noise_E")):
+            if name.endswith(("bias", "sinks", "noise_E")):
                 p.zero_()
             elif p.ndim == 1:
                 p.fill_(1.0)
@@ -212,12 +311,15 @@ class GPT(nn.Module):
             if moe.select_bias_E is not None:
                 moe.select_bias_E.zero_()
 
-    def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None, token_mask=None):
+    def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None, token_mask=None,
+               documents_BS=None, positions_BS=None):
         """-> the last norm's output [B,S,D], list of Routing.
 
         draws: of dropout, noise and jitter, in training only; None: torch's generator. token_mask: bool [B,S], True for
         a real token. No other token sees a pad, and positions count real tokens alone, so that these get what they get
-        without pads, on whichever side; a pad's own output means nothing.
+        without pads, on whichever side; a pad's own output means nothing. documents_BS: integers [B,S]; a token sees
+        only tokens with its own number. None: all of its sequence; with a cache there is no other. positions_BS:
+        integers [B,S] from 0 to seq_len - 1, of RoPE or of the table; None: as they come.
         """
         c, S = self.config, tokens_BS.shape[1]
         past = 0 if cache is None else cache.length
@@ -225,36 +327,56 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: {past + S} tokens, but model.seq_len is {c.seq_len}")
         if token_mask is not None:
             check_mask("GPT", token_mask, tokens_BS)
-        real_BL, seen = token_mask if cache is None else cache.mark(token_mask, tokens_BS), None
-        if real_BL is not None or cache is not None:
-            seen = visible(past, S, real_BL, tokens_BS.device)
-        positions = torch.arange(past, past + S, device=tokens_BS.device)
-        if real_BL is not None:
+        check_integers("documents_BS", documents_BS, tokens_BS)
+        check_integers("positions_BS", positions_BS, tokens_BS)
+        if cache is not None and documents_BS is not None:
+            raise ValueError("GPT: got documents_BS and a cache, which holds one document per sequence: leave one out")
+        real_BL = token_mask if cache is None else cache.mark(token_mask, tokens_BS)
+        positions = positions_BS
+        if positions is None and real_BL is None:
+            positions = torch.arange(past, past + S, device=tokens_BS.device)
+        elif positions is None:
             positions = (real_BL.cumsum(1) - 1).clamp(min=0)[:, past:]
         x_BSD = self.embed_tokens(tokens_BS)
         rope = None
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions(positions)
         else:       # the same for all heads
-            rope = rope_angles(positions.unsqueeze(-2), c.head_width, c.rope_base)
+            rope = rope_angles(positions.unsqueeze(-2), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context)
+        seen = {window: self.seen(S, past, window, real_BL, documents_BS, x_BSD)
+                for window in {block.window for block in self.layers}}
         x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         routings = []
         for block in self.layers:
             if self.recompute and self.training:
                 # Losses are returned, and draws keyed: there is no state to count twice, and none to save.
-                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, cache, seen, token_mask, use_reentrant=False,
-                                            preserve_rng_state=draws is None)
+                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, cache, seen[block.window], token_mask,
+                                            use_reentrant=False, preserve_rng_state=draws is None)
             else:
-                x_BSD, routing = block(x_BSD, rope, draws, cache, seen, token_mask)
+                x_BSD, routing = block(x_BSD, rope, draws, cache, seen[block.window], token_mask)
             routings += [routing] if routing is not None else []
         if cache is not None:
             cache.length += S
         return self.norm(x_BSD), routings
 
-    def forward(self, tokens_BS, targets_BS, draws: Draws | None = None, token_mask=None) -> Losses:
-        """targets_BS int64, -100 where a token does not count, nor does any that token_mask calls a pad; draws and
-        token_mask as in `hidden`."""
-        x_BSD, routings = self.hidden(tokens_BS, draws, token_mask=token_mask)
+    def seen(self, S, past, window, real_BL, documents_BS, x):
+        """What S new tokens see in the blocks of a window, for `attend`; None: all tokens up to themselves. In the
+        dtype of x's queries, and once for all blocks, because SDPA makes that of a bool, and keeps it, in each."""
+        if not past and not 0 < window < S and real_BL is None and documents_BS is None:
+            return None
+        seen = visible(S, past, window, real_BL, documents_BS, device=x.device)
+        if self.config.sinks:
+            seen = F.pad(seen, (1, 0), value=True)
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)
+
+    def forward(self, tokens_BS, targets_BS, draws: Draws | None = None, token_mask=None, documents_BS=None,
+                positions_BS=None) -> Losses:
+        """targets_BS int64, -100 where a token does not count, nor does any that token_mask calls a pad; the others as
+        in `hidden`."""
+        x_BSD, routings = self.hidden(tokens_BS, draws, None, token_mask, documents_BS, positions_BS)
         if token_mask is not None:
             targets_BS = targets_BS.masked_fill(~token_mask, -100)
         token_loss = self.lm_head(x_BSD, targets_BS)
@@ -288,11 +410,13 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward and backward, recomputation not counted: 6 per active weight that multiplies (embeddings do not, the
-        head does) and 12 * S * H * d per layer for attention, counted without the causal half (PaLM, appendix B)."""
+        head does) and 12 * S * H * d per layer for attention, counted without the causal half (PaLM, appendix B); where
+        there is a window, of min(window, S) keys."""
         c = self.config
         tables = [self.embed_positions] + ([] if c.tied else [self.embed_tokens])
         looked_up = sum(table.weight.numel() for table in tables if table is not None)
-        attention = 12 * c.layers * c.seq_len * c.heads * c.head_width
+        keys = sum(min(block.window or c.seq_len, c.seq_len) for block in self.layers)
+        attention = 12 * keys * c.heads * c.head_width
         return 6 * (self.num_parameters()[1] - looked_up) + attention
 
 

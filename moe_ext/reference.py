@@ -264,15 +264,22 @@ _act = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-_gate = {"swiglu": _act["silu"], "geglu": _act["gelu"], "geglu_tanh": _act["gelu_tanh"]}
+_gated = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "geglu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "swiglu_oai": lambda gate, up: _clamped_swiglu(gate.clamp(max=7), up.clamp(-7, 7)),
+}
+
+
+def _clamped_swiglu(gate, up):
+    """gpt-oss."""
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 def activation(h_NU, act):
     """act(h), or act(gate) * up of h = [gate | up]."""
-    if act in _act:
-        return _act[act](h_NU)
-    gate_NF, up_NF = h_NU.chunk(2, dim=-1)
-    return _gate[act](gate_NF) * up_NF
+    return _act[act](h_NU) if act in _act else _gated[act](*h_NU.chunk(2, dim=-1))
 
 
 def _linear(x_NI, w_EOI, bias_EO, index):

@@ -49,6 +49,7 @@ from moe_ext.run import absolute, begin, check, locked, own, same_evaluation
 @dataclass(frozen=True)
 class Command(Config):
     """Train a GPT: a recipe, overridden field by field."""
+    type: str = ""          # dense, capacity or dropless: the recipe's model as that, at the same active FLOPs
     resume: str = ""        # auto: go on from the run folder's newest checkpoint, if any; or the folder of a checkpoint
     weights: str = ""       # a new run that begins with these weights: of a checkpoint, or a run folder's newest
     dry_run: bool = False   # print the model, its parameters, tokens per step and memory, check what a run would, stop

@@ -106,7 +106,7 @@ CHECKS = {  # op -> check(impl, case, dtype, device)
     "binned_scatter": _movement(test_permute.check_scatter, "binned"),
     "grouped_gemm": test_gemm.check_grouped_gemm,
     "grouped_gemm_wgrad": test_gemm.check_grouped_gemm_wgrad,
-    "activation": lambda impl, case, dtype, device: test_gemm.check_activation(impl, "swiglu", dtype, device),
+    "activation": lambda impl, case, dtype, device: test_gemm.check_activation(impl, "swiglu_oai", dtype, device),
     "expert_mlp": _expert_mlp,
     "exchange_plan": _exchange_plan,
     "exchange_pack": test_exchange.check_pack,

@@ -88,6 +88,7 @@ def test_command_line_comes_last(tmp_path):
     ("[mesh]\ntp = 3\n", ["mesh.tp 3 does not divide model.seq_len 256", "nearest that does is 2"]),
     ("[mesh]\nfsdp = 2\n[model.moe]\nexperts = 6\nbalanced = true\n", ["model.moe.balanced", "the 512 of a sequence"]),
     ("[mesh]\nfsdp = 2\nep = 2\n", ["mesh.ep and mesh.etp spread experts"]),
+    ("[mesh]\nfsdp = 2\n[model]\nheads = 3\n[model.moe]\nbalanced = true\n", ["model.heads 3"]),
     ("[train]\nkeep_best = true\n[data]\nvalid = ''\n", ["train.keep_best", "data.valid is empty"]),
     ("[model\n", ["is not TOML", "line 1"]),
 ])

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 
 from moe_ext import ops, reference
 
-ACTIVATIONS = ["swiglu", "geglu", "geglu_tanh", "silu", "gelu", "gelu_tanh", "relu"]
-GATED = ACTIVATIONS[:3]
+ACTIVATIONS = ["swiglu", "geglu", "geglu_tanh", "swiglu_oai", "silu", "gelu", "gelu_tanh", "relu"]
+GATED = ACTIVATIONS[:4]
 
 # How the [E,I,O] weight of the op lies in the memory that its owner keeps.
 STRIDES = {
@@ -45,7 +45,8 @@ def check_grouped_gemm_wgrad(impl, case, dtype, device):
 def check_activation(impl, act, dtype, device, shape=(37, 23)):
     rows, F = shape
     h_NU = 3 * torch.randn(rows, F * (1 + (act in GATED)), dtype=torch.float64)
-    h_NU[:1, :6] = torch.tensor([0.0, -0.0, 20.0, -20.0, 90.0, -90.0])[: h_NU.shape[1]]  # the flat ends
+    ends = torch.tensor([0.0, -0.0, 20.0, -20.0, 90.0, -90.0, 7.0, -7.0])  # the flat ends, and where clamps bend
+    h_NU[:1, :8], h_NU[-1:, -8:] = ends[: h_NU.shape[1]], ends[: h_NU.shape[1]]  # of gates, and of ups
     against_reference(impl, lambda ops, h_NU: ops.activation(h_NU, act), {"h_NU": h_NU.to(dtype).to(device)})
 
 
@@ -133,7 +134,7 @@ def test_gradcheck():
     inputs["x_RI"] = inputs["x_RI"].nan_to_num()
     gradcheck(lambda x, w: ops.grouped_gemm(x, w, bins_E), {"x": inputs["x_RI"], "w": inputs["w_EIO"]})
     for act in ACTIVATIONS:
-        h_NU = SMALLEST.randn(4, 6, salt=5)
+        h_NU = SMALLEST.randn(4, 6, salt=5) * (6 if act == "swiglu_oai" else 1)  # to beyond its clamps
         gradcheck(lambda h, act=act: ops.activation(h, act), {"h": h_NU})
 
 

@@ -1,12 +1,13 @@
 """The MoE layer of the GPT: router -> (exchange) -> fused expert MLP -> (exchange).
 
-    logits_TE = x_TD Wr^T                  in fp32 (fp64 for fp64); jitter on x before, learned noise after
+    logits_TE = x_TD Wr^T + br             in fp32 (fp64 for fp64); jitter on x before, learned noise after
     weights_TK, ids_TK = router(logits)    ids become -1 where capacity drops a copy
     y_t = sum_k weights_tk * down_e(act(gate_e x_t) * up_e x_t) + shared(x_t)        with e = ids_tk
 
 Shapes as in reference.py; B sequences of S tokens, T = B*S. Parameters, in the memory order of Hugging Face's fused
-layout: gate.weight [E,D], noise_E, experts.w13_E2FD [E,2,F,D] = gate, up ([E,1,F,D] if `act` has no gate),
-experts.w2_EDF; with biases experts.w13_bias [E,2,F], experts.w2_bias [E,D]; shared.*_proj. Buffer: select_bias_E.
+layout: gate.weight [E,D], gate.bias [E] (if it has one), noise_E, experts.w13_E2FD [E,2,F,D] = gate, up ([E,1,F,D] if
+`act` has no gate), experts.w2_EDF; with biases experts.w13_bias [E,2,F], experts.w2_bias [E,D]; shared.*_proj. Buffer:
+select_bias_E.
 
 The layer keeps nothing between calls: losses and counts are returned, so a recomputed forward cannot count twice, and
 with Draws every random number is a function of (seed, step, name, global token), so it routes as the first did. Without
@@ -149,7 +150,8 @@ class Gate(nn.Linear):
         if x_TD.device != self.weight.device:
             raise ValueError(f"FusedMoE: x is on {x_TD.device}, the parameters on {self.weight.device}. Hint: "
                              f"x.to(\"{self.weight.device}\")")
-        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+        bias_E = None if self.bias is None else self.bias.to(x_TD.dtype)
+        return F.linear(x_TD, self.weight.to(x_TD.dtype), bias_E)
 
 
 class Experts(nn.Module):
@@ -195,10 +197,10 @@ class FusedMoE(nn.Module):
     """x_BSD -> y_BSD, Routing: x is [B,S,D], [S,D] (one sequence) or [..,S,D], y has its shape.
 
     `name` is the layer's place in the model: it keys its random numbers. `bias` gives the experts biases,
-    `select_bias` a selection bias that `update_select_bias` moves; the rest is as in config.MoEConfig. `exchange`
-    stands between router and experts when these live on several ranks: then `experts` holds this rank's. `peers` are
-    the ranks that share this one's scopes (balance loss, capacity) when those reach beyond it: all of them give a
-    token_mask, or none does.
+    `router_bias` the logits one, `select_bias` a selection bias that `update_select_bias` moves; the rest is as in
+    config.MoEConfig. `exchange` stands between router and experts when these live on several ranks: then `experts`
+    holds this rank's. `peers` are the ranks that share this one's scopes (balance loss, capacity) when those reach
+    beyond it: all of them give a token_mask, or none does.
     dtype: of the parameters, which follow .to() like any; the router computes in fp32 (fp64 for fp64), whatever they
     and autocast say. The selection bias, which moves by steps below bf16's rounding, stays in that dtype whatever the
     module becomes (an op reads it in fp32).
@@ -206,9 +208,10 @@ class FusedMoE(nn.Module):
     "topk_softmax" makes every weight 1.
     """
     def __init__(self, dim, hidden, num_experts, top_k, *, name="moe", act="swiglu", bias=False,
-                 score="softmax_topk", norm_p="auto", scale=1.0, select_bias=False, noise=False, jitter=0.0,
-                 balanced=False, shared_hidden=0, capacity_factor=0.0, drop_by="position", scope="sequence",
-                 balance_form="switch", balance_weight=0.0, z_weight=0.0, exchange=None, dtype=None, device=None):
+                 score="softmax_topk", norm_p="auto", scale=1.0, select_bias=False, router_bias=False,
+                 noise=False, jitter=0.0, balanced=False, shared_hidden=0, capacity_factor=0.0, drop_by="position",
+                 scope="sequence", balance_form="switch", balance_weight=0.0, z_weight=0.0, exchange=None, dtype=None,
+                 device=None):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"FusedMoE: top_k is {top_k}, wanted 1 to num_experts = {num_experts}")
@@ -237,7 +240,7 @@ class FusedMoE(nn.Module):
         self.exchange, self.peers = exchange, None
 
         options = dict(dtype=dtype, device=device)
-        self.gate = Gate(dim, num_experts, bias=False, **options)
+        self.gate = Gate(dim, num_experts, bias=router_bias, **options)
         self.noise_E = nn.Parameter(torch.empty(num_experts, **options)) if noise else None
         self.experts = Experts(num_experts, dim, hidden, act=act, bias=bias, **options)
         self.shared = MLP(dim, shared_hidden, act=act, bias=bias, **options) if shared_hidden else None
@@ -256,7 +259,7 @@ class FusedMoE(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        for zero in (self.noise_E, self.select_bias_E):
+        for zero in (self.gate.bias, self.noise_E, self.select_bias_E):
             if zero is not None:
                 nn.init.zeros_(zero)
 

@@ -92,7 +92,8 @@ _activation_backward = define(
 
 
 def activation(h_NU, act):
-    """a [N,F] = act(gate) * up of h = [gate | up] for "swiglu" (silu), "geglu" (erf) and "geglu_tanh", U = 2F;
+    """a [N,F] = act(gate) * up of h = [gate | up] for "swiglu" (silu), "geglu" (erf) and "geglu_tanh", U = 2F, and for
+    "swiglu_oai" (gpt-oss) (clamp(up, -7, 7) + 1) * t * sigmoid(1.702 t), t = min(gate, 7);
     act(h) for "silu", "gelu", "gelu_tanh" and "relu", U = F. Computed in float32 (float64 for float64)."""
     return _activation(h_NU.contiguous(), number("activation", "act", act, ACTS))
 

@@ -12,7 +12,7 @@ static const problem problems[] = {
     {3, 4, 4, 2, 3, MOE_GELU, SPREAD, 0, TRANSPOSED},      {5, 2, 6, 1, 1, MOE_GELU_TANH, SOME_ABSENT, 1, SEPARATE},
     {0, 2, 4, 3, 5, MOE_SWIGLU, SPREAD, 1, FUSED},         {3, 2, 4, 3, 5, MOE_SWIGLU, ALL_ABSENT, 1, SEPARATE},
     {5, 2, 3, 0, 4, MOE_SWIGLU, SPREAD, 1, SEPARATE},      {5, 2, 3, 4, 0, MOE_SWIGLU, SPREAD, 1, SEPARATE},
-    {1, 1, 1, 1, 1, MOE_SWIGLU, SPREAD, 0, FUSED},
+    {1, 1, 1, 1, 1, MOE_SWIGLU, SPREAD, 0, FUSED},         {5, 2, 3, 4, 3, MOE_SWIGLU_OAI, SOME_ABSENT, 1, FUSED},
 };
 static const problem large[] = {
     {150, 2, 3, 67, 140, MOE_SWIGLU, SOME_ABSENT, 1, FUSED}, {37, 3, 5, 300, 29, MOE_GELU, SPREAD, 1, TRANSPOSED},
@@ -138,6 +138,7 @@ static double plain(int act, double x) {
     switch (act) {
     case MOE_SWIGLU: case MOE_SILU: return x / (1 + exp(-x));
     case MOE_GEGLU: case MOE_GELU:  return 0.5 * x * (1 + erf(x / sqrt(2)));
+    case MOE_SWIGLU_OAI:            return fmin(x, 7) / (1 + exp(-1.702 * fmin(x, 7)));
     case MOE_RELU:                  return x > 0 ? x : 0;
     }
     return 0.5 * x * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
@@ -159,6 +160,7 @@ static void check_forward(const run *r, const problem *p) {
                 for (int64_t d = 0; d < p->D; d++) gate += x[t * p->D + d] * at(a->gate_EFD, e, f, d);
                 for (int64_t d = 0; moe_act_gated(p->act) && d < p->D; d++)
                     up += x[t * p->D + d] * at(a->up_EFD, e, f, d);
+                if (p->act == MOE_SWIGLU_OAI) up = 1 + fmax(-7, fmin(up, 7));
                 copy[f] = plain(p->act, gate) * (moe_act_gated(p->act) ? up : 1);
             }
             for (int64_t d = 0; d < p->D; d++) {
