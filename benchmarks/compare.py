@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare recipes/compare.toml [--train.steps 100 ..]
 
-The recipe is the dropless type. The dense type has one MLP, as wide as a token's K experts; the capacity type has the
-dropless type's experts, each of which keeps at most its even share of the copies, the most probable ones. The active
-FLOPs are equal but for the router.
+The recipe is the dropless type, the others are made of it as by --type (moe_ext.config.as_type): the dense type has one
+MLP as wide as a token's K experts; the capacity type's experts keep at most their even share of the copies, the most
+probable ones. The active FLOPs are equal but for the router.
 
     memory    each type in a process of its own
     mesh      the dropless type on several ranks with as many shares of the experts, beside one: losses, fp64 and fp32
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from benchmarks.ops import machine, seconds, write
 from moe_ext import ops, private
-from moe_ext.config import Config, MeshConfig, MoEConfig, parse, plain, require
+from moe_ext.config import TYPES, Config, MeshConfig, as_type, parse, plain, require
 from moe_ext.data import IndexedDataset, Loader
 from moe_ext.evaluate import evaluate
 from moe_ext.layers.fused import MLP
@@ -49,7 +49,6 @@ from moe_ext.preflight import preflight
 
 private.require("moe_ext.proof")  # and imports it, as FSDP does at its first use: ranks are forked when it is there
 
-TYPES = ("dense", "capacity", "dropless")
 KINDS = ("forward and backward", "with clip and optimizer")
 MEGATRON = {"dense": 1.0, "capacity": 2.75, "dropless": 1.84}  # time per iteration over dense, Megatron-LM on 8 A100
 EQUAL = 1e-12  # losses in fp64, relative
@@ -71,28 +70,25 @@ class Command(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.model.moe.experts > 0, "model.moe.experts is 0, but the recipe of a comparison is the dropless "
-                "type: give it experts")  # fmt: skip
+        model, moe = self.model, self.model.moe
+        require(moe.experts > 0 and not moe.dense_layers and not moe.shared_hidden, "the recipe of a comparison is the "
+                "dropless type, with nothing but experts: set model.moe.experts, and model.moe.dense_layers and "
+                "model.moe.shared_hidden to 0")  # fmt: skip
+        require(model.act == "swiglu" and not model.bias, "the dense MLP is timed in forms for swiglu without biases: "
+                "set model.act to swiglu and model.bias to false")  # fmt: skip
         require(self.every > 0, f"every is {self.every}; it must be positive")
-        rounds = self.train.steps // self.every
+        rounds, least = self.train.steps // self.every, self.every * (self.warmup + 2)
         require(rounds >= self.warmup + 2, f"train.steps {self.train.steps} makes {rounds} rounds of {self.every} "
-                f"steps, of which {self.warmup} are not counted: give at least {self.every * (self.warmup + 2)}")  # fmt: skip
+                f"steps, of which {self.warmup} are not counted: give at least {least}")  # fmt: skip
         require(self.mesh.world == self.train.accumulation == 1, "a comparison runs in one process without "
                 "accumulation: set mesh.* and train.accumulation to 1")  # fmt: skip
 
 
-# ---- the types -------------------------------------------------------------------------------------------------------
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
-def as_type(config: Config, type: str) -> Config:
-    """A recipe with experts, as one of TYPES."""
-    model, moe = config.model, config.model.moe
-    if type == "dense":
-        model = replace(model, hidden=moe.top_k * moe.hidden, moe=MoEConfig())
-    else:
-        factor = 1.0 if type == "capacity" else 0.0
-        model = replace(model, moe=replace(moe, capacity_factor=factor, drop_by="probability"))
-    return replace(config, model=model)
+# ---- what trains -----------------------------------------------------------------------------------------------------
 
 
 def torch_mlp(mlp: MLP, x):
@@ -225,13 +221,20 @@ def beside_one(config: Config, data: IndexedDataset, ranks: tuple[int, ...], dty
         losses = losses_on(config, data, n, dtype, steps)
         errors = [max(abs(a - b) / b for a, b in zip(*pair, strict=True)) for pair in zip(losses, alone, strict=True)]
         lines.append({"ranks": n, "dtype": dtype, "errors": errors, "losses": losses, "one process": alone})
+        say(mesh_line(lines[-1]))
     return lines
+
+
+def mesh_line(line: dict) -> str:
+    n, errors = line["ranks"], line["errors"]
+    return (f"{n} ranks with ep {n} beside one process, {line['dtype']}: the losses differ by {errors[0]:.1e} in step 1, "
+            f"by {max(errors):.1e} at most in {len(errors)} steps")  # fmt: skip
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train(configs: dict[str, Config], data: IndexedDataset, every: int, say=print):
+def train(configs: dict[str, Config], data: IndexedDataset, every: int):
     """-> the models of the types; and a list for each type, of what it did in each step: "gradients" and "update" in
     seconds, losses, loads. For each form of the dense MLP too, of the rounds alone and without "update"."""
     trainees, loader = {type: Trainee(config) for type, config in configs.items()}, loader_of(configs["dense"], data)
@@ -255,7 +258,7 @@ def train(configs: dict[str, Config], data: IndexedDataset, every: int, say=prin
         if step % 10 == 0:
             last = {type: series[type][-1] for type in TYPES}
             said = [f"{type} {s['loss']:.4f} {1e3 * (s['gradients'] + s['update']):.0f} ms" for type, s in last.items()]
-            say(f"step {step} | {' | '.join(said)}")
+            say(f"step {step}/{configs['dense'].train.steps} | {' | '.join(said)}")
     return {type: trainee.model for type, trainee in trainees.items()}, series
 
 
@@ -356,21 +359,23 @@ def wanted(report: dict) -> list[dict]:
 
 def words(report: dict) -> str:
     """The table and what belongs to it, as Markdown."""
-    lines = [f"{report['cpu']}, {report['isa']}, {report['threads']} threads, torch {report['torch']}, commit "
-             f"{report['commit']}: {report['steps']} steps of {report['tokens per step']:,} tokens, "
-             f"{report['rows per expert']:.0f} rows per expert, {report['seconds']:.0f} s in all.", "",
-             table(report), "",
-             "Dense, forward and backward: " + ", ".join(
-                 f"{report['times'][name][KINDS[0]]['ms'][1]:.0f} ms {'as the model has it' if name == 'dense' else name[7:]}"
-                 for name in ("dense", *FORMS)) + ". The fastest is the base.", ""]  # fmt: skip
-    for line in report["mesh"]:
-        first, worst = line["errors"][0], max(line["errors"])
-        lines.append(f"- {line['ranks']} ranks, ep {line['ranks']}, {line['dtype']}: losses off one process's by "
-                     f"{first:.1e} in step 1, by {worst:.1e} at most in {len(line['errors'])} steps")  # fmt: skip
+    threads, forms = report["threads"], {"dense": "as the model has it", **{name: name[7:] for name in FORMS}}
+    dense = [f"{report['times'][name][KINDS[0]]['ms'][1]:.0f} ms {what}" for name, what in forms.items()]
+    lines = [
+        f"{report['cpu']}, {report['isa']}, {threads} threads{', CPU time' * (threads == 1)}, torch {report['torch']}: "
+        f"{report['steps']} steps of {report['tokens per step']:,} tokens, {report['rows per expert']:.0f} rows per "
+        f"expert; {report['seconds'] / 60:.1f} minutes in all.",
+        "",
+        table(report),
+        "",
+        f"Dense, {KINDS[0]}: {', '.join(dense)}. The fastest is the base.",
+        "",
+    ]
+    lines += [f"- {mesh_line(line)}" for line in report["mesh"]]
     for line in report["wanted"]:
         medians = f" ({line['of medians']:.3f} of the medians)" if "of medians" in line else ""
-        lines.append(f"- {line['what']}: {line['got']:.3g}{medians}, wanted {line['most']:g} at most: "
-                     f"{'met' if line['met'] else 'NOT MET'}")  # fmt: skip
+        verdict = "met" if line["met"] else "NOT MET"
+        lines.append(f"- {line['what']}: {line['got']:.3g}{medians}, wanted {line['most']:g} at most: {verdict}")
     return "\n".join(lines) + "\n"
 
 
@@ -398,9 +403,10 @@ def draw(report: dict, image: Path) -> None:
         for step in steps:
             spent += step["gradients"] + step["update"]
             at["seconds"].append(spent)
+        label = f"{type}, held out {report['held-out loss'][type]:.3f}"
         losses = centred_mean([step["loss"] for step in steps], len(steps) // 80)
         for axis, x in at.items():
-            axes[axis].plot(x, losses, color=colours[type], label=f"{type}, held out {report['held-out loss'][type]:.3f}")
+            axes[axis].plot(x, losses, color=colours[type], label=label)
         if type != "dense":
             axes["balance"].plot(at["step"], [step["balance"] for step in steps], color=colours[type], label=type)
             loads = [{"step": n, "counts_LE": step["counts_LE"]} for n, step in zip(numbers, steps, strict=True)]
@@ -425,7 +431,7 @@ def compare(command: Command) -> dict:
     report = {
         **machine(), "threads": torch.get_num_threads(), "steps": config.train.steps, "tokens per step": tokens,
         "rows per expert": tokens * moe.top_k / moe.experts,
-        "copies per step": tokens * moe.top_k * (config.model.layers - moe.dense_layers),
+        "copies per step": tokens * moe.top_k * config.model.layers,
     }  # fmt: skip
     # first, while this process is small and has no threads that a fork would lose
     report["memory"] = {type: memory(c, data) for type, c in configs.items()}
@@ -451,7 +457,7 @@ def main(args: list[str]) -> None:
     before, after = split_page(command.page)
     report = compare(command)
     text = words(report)
-    print(f"\n{text}")
+    say(f"\n{text}")
     write(report, command.out, "compare-{cpu}.json")
     draw(report, command.plot)
     command.page.write_text(before + text + after)

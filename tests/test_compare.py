@@ -9,8 +9,8 @@ import torch
 from test_train import data  # noqa: F401
 
 from benchmarks import compare
-from benchmarks.compare import FORMS, KINDS, TYPES, as_type, form, main, memory, times
-from moe_ext.config import load
+from benchmarks.compare import FORMS, KINDS, form, main, memory, times
+from moe_ext.config import TYPES, as_type, load
 from moe_ext.data import IndexedDataset, Loader
 from moe_ext.model import GPT
 
@@ -147,7 +147,8 @@ BAD = {
     "no marks": ([], "page.md lacks the lines <!-- written by make compare --> and"),
     "steps": (["--train.steps", "8"], "train.steps 8 makes 2 rounds of 3 steps, .* give at least 9"),
     "ranks": (["--ranks", "3"], "3 ranks do not divide train.micro_batch 8"),
-    "dense": (["--model.moe.experts", "0"], "model.moe.experts is 0, but the recipe of a comparison"),
+    "dense": (["--model.moe.experts", "0"], "the recipe of a comparison is the dropless type, .* set model.moe.exp"),
+    "another MLP": (["--model.act", "geglu"], "forms for swiglu without biases: set model.act to swiglu"),
     "mesh": (["--train.accumulation", "2"], "runs in one process without accumulation"),
     "data": (["--data.train", "nowhere"], "no token file nowhere.bin"),
 }
