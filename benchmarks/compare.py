@@ -10,7 +10,7 @@ probable ones. The active FLOPs are equal but for the router.
     mesh      the dropless type on several ranks with as many shares of the experts, beside one: losses, fp64 and fp32
     training  the types take each step in turn, in one process, on the same batch, each timed: forward and backward;
               clip and optimizer. So whatever else the machine does meets all alike. Every few steps is a round, in
-              which the dense type's forward and backward run with its MLP in other forms too
+              which other forms of the dense MLP run too, and a capacity that nothing exceeds
 
 A time is the median over the rounds, the first ones left out. A ratio is the median over them of the ratio in each; its
 base is the fastest form of dense. Prints a table and what was wanted of it; writes every measured time into
@@ -25,10 +25,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,11 +105,8 @@ def kernel_mlp(mlp: MLP, x):
     return ops.expert_mlp(x_TD, gate, up, down, x.new_ones(len(x_TD), 1), index, act="swiglu").view(x.shape)
 
 
-FORMS = {"dense, plain torch": torch_mlp, "dense, experts' kernel": kernel_mlp}  # of a swiglu MLP without biases
-
-
 @contextmanager
-def form(model: GPT, function: Callable) -> Iterator[None]:
+def mlps_by(function: Callable, model: GPT) -> Iterator[None]:
     """A dense model whose MLPs are computed by another function of the same parameters."""
     mlps = [block.mlp for block in model.layers]
     for mlp in mlps:
@@ -116,6 +114,31 @@ def form(model: GPT, function: Callable) -> Iterator[None]:
     yield
     for mlp in mlps:
         del mlp.forward
+
+
+@contextmanager
+def room_for_all(model: GPT) -> Iterator[None]:
+    """A dropless model that does all that a capacity takes, of which none is exceeded."""
+    for layer in model.moe_layers():
+        layer.capacity_factor = layer.num_experts
+    yield
+    for layer in model.moe_layers():
+        layer.capacity_factor = 0.0
+
+
+class Form(NamedTuple):
+    """Another way to compute a type."""
+
+    type: str
+    of: Callable[[GPT], AbstractContextManager]
+
+
+FORMS = {
+    "dense, plain torch": Form("dense", partial(mlps_by, torch_mlp)),
+    "dense, experts' kernel": Form("dense", partial(mlps_by, kernel_mlp)),
+    "capacity, room for all": Form("dropless", room_for_all),
+}
+BASES = ("dense", *(name for name, form in FORMS.items() if form.type == "dense"))
 
 
 class Trainee:
@@ -227,8 +250,8 @@ def beside_one(config: Config, data: IndexedDataset, ranks: tuple[int, ...], dty
 
 def mesh_line(line: dict) -> str:
     n, errors = line["ranks"], line["errors"]
-    return (f"{n} ranks with ep {n} beside one process, {line['dtype']}: the losses differ by {errors[0]:.1e} in step 1, "
-            f"by {max(errors):.1e} at most in {len(errors)} steps")  # fmt: skip
+    return (f"{n} ranks with ep {n} beside one process, {line['dtype']}: the losses differ by {errors[0]:.1e} in step "
+            f"1, by {max(errors):.1e} at most in {len(errors)} steps")  # fmt: skip
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -236,7 +259,7 @@ def mesh_line(line: dict) -> str:
 
 def train(configs: dict[str, Config], data: IndexedDataset, every: int):
     """-> the models of the types; and a list for each type, of what it did in each step: "gradients" and "update" in
-    seconds, losses, loads. For each form of the dense MLP too, of the rounds alone and without "update"."""
+    seconds, losses, loads. For each of FORMS too, of the rounds alone and without "update"."""
     trainees, loader = {type: Trainee(config) for type, config in configs.items()}, loader_of(configs["dense"], data)
     series = {name: [] for name in (*TYPES, *FORMS)}
 
@@ -248,10 +271,11 @@ def train(configs: dict[str, Config], data: IndexedDataset, every: int):
         batch, first = loader.batch(), step % len(TYPES)
         for type in TYPES[first:] + TYPES[:first]:
             trainee = trainees[type]
-            for name, function in FORMS.items() if type == "dense" and step % every == 0 else ():
-                with form(trainee.model, function):
-                    gradients(name, trainee, batch)
-                trainee.optimizer.zero_grad()
+            for name, form in FORMS.items() if step % every == 0 else ():
+                if form.type == type:
+                    with form.of(trainee.model):
+                        gradients(name, trainee, batch)
+                    trainee.optimizer.zero_grad()
             gradients(type, trainee, batch)
             series[type][-1]["update"], _ = seconds(trainee.update, step)
         loader.advance()
@@ -263,11 +287,12 @@ def train(configs: dict[str, Config], data: IndexedDataset, every: int):
 
 
 def check_forms(series: dict[str, list[dict]], every: int) -> None:
-    """AssertionError unless all forms of the dense MLP compute the same."""
-    for name in FORMS:
-        for got, want in zip(series[name], series["dense"][every - 1 :: every], strict=True):
-            if abs(got["loss"] - want["loss"]) > 1e-4 * want["loss"]:
-                raise AssertionError(f"{name}: the loss is {got['loss']}, the model's own {want['loss']}")
+    """AssertionError unless every form computes what its type does."""
+    for name, form in FORMS.items():
+        for got, want in zip(series[name], series[form.type][every - 1 :: every], strict=True):
+            if abs(got["loss"] - want["loss"]) > 1e-4 * want["loss"] or got["dropped"]:
+                raise AssertionError(f"{name}: the loss is {got['loss']} and {got['dropped']} copies are dropped, but "
+                                     f"the loss of {form.type} is {want['loss']}")  # fmt: skip
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -280,10 +305,10 @@ def times(series: dict[str, list[dict]], every: int, warmup: int) -> tuple[str, 
     rounds = {name: (steps[every - 1 :: every] if name in TYPES else steps)[warmup:] for name, steps in series.items()}
     taken = {}
     for name, steps in rounds.items():
-        updates = [step["update"] for step in (steps if name in TYPES else rounds["dense"])]
+        updates = [step["update"] for step in (steps if name in TYPES else rounds[FORMS[name].type])]
         alone = [step["gradients"] for step in steps]
         taken[name] = dict(zip(KINDS, (alone, [a + b for a, b in zip(alone, updates, strict=True)]), strict=True))
-    base = min(("dense", *FORMS), key=lambda name: statistics.median(taken[name][KINDS[0]]))
+    base = min(BASES, key=lambda name: statistics.median(taken[name][KINDS[0]]))
     found = {name: {} for name in taken}
     for name in taken:
         for kind in KINDS:
@@ -359,8 +384,9 @@ def wanted(report: dict) -> list[dict]:
 
 def words(report: dict) -> str:
     """The table and what belongs to it, as Markdown."""
-    threads, forms = report["threads"], {"dense": "as the model has it", **{name: name[7:] for name in FORMS}}
-    dense = [f"{report['times'][name][KINDS[0]]['ms'][1]:.0f} ms {what}" for name, what in forms.items()]
+    threads, times = report["threads"], report["times"]
+    dense = [f"{times[name][KINDS[0]]['ms'][1]:.0f} ms {name[7:] or 'as the model has it'}" for name in BASES]
+    low, middle, high = times["capacity, room for all"][KINDS[0]]["over dropless"]["ratios"]
     lines = [
         f"{report['cpu']}, {report['isa']}, {threads} threads{', CPU time' * (threads == 1)}, torch {report['torch']}: "
         f"{report['steps']} steps of {report['tokens per step']:,} tokens, {report['rows per expert']:.0f} rows per "
@@ -368,7 +394,8 @@ def words(report: dict) -> str:
         "",
         table(report),
         "",
-        f"Dense, {KINDS[0]}: {', '.join(dense)}. The fastest is the base.",
+        f"Dense, {KINDS[0]}: {', '.join(dense)}. The fastest is the base. A capacity with room for all copies takes "
+        f"{middle:.2f} ({low:.2f} to {high:.2f}) of the dropless type's time.",
         "",
     ]
     lines += [f"- {mesh_line(line)}" for line in report["mesh"]]

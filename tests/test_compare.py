@@ -9,7 +9,7 @@ import torch
 from test_train import data  # noqa: F401
 
 from benchmarks import compare
-from benchmarks.compare import FORMS, KINDS, form, main, memory, times
+from benchmarks.compare import FORMS, KINDS, main, memory, times
 from moe_ext.config import TYPES, as_type, load
 from moe_ext.data import IndexedDataset, Loader
 from moe_ext.model import GPT
@@ -84,19 +84,20 @@ def test_what_is_equal(tiny):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_forms_of_dense(tiny, name):
-    config = replace(as_type(tiny, "dense"), train=replace(tiny.train, dtype="fp32"))
-    model = GPT(config.model, seed=1, dtype=torch.float32)
+def test_forms(tiny, name):
+    config = as_type(tiny, FORMS[name].type)
+    model = GPT(config.model, seed=1)
     batch = Loader(IndexedDataset(config.data.train), seq_len=32, batch_size=4, seed=1).batch()
 
     def gradients():
         model.zero_grad()
-        loss = model(batch.tokens, batch.targets).token_loss
-        loss.backward()
-        return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+        out = model(batch.tokens, batch.targets)
+        (out.token_loss + out.aux_loss).backward()
+        assert out.dropped == 0
+        return {"loss": out.token_loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
     want = gradients()
-    with form(model, FORMS[name]):
+    with FORMS[name].of(model):
         got = gradients()
     for key, value in want.items():
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
@@ -104,11 +105,13 @@ def test_forms_of_dense(tiny, name):
 
 
 def test_a_form_that_computes_something_else_is_found():
-    series = {"dense": [{"loss": 2.0}] * 4, **{name: [{"loss": 2.0}] * 2 for name in FORMS}}
+    right, wrong, dropped = {"loss": 2.0, "dropped": 0}, {"loss": 2.01, "dropped": 0}, {"loss": 2.0, "dropped": 1}
+    series = {name: [right] * (4 if name in TYPES else 2) for name in (*TYPES, *FORMS)}
     compare.check_forms(series, 2)
-    series["dense, plain torch"] = [{"loss": 2.0}, {"loss": 2.01}]
-    with pytest.raises(AssertionError, match=r"dense, plain torch: the loss is 2.01, the model's own 2.0"):
-        compare.check_forms(series, 2)
+    for name in FORMS:
+        for bad in (wrong, dropped):
+            with pytest.raises(AssertionError, match=f"{name}: the loss is {bad['loss']} and {bad['dropped']} copies"):
+                compare.check_forms({**series, name: [right, bad]}, 2)
 
 
 def test_memory(tiny):
@@ -133,13 +136,15 @@ def test_times():
               "capacity": steps(9.0) + steps(6.0, 2.0) + steps(3.0, 2.0) + steps(5.0, 2.0),
               "dropless": steps(9.0) + steps(8.0, 2.0) + steps(6.0, 2.0) + steps(5.0, 2.0),
               "dense, plain torch": [{"gradients": t} for t in (1.0, 4.0, 3.0, 5.0)],
-              "dense, experts' kernel": [{"gradients": t} for t in (1.0, 9.0, 9.0, 9.0)]}
+              "dense, experts' kernel": [{"gradients": t} for t in (1.0, 9.0, 9.0, 9.0)],
+              "capacity, room for all": [{"gradients": t} for t in (1.0, 4.0, 3.0, 2.5)]}
     base, found = times(series, every=2, warmup=1)
     assert base == "dense, plain torch"
     assert found["dense"][KINDS[0]]["ms"] == [4500, 5000, 5500]
     dropless = found["dropless"][KINDS[0]]["over dense"]
     assert dropless["ratios"] == [1.5, 2.0, 2.0] and dropless["of medians"] == 6 / 4
     assert found["capacity"][KINDS[0]]["over dropless"]["ratios"] == [0.625, 0.75, 0.875]
+    assert found["capacity, room for all"][KINDS[0]]["over dropless"]["ratios"] == [0.5] * 3
     assert found["dropless"][KINDS[1]]["over dense"]["ratios"][1] == pytest.approx(8 / 4)   # 10/5, 8/4, 7/6
 
 
