@@ -41,7 +41,7 @@ from moe_ext.data import IndexedDataset, Loader
 from moe_ext.evaluate import evaluate
 from moe_ext.layers.fused import MLP
 from moe_ext.log import centred_mean, draw_load_map
-from moe_ext.model import GPT
+from moe_ext.model import GPT, precision
 from moe_ext.optim import adamw, clip_grad_norm, learning_rate, set_learning_rate
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.ranks import run_ranks
@@ -75,6 +75,9 @@ class Command(Config):
         require(moe.experts > 0 and not moe.dense_layers and not moe.shared_hidden, "the recipe of a comparison is the "
                 "dropless type, with nothing but experts: set model.moe.experts, and model.moe.dense_layers and "
                 "model.moe.shared_hidden to 0")  # fmt: skip
+        require(self.train.device == "cpu" and self.train.dtype != "fp16", f"train.device is {self.train.device} and "
+                f"train.dtype {self.train.dtype}, but here is neither a device's clock nor a loss scale: set "
+                "train.device to cpu, and train.dtype to fp32 or bf16")  # fmt: skip
         require(model.act == "swiglu" and not model.bias, "the dense MLP is timed in forms for swiglu without biases: "
                 "set model.act to swiglu and model.bias to false")  # fmt: skip
         require(self.every > 0, f"every is {self.every}; it must be positive")
@@ -149,12 +152,15 @@ class Trainee:
         self.model = build(config, self.mesh)
         self.optimizer = adamw(self.model, config.optim)
 
-    def gradients(self, batch) -> dict[str, torch.Tensor]:
+    def gradients(self, batch, step: int) -> dict[str, torch.Tensor]:
         """Forward and backward -> this rank's parts of the loss per token and of the balance loss (1: balanced), its
         copies per MoE layer and expert, and how many of them were dropped."""
-        out = self.model(batch.tokens, batch.targets)
-        loss, aux = backward(self.model, out, self.mesh, tokens=self.config.tokens_per_step)
-        balance = aux / (self.config.model.moe.balance_weight or 1)
+        config = self.config
+        draws = self.mesh.draws(config.train.seed, step, batch.row0, config.model.seq_len)
+        with precision(config, self.mesh.device):
+            out = self.model(batch.tokens, batch.targets, draws)
+        loss, aux = backward(self.model, out, self.mesh, tokens=config.tokens_per_step)
+        balance = aux / (config.model.moe.balance_weight or 1)
         return {"loss": loss, "balance": balance, "counts_LE": out.counts_LE, "dropped": out.dropped}
 
     def update(self, step: int) -> None:
@@ -199,7 +205,7 @@ def memory(config: Config, data: IndexedDataset, steps: int = 2) -> dict[str, in
         for step in range(1, steps + 1):
             kept.clear()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                trainee.gradients(loader.batch())
+                trainee.gradients(loader.batch(), step)
             gradients = sum(p.grad.nbytes for p in parameters)
             trainee.update(step)
         for p in parameters:
@@ -225,7 +231,7 @@ def losses_on(config: Config, data: IndexedDataset, ranks: int, dtype: str, step
     def body(rank):
         trainee, loader, losses = Trainee(config), loader_of(config, data), []
         for step in range(1, steps + 1):
-            parts = trainee.gradients(loader.batch(*trainee.mesh.rows(0, rows)))
+            parts = trainee.gradients(loader.batch(*trainee.mesh.rows(0, rows)), step)
             losses.append([float(x) for x in trainee.mesh.sum(parts["loss"], parts["balance"])])
             trainee.update(step)
             loader.advance()
@@ -263,8 +269,8 @@ def train(configs: dict[str, Config], data: IndexedDataset, every: int):
     trainees, loader = {type: Trainee(config) for type, config in configs.items()}, loader_of(configs["dense"], data)
     series = {name: [] for name in (*TYPES, *FORMS)}
 
-    def gradients(name, trainee, batch):
-        took, parts = seconds(trainee.gradients, batch)
+    def gradients(name, trainee, batch, step):
+        took, parts = seconds(trainee.gradients, batch, step)
         series[name].append({"gradients": took, **{key: x.tolist() for key, x in parts.items()}})
 
     for step in range(1, configs["dense"].train.steps + 1):
@@ -274,9 +280,9 @@ def train(configs: dict[str, Config], data: IndexedDataset, every: int):
             for name, form in FORMS.items() if step % every == 0 else ():
                 if form.type == type:
                     with form.of(trainee.model):
-                        gradients(name, trainee, batch)
+                        gradients(name, trainee, batch, step)
                     trainee.optimizer.zero_grad()
-            gradients(type, trainee, batch)
+            gradients(type, trainee, batch, step)
             series[type][-1]["update"], _ = seconds(trainee.update, step)
         loader.advance()
         if step % 10 == 0:

@@ -114,6 +114,14 @@ def test_a_form_that_computes_something_else_is_found():
                 compare.check_forms({**series, name: [right, bad]}, 2)
 
 
+def test_random_numbers_do_not_know_the_ranks(tiny):
+    model = replace(tiny.model, dropout=0.2, moe=replace(tiny.model.moe, jitter=0.1))
+    (line,) = compare.beside_one(replace(tiny, model=model), IndexedDataset(tiny.data.train), (2,), "fp64", 2)
+    assert max(line["errors"]) <= 1e-12
+    (still,) = compare.beside_one(tiny, IndexedDataset(tiny.data.train), (2,), "fp64", 1)
+    assert abs(still["losses"][0][0] - line["losses"][0][0]) > 1e-6
+
+
 def test_memory(tiny):
     """Bytes of what there is to count: 4 per parameter, as many per gradient, two moments; what is kept grows by the
     experts' rows before the activation, [T, 2F] per layer."""
@@ -154,6 +162,7 @@ BAD = {
     "ranks": (["--ranks", "3"], "3 ranks do not divide train.micro_batch 8"),
     "dense": (["--model.moe.experts", "0"], "the recipe of a comparison is the dropless type, .* set model.moe.exp"),
     "another MLP": (["--model.act", "geglu"], "forms for swiglu without biases: set model.act to swiglu"),
+    "device": (["--train.dtype", "fp16"], "train.device is cpu and train.dtype fp16, .* set train.device to cpu"),
     "mesh": (["--train.accumulation", "2"], "runs in one process without accumulation"),
     "data": (["--data.train", "nowhere"], "no token file nowhere.bin"),
 }
