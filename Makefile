@@ -2,6 +2,7 @@
 # make build   compile what changed     make bench   the benchmark table     make lint    ruff
 # make test-torch VERSION=2.14.1   the Python tests with another torch, in a copy of the tree under build/ (docs/torch.md)
 # make proof   every mesh of 1, 2, 4 and 8 ranks against one process, in fp64: the whole table (moe_ext/proof.py)
+# make compare   a dense, a capacity and a dropless GPT beside each other: docs/compare.md, in 15 minutes on two quiet cores
 # make gpu     prove everything on one GPU and time it (tests/gpu/run.py): PART=build,conformance,.. runs some parts,
 #              LIMIT=600 ends in so many seconds and says what it left out
 # make sanitize   the core and the ops under ASan + UBSan, the core under TSan        make clean
@@ -31,7 +32,7 @@ SHELL       := bash
 	$(BIN)/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
-.PHONY: build train test proof bench lint sanitize clean
+.PHONY: build train test proof bench compare lint sanitize clean
 build: .venv/installed
 	$(PY) setup.py -q build_ext --inplace
 
@@ -112,6 +113,10 @@ proof: build
 
 bench: build
 	$(PY) -m benchmarks.ops
+
+compare: build
+	$(PY) -m moe_ext.data prepare --out data/compare --max-mb 12 --vocab-size 8192
+	$(PY) -m benchmarks.compare recipes/compare.toml
 
 # With the Python at hand where there is no .venv: a GPU machine may have no network. COMMIT: its name without git.
 .PHONY: gpu
