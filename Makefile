@@ -38,7 +38,7 @@ build: .venv/installed
 
 # ---- the two commands ------------------------------------------------------------------------------------------------
 train: build
-	$(PY) -m moe_ext.data prepare --out data/tiny $(if $(TEXT),--text $(TEXT),--max-mb 24 --cut-kb 0)
+	$(PY) -m moe_ext.data prepare --overwrite --out data/tiny $(if $(TEXT),--text $(TEXT),--max-mb 24 --cut-kb 0)
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m moe_ext.train $(RECIPE) --resume auto
 
 test: build lint test-c .venv/parity
@@ -115,7 +115,7 @@ bench: build
 	$(PY) -m benchmarks.ops
 
 compare: build
-	$(PY) -m moe_ext.data prepare --out data/compare --max-mb 12 --vocab-size 8192
+	$(PY) -m moe_ext.data prepare --overwrite --out data/compare --max-mb 12 --vocab-size 8192
 	$(PY) -m benchmarks.compare recipes/compare.toml
 
 # With the Python at hand where there is no .venv: a GPU machine may have no network. COMMIT: its name without git.
