@@ -432,7 +432,7 @@ def draw(report: dict, image: Path) -> None:
     for type in TYPES:
         steps = series[type]
         numbers, spent = range(1, len(steps) + 1), 0.0
-        at = {"step": list(numbers), "tokens": [n * report["tokens per step"] for n in numbers], "seconds": []}
+        at = {"step": list(numbers), "tokens": [n * report["tokens per step"] / 1e3 for n in numbers], "seconds": []}
         for step in steps:
             spent += step["gradients"] + step["update"]
             at["seconds"].append(spent)
@@ -443,9 +443,9 @@ def draw(report: dict, image: Path) -> None:
         if type != "dense":
             axes["balance"].plot(at["step"], [step["balance"] for step in steps], color=colours[type], label=type)
             loads = [{"step": n, "counts_LE": step["counts_LE"]} for n, step in zip(numbers, steps, strict=True)]
-            figure.colorbar(draw_load_map(axes[type], loads), ax=axes[type], label="copies / layer's mean")
-            axes[type].set_title(f"{type}: copies that chose each expert, last quarter")
-    for axis, name in {"step": "step", "tokens": "tokens", "seconds": "seconds of its own work"}.items():
+            figure.colorbar(draw_load_map(axes[type], loads), ax=axes[type], label="copies before drops / layer's mean")
+            axes[type].set_title(f"{type}: load of the experts, last quarter")
+    for axis, name in {"step": "step", "tokens": "thousand tokens", "seconds": "seconds of its own work"}.items():
         axes[axis].set(xlabel=name, ylabel="loss (nats per token)")
     axes["balance"].set(xlabel="step", ylabel="balance loss", title="Balance loss (1 is balanced)")
     for name in ("step", "tokens", "seconds", "balance"):
