@@ -40,7 +40,7 @@ from moe_ext.config import TYPES, Config, MeshConfig, as_type, parse, plain, req
 from moe_ext.data import IndexedDataset, Loader
 from moe_ext.evaluate import evaluate
 from moe_ext.layers.fused import MLP
-from moe_ext.log import centred_mean, draw_load_map
+from moe_ext.log.draw import centred_mean, draw_load_map
 from moe_ext.model import GPT, precision
 from moe_ext.optim import adamw, clip_grad_norm, learning_rate, set_learning_rate
 from moe_ext.parallel.mesh import Mesh
