@@ -157,6 +157,7 @@ MESHES = {
     "rep bf16": case(mesh=dict(rep=2), dtype="bf16"),
     "tp": case(DENSE, mesh=dict(tp=2), kv_heads=2),
     "tp bf16, window, sinks": case(DENSE, mesh=dict(tp=2), dtype="bf16", window=32),
+    "tp, wide norm": case(DENSE, mesh=dict(tp=2), qk_norm=True, qk_norm_over="width"),
     "tp, shared bf16": case(replace(MOE, shared_hidden=48), mesh=dict(tp=2), dtype="bf16"),
     "tp, etp": case(mesh=dict(tp=2, etp=2)),
     "tp, etp bf16": case(mesh=dict(tp=2, etp=2), dtype="bf16", bias=True),
