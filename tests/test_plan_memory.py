@@ -104,8 +104,8 @@ def forward(config, model, mesh):
     return out, saved.bytes
 
 
-def near(got, want):
-    return abs(got / want - 1) < 0.05
+def near(got, want, within=0.01):
+    return abs(got / want - 1) < within
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -133,7 +133,7 @@ def test_recomputation(name):
     model.recompute = True
     _, inputs = forward(config, model, None)
     held = memory(replace(config, train=replace(config.train, recompute=True)), "cpu")
-    assert near(held.activations + held.cast, inputs + max(each))
+    assert near(held.activations + held.cast, inputs + max(each), within=0.05)
 
 
 def test_state():
@@ -157,6 +157,7 @@ MESHES = {
     "rep bf16": case(mesh=dict(rep=2), dtype="bf16"),
     "tp": case(DENSE, mesh=dict(tp=2), kv_heads=2),
     "tp bf16, window, sinks": case(DENSE, mesh=dict(tp=2), dtype="bf16", window=32),
+    "tp, wide norm": case(DENSE, mesh=dict(tp=2), qk_norm=True, qk_norm_over="width"),
     "tp, shared bf16": case(replace(MOE, shared_hidden=48), mesh=dict(tp=2), dtype="bf16"),
     "tp, etp": case(mesh=dict(tp=2, etp=2)),
     "tp, etp bf16": case(mesh=dict(tp=2, etp=2), dtype="bf16", bias=True),
@@ -195,4 +196,4 @@ def measured():
 def test_activations_and_messages_on_two_ranks(name):
     held, (saved, message) = memory(MESHES[name], "cpu"), measured()[name]
     assert near(held.activations + held.cast, saved)
-    assert near(held.exchange, message) if message else held.exchange == 0
+    assert near(held.exchange, message, within=0.05) if message else held.exchange == 0

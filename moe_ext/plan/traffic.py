@@ -39,7 +39,9 @@ def traffic(config: Config) -> dict[str, int]:
     x, sparse = T * c.dim * half, moe_layers(c)
     pieces("tp", T * c.dim * real, 2 * micro)                                       # embedding
     pieces("tp", x, micro * c.layers * (4 + 2 * again))                             # attention: in and out, twice
-    pieces("tp", x, micro * (c.layers - sparse) * (4 + again))                  # dense MLP
+    if c.qk_norm and c.qk_norm_over == "width":                                     # sums of squares of q and k
+        pieces("tp", T * mesh.tp * real, micro * c.layers * 2 * (2 + again))
+    pieces("tp", x, micro * (c.layers - sparse) * (4 + again))                      # dense MLP
     pieces("tp", 2 * x + 2 * T * mesh.tp * real, micro)                             # head; every token's loss, logit
     if m.experts:
         backwards, forwards = micro * sparse, micro * sparse * (1 + again)
