@@ -3,11 +3,13 @@ benchmarks.data --help.
 
     documents, samples   a permutation of each: the core's beside Generator.permutation
     sample index         where each sample begins: the core's one pass beside cumsum, repeat and a gather
+    epoch                all three: as the loader builds them, on two threads, beside the sum of numpy's
     cache                the same arrays mapped from their file, which is checked whole
     batch                a batch of the loader, of rows at random
 
-Documents have 1 to 1023 tokens, evenly drawn. A line is one run of each, one after the other, in CPU time of their one
-thread; a ratio is numpy's over ours. Memory is the process's peak after all of the core's, and after all of numpy's.
+Documents have 1 to 1023 tokens, evenly drawn. A line is one run of each, one after the other; a ratio is numpy's time
+over ours. The parts are in CPU time of their one thread, which a busy machine disturbs less; an epoch is in wall time.
+Memory is the process's peak after all of the core's, and after all of numpy's.
 
 Prints Markdown, writes benchmarks/results/data-<cpu>.json.
 """
@@ -25,25 +27,26 @@ from moe_ext.data import IndexedDataset, IndexedWriter, Loader, index
 
 
 def clocked(function, *args):
-    began = time.process_time()  # both sides run on one thread, and on a machine that is not theirs alone
+    """-> (wall, CPU) seconds, result."""
+    wall, cpu = time.perf_counter(), time.process_time()
     result = function(*args)
-    return time.process_time() - began, result
+    return (time.perf_counter() - wall, time.process_time() - cpu), result
 
 
 def peak_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def permutation(n, seed=1):
-    order = np.empty(n, np.int32 if n < 2**31 else np.int64)
-    _C.shuffle(order.itemsize, seed, 0, n, order.ctypes.data)
+def permutation(n):
+    order = np.empty(n, np.int32)
+    _C.shuffle(4, 1, 0, n, order.ctypes.data)
     return order
 
 
 def core_index(docs, sizes, length, samples):
-    doc, offset = np.empty(samples, docs.dtype), np.empty(samples, np.int32)
-    _C.sample_index(docs.itemsize, len(docs), docs.ctypes.data, len(sizes), sizes.ctypes.data, length, samples,
-                    doc.ctypes.data, offset.ctypes.data)  # fmt: skip
+    doc, offset = np.empty(samples, np.int32), np.empty(samples, np.int32)
+    _C.sample_index(4, len(docs), docs.ctypes.data, len(sizes), sizes.ctypes.data, length, samples, doc.ctypes.data,
+                    offset.ctypes.data)  # fmt: skip
     return doc, offset
 
 
@@ -58,45 +61,49 @@ def numpy_index(docs, sizes, length, samples):
     return doc, offset.astype(np.int32)
 
 
+class Documents:
+    """As much of a data set as the index of its samples reads."""
+
+    path = "benchmark"
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+
 def time_index(samples, length):
-    """-> lines of the table, and the peaks of memory."""
+    """-> lines of the table; documents, samples, and the peaks of memory."""
     sizes = np.random.default_rng(0).integers(1, 1024, samples * length // 511, dtype=np.int32)
-    total = int(sizes.sum(dtype=np.int64))
-    samples = min(samples, (total - 1) // length)
-    ours = {}
-    ours["documents"], docs = clocked(permutation, len(sizes))
-    ours["samples"], order = clocked(permutation, samples)
-    ours["sample index"], core = clocked(core_index, docs, sizes, length, samples)
-    peaks = {"core_gib": peak_gib()}
+    reader = object.__new__(index.Samples)
+    reader.dataset, reader.seq_len, reader.seed, reader.shuffle = Documents(sizes), length, 1, True
+    reader.count = samples = min(samples, (int(sizes.sum(dtype=np.int64)) - 1) // length)
+    ours, theirs = {}, {}
+    ours["epoch"], epoch = clocked(reader.build, 0)
     with tempfile.TemporaryDirectory() as folder:
-        ours["cache"] = time_cache(Path(folder), sizes, length, index.Epoch(order, docs, *core))
-    del order
-    draw, theirs = np.random.default_rng(1).permutation, {}
+        path = Path(folder) / "epoch.order"
+        index.write(path, bytes(32), epoch)
+        ours["cache"] = clocked(reader.map, path, bytes(32))[0]
+    del epoch
+    ours["documents"], docs = clocked(permutation, len(sizes))
+    ours["sample index"], core = clocked(core_index, docs, sizes, length, samples)
+    ours["samples"] = clocked(permutation, samples)[0]
+    peaks = {"core_gib": peak_gib()}
+    draw = np.random.default_rng(1).permutation
     theirs["sample index"], other = clocked(numpy_index, docs, sizes, length, samples)
     assert all(map(np.array_equal, core, other))
     del core, other, docs
     theirs["documents"] = clocked(draw, len(sizes))[0]
     theirs["samples"] = clocked(draw, samples)[0]
+    theirs["epoch"] = tuple(map(sum, zip(*theirs.values(), strict=True)))
     peaks["numpy_gib"] = peak_gib()
-    ours["all"], theirs["all"] = (sum(t[name] for name in ("documents", "samples", "sample index"))
-                                  for t in (ours, theirs))  # fmt: skip
-    lines = [{"what": name, "core_s": ours[name], "numpy_s": theirs.get(name)} for name in ours]
+    lines = []
+    for name in ("documents", "samples", "sample index", "epoch", "cache"):
+        clock = 0 if name in ("epoch", "cache") else 1
+        lines.append({"what": name, "clock": ("wall", "CPU")[clock], "core_s": ours[name][clock],
+                      "numpy_s": theirs[name][clock] if name in theirs else None})  # fmt: skip
     return lines, {"documents": len(sizes), "samples": samples} | peaks
-
-
-def time_cache(folder, sizes, length, epoch):
-    """Seconds to map and check a cache file of this epoch, just written."""
-
-    class Sizes:  # as much of a data set as the file's header knows
-        path = "benchmark"
-
-        def __len__(self):
-            return len(sizes)
-
-    reader = object.__new__(index.Samples)
-    reader.dataset, reader.count = Sizes(), len(epoch.order)
-    index.write(folder / "epoch.order", bytes(32), epoch)
-    return clocked(reader.map, folder / "epoch.order", bytes(32))[0]
 
 
 def time_batch(rows, length, batches=50):
@@ -129,11 +136,11 @@ def main(samples: int = 10**8, seq_len: int = 256, out: Path = Path("benchmarks/
     print(f"{report['cpu']}, numpy {np.__version__}, commit {report['commit']}\n")
     print(f"{facts['samples']:,} samples of {seq_len} tokens from {facts['documents']:,} documents; at most "
           f"{facts['core_gib']:.1f} GiB with the core's, {facts['numpy_gib']:.1f} GiB with numpy's\n")  # fmt: skip
-    print("| | core, s | numpy, s | x numpy |\n|---|---|---|---|")
+    print("| | clock | core, s | numpy, s | x numpy |\n|---|---|---|---|---|")
     for line in report["index"]:
         core, theirs = line["core_s"], line["numpy_s"]
         beside = f"{theirs:.2f} | {theirs / core:.2f}" if theirs else " | "
-        print(f"| {line['what']} | {core:.2f} | {beside} |")
+        print(f"| {line['what']} | {line['clock']} | {core:.2f} | {beside} |")
     report["batch_us"] = {f"{rows} x {length}": time_batch(rows, length)
                           for rows, length in ((2, 128), (8, 1024), (64, 2048))}  # fmt: skip
     for shape, us in report["batch_us"].items():

@@ -19,6 +19,7 @@ def folder(straight, tmp_path_factory):                                         
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["</s>", "<|endoftext|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.sha256").unlink()
     return folder
 
 

@@ -110,7 +110,7 @@ def test_a_flat_file_knows_no_documents(tmp_path):
 @torch.no_grad()
 def test_a_token_knows_its_own_document_alone(data, tmp_path):                              # noqa: F811
     """Each document of a row gives the logits that it gives alone, whatever stands beside it."""
-    config = plain(parse(flags(data, tmp_path, data__tokenizer="")))
+    config = plain(parse(flags(data, tmp_path, model__position="learned")))
     model, generator = build(config).double().eval(), np.random.default_rng(0)
     dataset = write(tmp_path / "t", [generator.integers(0, 320, size) for size in generator.integers(1, 20, 60)], 320)
 
@@ -395,13 +395,13 @@ def test_a_fork_reads_on(tmp_path):
     dataset = write(tmp_path / "t", documents(60))
     loader, want = loader_of(dataset, prefetch=2), loader_of(dataset)
     batches(loader, 3), batches(want, 3)
-    loader.lock.acquire()       # as if the thread were reading
 
     def body(rank):
         assert loader.sample(5).tolist() == want.sample(5).tolist()
         assert same(batches(loader, 3), batches(want, 3))
 
-    run_ranks(1, body, tmp_path)
+    with loader.lock:       # as if the thread were reading
+        run_ranks(1, body, tmp_path)
 
 
 # ---- which tokens ----------------------------------------------------------------------------------------------------

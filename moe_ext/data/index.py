@@ -21,6 +21,7 @@ import struct
 import tempfile
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -112,15 +113,22 @@ class Samples:
                 return epoch
 
     def build(self, number: int) -> Epoch:
+        """The samples' order on one thread, all about the documents on another."""
         dataset, sizes = self.dataset, self.dataset.sizes
         epoch = Epoch(*(np.empty(n, dtype) for dtype, n in layout(len(dataset), self.count)))
-        for stream, array in enumerate((epoch.docs, epoch.order)):
+
+        def fill(array, stream):
             if self.shuffle:
-                _C.shuffle(array.itemsize, self.seed, 2 * number + stream, len(array), array.ctypes.data)
+                _C.shuffle(array.itemsize, self.seed, stream, len(array), array.ctypes.data)
             else:
                 array[:] = np.arange(len(array), dtype=array.dtype)
-        _C.sample_index(epoch.docs.itemsize, len(dataset), epoch.docs.ctypes.data, len(dataset), sizes.ctypes.data,
-                        self.seq_len, self.count, epoch.doc.ctypes.data, epoch.offset.ctypes.data)
+
+        with ThreadPoolExecutor(1) as other:
+            ordered = other.submit(fill, epoch.order, 2 * number + 1)
+            fill(epoch.docs, 2 * number)
+            _C.sample_index(epoch.docs.itemsize, len(dataset), epoch.docs.ctypes.data, len(dataset), sizes.ctypes.data,
+                            self.seq_len, self.count, epoch.doc.ctypes.data, epoch.offset.ctypes.data)
+        ordered.result()
         return epoch
 
     def map(self, path: Path, inputs: bytes) -> Epoch:
