@@ -8,7 +8,7 @@ benchmarks.data --help.
     batch                a batch of the loader, of rows at random
 
 Documents have 1 to 1023 tokens, evenly drawn. A line is one run of each, one after the other; a ratio is numpy's time
-over ours. The parts are in CPU time of their one thread, which a busy machine disturbs less; an epoch is in wall time.
+over ours. CPU time is that of all threads, which a busy machine disturbs less.
 Memory is the process's peak after all of the core's, and after all of numpy's.
 
 Prints Markdown, writes benchmarks/results/data-<cpu>.json.
@@ -99,8 +99,8 @@ def time_index(samples, length):
     theirs["epoch"] = tuple(map(sum, zip(*theirs.values(), strict=True)))
     peaks["numpy_gib"] = peak_gib()
     lines = []
-    for name in ("documents", "samples", "sample index", "epoch", "cache"):
-        clock = 0 if name in ("epoch", "cache") else 1
+    parts = "documents", "samples", "sample index"
+    for name, clock in (*((part, 1) for part in parts), ("epoch", 1), ("epoch", 0), ("cache", 0)):
         lines.append({"what": name, "clock": ("wall", "CPU")[clock], "core_s": ours[name][clock],
                       "numpy_s": theirs[name][clock] if name in theirs else None})  # fmt: skip
     return lines, {"documents": len(sizes), "samples": samples} | peaks

@@ -91,7 +91,7 @@ def test_loss_falls_and_the_run_folder_is_whole(straight):
     assert evaluations[-1]["valid_loss"] < steps[0]["loss"] - 2.5
     assert sum(steps[-1]["counts_LE"][0]) == 2 * 4 * 32 * 2          # accumulation x rows x tokens x K
     assert {p.name for p in straight.iterdir()} - {"plot.png"} == {"config.toml", "run.log", "metrics.jsonl", "ckpt",
-                                                                   "tokenizer.json"}
+                                                                   "tokenizer.json", "tokenizer.sha256"}
     said = (straight / "run.log").read_text()
     assert "step 20/20 | loss" in said and "unigram entropy" in said and "sample: def " in said
     assert f"tok/s | epoch {160 / samples:.2f} | load" in said
