@@ -116,8 +116,8 @@ int moe_grouped_gemm_wgrad(int dtype, int64_t R, int64_t E, int64_t I, int64_t O
 
 // ---- act.c ---------------------------------------------------------------------------------------------------------
 // The first four are gated: act(gate) * up, or with its clamps (clamp(up) + 1) that of swiglu_oai.
-typedef enum { MOE_SWIGLU, MOE_GEGLU, MOE_GEGLU_TANH, MOE_SWIGLU_OAI, MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU }
-    moe_act;
+typedef enum { MOE_SWIGLU, MOE_GEGLU, MOE_GEGLU_TANH, MOE_SWIGLU_OAI,
+               MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU } moe_act;
 int moe_act_gated(int act);
 // a_NF = act(h): gated h_NU = [gate | up] along a row, U = 2F.
 int moe_activation(int dtype, int act, int64_t N, int64_t F, const void *h_NU, void *a_NF);

@@ -274,6 +274,7 @@ def test_a_run_on_two_ranks_records_the_same(data, tmp_path):                   
     want, got = ([r for r in records(folder) if "loss" not in r] for folder in (one, two))
     assert [sorted(r) for r in got] == [sorted(r) for r in want] and len(want) == 3 and "choices_acc" in want[2]
     for a, b in zip(got, want, strict=True):
+        assert a.pop("seconds") > 0 < b.pop("seconds")
         assert a == pytest.approx(b, rel=1e-9)
 
 

@@ -157,6 +157,7 @@ def test_sets_during_training_and_as_a_command(data, tmp_path, monkeypatch, caps
     assert named_sets(load(folder / "config.toml").data.eval_sets) == {
         "few": str(tmp_path / "a b" / "few"), "train-1": str(data / "train")}
     run, found = evaluate.load_run(folder), [r for r in records(folder) if r["step"] == 20 and "loss" not in r]
+    assert {r.pop("tokens") for r in found} == {20 * 2 * 4 * 32} and len({r.pop("seconds") for r in found}) == 1
     for name, prefix, bound in (("few", tmp_path / "a b" / "few", None), ("train-1", data / "train", 4),
                                 ("valid", data / "valid", 4)):
         dataset = IndexedDataset(prefix)
