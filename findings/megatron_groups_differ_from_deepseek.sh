@@ -2,8 +2,8 @@
 # Group-limited routing is three rules under one name. A group of experts is scored by the sum of its best 2 in transformers'
 # DeepSeek-V3, by its best 1 in transformers' DeepSeek-V2, and by its best (top k // groups chosen) in megatron-core, which
 # names both models as its use cases. The quotient is 2 in the shapes of both: right for V3 (256 experts, top 8 of 4 of 8
-# groups), and for V2 (160 experts, top 6 of 3 of 8) every third token gets other experts. In other shapes half of the
-# tokens do. A model that is trained by one rule and run by another loads without a word: no tensor is named or shaped otherwise.
+# groups), and for V2 (160 experts, top 6 of 3 of 8) every third token gets other experts. In other shapes up to half of the
+# tokens do, and none of the shapes below is refused.
 #
 # Seen with transformers 5.24.0, megatron-core 0.16.1, torch 2.13.0+cpu (SEEN below). Needs: Python 3.11, network to a
 # package index. Three minutes, most of them pip.

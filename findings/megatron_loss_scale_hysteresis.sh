@@ -2,8 +2,8 @@
 # megatron-core's dynamic loss scale is documented to fall after `hysteresis` overflows in a row (2 by default). They need not
 # be in a row: good steps do not restore the hysteresis, only growth of the scale does, after 1000 good steps without a break
 # (loss_scale_window). An overflow 900 steps after the first halves the scale, the next one, 900 steps on, halves it at once,
-# and the first after the scale has grown leaves it alone. Whoever builds "consecutive" from the text, or resumes a run in
-# another loop, skips other steps.
+# and the first after the scale has grown leaves it alone. Whoever builds "consecutive" from the text gets another
+# scale from the second overflow on.
 #
 # The class puts its tensors on "cuda"; the script puts them on the CPU and changes nothing else.
 # Seen with megatron-core 0.16.1, torch 2.13.0+cpu (SEEN below). Needs: Python 3.11, network to a package index. Two minutes,
