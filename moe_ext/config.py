@@ -208,6 +208,7 @@ def named_sets(text: str) -> dict[str, str]:
         require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None, f"the sets {text!r}: got the name {name!r}, "
                 "wanted letters, digits, _, - and .: it names numbers in metrics.jsonl and TensorBoard")
         require(name != "valid", f"the sets {text!r}: valid is the name of data.valid: choose another")
+        require(name != "mean", f"the sets {text!r}: mean_loss is that of the training steps: choose another name")
         require(name not in sets, f"the sets {text!r} have {name} twice: give each a name of its own")
         sets[name] = prefix
     return sets

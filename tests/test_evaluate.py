@@ -199,6 +199,7 @@ def test_without_held_out_text_of_the_run(data, tmp_path, monkeypatch, capsys): 
     "code": "got 'code', wanted NAME=PREFIX", "code=": "got 'code=', wanted NAME=PREFIX",
     "=x": "got the name '', wanted letters", "a/b=x": "got the name 'a/b', wanted letters, digits",
     "é=x": "got the name 'é'", "valid=x": "valid is the name of data.valid: choose another",
+    "mean=x": "mean_loss is that of the training steps: choose another name",
     "a=x b=y a=z": "have a twice: give each a name of its own", "a='x": "No closing quotation"}.items())
 def test_sets_that_are_none(straight, monkeypatch, sets, words):                            # noqa: F811
     with pytest.raises(ConfigError, match=re.escape(words)):
