@@ -173,7 +173,7 @@ def main() -> None:
         Args:
             run: the run folder
             data: prefix of the tokens (PREFIX.bin, PREFIX.idx), of the run's tokenizer
-            sets: several: "NAME=PREFIX NAME=PREFIX"
+            sets: several, also blends: "NAME=PREFIX NAME='0.7 PREFIX 0.3 PREFIX'"
             choices: a file of questions in HellaSwag's layout (.jsonl)
             plain: of the questions read ctx and endings as they stand, as build-nanogpt does, not as
                 lm-evaluation-harness does
