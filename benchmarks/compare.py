@@ -161,7 +161,7 @@ class Trainee:
             out = self.model(batch.tokens, batch.targets, draws)
         loss, aux = backward(self.model, out, self.mesh, tokens=config.tokens_per_step)
         balance = aux / (config.model.moe.balance_weight or 1)
-        return {"loss": loss, "balance": balance, "counts_LE": out.counts_LE, "dropped": out.dropped}
+        return {"loss": loss, "balance": balance, "counts_LE": out.counts_LE, "dropped": out.dropped_L.sum()}
 
     def update(self, step: int) -> None:
         optim = self.config.optim

@@ -275,8 +275,20 @@ def write(report, out, name):
     """The report into the folder `out`; {cpu} in `name` becomes that of the report."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / name.format(cpu=re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-"))
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(lines(report) + "\n")
     print(f"\n{path}")
+
+
+def lines(value, indent="\n"):
+    """JSON, a line for each entry of a table and each item of a list; numbers and what else holds none on one."""
+    if isinstance(value, dict) and value:
+        items = [f"{json.dumps(key)}: {lines(of, indent + ' ')}" for key, of in value.items()]
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, (dict, list, tuple)) for item in value):
+        items = [json.dumps(item) for item in value]
+    else:
+        return json.dumps(value)
+    begin, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{begin}{indent} " + f",{indent} ".join(items) + f"{indent}{end}"
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ class DataConfig:
                                                 # of several: "0.7 PREFIX 0.3 PREFIX"
     valid: str = "data/text/valid"              # prefix or blend of the held-out tokens; "": no evaluation
     split: str = ""                             # "949,50,1": train, valid and test are these shares of data.train
-    eval_sets: str = ""                         # more held-out tokens: "NAME=PREFIX NAME=PREFIX"
+    eval_sets: str = ""                         # more held-out tokens: "NAME=PREFIX NAME='0.7 PREFIX 0.3 PREFIX'"
     choices: str = ""                           # questions in HellaSwag's layout (.jsonl), scored at each evaluation
     reset_attention: bool = False               # a token sees its own document alone
     reset_positions: bool = False               # positions begin anew in each document
@@ -196,7 +196,8 @@ class DataConfig:
 
 
 def named_sets(text: str) -> dict[str, str]:
-    """data.eval_sets -> prefix of the tokens by name. Words are a shell's: quotes hold blanks together. ConfigError."""
+    """data.eval_sets -> prefix or blend of the tokens by name. Words are a shell's: quotes hold blanks together.
+    ConfigError."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -208,6 +209,7 @@ def named_sets(text: str) -> dict[str, str]:
         require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None, f"the sets {text!r}: got the name {name!r}, "
                 "wanted letters, digits, _, - and .: it names numbers in metrics.jsonl and TensorBoard")
         require(name != "valid", f"the sets {text!r}: valid is the name of data.valid: choose another")
+        require(name != "mean", f"the sets {text!r}: mean_loss is that of the training steps: choose another name")
         require(name not in sets, f"the sets {text!r} have {name} twice: give each a name of its own")
         sets[name] = prefix
     return sets

@@ -173,7 +173,7 @@ def main() -> None:
         Args:
             run: the run folder
             data: prefix of the tokens (PREFIX.bin, PREFIX.idx), of the run's tokenizer
-            sets: several: "NAME=PREFIX NAME=PREFIX"
+            sets: several, also blends: "NAME=PREFIX NAME='0.7 PREFIX 0.3 PREFIX'"
             choices: a file of questions in HellaSwag's layout (.jsonl)
             plain: of the questions read ctx and endings as they stand, as build-nanogpt does, not as
                 lm-evaluation-harness does
@@ -189,10 +189,10 @@ def main() -> None:
             require(data or split or sets or choices, f"{run} was trained without held-out text (data.valid): give "
                     "--data PREFIX")
         prefixes = ({"valid": data} if data else {}) | named_sets(sets)
-        for _, prefix in (pair for text in prefixes.values() for pair in read_blend(text)):
-            same_tokenizer(run, prefix)
         opened = ({"valid": open_data(own.train, split=split).valid} if split else {}) | \
             {name: open_data(text).train for name, text in prefixes.items()}
+        for _, prefix in (pair for text in prefixes.values() for pair in read_blend(text)):
+            same_tokenizer(run, prefix)
         texts = {name: held_out(dataset, tokenizer) for name, dataset in opened.items() if dataset}
         for _, dataset in (pair for text in texts.values() for pair in text.dataset.parts):
             check_tokens(dataset, model.vocab_size, 0, 1)

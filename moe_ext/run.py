@@ -132,11 +132,13 @@ def absolute(config: Config) -> Config:
 
 
 def absolute_paths(section: dict) -> dict:
-    paths = {name: write_blend([(weight, os.path.abspath(prefix)) for weight, prefix in read_blend(section[name])])
-              for name in ("train", "valid") if section.get(name)}
+    def blend(text):
+        return write_blend([(weight, os.path.abspath(prefix)) for weight, prefix in read_blend(text)])
+
+    paths = {name: blend(section[name]) for name in ("train", "valid") if section.get(name)}
     if section.get("eval_sets"):
-        paths["eval_sets"] = " ".join(f"{name}={shlex.quote(os.path.abspath(prefix))}"
-                                       for name, prefix in named_sets(section["eval_sets"]).items())
+        paths["eval_sets"] = " ".join(f"{name}={shlex.quote(blend(text))}"
+                                      for name, text in named_sets(section["eval_sets"]).items())
     return section | paths | {name: os.path.abspath(section[name]) for name in ("choices", "tokenizer", "folder",
                                                                                "cache") if section.get(name)}
 
@@ -164,8 +166,8 @@ def tokenizers(config: Config) -> dict[str, str | None]:
     """Which tokenizer all that a run reads is of: data.tokenizer and each prefix of tokens -> its hash; None for tokens
     without meta.json, those of other programs."""
     data = config.data
-    prefixes = [prefix for text in filter(None, (data.train, data.valid)) for _, prefix in read_blend(text)]
-    prefixes += named_sets(data.eval_sets).values()
+    texts = filter(None, (data.train, data.valid, *named_sets(data.eval_sets).values()))
+    prefixes = [prefix for text in texts for _, prefix in read_blend(text)]
     own = {data.tokenizer: tokenizer_hash(data.tokenizer)} if data.tokenizer else {}
     return own | {prefix: hash_of(prefix) for prefix in prefixes}
 

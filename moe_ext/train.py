@@ -19,7 +19,6 @@ dies ends all others with a sentence.
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
 import signal
 import sys
@@ -32,7 +31,7 @@ import torch
 
 from moe_ext import checkpoint, choices, private
 from moe_ext.config import Config, named_sets, parse, plain, require
-from moe_ext.data import IndexedDataset, Loader
+from moe_ext.data import Loader, open_data
 from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
 from moe_ext.generate import complete, load_tokenizer
 from moe_ext.log import Log, Memory, Silence, Timers, peak_flops, plot
@@ -88,12 +87,12 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     loader = Loader(data, seq_len=config.model.seq_len, seed=t.seed, batch_size=config.sequences_per_step,
                     vocab_size=config.model.vocab_size, **loader_options(config))
     paths = ({"valid": config.data.valid or config.data.train} if valid else {}) | named_sets(config.data.eval_sets)
-    sets = {name: valid if name == "valid" else IndexedDataset(path) for name, path in paths.items()}
+    sets = {name: valid if name == "valid" else open_data(path).train for name, path in paths.items()}
     here = [loader.identity(), *(dataset.digest for dataset in sets.values())]
     there = checkpoint.on_rank_0(lambda: here)
-    for path, same in zip((config.data.train, *paths.values()), map(operator.eq, here, there), strict=True):
-        require(same, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use storage "
-                "that they share")
+    for path, mine, its in zip((config.data.train, *paths.values()), here, there, strict=True):
+        require(mine == its, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use "
+                "storage that they share")
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)

@@ -150,12 +150,13 @@ def test_sets_during_training_and_as_a_command(data, tmp_path, monkeypatch, caps
     tokens = torch.tensor(IndexedDataset(data / "train").tokens[:400].astype("int64"))
     write(tmp_path / "a b" / "few", tokens, 320)
     monkeypatch.chdir(tmp_path)
-    sets = f"few='a b/few' train-1={data / 'train'}"
+    sets = f"""few='a b/few' train-1={data / 'train'} mix='1 "a b/few" 3 {data / 'train'}'"""
     folder = moe_ext.train.train(parse([*flags(data, tmp_path, data__eval_sets=sets, train__sample_tokens=0),
                                         "--log.tensorboard"]))
     monkeypatch.chdir("/")
     assert named_sets(load(folder / "config.toml").data.eval_sets) == {
-        "few": str(tmp_path / "a b" / "few"), "train-1": str(data / "train")}
+        "few": str(tmp_path / "a b" / "few"), "train-1": str(data / "train"),
+        "mix": f"1.0 '{tmp_path}/a b/few' 3.0 {data / 'train'}"}
     run, found = evaluate.load_run(folder), [r for r in records(folder) if r["step"] == 20 and "loss" not in r]
     assert {r.pop("tokens") for r in found} == {20 * 2 * 4 * 32} and len({r.pop("seconds") for r in found}) == 1
     for name, prefix, bound in (("few", tmp_path / "a b" / "few", None), ("train-1", data / "train", 4),
@@ -166,19 +167,22 @@ def test_sets_during_training_and_as_a_command(data, tmp_path, monkeypatch, caps
             assert loss == pytest.approx(plain_loss(run.model, tokens, 32), rel=1e-5)
         text = evaluate.held_out(dataset, folder / "tokenizer.json")
         entropy = "unigram_entropy" if name == "valid" else f"{name}_unigram_entropy"
-        assert {"step": 20, f"{name}_loss": loss, entropy: text.entropy,
-                **{f"{name}_{key}": value for key, value in text.compare(loss).items()}} in found
+        (record,) = (r for r in found if f"{name}_loss" in r)
+        assert record == {"step": 20, "tokens": 20 * 256, "seconds": record["seconds"], f"{name}_loss": loss,
+                          entropy: text.entropy,
+                          **{f"{name}_{key}": value for key, value in text.compare(loss).items()}}
         bits = text.compare(loss)["bits_per_byte"]
         assert (f"eval 20/20 | {name} loss {loss:.4f} | perplexity {math.exp(loss):.2f} | bits per byte {bits:.4f} | "
                 "unigram") in (folder / "run.log").read_text()
-    assert len(found) == 3
+    losses = {name: r[f"{name}_loss"] for name in ("few", "train-1", "mix") for r in found if f"{name}_loss" in r}
+    assert len(found) == 4 and losses["mix"] == pytest.approx(losses["few"] / 4 + losses["train-1"] * 3 / 4)
     capsys.readouterr()
     main(monkeypatch, evaluate, folder, "--batches", 4)
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(" loss ")[0] for line in said] == ["step 20 | valid", "step 20 | few", "step 20 | train-1"]
+    assert [line.split(" loss ")[0] for line in said] == [f"step 20 | {name}" for name in ("valid", *losses)]
     assert re.fullmatch(r"step 20 \| few loss \S+ \| perplexity \S+ \| bits per byte \d\.\d{4} \| unigram .*", said[1])
     main(monkeypatch, evaluate, folder, "--batches", 4, "--sets", f"again={data / 'train'}")
-    assert capsys.readouterr().out.replace("again", "train-1").splitlines() == said[2:]
+    assert capsys.readouterr().out.replace("again", "train-1").splitlines() == said[2:3]
 
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder / "tb"))
@@ -200,6 +204,7 @@ def test_without_held_out_text_of_the_run(data, tmp_path, monkeypatch, capsys): 
     "code": "got 'code', wanted NAME=PREFIX", "code=": "got 'code=', wanted NAME=PREFIX",
     "=x": "got the name '', wanted letters", "a/b=x": "got the name 'a/b', wanted letters, digits",
     "é=x": "got the name 'é'", "valid=x": "valid is the name of data.valid: choose another",
+    "mean=x": "mean_loss is that of the training steps: choose another name",
     "a=x b=y a=z": "have a twice: give each a name of its own", "a='x": "No closing quotation"}.items())
 def test_sets_that_are_none(straight, monkeypatch, sets, words):                            # noqa: F811
     with pytest.raises(ConfigError, match=re.escape(words)):

@@ -489,6 +489,10 @@ def test_plot_says_what_is_missing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no step line"):
         plot(tmp_path)
+    with pytest.raises(ValueError, match="got no run to plot: give one"):
+        plot([])
+    with pytest.raises(ValueError, match=r"-o .*/out: wanted the name of an image, as in -o .*/out/plot.png"):
+        plot(tmp_path, tmp_path / "out")
 
 
 def test_plot_without_matplotlib(tmp_path, clock, monkeypatch):

@@ -53,13 +53,18 @@ def plot(runs: str | Path | list[Path], out: str | Path | None = None, by: str |
     """Draw the losses over `by` ("step", "tokens", "time") and expert load of a run folder or several to `out`.
 
     One: over the step, to RUN/plot.png. Several: over each of the three, to comparison.png here. Errors: RuntimeError
-    without matplotlib; FileNotFoundError; ValueError for a file that says nothing, or nothing about `by`.
+    without matplotlib; FileNotFoundError; ValueError for a file that says nothing, or nothing about `by`, for no run
+    and for a name `out` that says no format.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise RuntimeError("the plot needs matplotlib: pip install matplotlib") from None
     folders = list(map(Path, runs)) if isinstance(runs, list) else [Path(runs)]
+    if not folders:
+        raise ValueError("got no run to plot: give one or several run folders, as in plot runs/tiny")
+    if out and not Path(out).suffix:        # matplotlib would add one, and the image lie elsewhere
+        raise ValueError(f"-o {out}: wanted the name of an image, as in -o {Path(out) / 'plot.png'}")
     runs = [read_run(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     for run in runs:
         if by and not run.has(by):
@@ -207,7 +212,7 @@ def draw_comparison(Figure, runs: list[Run], axes_by: list[str]):
                 panel.set_visible(False)
                 continue
             image = draw_load_map(panel, routed[number].routed, top)
-            panel.set_title(f"{routed[number].name}: expert load at step {routed[number].train[-1]['step']}",
+            panel.set_title(f"{routed[number].name}: expert load, up to step {routed[number].routed[-1]['step']}",
                             fontsize="medium")
         maps.colorbar(image, ax=grid, label="tokens / layer's mean")
     return figure
@@ -228,6 +233,7 @@ def draw_losses(axes, runs: list[Run], axis: Axis) -> None:
         axes.plot(axis.places(run.train), losses, linewidth=1.2, alpha=0.45 if run.valid else 1.0, **style,
                   label=None if run.valid else label)
     axes.set(xlabel=axis.label)
+    axes.xaxis.get_major_locator().set_params(integer=axis.by == "step")
     axes.grid(alpha=0.3)
     if left_out:
         axes.set_title(f"not known of {', '.join(left_out)}", fontsize="small")
