@@ -158,7 +158,6 @@ def test_sets_during_training_and_as_a_command(data, tmp_path, monkeypatch, caps
         "few": str(tmp_path / "a b" / "few"), "train-1": str(data / "train"),
         "mix": f"1.0 '{tmp_path}/a b/few' 3.0 {data / 'train'}"}
     run, found = evaluate.load_run(folder), [r for r in records(folder) if r["step"] == 20 and "loss" not in r]
-    assert {r.pop("tokens") for r in found} == {20 * 2 * 4 * 32} and len({r.pop("seconds") for r in found}) == 1
     for name, prefix, bound in (("few", tmp_path / "a b" / "few", None), ("train-1", data / "train", 4),
                                 ("valid", data / "valid", 4)):
         dataset = IndexedDataset(prefix)
