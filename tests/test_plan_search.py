@@ -34,7 +34,8 @@ def test_parameters_of_every_recipe(recipe):
     config = load(recipe)
     counted = sum(p.numel() for p in GPT(config.model, device="meta").parameters())
     assert sum(kind.count * math.prod(kind.shape) for kind in kinds(config.model)) == counted
-    assert Share.of(replace(config, mesh=MeshConfig())) == (counted, counted)
+    one = replace(config, mesh=MeshConfig(), train=replace(config.train, batch_ramp=""))    # of larger batches
+    assert Share.of(one) == (counted, counted)
     assert Share.of(config).parameters >= counted / config.mesh.world / 1.01
 
 
@@ -89,6 +90,9 @@ def test_time_is_that_of_a_measured_run():
     assert time.compute == pytest.approx(3 * config.tokens_per_step * sum(forward_flops(config.model)) / peak)
     faster = estimate(config, replace(DEVICES["h200"], tflops=2 * DEVICES["h200"].tflops))
     assert faster.compute == time.compute / 2 and faster.memory == time.memory
+    again = estimate(replace(config, train=replace(config.train, recompute=True)), DEVICES["h200"])
+    assert all(new > old for new, old in zip(again[:1] + again[4:], time[:1] + time[4:], strict=True))
+    assert again.memory == time.memory          # recomputed values are moved as well
     with pytest.raises(ConfigError, match="fp64, which has no CUDA kernels"):
         estimate(replace(config, train=replace(config.train, dtype="fp64")), DEVICES["h200"])
 
@@ -179,8 +183,9 @@ def test_what_would_fit_does(monkeypatch, capsys):
         options = shlex.split(way.partition(": ")[2].partition(" (")[0])
         config = parse([*recipe, *options])
         assert fits(config, DEVICES["a100-40gb"]) and config.sequences_per_step == 256
-    said = main(monkeypatch, capsys, "recipes/glm_4.5_air.toml", "--mesh.fsdp", "8")
-    assert "nothing on 8 x h100: the least is" in said and "--search 32" in said
+    options = "--mesh.fsdp 4 --train.batch-ramp= --memory-gb 70"
+    said = main(monkeypatch, capsys, "recipes/glm_4.5_air.toml", *options.split())
+    assert "nothing on 8 x h100: the least is" in said and "--device h100 --memory-gb 70.0 --search 32" in said
 
 
 def test_a_plan_says_all(monkeypatch, capsys):

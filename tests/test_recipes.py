@@ -18,6 +18,8 @@ from moe_ext import train
 from moe_ext.config import TYPES, Config, ConfigError, LogConfig, ModelConfig, MoEConfig, as_type, dumps, load, parse
 from moe_ext.model import GPT
 from moe_ext.ops.expert import GATED
+from moe_ext.plan.roofline import DEVICES
+from moe_ext.plan.search import fits
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 COUNTS = {      # total, active per token
@@ -133,6 +135,16 @@ def test_tokens_per_step():
                          ("glm_4.5_air", 16384 * 4096)):
         assert recipe(name).tokens_per_step == tokens, name
     assert recipe("moe_exp_dropless").mesh.ep == recipe("moe_exp_capacity").mesh.ep == 4
+
+
+def test_recipes_fit_the_gpus_that_docs_name():
+    """In the last column of the table, "8 of 80 GB", and by the planner's rule: nine tenths of it."""
+    rows = re.findall(r"^\| `(\w[\w.]*)` .*\| (\d+) of (\d+) GB \|$", (FOLDER.parent / "docs/recipes.md").read_text(),
+                      re.M)
+    assert len(rows) >= 13
+    for name, ranks, gigabytes in rows:
+        device = replace(DEVICES["h100"], memory=int(gigabytes))
+        assert recipe(name).mesh.world == int(ranks) and fits(recipe(name), device), name
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,7 +8,7 @@ from moe_ext.config import Config, ConfigError, divisors, load
 from moe_ext.model import GPT
 from moe_ext.plan import megatron
 from moe_ext.plan.memory import memory
-from moe_ext.plan.roofline import RESERVE, Device, Estimate, Shares, estimate, forward_flops
+from moe_ext.plan.roofline import DEVICES, RESERVE, Device, Estimate, Shares, estimate, forward_flops
 from moe_ext.plan.search import enough, fits, flags, largest, room, search, smallest
 from moe_ext.plan.shares import Share
 from moe_ext.plan.traffic import traffic
@@ -112,11 +112,20 @@ def more(config: Config, devices: int, device: Device, recipe: str) -> list[str]
         lines = [f"  nothing on {devices} x {device.name}: the least is {size(held.total).strip()} of "
                  f"{size(room(device)).strip()}, with {' '.join(flags(least, config)) or 'these options'}"]
     if number := enough(config, 2 * devices, device):
-        options = " ".join([*flags(config, load(recipe)), f"--device {device.name} --search {number}"])
+        options = " ".join([*flags(config, load(recipe)), *described(device), f"--search {number}"])
         lines.append(f"  {number} devices: python -m moe_ext.plan {recipe} {options}")
     else:
         lines.append("  or devices with more memory (--device), fewer tokens (model.seq_len), a smaller model")
     return lines
+
+
+def described(device: Device) -> list[str]:
+    """The planner's options that make this device."""
+    own = DEVICES[device.name]
+    names = {"tflops": "peak-tflops", "memory": "memory-gb", "bandwidth": "bandwidth", "link": "link",
+             "network": "network"}
+    return [f"--device {device.name}", *(f"--{option} {getattr(device, name)}" for name, option in names.items()
+                                         if getattr(device, name) != getattr(own, name))]
 
 
 def found(config: Config, devices: int, device: Device, per_host: int, shares: Shares, top: int, recipe: str) -> str:

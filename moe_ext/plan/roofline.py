@@ -11,7 +11,7 @@ leaves its host takes the network of all its devices; an exchange sends each pai
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_ext.config import Config, ModelConfig, require
@@ -106,7 +106,7 @@ def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares =
     inner, head = forward_flops(config.model)
     flops = config.tokens_per_step / mesh.world * ((3 + t.recompute) * inner + 3 * head)
     compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
-    share, saved = Share.of(config), activations(config)
+    share, saved = Share.of(config), activations(replace(config, train=replace(t, recompute=False)))
     state = 7 * real * share.parameters + t.accumulation * share.whole * (2 * half + real)
     memory = (state + t.accumulation * 2 * saved) / device.bandwidth / 1e9
 
@@ -121,8 +121,9 @@ def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares =
             hidden += max(on_link, on_network)
         else:
             waited += max(on_link, on_network)
-    # each value saved is written and read by the forward, and so is its gradient by the backward
-    computing = compute / shares.compute + (state + t.accumulation * 4 * saved) / device.bandwidth / 1e9 / shares.memory
+    # each value saved is written and read by the forward, again if that is recomputed, and its gradient by the backward
+    moved = state + t.accumulation * (4 + 2 * t.recompute) * saved
+    computing = compute / shares.compute + moved / device.bandwidth / 1e9 / shares.memory
     return Estimate(compute, memory, links, network,
                     computing + waited / shares.wires + max(0.0, hidden / shares.wires - computing))
 
