@@ -189,11 +189,14 @@ def main() -> None:
             require(data or split or sets or choices, f"{run} was trained without held-out text (data.valid): give "
                     "--data PREFIX")
         prefixes = ({"valid": data} if data else {}) | named_sets(sets)
-        for _, prefix in (pair for text in prefixes.values() for pair in read_blend(text)):
-            same_tokenizer(run, prefix)
         opened = ({"valid": open_data(own.train, split=split).valid} if split else {}) | \
             {name: open_data(text).train for name, text in prefixes.items()}
+        for _, prefix in (pair for text in (own.train if split else "", *prefixes.values()) if text
+                          for pair in read_blend(text)):
+            same_tokenizer(run, prefix)
         texts = {name: held_out(dataset, tokenizer) for name, dataset in opened.items() if dataset}
+        require(texts or choices, f"{run} was trained without held-out text (data.split {split} has no share of it): "
+                "give --data PREFIX")
         for _, dataset in (pair for text in texts.values() for pair in text.dataset.parts):
             check_tokens(dataset, model.vocab_size, 0, 1)
         questions = read(choices, load_tokenizer(tokenizer), model, plain) if choices else []

@@ -99,7 +99,12 @@ def check(path: Path, config: Config, loader: Loader) -> None:
                               f"{config.data.train} as data.train, model.seq_len and train.seed now have it "
                               f"({'; '.join(differing)}): continue with those that it had, or start a new run with "
                               f"these weights: --weights {path}")
-    there, here = tokenizer_of(path.parent.parent), check_tokenizer(config)
+    check_words(path, config)
+
+
+def check_words(path: Path, config: Config) -> None:
+    """CheckpointError if the checkpoint `path` is of a run with another tokenizer than that of `config`."""
+    there, here = tokenizer_of(path.absolute().parents[1]), check_tokenizer(config)
     if there and here and there != here:
         raise CheckpointError(f"{path} is of a run with the tokenizer {there[:12]}, but data.tokenizer and the data "
                               f"are now of {here[:12]}: give the tokenizer that it had")
