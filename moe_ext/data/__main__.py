@@ -63,15 +63,16 @@ def merge(prefixes: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
         if path.exists():
             raise ValueError(f"out: {path} exists: delete it or choose another PREFIX")
     metas = [identity.data_meta(prefix) for prefix in prefixes]
-    hashes = {meta.get("tokenizer_sha256") for meta in metas if meta}
-    if len(hashes) > 1:
-        raise ValueError(f"merge: got tokens of {len(hashes)} tokenizers, wanted one: prepare them with the same "
+    hashes = {(meta or {}).get("tokenizer_sha256") for meta in metas}
+    if len(known := hashes - {None}) > 1:
+        raise ValueError(f"merge: got tokens of {len(known)} tokenizers, wanted one: prepare them with the same "
                          "--tokenizer")
     indexed.merge(prefixes, out)
     if all(metas):
         sides = [meta[indexed.token_paths(prefix)[0].stem] for meta, prefix in zip(metas, prefixes, strict=True)]
         total = {name: sum(side[name] for side in sides) for name in ("documents", "bytes", "tokens")}
-        meta = {name: metas[0].get(name) for name in ("format", "vocab_size", "end_of_text", "tokenizer_sha256")}
+        meta = {name: metas[0].get(name) for name in ("format", "vocab_size", "end_of_text")}
+        meta["tokenizer_sha256"] = hashes.pop() if len(hashes) == 1 else None       # some may be of an older version
         write_whole(Path(f"{out}.meta.json"), json.dumps({**meta, out.name: total}, indent=1) + "\n")
     merged = IndexedDataset(out)
     print(f"{out}: {len(merged):,} documents, {len(merged.tokens):,} tokens of {merged.tokens.dtype}")
