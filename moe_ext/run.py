@@ -118,7 +118,8 @@ def own(path: Path, config: Config) -> bool:
 def same_evaluation(path: Path, state: State, config: Config) -> bool:
     """Whether the best loss so far, of a checkpoint, is one that this run's evaluations can be compared with; with
     train.keep_best also whether its checkpoint was kept."""
-    decisive = {"data.valid", "data.split", "train.eval_batches", "model.seq_len"}
+    decisive = {"data.valid", "data.split", "data.reset_attention", "data.reset_positions", "data.mask_end",
+                "train.eval_batches", "model.seq_len"}
     same = decisive.isdisjoint(name for name, *_ in changes(state, config))
     return same and own(path, config) and (state.best_step is not None or not config.train.keep_best)
 
