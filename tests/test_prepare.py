@@ -548,6 +548,8 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     (tmp_path / "older" / "meta.json").write_text(json.dumps(older))
     command(monkeypatch, "merge", out / "train", tmp_path / "older" / "train", "--out", tmp_path / "unknown")
     assert data_meta(tmp_path / "unknown")["tokenizer_sha256"] is None
+    with pytest.raises(SystemExit, match="got --text twice"):
+        command(monkeypatch, "prepare", "--text", source, "--text=" + str(tmp_path / "other"), "--out", tmp_path / "no")
     with pytest.raises(SystemExit, match=r"merged.bin exists: delete it"):
         command(monkeypatch, "merge", out / "train", "--out", tmp_path / "merged")
     prepare(options(tmp_path / "third", source), say=str)

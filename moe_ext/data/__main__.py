@@ -79,6 +79,10 @@ def merge(prefixes: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
 
 
 def main() -> None:
+    options = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    if twice := {option for option in options if options.count(option) > 1}:
+        raise ValueError(f"got {' and '.join(sorted(twice))} twice, of which the first would be lost: put all values "
+                         "behind one")
     command = tyro.extras.subcommand_cli_from_dict(
         {"prepare": Prepare, "show": show, "merge": merge, "shards": Shards}, prog="python -m moe_ext.data")
     if isinstance(command, Prepare):
