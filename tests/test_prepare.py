@@ -548,6 +548,14 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     (tmp_path / "older" / "meta.json").write_text(json.dumps(older))
     command(monkeypatch, "merge", out / "train", tmp_path / "older" / "train", "--out", tmp_path / "unknown")
     assert data_meta(tmp_path / "unknown")["tokenizer_sha256"] is None
+    (tmp_path / "foreign.json").write_text("{}")
+    for suffix in (".bin", ".idx"):
+        shutil.copyfile(out / f"train{suffix}", tmp_path / f"alone{suffix}")
+    for prefix, path, words in ((out / "train", "foreign.json", "is not that of .*out/train"),
+                                (out / "train", "nowhere.json", r"No such file .*nowhere\.json"),
+                                (tmp_path / "alone", "foreign.json", r"foreign\.json: .* wanted a tokenizer\.json")):
+        with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+            command(monkeypatch, "show", prefix, "--tokenizer", tmp_path / path)
     with pytest.raises(SystemExit, match="got --text twice"):
         command(monkeypatch, "prepare", "--text", source, "--text=" + str(tmp_path / "other"), "--out", tmp_path / "no")
     with pytest.raises(SystemExit, match=r"merged.bin exists: delete it"):

@@ -10,6 +10,7 @@ from moe_ext.data.indexed import IndexedDataset, unigram_entropy
 from moe_ext.data.prepare import Prepare, prepare, read_meta, say_left_out
 from moe_ext.data.shards import Shards, shards
 from moe_ext.data.target import write_whole
+from moe_ext.data.tokenise import load
 
 
 def show(path: tyro.conf.Positional[Path], tokenizer: str = "") -> None:
@@ -32,7 +33,6 @@ def show(path: tyro.conf.Positional[Path], tokenizer: str = "") -> None:
 
 
 def show_tokens(prefix: Path, tokenizer: str) -> None:
-    from tokenizers import Tokenizer
     dataset, meta = IndexedDataset(prefix), identity.data_meta(prefix) or {}
     idx_path = indexed.token_paths(prefix)[1]
     sequences = indexed.HEADER.unpack(idx_path.open("rb").read(indexed.HEADER.size))[3] if idx_path.is_file() else 0
@@ -42,9 +42,11 @@ def show_tokens(prefix: Path, tokenizer: str) -> None:
         print(f"    vocabulary {meta['vocab_size']:,}, {side['bytes'] / side['tokens']:.2f} bytes a token, "
               f"unigram entropy {unigram_entropy(dataset):.3f} nats")
     own = prefix.parent / meta.get("tokenizer", "tokenizer.json")
+    if tokenizer and (wanted := meta.get("tokenizer_sha256")) and identity.tokenizer_hash(tokenizer) != wanted:
+        raise ValueError(f"tokenizer: {tokenizer} is not that of {prefix} ({wanted[:12]}): leave it off, or give that")
     first = dataset.tokens[:24].tolist()
     if tokenizer or (meta and own.is_file()):
-        print(f"    begins {Tokenizer.from_file(tokenizer or str(own)).decode(first, skip_special_tokens=False)!r}")
+        print(f"    begins {load(Path(tokenizer or own)).decode(first, skip_special_tokens=False)!r}")
     else:
         print(f"    begins {' '.join(map(str, first))}")
 
