@@ -558,6 +558,8 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
             command(monkeypatch, "show", prefix, "--tokenizer", tmp_path / path)
     with pytest.raises(SystemExit, match="got --text twice"):
         command(monkeypatch, "prepare", "--text", source, "--text=" + str(tmp_path / "other"), "--out", tmp_path / "no")
+    with pytest.raises(SystemExit, match=r"is a folder, wanted the PREFIX of files to write"):
+        command(monkeypatch, "merge", out / "train", "--out", tmp_path)
     with pytest.raises(SystemExit, match=r"merged.bin exists: delete it"):
         command(monkeypatch, "merge", out / "train", "--out", tmp_path / "merged")
     prepare(options(tmp_path / "third", source), say=str)

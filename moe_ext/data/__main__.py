@@ -60,6 +60,8 @@ def merge(prefixes: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
     """
     if not prefixes:
         raise ValueError("merge: got no PREFIX, wanted the token files to merge")
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder, wanted the PREFIX of files to write, as in {out / 'train'}")
     out = indexed.token_paths(out)[0].with_suffix("")
     for path in indexed.token_paths(out):
         if path.exists():
