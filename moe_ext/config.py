@@ -190,7 +190,8 @@ class DataConfig:
         require(self.prefetch >= 0, f"data.prefetch is {self.prefetch}; it cannot be negative")
         require(not (self.split and self.valid), f"data.split {self.split} takes the held-out text out of data.train, "
                 f"but data.valid is {self.valid}: give one of them, the other as \"\"")
-        named_sets(self.eval_sets)
+        require("test" not in named_sets(self.eval_sets) or not self.split, f"the sets {self.eval_sets!r}: test is the "
+                f"name of a part of data.split {self.split}: choose another")
         require(not self.choices or self.tokenizer, f"data.choices {self.choices} is text: give --data.tokenizer the "
                 "file that made the training tokens, or --data.choices \"\"")
 

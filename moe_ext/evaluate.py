@@ -168,7 +168,7 @@ def main() -> None:
     def command(run: tyro.conf.Positional[Path], /, data: str = "", sets: str = "", choices: str = "",
                 plain: bool = False, checkpoint: Path | None = None, batches: int = 0) -> None:
         """Held-out loss of a run, and its share of right answers to multiple-choice questions. Without data, sets and
-        choices: of all that the run itself was evaluated on.
+        choices: of all that the run itself was evaluated on, and of the test part of its data.split.
 
         Args:
             run: the run folder
@@ -189,11 +189,15 @@ def main() -> None:
             require(data or split or sets or choices, f"{run} was trained without held-out text (data.valid): give "
                     "--data PREFIX")
         prefixes = ({"valid": data} if data else {}) | named_sets(sets)
-        opened = ({"valid": open_data(own.train, split=split).valid} if split else {}) | \
+        sides = open_data(own.train, split=split)._asdict() if split else {}
+        opened = {name: sides[name] for name in ("valid", "test") if sides.get(name)} | \
             {name: open_data(text).train for name, text in prefixes.items()}
-        for _, prefix in (pair for text in prefixes.values() for pair in read_blend(text)):
+        for _, prefix in (pair for text in (own.train if split else "", *prefixes.values()) if text
+                          for pair in read_blend(text)):
             same_tokenizer(run, prefix)
-        texts = {name: held_out(dataset, tokenizer) for name, dataset in opened.items() if dataset}
+        texts = {name: held_out(dataset, tokenizer) for name, dataset in opened.items()}
+        require(texts or choices, f"{run} was trained without held-out text (data.split {split} has no share of it): "
+                "give --data PREFIX")
         for _, dataset in (pair for text in texts.values() for pair in text.dataset.parts):
             check_tokens(dataset, model.vocab_size, 0, 1)
         questions = read(choices, load_tokenizer(tokenizer), model, plain) if choices else []

@@ -29,6 +29,8 @@ def preflight(config: Config, rank: int = 0,
     require(not t.memory_snapshot or device.type == "cuda", f"train.memory_snapshot records CUDA allocations, but "
             f"train.device is {device.type}: leave it off; profile/ops.txt shows what each op allocates")
     train, valid, _ = open_data(config.data.train, config.data.valid, config.data.split)
+    require(valid or not t.keep_best, f"train.keep_best keeps the checkpoint of the best evaluation, but data.split "
+            f"{config.data.split} holds nothing out: give it a second share or leave it off")
     for data in filter(None, (train, valid, *(open_data(text).train
                                               for text in named_sets(config.data.eval_sets).values()))):
         Loader(data, seq_len=config.model.seq_len, batch_size=1, **loader_options(config))  # long enough

@@ -99,7 +99,12 @@ def check(path: Path, config: Config, loader: Loader) -> None:
                               f"{config.data.train} as data.train, model.seq_len and train.seed now have it "
                               f"({'; '.join(differing)}): continue with those that it had, or start a new run with "
                               f"these weights: --weights {path}")
-    there, here = tokenizer_of(path.parent.parent), check_tokenizer(config)
+    check_words(path, config)
+
+
+def check_words(path: Path, config: Config) -> None:
+    """CheckpointError if the checkpoint `path` is of a run with another tokenizer than that of `config`."""
+    there, here = tokenizer_of(path.absolute().parents[1]), check_tokenizer(config)
     if there and here and there != here:
         raise CheckpointError(f"{path} is of a run with the tokenizer {there[:12]}, but data.tokenizer and the data "
                               f"are now of {here[:12]}: give the tokenizer that it had")
@@ -113,7 +118,8 @@ def own(path: Path, config: Config) -> bool:
 def same_evaluation(path: Path, state: State, config: Config) -> bool:
     """Whether the best loss so far, of a checkpoint, is one that this run's evaluations can be compared with; with
     train.keep_best also whether its checkpoint was kept."""
-    decisive = {"data.valid", "data.split", "train.eval_batches", "model.seq_len"}
+    decisive = {"data.valid", "data.split", "data.reset_attention", "data.reset_positions", "data.mask_end",
+                "train.eval_batches", "model.seq_len"}
     same = decisive.isdisjoint(name for name, *_ in changes(state, config))
     return same and own(path, config) and (state.best_step is not None or not config.train.keep_best)
 

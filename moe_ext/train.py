@@ -43,7 +43,7 @@ from moe_ext.parallel.mesh import Mesh, check_world
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
-from moe_ext.run import absolute, begin, check, data_lines, loader_options, locked, own, same_evaluation
+from moe_ext.run import absolute, begin, check, check_words, data_lines, loader_options, locked, own, same_evaluation
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
         if scaler.enabled and state.extra:
             scaler.load_state_dict(state.extra)
     elif weights_from is not None:
+        checkpoint.on_rank_0(lambda: check_words(weights_from, config))
         first = checkpoint.load(weights_from, model=model)
 
     # the run folder
@@ -319,6 +320,8 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
                                          seed=config.train.seed))
+    elif weights_from:
+        check_words(weights_from, config)
     if path := start_from or weights_from:
         checkpoint.check_model(path, model, config=dataclasses.asdict(config) if start_from else None)
 

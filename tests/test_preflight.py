@@ -68,6 +68,11 @@ def test_what_is_in_order_leaves_nothing_behind(data, tmp_path):                
     assert preflight(plain(parse(flags(data, tmp_path, data__valid="", data__tokenizer=""))))[1] is None
 
 
+def test_the_best_of_no_evaluation(data, tmp_path):                                         # noqa: F811
+    with pytest.raises(ConfigError, match=r"train.keep_best .* data.split 9,0,1 holds nothing out"):
+        preflight(plain(parse([*flags(data, tmp_path, data__valid="", data__split="9,0,1"), "--train.keep-best"])))
+
+
 def test_room_for_the_checkpoints(data, tmp_path, monkeypatch):                             # noqa: F811
     size, usage = 3 * 4 * 51648, shutil.disk_usage(tmp_path)
     options = dict(train__steps=20, train__save_every=5)

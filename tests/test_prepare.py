@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import sys
 
@@ -325,7 +326,8 @@ def test_bad_input_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("wrong, message", [
     ({"vocab_size": 256}, "vocab_size: got 256"), ({"valid_fraction": 0}, "valid_fraction: got 0"),
     ({"max_mb": -1}, "max_mb: got -1"), ({"seed": -1}, "seed: got -1"), ({"workers": -1}, "workers: got -1"),
-    ({"cut_kb": -1}, "cut_kb: got -1"), ({"bpe_mb": float("nan")}, "bpe_mb: got nan")])
+    ({"cut_kb": -1}, "cut_kb: got -1"), ({"cut_kb": float("nan")}, "cut_kb: got nan"),
+    ({"bpe_mb": float("nan")}, "bpe_mb: got nan")])
 def test_options_out_of_range(wrong, message):
     with pytest.raises(ValueError, match=message):
         Prepare(**wrong)
@@ -541,6 +543,23 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     meta = data_meta(tmp_path / "merged")
     assert meta["tokenizer_sha256"] == read_meta(out)["tokenizer_sha256"]
     assert meta["merged"]["bytes"] == read_meta(out)["train"]["bytes"] + 1
+    older = {name: value for name, value in read_meta(out).items() if name != "tokenizer_sha256"} | {"format": 1}
+    shutil.copytree(out, tmp_path / "older")
+    (tmp_path / "older" / "meta.json").write_text(json.dumps(older))
+    command(monkeypatch, "merge", out / "train", tmp_path / "older" / "train", "--out", tmp_path / "unknown")
+    assert data_meta(tmp_path / "unknown")["tokenizer_sha256"] is None
+    (tmp_path / "foreign.json").write_text("{}")
+    for suffix in (".bin", ".idx"):
+        shutil.copyfile(out / f"train{suffix}", tmp_path / f"alone{suffix}")
+    for prefix, path, words in ((out / "train", "foreign.json", "is not that of .*out/train"),
+                                (out / "train", "nowhere.json", r"No such file .*nowhere\.json"),
+                                (tmp_path / "alone", "foreign.json", r"foreign\.json: .* wanted a tokenizer\.json")):
+        with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+            command(monkeypatch, "show", prefix, "--tokenizer", tmp_path / path)
+    with pytest.raises(SystemExit, match="got --text twice"):
+        command(monkeypatch, "prepare", "--text", source, "--text=" + str(tmp_path / "other"), "--out", tmp_path / "no")
+    with pytest.raises(SystemExit, match=r"is a folder, wanted the PREFIX of files to write"):
+        command(monkeypatch, "merge", out / "train", "--out", tmp_path)
     with pytest.raises(SystemExit, match=r"merged.bin exists: delete it"):
         command(monkeypatch, "merge", out / "train", "--out", tmp_path / "merged")
     prepare(options(tmp_path / "third", source), say=str)

@@ -417,17 +417,21 @@ def test_a_lock_clears_what_a_killed_save_left(tmp_path):
         assert names(tmp_path / "ckpt") == []
 
 
-@pytest.mark.parametrize("change", [dict(data__valid="other/valid"), dict(train__eval_batches=1)], ids=str)
+@pytest.mark.parametrize("change", [dict(data__valid="other/valid"), dict(train__eval_batches=1),
+                                    dict(data__mask_end=True)], ids=str)
 def test_another_evaluation_has_a_best_of_its_own(data, tmp_path, change):                  # noqa: F811
-    def start(steps, resume="", **options):
-        options = dict(train__steps=steps, train__eval_every=2, data__tokenizer="") | options
-        return moe_ext.train.train(parse([*flags(data, tmp_path, **options), "--train.keep-best"]), resume)
+    def start(steps, resume="", **changed):
+        config = parse([*flags(data, tmp_path, train__steps=steps, train__eval_every=2, data__tokenizer=""),
+                        "--train.keep-best"])
+        for name, value in changed.items():
+            config = changed_field(config, name.split("__"), value)
+        return moe_ext.train.train(config, resume)
 
     newest = checkpoint.latest(start(4) / "ckpt")
     state = json.loads((newest / "state.json").read_text())
     (newest / "state.json").write_text(json.dumps(state | {"best_loss": -1.0}))         # which no evaluation beats
     shutil.copytree(data, tmp_path / "other")
-    change = {name: tmp_path / value if name == "data__valid" else value for name, value in change.items()}
+    change = {name: str(tmp_path / value) if name == "data__valid" else value for name, value in change.items()}
     folder = start(6, "auto", **change)
     assert checkpoint.read_state(checkpoint.latest(folder / "ckpt")).best_step == 6
 

@@ -70,6 +70,8 @@ def test_a_folder_that_cannot_be_read_is_counted(tmp_path, monkeypatch):
 def test_named_paths_must_be_good(tmp_path):
     with pytest.raises(FileNotFoundError, match="give a path or `stdlib`"):
         find((str(tmp_path / "nowhere"),), LeftOut())
+    with pytest.raises(ValueError, match="got an empty name"):
+        find(("",), LeftOut())
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="neither a file nor a folder"):
         find((str(tmp_path / "pipe"),), LeftOut())

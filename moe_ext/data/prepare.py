@@ -54,7 +54,7 @@ class Text:
             object.__setattr__(self, "text", (self.text,))
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: got {self.seed}, wanted 0 to 2^64 - 1")
-        if self.cut_kb < 0:
+        if not 0 <= self.cut_kb < math.inf:
             raise ValueError(f"cut_kb: got {self.cut_kb}, wanted kilobytes, or 0 for no limit")
 
 

@@ -101,6 +101,8 @@ def find(roots: tuple[str, ...], left_out: LeftOut) -> list[Source]:
     """The files behind --text, each once, sorted by name within a folder. FileNotFoundError if there are none."""
     found = {}
     for text in roots:
+        if not text:
+            raise ValueError("text: got an empty name, wanted files and folders (. is this one)")
         root = Path(sysconfig.get_path("stdlib") if text == "stdlib" else text)
         if root.is_dir():
             def unreadable(error):

@@ -58,6 +58,15 @@ class Tokeniser:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def load(path: Path):
+    """The Tokenizer of a tokenizer.json. ValueError if it is none."""
+    from tokenizers import Tokenizer
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:      # the library raises no class of its own
+        raise ValueError(f"tokenizer: {path}: {error}; wanted a tokenizer.json of the `tokenizers` library") from None
+
+
 def install(path: Path, target: Path) -> None:
     """Put the tokenizer behind --tokenizer at `target`: a tokenizer.json as it is, GPT-2's vocab.json with merges.txt
     beside it as a tokenizer.json. ValueError for anything else."""
