@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import os
 import shlex
 import shutil
@@ -30,7 +29,7 @@ from pathlib import Path
 from moe_ext import checkpoint
 from moe_ext.checkpoint import CheckpointError, State
 from moe_ext.config import Config, ConfigError, dumps, named_sets, require
-from moe_ext.data import Blend, IndexedDataset, Loader, summary, totals
+from moe_ext.data import Blend, IndexedDataset, Loader, summary, target, totals
 from moe_ext.data.blend import read_blend, write_blend
 from moe_ext.data.identity import data_meta, tokenizer_hash
 from moe_ext.log import split_events, split_metrics
@@ -54,37 +53,25 @@ def locked(folder: Path, rank: int):
 
 def lock(folder: Path):
     """The open file that is the lock; closing it, or the end of the process, lets it go."""
+    path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while (file := claim(folder / "lock")) is None:
-            pass
+        file = target.lock(path, "a", lockless=lambda error: warnings.warn(
+            f"{folder}: {error.strerror}: this file system has no locks, so nothing stops a second run in the same "
+            "folder", stacklevel=4))
         file.truncate(0)
         checkpoint.clear(folder / "ckpt")       # the leftovers of a save that was killed take room
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    except BlockingIOError:
+        holder = "another process"
+        with suppress(FileNotFoundError):       # it may have ended since
+            holder = path.read_text().strip() or holder
+        raise ConfigError(f"{folder} is in use by {holder}: wait until that run has ended, stop it, or choose another "
+                          "--log.name") from None
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be written: {error.strerror}: mend that or choose another "
                           "--log.folder") from None
     return file
-
-
-def claim(path: Path):
-    """The lock file, locked; None if its holder has removed it between the opening and the locking."""
-    file = open(path, "a+")             # not emptied yet: it names its holder
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise ConfigError(f"{path.parent} is in use by {file.read().strip() or 'another process'}: wait until that run "
-                          "has ended, stop it, or choose another --log.name") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        warnings.warn(f"{path.parent}: {error.strerror}: this file system has no locks, so nothing stops a second run "
-                      "in the same folder", stacklevel=3)
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            return file
-    return None
 
 
 # ---- what a run may continue -----------------------------------------------------------------------------------------

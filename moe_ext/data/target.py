@@ -7,28 +7,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def claim(path: Path):
-    """An empty file open for writing, which no other process has; closing it, or the end of the process, lets it go.
-    Errors: ValueError if another process has it."""
+def lock(path: Path, mode: str, lockless=lambda error: None):
+    """`path`, made if absent and open in `mode`, for this process alone; closing it, or the end of the process, lets it
+    go. lockless: told the error of a file system that has no locks, on which nothing keeps others out. Errors:
+    BlockingIOError if another process has it, and what opening it raises."""
     while True:
-        try:
-            file = open(path, "ab")
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"cannot write {path}: no folder {path.parent}; make it first") from None
+        file = open(path, mode)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"{path}: another process is writing it; wait until it ends, or choose another "
-                             "target") from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):   # a file system without locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                file.close()
                 raise
+            lockless(error)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                file.truncate(0)
                 return file
-        file.close()    # who had it has finished and moved or removed it in between
+        file.close()    # who had it has moved or removed it between the opening and the locking
+
+
+def claim(path: Path):
+    """An empty file open for writing, locked. Errors: ValueError if another process has it."""
+    try:
+        file = lock(path, "ab")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"cannot write {path}: no folder {path.parent}; make it first") from None
+    except BlockingIOError:
+        raise ValueError(f"{path}: another process is writing it; wait until it ends, or choose another "
+                         "target") from None
+    file.truncate(0)
+    return file
 
 
 @contextmanager
