@@ -125,7 +125,9 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
         log.say("\n".join([f"weights from {weights_from}, {first.step} steps old; optimizer and data begin anew",
                            *(f"with {name} {now!r}, there {was!r}" for name, was, now in changed
                              if name.startswith("model."))]))
-    texts = {name: held_out(dataset, config.data.tokenizer) for name, dataset in sets.items()}
+    texts = {}      # rank 0 alone reads them through, for it alone tells of them
+    checkpoint.on_rank_0(lambda: texts.update({name: held_out(dataset, config.data.tokenizer)
+                                               for name, dataset in sets.items()}))
     questions = checkpoint.on_rank_0(lambda: choices.read(
         config.data.choices, load_tokenizer(config.data.tokenizer), config.model) if config.data.choices else [])
 
@@ -192,11 +194,11 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                          counts_LE=counts_LE, dropped_L=dropped_L if config.model.moe.capacity_factor else None,
                          epoch=loader.epoch, memory=[Memory(*row) for row in mesh.each(Memory.now(device))],
                          times=mesh.each(timers.milliseconds()) if timers.on else [])
-            if (texts or questions) and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
+            if (sets or questions) and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
                 mesh.at(f"step {step}, evaluating")
                 with log.paused(), diverging(step, folder):
-                    losses = {name: evaluate(model, config, text.dataset, t.eval_batches, mesh)
-                              for name, text in texts.items()}
+                    losses = {name: evaluate(model, config, dataset, t.eval_batches, mesh)
+                              for name, dataset in sets.items()}
                     for name, text in texts.items():
                         log.evaluation(step, losses[name], text.entropy, name, **text.compare(losses[name]))
                     if questions:
