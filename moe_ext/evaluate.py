@@ -26,7 +26,7 @@ from moe_ext.config import Config, load, named_sets, require
 from moe_ext.data import Blend, IndexedDataset, Loader, open_data, unigram_entropy
 from moe_ext.data.blend import read_blend
 from moe_ext.data.loader import IGNORED
-from moe_ext.log import chosen, measured
+from moe_ext.log import chosen, measured, perplexity
 from moe_ext.model import GPT, build, precision
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.run import loader_options, same_tokenizer
@@ -65,7 +65,7 @@ class Text(NamedTuple):
 
     def compare(self, loss: float) -> dict[str, float]:
         """Other forms of a loss in nats per token: its perplexity and, where the bytes are known, bits per byte."""
-        numbers = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        numbers = {"perplexity": perplexity(loss)}
         if self.bytes_per_token:
             numbers["bits_per_byte"] = loss / (math.log(2) * self.bytes_per_token)
         return numbers

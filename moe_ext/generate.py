@@ -17,11 +17,10 @@ import torch
 import tyro
 
 from moe_ext.config import ConfigError, ModelConfig, require
+from moe_ext.data.tokenise import ENDS
 from moe_ext.evaluate import Run, load_run
 from moe_ext.model import GPT, KVCache, precision
 from moe_ext.run import same_tokenizer
-
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")    # end-of-text tokens; the first is moe_ext.data's
 
 
 def pick(logits_V, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:

@@ -34,8 +34,7 @@ def show(path: tyro.conf.Positional[Path], tokenizer: str = "") -> None:
 
 def show_tokens(prefix: Path, tokenizer: str) -> None:
     dataset, meta = IndexedDataset(prefix), identity.data_meta(prefix) or {}
-    idx_path = indexed.token_paths(prefix)[1]
-    sequences = indexed.HEADER.unpack(idx_path.open("rb").read(indexed.HEADER.size))[3] if idx_path.is_file() else 0
+    sequences = 0 if dataset.flat else len(indexed.sequence_sizes(dataset))
     print(f"{prefix.name}: {len(dataset):,} documents of {sequences:,} sequences, {len(dataset.tokens):,} tokens of "
           f"{dataset.tokens.dtype}, the longest document {dataset.sizes.max():,}")
     if side := meta.get(indexed.token_paths(prefix)[0].stem):

@@ -110,10 +110,9 @@ def prepare(options: Prepare, say=print) -> dict:
             tokenise.train(learnt(work / "buckets", plan, options.bpe_mb * 1e6), options.vocab_size, path)
         tokeniser = Tokeniser(path, options.end_of_text)
         say(f"tokenizer: {tokeniser.vocab_size:,} ids, {time.perf_counter() - started:.1f} s")
-        meta = {"format": FORMAT, "inputs": fingerprint(options, files), "options": plain(options),
-                "vocab_size": tokeniser.vocab_size, "end_of_text": tokeniser.end, "tokenizer": "tokenizer.json",
-                "tokenizer_sha256": tokenizer_hash(path), "files": collected["files"], "left_out": left_out.reasons,
-                "undecodable_bytes": collected["undecodable_bytes"]}
+        meta = about(options, files, collected, left_out) | {
+            "vocab_size": tokeniser.vocab_size, "end_of_text": tokeniser.end, "tokenizer": "tokenizer.json",
+            "tokenizer_sha256": tokenizer_hash(path)}
         with progress("tokenise", documents) as advance:
             tokenise.tokenise(path, options.end_of_text, work / "buckets", work / "parts", plan,
                               options.workers or len(os.sched_getaffinity(0)), advance)
@@ -202,6 +201,13 @@ def collect(options: Text, work: Path, files: list[Source], left_out: LeftOut, s
                  "undecodable_bytes": sources.undecodable.count - begin}
     write_whole(done, json.dumps(collected))
     return collected
+
+
+def about(options: Text, files: list[Source], collected: dict, left_out: LeftOut) -> dict:
+    """What meta.json says of the text, whatever is made of it."""
+    return {"format": FORMAT, "inputs": fingerprint(options, files), "options": plain(options),
+            "files": collected["files"], "left_out": left_out.reasons,
+            "undecodable_bytes": collected["undecodable_bytes"]}
 
 
 def learnt(folder: Path, plan: shuffle.Plan, limit: float):

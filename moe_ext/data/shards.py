@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ext.data import shuffle
-from moe_ext.data.prepare import FORMAT, Text, collect, fingerprint, plain, progress, say_left_out, target
+from moe_ext.data.prepare import Text, about, collect, progress, say_left_out, target
 from moe_ext.data.target import replace, write_whole
 
 
@@ -60,10 +60,8 @@ def shards(options: Shards, say=print) -> dict:
                     out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                     dealt += 1
                     advance(1)
-        meta = {"format": FORMAT, "inputs": fingerprint(options, files), "options": plain(options),
-                "files": collected["files"], "left_out": left_out.reasons,
-                "undecodable_bytes": collected["undecodable_bytes"],
-                **{side: {"documents": count, "bytes": size} for side, (count, size) in counts.items()}}
+        meta = about(options, files, collected, left_out) | {
+            side: {"documents": count, "bytes": size} for side, (count, size) in counts.items()}
         write_whole(data / "meta.json", json.dumps(meta, indent=1) + "\n")
         replace(data, options.out)
     say(f"{options.out}: {counts['train'][0]:,} documents in {options.shards} shards, {counts['valid'][0]:,} in "

@@ -23,7 +23,7 @@ from moe_ext.data.shuffle import Bucket, Plan
 from moe_ext.data.target import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
-ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")    # tried in this order
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")    # end-of-text tokens, tried in this order
 DOCUMENTS, BYTES = 256, 2**22       # of a batch: whichever is reached first
 SIDES = ("train", "valid")
 

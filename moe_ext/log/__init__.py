@@ -31,9 +31,9 @@ goes on; lines that the disk refused are written when it takes them again.
 """
 from moe_ext.log.draw import plot
 from moe_ext.log.files import read_metrics, split_events, split_metrics
-from moe_ext.log.line import beside, chosen, measured
+from moe_ext.log.line import beside, chosen, measured, perplexity
 from moe_ext.log.meter import Memory, Timers, peak_flops
 from moe_ext.log.writer import Log, Silence
 
-__all__ = ["Log", "Memory", "Silence", "Timers", "beside", "chosen", "measured", "peak_flops", "plot", "read_metrics",
-           "split_events", "split_metrics"]
+__all__ = ["Log", "Memory", "Silence", "Timers", "beside", "chosen", "measured", "peak_flops", "perplexity", "plot",
+           "read_metrics", "split_events", "split_metrics"]

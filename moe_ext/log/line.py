@@ -11,6 +11,7 @@ step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 31
                 of all copies that capacity dropped
     eta         everything that remains at the pace so far, evaluation and saving included
 """
+import math
 from pathlib import Path
 
 from moe_ext.config import Config
@@ -22,6 +23,10 @@ def beside(loss: float, entropy: float) -> str:
     """Held-out loss against the entropy of its tokens' frequencies, which a model of frequencies alone would reach."""
     side = "below" if loss <= entropy else "above"
     return f"unigram entropy {entropy:.4f} | {side} it by {abs(entropy - loss):.4f} nats"
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def measured(name: str, loss: float, entropy: float, **numbers: float) -> str:

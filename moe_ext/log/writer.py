@@ -12,7 +12,7 @@ import torch
 
 from moe_ext.config import Config
 from moe_ext.log.files import Lines, Progress
-from moe_ext.log.line import Line, chosen
+from moe_ext.log.line import Line, chosen, perplexity
 from moe_ext.log.megatron import Megatron, leaves
 from moe_ext.log.meter import Memory, Meter, Timers
 from moe_ext.model import GPT
@@ -134,7 +134,7 @@ class Log:
         numbers about the set."""
         prefix = "" if name == "valid" else f"{name}_"
         self.say(self.style.evaluation(step, name, loss, unigram_entropy, numbers))
-        numbers = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf} | numbers
+        numbers = {"loss": loss, "perplexity": perplexity(loss)} | numbers
         self.record({"step": step, "tokens": self.tokens, "seconds": self.seconds,
                      **{f"{name}_{key}": value for key, value in numbers.items()},
                      f"{prefix}unigram_entropy": unigram_entropy})

@@ -16,26 +16,25 @@ from moe_ext.plan.memory import Memory, memory
 from moe_ext.plan.shares import Share, boxes, rows_per_token, widths
 from moe_ext.plan.traffic import traffic
 
-__all__ = ["Memory", "Share", "boxes", "checkpoint_size", "describe", "memory", "mib", "rows_per_token", "traffic"]
+__all__ = ["Memory", "Share", "boxes", "checkpoint_size", "describe", "memory", "mib", "ranks", "rows_per_token",
+           "sizes", "traffic"]
 
 
 def describe(config: Config, model: GPT) -> str:
     """The table that stands before the first step, and what the ranks are. `model` may lie on the meta device."""
-    c, m, t, mesh, device = config.model, config.model.moe, config.train, config.mesh, pick_device(config)
+    c, t, mesh, device = config.model, config.train, config.mesh, pick_device(config)
     total, active = model.num_parameters()
     share, held = Share.of(config), memory(config, device.type)
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     else:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    experts = f", {m.experts} experts of width {m.hidden}, top-{m.top_k}" if m.experts else ""
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.sizes.items() if size > 1)
     local = f", {share.whole:,} local to a rank, which stores {share.parameters:,}" if mesh.world > 1 else ""
     rows = {
         "versions": f"moe_ext {moe_ext.__version__}, torch {torch.__version__}; {device.type}, "
                     f"{torch.get_num_threads()} threads",
-        "mesh": f"{mesh.world} ranks: {sizes}; tokens travel by {mesh.transport}" if mesh.world > 1 else "one process",
-        "model": f"{c.layers} layers, width {c.dim}, {c.heads} heads, vocabulary {c.vocab_size}{experts}",
+        "mesh": f"{ranks(config)}; tokens travel by {mesh.transport}" if mesh.world > 1 else "one process",
+        "model": sizes(config),
         "parameters": f"{total:,} in all, {active:,} active per token{local}",
         "tokens": f"{config.tokens_per_step:,} per step = {t.accumulation} x {t.micro_batch * mesh.dp} sequences of "
                   f"{c.seq_len}; {config.tokens_in_all:,} in {t.steps} steps"
@@ -57,6 +56,19 @@ def describe(config: Config, model: GPT) -> str:
     if mesh.world > 1:
         lines += banner(config, device)
     return "\n".join(lines)
+
+
+def sizes(config: Config) -> str:
+    """The model in a line."""
+    c, m = config.model, config.model.moe
+    experts = f", {m.experts} experts of width {m.hidden}, top-{m.top_k}" if m.experts else ""
+    return f"{c.layers} layers, width {c.dim}, {c.heads} heads, vocabulary {c.vocab_size}{experts}"
+
+
+def ranks(config: Config) -> str:
+    """The mesh in a line: its ranks, by axis."""
+    axes = " x ".join(f"{name} {size}" for name, size in config.mesh.sizes.items() if size > 1)
+    return f"{config.mesh.world} ranks: {axes}"
 
 
 def checkpoint_size(config: Config, parameters: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from moe_ext.config import Config, ConfigError, divisors, load
 from moe_ext.model import GPT
-from moe_ext.plan import megatron
+from moe_ext.plan import megatron, ranks, sizes
 from moe_ext.plan.memory import memory
 from moe_ext.plan.roofline import DEVICES, RESERVE, Device, Estimate, Shares, estimate, forward_flops
 from moe_ext.plan.search import enough, fits, flags, largest, room, search, smallest
@@ -28,11 +28,10 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
     megatron.check_pipeline(config, pp, vpp)
     c, m, mesh, t, held = config.model, config.model.moe, config.mesh, config.train, memory(config)
     (total, active), share, tokens = model.num_parameters(), Share.of(config), config.tokens_per_step
-    experts = f", {m.experts} experts of width {m.hidden}, top-{m.top_k}" if m.experts else ""
     each = [sum(p.numel() for p in layer.experts.parameters()) // m.experts for layer in model.moe_layers()[:1]]
     products, seen = (3 * sum(forward_flops(c, causal)) for causal in (False, True))
     rows = {
-        "model": f"{c.layers} layers, width {c.dim}, {c.heads} heads, vocabulary {c.vocab_size}{experts}",
+        "model": sizes(config),
         "parameters": f"{total:,} in all, {active:,} active per token" + "".join(f", {n:,} per expert" for n in each)
                       + f"; {share.whole:,} local to a rank, which stores {share.parameters:,}",
         "tokens": f"{tokens:,} per step = {t.accumulation} x {t.micro_batch * mesh.dp} sequences of {c.seq_len}",
@@ -60,10 +59,8 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
 
 
 def named(config: Config, per_host: int) -> str:
-    mesh, hosts = config.mesh, -(-config.mesh.world // per_host)
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.sizes.items() if size > 1)
-    return f"{mesh.world} ranks: {sizes}; {hosts} host{'s' * (hosts > 1)} of {per_host}" if mesh.world > 1 else \
-        "one process"
+    hosts = -(-config.mesh.world // per_host)
+    return f"{ranks(config)}; {hosts} host{'s' * (hosts > 1)} of {per_host}" if config.mesh.world > 1 else "one process"
 
 
 def size(count: float) -> str:
