@@ -227,8 +227,11 @@ class TrainConfig:
                                         # mesh.dp); schedules and intervals count steps all the same; "": no ramp
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"     # activations (16 bits: autocast, fp32 parameters)
     loss_scale: float = 65536.0         # fp16: the loss times this at first; halved by an overflow
+    loss_scale_window: int = 2000       # fp16: good steps in a row after which the scale is doubled
+    loss_scale_hysteresis: int = 1      # fp16: overflows until one halves the scale, after the start or a doubling
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if the ops run there
     recompute: bool = False             # activation checkpointing: keep only each block's input
+    recompute_attention: bool = False   # keep attention's inputs alone, not what its kernel saves ("selective")
     eval_every: int = 250               # steps between evaluations; one more at the end; 0: only at the end
     eval_batches: int = 32              # micro-batches per evaluation, the same ones each time
     save_every: int = 500               # steps between checkpoints; one more at the end; 0: only at the end
@@ -251,6 +254,10 @@ class TrainConfig:
                 "sequences per step at first, their increment, sequences until the whole batch is reached")
         require(self.loss_scale >= 1 and math.frexp(self.loss_scale)[0] == 0.5, f"train.loss_scale is "
                 f"{self.loss_scale}; it must be a power of two from 1 on")
+        for name in ("loss_scale_window", "loss_scale_hysteresis"):
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be positive")
+        require(not (self.recompute and self.recompute_attention), "train.recompute runs attention again too: leave "
+                "train.recompute_attention off")
         require(not self.memory_snapshot or self.profile_steps > 0, "train.memory_snapshot records the profiled "
                 "steps: set train.profile_steps too")
 
@@ -281,7 +288,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class MeshConfig:
     """world = pp * rep * fsdp * sp * tp ranks; the experts divide fsdp * sp * tp of them anew, as efsdp * ep * etp."""
-    pp: int = 1                         # pipeline stages; only 1 yet
+    pp: int = 1                         # pipeline stages, each of the same number of ranks
     rep: int = 1                        # replicas of the sharded model (HSDP; with fsdp 1: DDP)
     fsdp: int = 1                       # ranks that share the parameters, each with its own sequences
     sp: int = 1                         # ranks that share a sequence (Ulysses); only 1 yet
@@ -293,8 +300,7 @@ class MeshConfig:
     def __post_init__(self):
         for name, size in self.sizes.items():
             require(size >= 1, f"mesh.{name} is {size}; it must be positive")
-        require(self.pp == self.sp == 1, f"mesh.pp is {self.pp} and mesh.sp {self.sp}: pipeline stages and Ulysses "
-                "are not built yet; set both to 1")
+        require(self.sp == 1, f"mesh.sp is {self.sp}: Ulysses is not built yet; set it to 1")
         require(self.etp in (1, self.tp), f"mesh.etp is {self.etp}; it must be 1 or mesh.tp = {self.tp}")
         shared = self.fsdp * self.sp * self.tp
         if shared % (self.ep * self.etp):
@@ -317,6 +323,11 @@ class MeshConfig:
         return self.rep * self.fsdp
 
     @property
+    def stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.world // self.pp
+
+    @property
     def efsdp(self) -> int:
         """Ranks that share the parameters of one rank's experts."""
         return self.fsdp * self.sp * self.tp // (self.ep * self.etp)
@@ -335,6 +346,28 @@ def divisors(n: int) -> list[int]:
 
 def nearest(wanted: int, choices: list[int]) -> int:
     return min(choices, key=lambda choice: (abs(choice - wanted), choice))
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How the mesh.pp stages share the model and take turns (moe_ext.parallel.schedule); nothing without stages."""
+    chunks: int = 1                     # pieces of the model on each stage (virtual stages, "vpp"); stage p has the
+                                        # pieces p, p + pp, .. of pp * chunks
+    layers: str = ""                    # "3,4,4,3": blocks of each of the pp * chunks pieces; "": spread by cost
+    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "depth_first", "dfc", "bfc"] = "interleaved"
+                                        # order of work: interleaved is 1f1b with several chunks; dfc and bfc decide
+                                        # during the step by what has arrived, depth and breadth first
+    live: int = 0                       # dfc, bfc: chunks whose activations a stage may hold at a time; 0: no limit
+    transport: Literal["torch", "windows"] = "torch"    # of activations between stages (moe_ext.parallel.links)
+    trace: int = 0                      # steps whose actions go to RUN/trace.json, from the second on (Chrome trace)
+    lines: bool = False                 # "rank R forward|backward start|finished tensor K" for every action
+
+    def __post_init__(self):
+        require(self.chunks >= 1, f"pipeline.chunks is {self.chunks}; it must be positive")
+        for name in ("live", "trace"):
+            require(getattr(self, name) >= 0, f"pipeline.{name} is {getattr(self, name)}; it cannot be negative")
+        require(not self.layers or re.fullmatch(r"\d+(,\d+)*", self.layers) is not None, "pipeline.layers is "
+                f"{self.layers!r}; it must be blocks of each piece as in 3,4,4,3")
 
 
 @dataclass(frozen=True)
@@ -361,6 +394,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
