@@ -165,6 +165,11 @@ class ModelConfig:
             return self.bias, self.bias
         return self.attention_bias != "none", self.attention_bias == "all"
 
+    @property
+    def moe_layers(self) -> int:
+        """Blocks with experts."""
+        return self.layers - self.moe.dense_layers if self.moe.experts else 0
+
     def window_of(self, layer: int) -> int:
         """The window of a block; 0: it sees all tokens before it."""
         full = self.window_full_every and (layer + 1) % self.window_full_every == 0

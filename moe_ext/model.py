@@ -23,6 +23,7 @@ import moe_ext
 from moe_ext import ops
 from moe_ext.config import Config, ModelConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, check_mask, site
+from moe_ext.ops.define import real
 
 
 class Losses(NamedTuple):
@@ -33,6 +34,7 @@ class Losses(NamedTuple):
     dropped_L: torch.Tensor     # int32, copies that capacity dropped in each MoE layer
     bad_L: torch.Tensor         # int32, tokens of each MoE layer whose router's logits are not finite
     balance: torch.Tensor       # scalar, balance loss without weight or gradient, mean over MoE layers
+    x_BSD: torch.Tensor | None = None   # of a piece without the head: what the next piece begins with
 
 
 class KVCache:
@@ -279,20 +281,34 @@ def normal_(parameter, std, seed, place):
 
 
 class GPT(nn.Module):
-    """tokens_BS int64 -> losses or logits. Parameters are drawn by `init_weights`; dtype is theirs."""
-    def __init__(self, config: ModelConfig, *, seed: int = 0, dtype=torch.float32, device=None):
+    """tokens_BS int64 -> losses or logits. Parameters are drawn by `init_weights`; dtype is theirs.
+
+    blocks: those of a piece of the model, which has the embeddings if it begins with the first block, norm and head if
+    it ends with the last, and names its parameters as the whole does. A piece with a head of a tied model has the table
+    too.
+    """
+    def __init__(self, config: ModelConfig, *, seed: int = 0, dtype=torch.float32, device=None,
+                 blocks: range | None = None):
         super().__init__()
         self.config, c = config, config
         options = dict(dtype=dtype, device=device)
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim, **options)
-        self.embed_positions = nn.Embedding(c.seq_len, c.dim, **options) if c.position == "learned" else None
-        self.layers = nn.ModuleList(Block(c, i, **options) for i in range(c.layers))
-        self.norm = make_norm(c, **options)
-        self.lm_head = Head(c.dim, c.vocab_size, **options)
-        if c.tied:
+        blocks = range(c.layers) if blocks is None else blocks
+        self.first, self.last = blocks.start == 0, blocks.stop == c.layers
+        self.embed_tokens = self.embed_positions = self.norm = self.lm_head = None
+        if self.first or (self.last and c.tied):
+            self.embed_tokens = nn.Embedding(c.vocab_size, c.dim, **options)
+        if self.first and c.position == "learned":
+            self.embed_positions = nn.Embedding(c.seq_len, c.dim, **options)
+        self.layers = nn.ModuleList()
+        for i in blocks:
+            self.layers.add_module(str(i), Block(c, i, **options))
+        if self.last:
+            self.norm = make_norm(c, **options)
+            self.lm_head = Head(c.dim, c.vocab_size, **options)
+        if self.last and c.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
-        if not self.norm.weight.is_meta:    # shapes alone: whoever gives them memory calls init_weights
+        if not next(self.parameters()).is_meta:     # shapes alone: whoever gives them memory calls init_weights
             self.init_weights(seed)
 
     @torch.no_grad()
@@ -314,8 +330,9 @@ class GPT(nn.Module):
                 moe.select_bias_E.zero_()
 
     def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None, token_mask=None,
-               documents_BS=None, positions_BS=None):
-        """-> the last norm's output [B,S,D], list of Routing.
+               documents_BS=None, positions_BS=None, x_BSD=None):
+        """-> the last norm's output [B,S,D], list of Routing. x_BSD: what a piece without embeddings begins with; one
+        without a norm returns what the next begins with.
 
         draws: of dropout, noise and jitter, in training only; None: torch's generator. token_mask: bool [B,S], True for
         a real token. No other token sees a pad, and positions count real tokens alone, so that these get what they get
@@ -339,15 +356,16 @@ class GPT(nn.Module):
             positions = torch.arange(past, past + S, device=tokens_BS.device)
         elif positions is None:
             positions = (real_BL.cumsum(1) - 1).clamp(min=0)[:, past:]
-        x_BSD = self.embed_tokens(tokens_BS)
+        if self.first:
+            x_BSD = self.embed_tokens(tokens_BS)
+            if self.embed_positions is not None:
+                x_BSD = x_BSD + self.embed_positions(positions)
+            x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         rope = None
-        if self.embed_positions is not None:
-            x_BSD = x_BSD + self.embed_positions(positions)
-        else:       # the same for all heads
+        if c.position == "rope":    # the same for all heads
             rope = rope_angles(positions.unsqueeze(-2), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context)
         seen = {window: self.seen(S, past, window, real_BL, documents_BS, x_BSD)
                 for window in {block.window for block in self.layers}}
-        x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         routings = []
         for block in self.layers:
             if self.recompute and self.training:
@@ -359,7 +377,7 @@ class GPT(nn.Module):
             routings += [routing] if routing is not None else []
         if cache is not None:
             cache.length += S
-        return self.norm(x_BSD), routings
+        return self.norm(x_BSD) if self.last else x_BSD, routings
 
     def seen(self, S, past, window, real_BL, documents_BS, x):
         """What S new tokens see in the blocks of a window, for `attend`; None: all tokens up to themselves. In the
@@ -375,18 +393,22 @@ class GPT(nn.Module):
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)
 
     def forward(self, tokens_BS, targets_BS, draws: Draws | None = None, token_mask=None, documents_BS=None,
-                positions_BS=None) -> Losses:
+                positions_BS=None, x_BSD=None) -> Losses:
         """targets_BS int64, -100 where a token does not count, nor does any that token_mask calls a pad; the others as
-        in `hidden`."""
-        x_BSD, routings = self.hidden(tokens_BS, draws, None, token_mask, documents_BS, positions_BS)
-        if token_mask is not None:
-            targets_BS = targets_BS.masked_fill(~token_mask, -100)
-        token_loss = self.lm_head(x_BSD, targets_BS)
+        in `hidden`. Of a piece: its own layers' part of each loss, 0 where the head is another's, and its layers' rows.
+        """
+        x_BSD, routings = self.hidden(tokens_BS, draws, None, token_mask, documents_BS, positions_BS, x_BSD)
+        token_loss, rest = x_BSD.new_zeros((), dtype=real(x_BSD.dtype)), x_BSD
+        if self.last:
+            if token_mask is not None:
+                targets_BS = targets_BS.masked_fill(~token_mask, -100)
+            token_loss, rest = self.lm_head(x_BSD, targets_BS), None
         if not routings:
             none, zero = torch.zeros(0, dtype=torch.int32, device=tokens_BS.device), torch.zeros_like(token_loss)
-            return Losses(token_loss, zero, none.view(0, 0), none, none, zero.detach())
+            return Losses(token_loss, zero, none.view(0, 0), none, none, zero.detach(), rest)
         loss, counts, dropped, bad, balance = (torch.stack(column) for column in zip(*routings, strict=True))
-        return Losses(token_loss, loss.mean(), counts, dropped, bad, balance.mean())
+        layers = self.config.moe_layers
+        return Losses(token_loss, loss.sum() / layers, counts, dropped, bad, balance.sum() / layers, rest)
 
     def logits(self, tokens_BS, cache: KVCache | None = None, token_mask=None):
         """-> [B,S,V]. With a cache, tokens continue those that it holds, and token_mask is that of the new ones."""

@@ -1,7 +1,8 @@
 """The ranks of a run as meshes: who shares parameters, matrices, experts, sequences and scopes with whom.
 
-    dense   (rep, fsdp, tp)             all parameters but the experts'
-    sparse  (rep, efsdp, ep, etp)       the experts'; efsdp = fsdp*tp / (ep*etp)
+    dense   (pp, rep, fsdp, tp)         all parameters but the experts'
+    sparse  (pp, rep, efsdp, ep, etp)   the experts'; efsdp = fsdp*tp / (ep*etp)
+    pipe    (pp, stage)                 the ranks of one stage of the pipeline; those in the same place of each stage
 Both number the ranks alike, the last axis fastest. tp ranks see the same sequences and hold S/tp consecutive tokens of
 each between the modules; the rep*fsdp groups of tp ranks have sequences of their own. Axes of size 1 carry no traffic.
 """
@@ -21,24 +22,29 @@ from moe_ext.parallel.transport import NcclTransport, TorchTransport, WindowTran
 class Mesh:
     """The mesh of an initialised process group of config.world ranks; of one process without any. All ranks make it.
 
-    config: the sizes. device: of the parameters. store: for the meeting of the windows and nccl transports, and
+    config: the sizes. device: of the parameters. store: for the meeting of windows, slots and nccl transports, and
     seconds, how long these wait for a rank. at: takes the place where this rank is, as "step 12", for the sentence with
     which others end if it dies. Errors: ConfigError if the sizes are not those of the process group.
     """
 
     def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0, at=lambda place: None):
         self.config, self.device, self.at = config, torch.device(device), at
+        self.store, self.seconds = store, seconds
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         check_world(config, self.world)
-        self.dp_rank, self.tp_rank = divmod(self.rank, config.tp)
+        self.pp_rank, self.stage_rank = divmod(self.rank, config.stage)
+        self.dp_rank, self.tp_rank = divmod(self.stage_rank, config.tp)
         self.transport = None
         if self.world > 1:
-            c, kind = config, self.device.type
-            self.dense = init_device_mesh(kind, (c.rep, c.fsdp, c.tp), mesh_dim_names=("rep", "fsdp", "tp"))
-            self.sparse = init_device_mesh(kind, (c.rep, c.efsdp, c.ep, c.etp),
-                                           mesh_dim_names=("rep", "efsdp", "ep", "etp"))
-            self.data = init_device_mesh(kind, (c.dp, c.tp), mesh_dim_names=("dp", "tp"))
+            def over(**axes):
+                return init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+            c = config
+            self.dense = over(pp=c.pp, rep=c.rep, fsdp=c.fsdp, tp=c.tp)
+            self.sparse = over(pp=c.pp, rep=c.rep, efsdp=c.efsdp, ep=c.ep, etp=c.etp)
+            self.data = over(pp=c.pp, dp=c.dp, tp=c.tp)
+            self.pipe = over(pp=c.pp, stage=c.stage)
         if config.ep > 1:
             group = self.sparse.get_group("ep")
             if config.transport == "torch":
@@ -88,14 +94,14 @@ class Mesh:
 
 
 class ScopePeers:
-    """The `peers` of an MoE layer: the ranks that share a scope's tokens: "sequence", the tp ranks; "micro_batch", all.
-    """
+    """The `peers` of an MoE layer: the ranks that share a scope's tokens: "sequence", the tp ranks; "micro_batch", all
+    of its stage."""
 
     def __init__(self, mesh: Mesh, scope: str):
         self.whole = scope == "micro_batch"
         self.tp, self.dp = mesh.data.get_group("tp"), mesh.data.get_group("dp")
         self.tp_rank, self.dp_rank = mesh.tp_rank, mesh.dp_rank
-        self.group = dist.group.WORLD if self.whole else self.tp
+        self.group = mesh.pipe.get_group("stage") if self.whole else self.tp
         self.ranks = dist.get_world_size(self.group)
 
     def sum(self, x):

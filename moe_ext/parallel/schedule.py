@@ -35,7 +35,16 @@ def gpipe(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
     return forward + [Action("B", c, m) for c in reversed(range(vpp)) for m in range(micros)]
 
 
-SCHEDULES = {"gpipe": Schedule(gpipe)}
+def one_f_one_b(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
+    """1F1B with one chunk on a stage (Narayanan et al., 2019): as few forwards ahead as keep all stages busy."""
+    ahead = min(pp - stage - 1, micros)
+    order = [Action("F", 0, m) for m in range(ahead)]
+    for m in range(micros - ahead):
+        order += [Action("F", 0, ahead + m), Action("B", 0, m)]
+    return order + [Action("B", 0, m) for m in range(micros - ahead, micros)]
+
+
+SCHEDULES = {"gpipe": Schedule(gpipe), "1f1b": Schedule(one_f_one_b)}
 
 
 def choose(order: Iterable[Action], ready: Callable[[Action], bool], last: str) -> Action | None:

@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import FusedMoE
-from moe_ext.model import GPT, Block, Losses, half_dtype, parameter_dtype
+from moe_ext.model import GPT, Block, Losses, half_dtype, normal_, parameter_dtype
 from moe_ext.model import build as plain_build
 from moe_ext.parallel.experts import ExpertExchange, SplitExperts
 from moe_ext.parallel.init import box_normal
 from moe_ext.parallel.mesh import Mesh, ScopePeers
+from moe_ext.parallel.stages import Stage, cut
 from moe_ext.parallel.tensor import ROWS, distribute, sum_replicated, tensor_parallel
 from moe_ext.parallel.trace import TracedExchange
 
@@ -100,38 +101,45 @@ def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
 
 
 def backward(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumulation: int = 1, last: bool = True,
-             scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+             scale: float = 1.0, dx_BSD: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The backward of a micro-batch -> (token loss per token, auxiliary loss): this rank's parts, whose sums over all
     ranks and micro-batches are the step's.
 
     tokens: of the step, on all ranks and in all its `accumulation` micro-batches. last: of these; then the gradients
     are whole. scale: of the loss, for fp16. The tp ranks have the same token loss, of which each counts its part; of
     the auxiliary loss every rank has the mean over its own scopes, so that the mean over the ranks is the whole.
+    dx_BSD: of a piece without the head, the gradient of out.x_BSD, which has the scale.
     """
     if mesh.config.rep > 1:
         model.set_requires_all_reduce(last)
-    token_loss, aux_loss = out.token_loss / tokens, out.aux_loss / (accumulation * mesh.world)
-    (scale * (token_loss + aux_loss)).backward()
+    token_loss, aux_loss = out.token_loss / tokens, out.aux_loss / (accumulation * mesh.config.stage)
+    loss = scale * (token_loss + aux_loss)
+    roots = [(loss, None)] if loss.requires_grad else []
+    roots += [(out.x_BSD, dx_BSD)] if dx_BSD is not None else []
+    torch.autograd.backward(*zip(*roots, strict=True))
     if last:
         sum_replicated(model, mesh)
     return token_loss.detach() / mesh.config.tp, aux_loss.detach()
 
 
-def build(config: Config, mesh: Mesh) -> GPT:
-    """The GPT of a run at its initial values, on its mesh."""
+def build(config: Config, mesh: Mesh) -> GPT | Stage:
+    """The GPT of a run at its initial values, on its mesh; of a pipeline what this rank's stage has of it."""
     if mesh.world == 1:
         return plain_build(config)
-    model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
-    parallelize(model, mesh, dtype=half_dtype(config), trace=config.log.trace_exchange)
-    initialize(model, config.train.seed, mesh.device)
-    model.recompute = config.train.recompute
-    return model
+    pieces = []
+    for blocks in cut(config)[mesh.pp_rank::mesh.config.pp]:
+        model = GPT(config.model, dtype=parameter_dtype(config), device="meta", blocks=blocks)
+        parallelize(model, mesh, dtype=half_dtype(config), trace=config.log.trace_exchange)
+        initialize(model, config.train.seed, mesh.device)
+        model.recompute = config.train.recompute
+        pieces.append(model)
+    return pieces[0] if mesh.config.pp == 1 else Stage(pieces, mesh)
 
 
 def initialize(model: GPT, seed: int, device) -> None:
     """Memory and initial values for a parallelized GPT from the meta device: every box as one process draws it."""
     model.to_empty(device=device)
-    if model.config.tied:       # to_empty has given each its own
+    if model.config.tied and model.last:        # to_empty has given each its own
         model.lm_head.weight = model.embed_tokens.weight
     model.init_weights(seed, normal_box_)
 
@@ -153,6 +161,8 @@ def box_of(p: DTensor) -> tuple[list[int], list[int]]:
 
 
 def normal_box_(p, std, seed, place):
+    if not isinstance(p, DTensor):      # the one rank of a stage
+        return normal_(p, std, seed, place)
     local = p.to_local()
     start, size = box_of(p)
     local.copy_(box_normal(p.shape, start, size, seed=seed, site=place, std=std, dtype=p.dtype, device=local.device))

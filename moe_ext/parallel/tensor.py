@@ -57,10 +57,12 @@ def tensor_parallel(model: nn.Module, mesh) -> None:
     if isinstance(model, GPT):
         vocabulary = dict(vocab_size=model.config.vocab_size, group=group)
         embed, head = model.embed_tokens, model.lm_head
-        embed.forward = lambda tokens_BS: reduce_scatter(
-            vocabulary_parallel_embedding(tokens_BS, embed.weight, **vocabulary), 1, group)
-        head.cross_entropy = functools.partial(vocabulary_parallel_cross_entropy, **vocabulary)
-        head.register_forward_pre_hook(lambda _, args: (gather(as_autocast(args[0]), 1, group), *args[1:]))
+        if model.first:
+            embed.forward = lambda tokens_BS: reduce_scatter(
+                vocabulary_parallel_embedding(tokens_BS, embed.weight, **vocabulary), 1, group)
+        if model.last:
+            head.cross_entropy = functools.partial(vocabulary_parallel_cross_entropy, **vocabulary)
+            head.register_forward_pre_hook(lambda _, args: (gather(as_autocast(args[0]), 1, group), *args[1:]))
         if model.embed_positions is not None:
             model.embed_positions.register_forward_hook(lambda _, args, x: x.chunk(ranks, dim=-2)[rank])
 
