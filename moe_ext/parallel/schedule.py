@@ -3,18 +3,27 @@
 The model is cut into pp * vpp chunks; stage p of pp runs the chunks p, p + pp, p + 2 pp, .. of them, its own 0 .. vpp-1
 (virtual stages). A step runs M micro-batches through all chunks and back, so a stage has 2 * vpp * M actions.
 
-    schedule = SCHEDULES["bfc"]
-    order = schedule.order(pp, vpp, micros, stage)      # every action of a stage, the first to be preferred first
-    static:  the actions in exactly this order, each as soon as its tensor is there
-    dynamic: at each turn the first of the order that is ready, forward and backward in turn (`choose`)
+    order = SCHEDULES["bfc"].order(pp, vpp, micros, stage)      # all actions of a stage
+    static:     they are run in exactly this order, each as soon as its tensor is there
+    dynamic:    forward and backward take turns, each only if it is ready; of several the first of the order is run
 
-Runtime (moe_ext.parallel.pipeline) and simulator (moe_ext.plan.schedule) run this file's functions, nothing else knows
-what a schedule is.
+    turns = Turns("bfc", pp, vpp, micros, stage)    # one step of one stage
+    while turns.left:
+        action = turns.choose(there)                # there(action): its tensor has arrived; None: nothing can be done yet
+        if action:
+            run(action)
+            turns.ran(action)
+
+`choose` changes nothing, so one rank may decide for a stage and all its ranks say `ran`. Runtime
+(moe_ext.parallel.pipeline) and simulator (moe_ext.plan.schedule) run this file's functions, nothing else knows what a
+schedule is.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
+
+from moe_ext.config import nearest, require
 
 
 class Action(NamedTuple):
@@ -29,26 +38,134 @@ class Schedule(NamedTuple):
     dynamic: bool = False
 
 
-def gpipe(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
-    """All forwards, then all backwards (Huang et al., 2019)."""
-    forward = [Action("F", c, m) for c in range(vpp) for m in range(micros)]
-    return forward + [Action("B", c, m) for c in reversed(range(vpp)) for m in range(micros)]
+# ---- orders ----------------------------------------------------------------------------------------------------------
+def chunk_major(vpp: int, micros: range) -> list[tuple[int, int]]:
+    """Breadth first: a chunk with all micro-batches, then the next."""
+    return [(c, m) for c in range(vpp) for m in micros]
 
 
-def one_f_one_b(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
-    """1F1B with one chunk on a stage (Narayanan et al., 2019): as few forwards ahead as keep all stages busy."""
-    ahead = min(pp - stage - 1, micros)
-    order = [Action("F", 0, m) for m in range(ahead)]
-    for m in range(micros - ahead):
-        order += [Action("F", 0, ahead + m), Action("B", 0, m)]
-    return order + [Action("B", 0, m) for m in range(micros - ahead, micros)]
+def virtual_micros(pp: int, vpp: int, micros: int) -> list[tuple[int, int]]:
+    """Megatron's order of (chunk, micro-batch): pp micro-batches go through all chunks, then the next pp."""
+    groups = [range(first, min(first + pp, micros)) for first in range(0, micros, pp)]
+    return [pair for group in groups for pair in chunk_major(vpp, group)]
 
 
-SCHEDULES = {"gpipe": Schedule(gpipe), "1f1b": Schedule(one_f_one_b)}
+def there_and_back(pairs: list[tuple[int, int]], vpp: int, ahead: int) -> list[Action]:
+    """Forwards in the order of `pairs`, backwards likewise with the last chunk first; `ahead` forwards, then one of
+    each in turn."""
+    forward = [Action("F", c, m) for c, m in pairs]
+    backward = [Action("B", vpp - 1 - c, m) for c, m in pairs]
+    both = [action for turn in zip(forward[ahead:], backward, strict=False) for action in turn]
+    return forward[:ahead] + both + backward[len(forward[ahead:]):]
 
 
-def choose(order: Iterable[Action], ready: Callable[[Action], bool], last: str) -> Action | None:
-    """The next action of a dynamic schedule, None if there is nothing to do yet. order: what is left, in the order of
-    preference. last: kind of the action before; the other kind comes first."""
-    able = [action for action in order if ready(action)]
-    return min(able, key=lambda action: action.kind == last, default=None)
+def breadth_first(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
+    """All forwards, then all backwards, chunk by chunk (Lamy-Poirier, 2022); with one chunk GPipe (Huang et al., 2019)."""
+    return there_and_back(chunk_major(vpp, range(micros)), vpp, vpp * micros)
+
+
+def interleaved(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
+    """1F1B, interleaved with several chunks (Narayanan et al., 2021): as few forwards ahead as keep all stages busy."""
+    ahead = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * min(pp, micros)
+    return there_and_back(virtual_micros(pp, vpp, micros), vpp, ahead)
+
+
+def depth_first(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
+    """pp micro-batches go through all chunks and back, then the next pp: the least memory."""
+    return [action._replace(micro=first + action.micro) for first in range(0, micros, pp)
+            for action in interleaved(pp, vpp, min(pp, micros - first), stage)]
+
+
+def dfc(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
+    """The next chunk of the same micro-batches comes before further micro-batches."""
+    return there_and_back(virtual_micros(pp, vpp, micros), vpp, vpp * micros)
+
+
+SCHEDULES = {"gpipe": Schedule(breadth_first), "1f1b": Schedule(interleaved), "interleaved": Schedule(interleaved),
+             "breadth_first": Schedule(breadth_first), "depth_first": Schedule(depth_first),
+             "dfc": Schedule(dfc, dynamic=True), "bfc": Schedule(breadth_first, dynamic=True)}
+
+
+def check(name: str, pp: int, vpp: int, micros: int, live: int = 0) -> None:
+    """Errors: ConfigError for what a schedule cannot take, with the nearest setting that it can."""
+    require(name != "1f1b" or vpp == 1, f"pipeline.schedule is 1f1b, which has one chunk on a stage, and pipeline.chunks "
+            f"is {vpp}: set pipeline.schedule = \"interleaved\" or pipeline.chunks = 1")
+    if name == "interleaved" and vpp > 1 and micros > pp and micros % pp:
+        near = nearest(micros, [micros // pp * pp, -(-micros // pp) * pp])
+        require(False, f"pipeline.schedule is interleaved with {vpp} chunks on each of {pp} stages and {micros} "
+                f"micro-batches a step: their number must be a multiple of {pp}; the nearest is {near}")
+    require(live == 0 or SCHEDULES[name].dynamic, f"pipeline.live is {live} and pipeline.schedule {name}, whose order is "
+            "fixed: set pipeline.live = 0, or pipeline.schedule = \"dfc\" or \"bfc\"")
+    require(live == 0 or live >= vpp, f"pipeline.live is {live}; a micro-batch goes through all {vpp} chunks of a stage: "
+            f"set it to at least {vpp}, or to 0 for no limit")
+
+
+def tensor_id(action: Action, pp: int, vpp: int) -> int:
+    """Megatron's number of an action among those of its kind: pp micro-batches go through all chunks, then the next pp;
+    backwards number the chunks from the last one. Micro-batches that fill no group of pp leave numbers out."""
+    group, place = divmod(action.micro, pp)
+    chunk = action.chunk if action.kind == "F" else vpp - 1 - action.chunk
+    return (group * vpp + chunk) * pp + place
+
+
+def peak_live(order: list[Action]) -> int:
+    """The most chunks whose activations a stage holds at a time."""
+    live = peak = 0
+    for action in order:
+        live += 1 if action.kind == "F" else -1
+        peak = max(peak, live)
+    return peak
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+class Turns:
+    """What a stage has done of a step, and what it does next.
+
+    On a stage a micro-batch goes through all chunks and back, so it has one next action, and a choice looks at M of them.
+
+    live: chunks whose activations a dynamic schedule may hold at a time; 0: no limit. A forward then leaves room for all
+    that the first pp micro-batches before its own have still to forward here. So the first micro-batch that is not
+    through the whole pipeline never waits for memory, on any stage, and nothing can deadlock.
+    """
+
+    def __init__(self, name: str, pp: int, vpp: int, micros: int, stage: int, live: int = 0):
+        check(name, pp, vpp, micros, live)
+        order, self.dynamic = SCHEDULES[name].order(pp, vpp, micros, stage), SCHEDULES[name].dynamic
+        self.pp, self.vpp, self.stage, self.most = pp, vpp, stage, live
+        self.order, self.place = order, {action: place for place, action in enumerate(order)}
+        self.next = {micro: Action("F", 0, micro) for micro in range(micros)}
+        self.last, self.live, self.left = "B", 0, len(order)
+
+    def choose(self, there: Callable[[Action], bool]) -> Action | None:
+        """The next action, None if there is nothing to do yet. there: whether the tensor of an action, which the stage
+        before (F) or after (B) sends, is here."""
+        if not self.dynamic:
+            action = self.order[-self.left]
+            return action if self.own(action) or there(action) else None
+        able, room, ahead = [], self.most - self.live, 0
+        for action in self.next.values():
+            if action.kind == "F":
+                short = self.most and room < 1
+                if ahead < self.pp:
+                    ahead, room = ahead + 1, room - (self.vpp - action.chunk)
+                if short:
+                    continue
+            if self.own(action) or there(action):
+                able.append(action)
+        return min(able, key=lambda action: (action.kind == self.last, self.place[action]), default=None)
+
+    def ran(self, action: Action) -> None:
+        """`action` has been run, or is about to be."""
+        kind, chunk, micro = action
+        if kind == "F":
+            self.next[micro] = Action("F", chunk + 1, micro) if chunk + 1 < self.vpp else Action("B", chunk, micro)
+        elif chunk:
+            self.next[micro] = Action("B", chunk - 1, micro)
+        else:
+            del self.next[micro]
+        self.last, self.live, self.left = kind, self.live + (1 if kind == "F" else -1), self.left - 1
+
+    def own(self, action: Action) -> bool:
+        """Whether no other stage sends what the action takes: tokens, the loss."""
+        first, last = self.stage == 0 and action.chunk == 0, self.stage == self.pp - 1 and action.chunk == self.vpp - 1
+        return self.pp == 1 or (first if action.kind == "F" else last)
