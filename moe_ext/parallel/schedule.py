@@ -9,13 +9,13 @@ The model is cut into pp * vpp chunks; stage p of pp runs the chunks p, p + pp, 
 
     turns = Turns("bfc", pp, vpp, micros, stage)    # one step of one stage
     while turns.left:
-        action = turns.choose(there)                # there(action): its tensor has arrived; None: nothing can be done yet
-        if action:
+        action = turns.choose(there)                # there(action): its tensor has arrived
+        if action:                                  # None: nothing can be done yet
             run(action)
             turns.ran(action)
 
-`choose` changes nothing, so one rank may decide for a stage and all its ranks say `ran`. Runtime
-(moe_ext.parallel.pipeline) and simulator (moe_ext.plan.schedule) run this file's functions, nothing else knows what a
+`choose` changes nothing, so that one rank decides for its stage and all ranks of the stage call `ran`. Runtime
+(moe_ext.parallel.pipeline) and simulator (moe_ext.plan.schedule) run this file's functions; nothing else knows what a
 schedule is.
 """
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from moe_ext.config import nearest, require
+from moe_ext.config import ConfigError, nearest, require
 
 
 class Action(NamedTuple):
@@ -60,7 +60,7 @@ def there_and_back(pairs: list[tuple[int, int]], vpp: int, ahead: int) -> list[A
 
 
 def breadth_first(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
-    """All forwards, then all backwards, chunk by chunk (Lamy-Poirier, 2022); with one chunk GPipe (Huang et al., 2019)."""
+    """All forwards, then all backwards, chunk by chunk (Lamy-Poirier, 2022); with one chunk GPipe (Huang, 2018)."""
     return there_and_back(chunk_major(vpp, range(micros)), vpp, vpp * micros)
 
 
@@ -88,21 +88,23 @@ SCHEDULES = {"gpipe": Schedule(breadth_first), "1f1b": Schedule(interleaved), "i
 
 def check(name: str, pp: int, vpp: int, micros: int, live: int = 0) -> None:
     """Errors: ConfigError for what a schedule cannot take, with the nearest setting that it can."""
-    require(name != "1f1b" or vpp == 1, f"pipeline.schedule is 1f1b, which has one chunk on a stage, and pipeline.chunks "
-            f"is {vpp}: set pipeline.schedule = \"interleaved\" or pipeline.chunks = 1")
+    require(name != "1f1b" or vpp == 1, f"pipeline.schedule is 1f1b and pipeline.chunks {vpp}: 1f1b has one chunk on a "
+            "stage: set pipeline.chunks = 1, or pipeline.schedule = \"interleaved\", which is 1f1b with several")
     if name == "interleaved" and vpp > 1 and micros > pp and micros % pp:
         near = nearest(micros, [micros // pp * pp, -(-micros // pp) * pp])
-        require(False, f"pipeline.schedule is interleaved with {vpp} chunks on each of {pp} stages and {micros} "
-                f"micro-batches a step: their number must be a multiple of {pp}; the nearest is {near}")
-    require(live == 0 or SCHEDULES[name].dynamic, f"pipeline.live is {live} and pipeline.schedule {name}, whose order is "
-            "fixed: set pipeline.live = 0, or pipeline.schedule = \"dfc\" or \"bfc\"")
-    require(live == 0 or live >= vpp, f"pipeline.live is {live}; a micro-batch goes through all {vpp} chunks of a stage: "
-            f"set it to at least {vpp}, or to 0 for no limit")
+        raise ConfigError(f"pipeline.schedule is interleaved, with {vpp} chunks on each of {pp} stages, and a step has "
+                          f"{micros} micro-batches (train.accumulation): it takes multiples of {pp}, the nearest is "
+                          f"{near}; other schedules take any number")
+    require(not live or SCHEDULES[name].dynamic, f"pipeline.live is {live} and pipeline.schedule {name}, which has a "
+            "fixed order: set pipeline.live = 0, or pipeline.schedule = \"dfc\" or \"bfc\"")
+    require(not live or live >= vpp, f"pipeline.live is {live}, but a micro-batch keeps activations of {vpp} chunks "
+            f"on a stage (pipeline.chunks): set it to {vpp} or more, or to 0 for no limit")
 
 
 def tensor_id(action: Action, pp: int, vpp: int) -> int:
-    """Megatron's number of an action among those of its kind: pp micro-batches go through all chunks, then the next pp;
-    backwards number the chunks from the last one. Micro-batches that fill no group of pp leave numbers out."""
+    """Megatron's number of an action among those of its kind on its stage, from 0: pp micro-batches go through all
+    chunks, then the next pp; for backwards the last chunk is the first. Numbers of micro-batches that the last pp lack
+    are left out."""
     group, place = divmod(action.micro, pp)
     chunk = action.chunk if action.kind == "F" else vpp - 1 - action.chunk
     return (group * vpp + chunk) * pp + place
@@ -119,13 +121,14 @@ def peak_live(order: list[Action]) -> int:
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
 class Turns:
-    """What a stage has done of a step, and what it does next.
+    """What a stage has done of a step, and what it does next. Errors: those of `check`.
 
-    On a stage a micro-batch goes through all chunks and back, so it has one next action, and a choice looks at M of them.
+    A micro-batch goes through all chunks of a stage and then back: it has one next action, and a choice is one of M.
 
-    live: chunks whose activations a dynamic schedule may hold at a time; 0: no limit. A forward then leaves room for all
-    that the first pp micro-batches before its own have still to forward here. So the first micro-batch that is not
-    through the whole pipeline never waits for memory, on any stage, and nothing can deadlock.
+    live: chunks whose activations a dynamic schedule may hold at a time; 0: no limit. A forward leaves room for what
+    the first pp unfinished micro-batches before its own have still to forward here. So of a micro-batch and all later
+    ones a stage never holds so much that the rest of that micro-batch would not fit beside it: the first one that is
+    not through the whole pipeline never waits for memory, and nothing can deadlock.
     """
 
     def __init__(self, name: str, pp: int, vpp: int, micros: int, stage: int, live: int = 0):
@@ -137,8 +140,8 @@ class Turns:
         self.last, self.live, self.left = "B", 0, len(order)
 
     def choose(self, there: Callable[[Action], bool]) -> Action | None:
-        """The next action, None if there is nothing to do yet. there: whether the tensor of an action, which the stage
-        before (F) or after (B) sends, is here."""
+        """The next action, None if there is nothing to do yet. there: whether the tensor that an action takes from the
+        stage before (F) or after (B) is here; it is asked only of actions that take one."""
         if not self.dynamic:
             action = self.order[-self.left]
             return action if self.own(action) or there(action) else None
@@ -166,6 +169,6 @@ class Turns:
         self.last, self.live, self.left = kind, self.live + (1 if kind == "F" else -1), self.left - 1
 
     def own(self, action: Action) -> bool:
-        """Whether no other stage sends what the action takes: tokens, the loss."""
+        """Whether the action takes nothing from another stage: it begins with tokens, or with the loss."""
         first, last = self.stage == 0 and action.chunk == 0, self.stage == self.pp - 1 and action.chunk == self.vpp - 1
         return self.pp == 1 or (first if action.kind == "F" else last)
