@@ -68,7 +68,7 @@ ISAS    := base $(foreach isa,avx2 avx512,$(if $(shell grep -m1 -ow $(isa:avx512
 define run-c-tests
 	@mkdir -p $(1)/tests
 	@for t in $(C_TESTS); do \
-	    gcc $(C_FLAGS) $(2) -o $(1)/tests/$$t tests/c/$$t.c $$(ls $(1)/csrc/*.o | grep -v -e /ops.o -e /module.o -e /cuda.o) -lm -lpthread -ldl; \
+	    gcc $(C_FLAGS) $(2) -o $(1)/tests/$$t tests/c/$$t.c $$(ls $(1)/csrc/*.o | grep -v -e /ops.o -e /wires.o -e /module.o -e /cuda.o) -lm -lpthread -ldl; \
 	    for isa in $(3); do echo "$$t $$isa $(2)"; MOE_ISA=$$isa $(1)/tests/$$t; done; \
 	done
 endef

@@ -3,7 +3,7 @@
     pip install -e .                          also with --no-build-isolation
     python setup.py -q build_ext --inplace    what `make build` types: recompiles only what changed
 
-gcc compiles csrc/*.c, g++ the one C++ file, nvcc cuda/*.cu where there is such a folder. One binary serves Python >=
+gcc compiles csrc/*.c, g++ csrc/*.cpp, nvcc cuda/*.cu where there is such a folder. One binary serves Python >=
 3.10 and torch >= 2.11, because it uses only their stable ABIs. torch is found, never imported and never installed from
 here: a build that fetches torch by itself fetches the wrong one.
 
@@ -170,7 +170,7 @@ def nvcc() -> str | None:
 
 def binaries() -> dict[str, tuple[list[Path], list[str]]]:
     """For each shared library: its sources and the command that links it, less the objects."""
-    sources = [*sorted(Path("csrc").glob("*.c")), Path("csrc/ops.cpp")]
+    sources = [*sorted(Path("csrc").glob("*.c")), *sorted(Path("csrc").glob("*.cpp"))]
     if platform.machine() not in ("x86_64", "AMD64"):
         sources = [s for s in sources if s.stem not in ISA_FLAGS]
     # No run path: `import moe_ext` imports torch first, so its libraries are already in the process.

@@ -1,4 +1,5 @@
-// door.hpp: what every torch op of ops.cpp does before and after it calls the core: check arguments, allocate, report.
+// door.hpp: what every torch op of ops.cpp and wires.cpp does before and after it calls the core: check arguments,
+// allocate, report.
 //
 // A Door belongs to one call of one op. `in` checks one tensor and returns its data; the first tensor decides where the
 // call runs: RUN(name, ...) is moe_<name>(...) on the CPU and its twin on torch's current stream on a GPU. `done` turns
@@ -56,6 +57,8 @@ inline int dtype_of(ScalarType scalar) {  // N_DTYPES if the core does not know 
 }
 inline int dtype_of(In t) { return dtype_of(t.scalar_type()); }
 inline int real_of(int dtype) { return dtype == MOE_F64 ? MOE_F64 : MOE_F32; }
+inline unsigned weight_dtypes(In x) { return only(MOE_F32) | only(dtype_of(x)); }
+inline int dtype_of_weights(MaybeIn weights) { return weights ? dtype_of(*weights) : MOE_F32; }
 
 // ---- the door -------------------------------------------------------------------------------------------------------
 

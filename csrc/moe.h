@@ -40,7 +40,7 @@ typedef enum {
     MOE_NO_ISA,         // MOE_ISA names an instruction set that this CPU lacks or that nobody knows
     MOE_CUDA_FAILED,    // from libmoe_cuda.so alone: queueing work on the device failed (cuda/api.h: error() says why)
     MOE_PEER_SILENT,    // from libmoe_cuda.so alone: a rank did not answer in time
-    MOE_WIRE_FAILED,    // from windows.c alone: a rank is dead or silent, no memory (moe_windows_error() says why)
+    MOE_WIRE_FAILED,    // from windows.c and slots.c: a rank is dead or silent, no memory (moe_peers_error() says)
 } moe_status;
 const char *moe_status_text(int status);
 
@@ -249,7 +249,7 @@ int moe_exchange_combine(const moe_message *m, int64_t T, int64_t S, int64_t E, 
 typedef struct moe_windows moe_windows;
 enum { MOE_WINDOW_HANDLE_BYTES = 64 };
 // Why the last MOE_WIRE_FAILED of this thread, in a sentence.
-const char *moe_windows_error(void);
+const char *moe_peers_error(void);
 // This rank's window, with room to receive `bytes` (the same on all ranks), and the handle that lets the others in.
 int moe_windows_open(int ranks, int rank, int64_t bytes, double seconds, void *handle, moe_windows **windows);
 // Once, before the first exchange: the handles of all ranks.
@@ -270,6 +270,33 @@ void moe_huge_pages(void *memory, int64_t bytes);
 // Lets go of what belongs to other ranks. When all have left, each may close.
 int  moe_windows_leave(moe_windows *windows);
 void moe_windows_close(moe_windows *windows);
+
+// ---- slots.c: tensors between the stages of a pipeline on one host, whose arrival can be seen without waiting ---------
+// The ranks 0 .. ranks-1 are stages of `stage` ranks each, in a ring. Each has 2 n slots of `bytes`, one for each tensor
+// that a step can bring it: slots 0 .. n-1 from the rank in its place of the stage before, n .. 2n-1 from that of the
+// stage after. Waits, failures and handles are those of windows.c; calls need no common order.
+typedef struct moe_slots moe_slots;
+int moe_slots_open(int ranks, int rank, int stage, int64_t n, int64_t bytes, double seconds, void *handle,
+                   moe_slots **slots);
+int moe_slots_join(moe_slots *slots, const void *handles_P);
+// A step with a greater number than the last, >= 1: none of its tensors has arrived. end: of the step, whose tensors
+// have all been taken where they came to this rank.
+int moe_slots_begin(moe_slots *slots, int64_t step);
+int moe_slots_end(moe_slots *slots);
+// Into the slot of the rank that gets it, where it counts as not arrived for `delay` ns yet. Waits if the tensor of an
+// earlier step has not been taken from there.
+int moe_slots_send(moe_slots *slots, int64_t slot, int64_t delay, const void *data);
+// Waits for the tensor and copies it.
+int moe_slots_take(moe_slots *slots, int64_t slot, void *data);
+// here_2n: whether each slot's tensor has come to ALL ranks of this one's stage. awaited: waits until one of these has.
+int moe_slots_arrived(moe_slots *slots, int64_t awaited_n, const int64_t *awaited, int32_t *here_2n);
+// The one order that a stage's ranks share: its first rank decides for a slot number, the others wait for it.
+int moe_slots_decide(moe_slots *slots, int64_t slot);
+int moe_slots_decision(moe_slots *slots, int64_t *slot);
+// Seconds that this rank has waited in calls since begin.
+double moe_slots_waited(const moe_slots *slots);
+int    moe_slots_leave(moe_slots *slots);
+void   moe_slots_close(moe_slots *slots);
 
 // ---- dataset.c -----------------------------------------------------------------------------------------------------
 // Numbers of documents and of samples are I32 or I64: `dtype`. sizes and starts are in tokens.

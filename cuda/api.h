@@ -36,7 +36,7 @@ enum moe_cuda_op {
 template <class Result, class... Args>
 auto with_stream(Result (*)(Args...)) -> Result (*)(Args..., moe_stream);
 
-// Moves rows between ranks: nccl.cu, windows.cu, and in csrc/ops.cpp the C core's windows. All ranks of a wire make the
+// Moves rows between ranks: nccl.cu, windows.cu, and in csrc/wires.cpp the C core's windows. All ranks of a wire make the
 // same calls in the same order, each on one stream. A rank that does not answer within the timeout breaks the wire:
 // MOE_CUDA_FAILED, and error() says who.
 struct moe_wire {

@@ -65,7 +65,7 @@ static void run(int ranks, double seconds, int killed, rank_body body) {
 #define CHECK_SAID(call, text)                                                                                         \
     do {                                                                                                               \
         CHECK_STATUS(call, MOE_WIRE_FAILED);                                                                           \
-        CHECK(strstr(moe_windows_error(), text), "%s said \"%s\", want \"%s\"", #call, moe_windows_error(), text);     \
+        CHECK(strstr(moe_peers_error(), text), "%s said \"%s\", want \"%s\"", #call, moe_peers_error(), text);     \
     } while (0)
 
 // -- rounds -----------------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ static void rank_1_is_killed(moe_windows *w, int ranks, int rank) {
         raise(SIGKILL);
     }
     CHECK_SAID(moe_windows_counts(w, 1, &one, all), "rank 1 (pid ");
-    CHECK(strstr(moe_windows_error(), "has died"), "said \"%s\"", moe_windows_error());
-    strcpy(said, moe_windows_error());
+    CHECK(strstr(moe_peers_error(), "has died"), "said \"%s\"", moe_peers_error());
+    strcpy(said, moe_peers_error());
     CHECK_SAID(moe_windows_rows(w, bytes_PP, said, NULL), said);
     CHECK_SAID(moe_windows_room(w, bytes_PP, to_P), said);
     CHECK_SAID(moe_windows_turn(w, &received), said);
@@ -222,8 +222,8 @@ static void rank_1_is_silent(moe_windows *w, int ranks, int rank) {
         CHECK_OK(moe_windows_counts(w, 1, &one, all));
     }
     CHECK_SAID(moe_windows_counts(w, 1, &one, all), "rank 1 (pid ");
-    CHECK(strstr(moe_windows_error(), "did not answer the others' windows within 0.05 s"), "said \"%s\"",
-          moe_windows_error());
+    CHECK(strstr(moe_peers_error(), "did not answer the others' windows within 0.05 s"), "said \"%s\"",
+          moe_peers_error());
     if (rank != 1) meet(2 * ranks);
     CHECK_SAID(moe_windows_counts(w, 1, &one, all), "rank 1 (pid ");
 }
