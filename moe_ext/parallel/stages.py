@@ -1,12 +1,15 @@
 """A GPT cut into pieces, and those of one stage of a pipeline.
 
-Stage p of pp has the pieces p, p + pp, .. of the pp * chunks, each a GPT of some of the blocks (moe_ext.model) under the
-names that they have in the whole, so that nothing but `Stage` knows of the cut: checkpoints of any pipeline are the same.
+Stage p of pp has the pieces p, p + pp, .. of the pp * chunks, each a GPT of some of the blocks (moe_ext.model) under
+the names that they have in the whole: checkpoints do not know of the cut.
 """
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,8 +22,8 @@ from moe_ext.ops.enums import GATED
 
 # ---- the cut ---------------------------------------------------------------------------------------------------------
 def cut(config: Config) -> list[range]:
-    """-> the blocks of each of the mesh.pp * pipeline.chunks pieces, in order: pipeline.layers, or so that the costliest
-    piece costs least, then the costliest stage (`costs`). Without stages the model is one piece.
+    """-> the blocks of each of the mesh.pp * pipeline.chunks pieces, in order: pipeline.layers, or so that the
+    costliest piece costs least (`costs`), then the costliest stage. Without stages the model is one piece.
 
     ConfigError if there are more pieces than blocks, or if pipeline.layers is no cut of them.
     """
@@ -28,8 +31,8 @@ def cut(config: Config) -> list[range]:
     chunks = config.pipeline.chunks if pp > 1 else 1
     pieces = pp * chunks
     fits = f"set pipeline.chunks to {layers // pp}" if pp <= layers else f"mesh.pp can be {layers} at most"
-    require(pieces <= layers, f"mesh.pp {pp} * pipeline.chunks {chunks} cut the model into {pieces} pieces, and each needs "
-            f"a block, but model.layers is {layers}: {fits}")
+    require(pieces <= layers, f"mesh.pp {pp} * pipeline.chunks {chunks} cut the model into {pieces} pieces, and each "
+            f"needs a block, but model.layers is {layers}: {fits}")
     ends = spread(config.model, pp, chunks)
     if pp > 1 and (given := config.pipeline.layers):
         counts = [int(n) for n in given.split(",")]
@@ -64,7 +67,7 @@ def spread(model: ModelConfig, pp: int, chunks: int) -> tuple[int, ...]:
     for cost in costs(model):
         before.append(before[-1] + cost)
 
-    def best(join, most=float("inf")):
+    def best(join, most=math.inf):
         """The pieces' ends for which the costs, joined one after the other, are least; none costs more than `most`."""
         reach = [{0: (0, ())}]      # of so many pieces: {their last end: (joined, ends)}
         for i in range(pieces):
@@ -87,22 +90,23 @@ def spread(model: ModelConfig, pp: int, chunks: int) -> tuple[int, ...]:
 
 
 def settled(ends: tuple[int, ...], before: list[int], pp: int, most: int) -> tuple[int, ...]:
-    """Blocks handed from piece to piece, away from the costliest stage, for as long as it gets cheaper by that and no
-    piece costs more than `most`. With one piece a stage there is nothing left to gain."""
-    def price(ends):
-        pieces = [before[end] - before[begin] for begin, end in zip((0, *ends), ends, strict=False)]
-        stages = [sum(pieces[p::pp]) for p in range(pp)]
-        valid = min(pieces) > 0 and max(pieces) <= most
-        return (max(stages), sum(s * s for s in stages)) if valid else (float("inf"), 0)
-
-    pieces = len(ends)
+    """The cut after handing blocks on, from one piece to another through all between, for as long as the costliest
+    stage gets cheaper by that, or the stages more even, and no piece costs more than `most`."""
+    n = len(ends)
+    if n == pp:         # a piece is a stage: there is nothing left to gain
+        return ends
+    best, cost = np.array(ends), np.array(before, dtype=np.float64)
+    shifts = np.array([[low <= i < high for i in range(n)] for low, high in itertools.combinations(range(n), 2)], int)
+    hands = np.concatenate([by * shifts for by in (0, -1, 1, -2, 2)])
     while True:
-        moved = [tuple(end + by * (low <= i < high) for i, end in enumerate(ends))
-                 for low in range(pieces) for high in range(low + 1, pieces) for by in (-1, 1)]
-        found = min(moved, key=price, default=ends)
-        if price(found) >= price(ends):
-            return ends
-        ends = found
+        tried = (best + hands).clip(0, ends[-1])
+        pieces = np.diff(cost[tried], prepend=0)
+        tried = tried[((pieces > 0) & (pieces <= most)).all(1)]
+        stages = np.diff(cost[tried], prepend=0).reshape(len(tried), -1, pp).sum(1)
+        found = tried[np.lexsort(((stages**2).sum(1), stages.max(1)))[0]]
+        if (found == best).all():
+            return tuple(best.tolist())
+        best = found
 
 
 # ---- a stage ---------------------------------------------------------------------------------------------------------
@@ -120,7 +124,8 @@ class Stage(nn.Module):
                 self.ends, _ = dist.new_subgroups_by_enumeration([[rank, last + rank] for rank in range(ranks)])
 
     @torch.no_grad()
-    def forward(self, tokens_BS, targets_BS, draws=None, token_mask=None, documents_BS=None, positions_BS=None) -> Losses:
+    def forward(self, tokens_BS, targets_BS, draws=None, token_mask=None, documents_BS=None,
+                positions_BS=None) -> Losses:
         """As GPT.forward, without a gradient: this stage's part of each loss, and rows of all MoE layers, 0 in those of
         others, so that the sum over the stages is the model's. All stages call, with the same arguments and in the
         same order; one that calls again, for the next micro-batch, computes while the others still have this one.
@@ -184,6 +189,12 @@ class Stage(nn.Module):
 
     def state_dict(self, **options):
         return {name: tensor for piece in self.pieces for name, tensor in piece.state_dict(**options).items()}
+
+    def joined(self, own: dict) -> dict:
+        """The dicts of all stages in one. All ranks call."""
+        stages = [None] * self.mesh.config.pp
+        dist.all_gather_object(stages, own, group=self.mesh.pipe.get_group("pp"))
+        return {key: value for stage in stages for key, value in stage.items()}
 
     def moe_layers(self):
         """This stage's."""
