@@ -14,9 +14,9 @@ first name. Learning rate, weight decay and betas are not state: they come from 
 With torch.distributed, all ranks of the default group call save and load together, on a folder that all of them see; an
 error of one rank is raised on every rank. A DTensor is stored as boxes: a rank's file holds its box under the tensor's
 name, and the JSON under DCP_SHARDING_INFO in the file's metadata gives the first index of each box, {NAME:
-{"saved_offsets": [..]}}. A box that several ranks have is written by one of them, so the boxes tile the tensor. What
-one process saves is one file of whole tensors for any reader of safetensors; what a mesh saves becomes that when one
-process loads and saves it.
+{"saved_offsets": [..]}}. A box that several ranks have is written by one of them, so the boxes tile the tensor. The
+stages of a pipeline write and read each its own tensors. What one process saves is one file of whole tensors for any
+reader of safetensors; what a mesh saves becomes that when one process loads and saves it.
 """
 import dataclasses
 import json
@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import norm_power
+from moe_ext.parallel.stages import Stage
 
 FORMAT = 1
 WHOLE = re.compile(r"step-(\d{6,})(\.old)?")       # .old: set aside while a save of the same step takes its place
@@ -91,6 +92,8 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
         return tensors, State(step, best_loss, config, loader.state_dict(), moved, extra or {}, best_step)
 
     tensors, state = together(content)
+    if isinstance(model, Stage):
+        state.optimizer["states"] = model.joined(state.optimizer["states"])
     with dcp_errors(f"{final} was not saved, earlier checkpoints are as they were"):
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True),
                  planner=Contiguous(flatten_state_dict=False), no_dist=ranks() == 1)
@@ -238,9 +241,8 @@ def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: t
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {error}; a truncated or damaged .safetensors file: use an earlier "
                               "checkpoint") from None
-    tensors = model_tensors(model)
-    check(path, "model.", stored, tensors)
-    return stored, tensors
+    check(path, "model.", stored, model_tensors(model.whole if isinstance(model, Stage) else model))
+    return stored, model_tensors(model)
 
 
 def check_model(path: str | Path, model: torch.nn.Module, *, config: dict | None = None) -> None:
@@ -361,14 +363,16 @@ def generator_tensors() -> dict[str, torch.Tensor]:
 
 def empty_states(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, listed: dict,
                  stored: dict) -> dict[str, dict[str, torch.Tensor]]:
-    """Room for the optimizer's stored state, {NAME: {STATE: tensor}}; `listed` has the shapes, from state.json.
+    """Room for the optimizer's stored state, {NAME: {STATE: tensor}}, a stage's own; `listed` has the shapes of all,
+    from state.json.
 
     A state of the parameter's shape lies as the parameter does (device, strides, sharding). A scalar such as AdamW's
     step lies on the CPU unless the optimizer is fused or capturable, as torch wants it.
     """
-    moved = moved_parameters(model, optimizer)
-    for name in moved.keys() ^ listed.keys():
-        had = "the checkpoint's optimizer moved it" if name in listed else "the checkpoint's optimizer did not move it"
+    moved, here = moved_parameters(model, optimizer), named_tensors(model)
+    mine = {name: of for name, of in listed.items() if name in here}
+    for name in moved.keys() ^ mine.keys():
+        had = "the checkpoint's optimizer moved it" if name in mine else "the checkpoint's optimizer did not move it"
         raise CheckpointError(f"{path}: parameter {name}: {had}, this run's {'does' if name in moved else 'does not'}: "
                               "freeze the same parameters, or load the model alone and start the optimizer anew")
     scalar = {id(parameter): "cpu" for group in optimizer.param_groups for parameter in group["params"]
@@ -382,15 +386,20 @@ def empty_states(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
             return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return torch.empty(shape, dtype=dtype, device=scalar.get(id(parameter), parameter.device))
 
-    states = {name: {key: empty(name, key, shape) for key, shape in of.items()} for name, of in listed.items()}
-    check(path, "optim.", stored, flat(states))
+    states = {name: {key: empty(name, key, shape) for key, shape in of.items()} for name, of in mine.items()}
+    check_tensors(path, stored, flat(states))
     return states
 
 
 def check(path: Path, section: str, stored: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """CheckpointError unless the stored names of a section, their shapes and dtypes are those of `tensors`, and every
-    stored tensor is complete: its boxes, which are disjoint, hold as many values as it has."""
+    """CheckpointError unless the stored names of a section are those of `tensors`, and as check_tensors."""
     check_names(path, section, stored, tensors.keys())
+    check_tensors(path, stored, tensors)
+
+
+def check_tensors(path: Path, stored: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """CheckpointError unless the stored tensors have the shapes and dtypes of `tensors`, and every one is complete: its
+    boxes, which are disjoint, hold as many values as it has."""
     for name, tensor in tensors.items():
         values = sum(math.prod(box.sizes) for box in stored[name].chunks)
         got = f"{stored[name].properties.dtype} {list(stored[name].size)}"

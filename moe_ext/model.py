@@ -287,6 +287,8 @@ class GPT(nn.Module):
     it ends with the last, and names its parameters as the whole does. A piece with a head of a tied model has the table
     too.
     """
+    holders = None      # a pipeline's stage knows them (moe_ext.parallel.stages)
+
     def __init__(self, config: ModelConfig, *, seed: int = 0, dtype=torch.float32, device=None,
                  blocks: range | None = None):
         super().__init__()

@@ -1,6 +1,6 @@
 """Dynamic loss scaling for float16, whose gradients underflow below 6e-8 and overflow above 65504."""
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -36,11 +36,12 @@ class LossScaler:
         self.window, self.hysteresis, self.enabled = window, hysteresis, enabled
         self.good_steps, self.tolerated = 0, hysteresis - 1     # overflows that do not halve yet
 
-    def clip(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], max_norm: float = 0.0) -> float | None:
+    def clip(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], max_norm: float = 0.0,
+             holders: Mapping[str, int] | None = None) -> float | None:
         """clip_grad_norm of the gradients divided by the scale, then a new scale; None if they overflowed, and then
         they are as they were: drop them. FloatingPointError: they overflow at a scale of 1, so scaling is no cure."""
         try:
-            norm = clip_grad_norm(named_parameters, max_norm, self.scale)
+            norm = clip_grad_norm(named_parameters, max_norm, self.scale, holders)
         except NonFiniteGradient as error:
             if not self.enabled:
                 raise

@@ -1,32 +1,187 @@
 """A GPT cut into pieces, and those of one stage of a pipeline.
 
-Stage p of pp has the pieces p, p + pp, .. of the pp * vpp, each a GPT of some of the blocks (moe_ext.model) under the
-names that they have in the whole, so that nothing but `Stage` knows of the cut: checkpoints of any pipeline are the same.
+Stage p of pp has the pieces p, p + pp, .. of the pp * chunks, each a GPT of some of the blocks (moe_ext.model) under
+the names that they have in the whole: checkpoints do not know of the cut.
 """
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from moe_ext.config import Config
-from moe_ext.model import GPT
+from moe_ext.config import Config, ModelConfig, require
+from moe_ext.model import GPT, Losses
+from moe_ext.ops.enums import GATED
 
 
+# ---- the cut ---------------------------------------------------------------------------------------------------------
 def cut(config: Config) -> list[range]:
-    """-> the blocks of each of the mesh.pp * pipeline.chunks pieces, in order."""
-    pieces, layers = config.mesh.pp * config.pipeline.chunks, config.model.layers
-    counts = [int(n) for n in config.pipeline.layers.split(",")] if config.pipeline.layers else [
-        layers // pieces + (i < layers % pieces) for i in range(pieces)]
-    ends = [sum(counts[:i + 1]) for i in range(pieces)]
-    return [range(end - n, end) for n, end in zip(counts, ends, strict=True)]
+    """-> the blocks of each of the mesh.pp * pipeline.chunks pieces, in order: pipeline.layers, or so that the
+    costliest piece costs least (`costs`), then the costliest stage. Without stages the model is one piece.
+
+    ConfigError if there are more pieces than blocks, or if pipeline.layers is no cut of them.
+    """
+    pp, layers = config.mesh.pp, config.model.layers
+    chunks = config.pipeline.chunks if pp > 1 else 1
+    pieces = pp * chunks
+    fits = f"set pipeline.chunks to {layers // pp}" if pp <= layers else f"mesh.pp can be {layers} at most"
+    require(pieces <= layers, f"mesh.pp {pp} * pipeline.chunks {chunks} cut the model into {pieces} pieces, and each "
+            f"needs a block, but model.layers is {layers}: {fits}")
+    ends = spread(config.model, pp, chunks)
+    if pp > 1 and (given := config.pipeline.layers):
+        counts = [int(n) for n in given.split(",")]
+        spread_is = ",".join(str(end - begin) for begin, end in zip((0, *ends), ends, strict=False))
+        require(len(counts) == pieces and sum(counts) == layers and min(counts) > 0, f"pipeline.layers {given}: got "
+                f"{len(counts)} pieces of {sum(counts)} blocks, wanted mesh.pp * pipeline.chunks = {pieces} pieces of "
+                f"model.layers = {layers} blocks, none of them empty: as in {spread_is}, which \"\" stands for here")
+        ends = tuple(sum(counts[:i + 1]) for i in range(pieces))
+    return [range(begin, end) for begin, end in zip((0, *ends), ends, strict=False)]
 
 
+def costs(c: ModelConfig) -> list[int]:
+    """Of each block, in multiplications per token: its active weights, and attention to the keys that its window has
+    (a sixth of what GPT.flops_per_token counts). The first one's with what the embedding does, which reads a row, the
+    last one's with the head's."""
+    width, matrices = c.heads * c.head_width, 3 if c.act in GATED else 2
+    attention = 2 * c.dim * (width + c.kv_groups * c.head_width)
+    dense = matrices * c.dim * c.hidden
+    moe = matrices * c.dim * (c.moe.top_k * c.moe.hidden + c.moe.shared_hidden) + c.dim * c.moe.experts
+    result = [attention + 2 * min(c.window_of(layer) or c.seq_len, c.seq_len) * width
+              + (moe if layer >= c.layers - c.moe_layers else dense) for layer in range(c.layers)]
+    result[0] += c.dim
+    result[-1] += c.vocab_size * c.dim
+    return result
+
+
+@functools.lru_cache(maxsize=256)
+def spread(model: ModelConfig, pp: int, chunks: int) -> tuple[int, ...]:
+    """The cut by cost: where each piece ends."""
+    pieces, layers = pp * chunks, model.layers
+    before = [0]        # what all blocks up to one cost
+    for cost in costs(model):
+        before.append(before[-1] + cost)
+
+    def best(join, most=math.inf):
+        """The pieces' ends for which the costs, joined one after the other, are least; none costs more than `most`."""
+        reach = [{0: (0, ())}]      # of so many pieces: {their last end: (joined, ends)}
+        for i in range(pieces):
+            reach.append({})
+            for end in range(i + 1, layers - (pieces - i - 1) + 1):
+                ways = []
+                for begin in range(end - 1, i - 1, -1):
+                    if (cost := before[end] - before[begin]) > most:
+                        break
+                    if begin in reach[i]:
+                        joined, ends = reach[i][begin]
+                        ways.append((join(joined, cost), (*ends, end)))
+                if ways:
+                    reach[-1][end] = min(ways)
+        return reach[pieces][layers]
+
+    most, _ = best(max)
+    _, ends = best(lambda squares, cost: squares + cost * cost, most)       # as even as can be
+    return settled(ends, before, pp, most)
+
+
+def settled(ends: tuple[int, ...], before: list[int], pp: int, most: int) -> tuple[int, ...]:
+    """The cut after handing blocks on, from one piece to another through all between, for as long as the costliest
+    stage gets cheaper by that, or the stages more even, and no piece costs more than `most`."""
+    n = len(ends)
+    if n == pp:         # a piece is a stage: there is nothing left to gain
+        return ends
+    best, cost = np.array(ends), np.array(before, dtype=np.float64)
+    shifts = np.array([[low <= i < high for i in range(n)] for low, high in itertools.combinations(range(n), 2)], int)
+    hands = np.concatenate([by * shifts for by in (0, -1, 1, -2, 2)])
+    while True:
+        tried = (best + hands).clip(0, ends[-1])
+        pieces = np.diff(cost[tried], prepend=0)
+        tried = tried[((pieces > 0) & (pieces <= most)).all(1)]
+        stages = np.diff(cost[tried], prepend=0).reshape(len(tried), -1, pp).sum(1)
+        found = tried[np.lexsort(((stages**2).sum(1), stages.max(1)))[0]]
+        if (found == best).all():
+            return tuple(best.tolist())
+        best = found
+
+
+# ---- a stage ---------------------------------------------------------------------------------------------------------
 class Stage(nn.Module):
-    """This rank's pieces, in order; to optimizer, clipping and checkpoints one model with the names of the whole."""
+    """This rank's pieces, in order; to optimizer, clipping, checkpoints and evaluation one model with the names of the
+    whole. All ranks of the mesh make theirs."""
 
     def __init__(self, pieces: list[GPT], mesh):
         super().__init__()
-        self.config, self.mesh, self.pieces = pieces[0].config, mesh, nn.ModuleList(pieces)
+        self.config, self.mesh, self.pieces, self.ends = pieces[0].config, mesh, nn.ModuleList(pieces), None
+        if self.config.tied:
+            self.ends = mesh.pipe.get_group("pp")
+            if mesh.config.pp > 2:      # the first and the last stage, without those between
+                ranks, last = mesh.config.stage, (mesh.config.pp - 1) * mesh.config.stage
+                self.ends, _ = dist.new_subgroups_by_enumeration([[rank, last + rank] for rank in range(ranks)])
+
+    @torch.no_grad()
+    def forward(self, tokens_BS, targets_BS, draws=None, token_mask=None, documents_BS=None,
+                positions_BS=None) -> Losses:
+        """As GPT.forward, without a gradient: this stage's part of each loss, and rows of all MoE layers, 0 in those of
+        others, so that the sum over the stages is the model's. All stages call, with the same arguments and in the
+        same order; one that calls again, for the next micro-batch, computes while the others still have this one.
+        """
+        c, mesh, (B, S) = self.config, self.mesh, tokens_BS.shape
+        group, pp = mesh.pipe.get_group("pp"), mesh.config.pp
+        after, before = (dist.get_global_rank(group, (mesh.pp_rank + step) % pp) for step in (1, -1))
+        L, E, x_BSD, parts = c.moe_layers, c.moe.experts, None, []
+        rows = [torch.zeros(L, E, dtype=torch.int32, device=tokens_BS.device),
+                *(torch.zeros(L, dtype=torch.int32, device=tokens_BS.device) for _ in range(2))]
+        for piece in self.pieces:
+            if not piece.first:
+                x_BSD = torch.empty(B, S // mesh.config.tp, c.dim, dtype=self.dtype, device=tokens_BS.device)
+                dist.recv(x_BSD, before, group=group)
+            out = piece(tokens_BS, targets_BS, draws, token_mask, documents_BS, positions_BS, x_BSD)
+            if not piece.last:
+                dist.send(out.x_BSD, after, group=group)
+            parts.append((out.token_loss, out.aux_loss, out.balance))
+            for all, own in zip(rows, (out.counts_LE, out.dropped_L, out.bad_L), strict=True):
+                if len(own):
+                    all[moe_rows(piece)] = own
+        token_loss, aux_loss, balance = (sum(column) for column in zip(*parts, strict=True))
+        return Losses(token_loss, aux_loss, *rows, balance)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mesh.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and of what the stages send each other."""
+        return next(self.parameters()).dtype
+
+    @property
+    def lm_head(self):
+        """None if it is another stage's."""
+        return self.pieces[-1].lm_head
+
+    @functools.cached_property
+    def whole(self) -> GPT:
+        """The model that the stages make up, on the meta device: names, shapes, counts."""
+        return GPT(self.config, dtype=self.dtype, device="meta")
+
+    @functools.cached_property
+    def holders(self) -> dict[str, int]:
+        """Of each parameter of the whole model, in its order: how many ranks have it, or a part of it."""
+        twice = {"embed_tokens.weight"} if self.config.tied else {}
+        return {name: self.mesh.config.stage * (1 + (name in twice)) for name, _ in self.whole.named_parameters()}
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Of the whole model."""
+        return self.whole.num_parameters()
+
+    def flops_per_token(self) -> int:
+        """Of the whole model."""
+        return self.whole.flops_per_token()
 
     def named_parameters(self, *args, **options):
         for piece in self.pieces:
@@ -35,7 +190,14 @@ class Stage(nn.Module):
     def state_dict(self, **options):
         return {name: tensor for piece in self.pieces for name, tensor in piece.state_dict(**options).items()}
 
+    def joined(self, own: dict) -> dict:
+        """The dicts of all stages in one. All ranks call."""
+        stages = [None] * self.mesh.config.pp
+        dist.all_gather_object(stages, own, group=self.mesh.pipe.get_group("pp"))
+        return {key: value for stage in stages for key, value in stage.items()}
+
     def moe_layers(self):
+        """This stage's."""
         return [layer for piece in self.pieces for layer in piece.moe_layers()]
 
     @torch.no_grad()
@@ -50,3 +212,11 @@ def moe_rows(piece: GPT) -> slice:
     before = min((block.layer for block in piece.layers), default=0) - piece.config.moe.dense_layers
     first = max(0, before)
     return slice(first, first + len(piece.moe_layers()))
+
+
+def sum_tied(model: GPT | Stage, mesh) -> None:
+    """After the last backward of a step: the gradient of a tied table, whose lookups the first stage has and whose
+    products the last, is the sum of theirs on both, the same bits. All ranks call; nothing without stages."""
+    if isinstance(model, Stage) and model.ends is not None and mesh.pp_rank in (0, mesh.config.pp - 1):
+        grad = dict(model.named_parameters())["embed_tokens.weight"].grad
+        dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=model.ends)
