@@ -27,13 +27,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from moe_ext.config import PipelineConfig
 from moe_ext.model import GPT
-from moe_ext.parallel import stages
 from moe_ext.parallel.links import open_links
-from moe_ext.parallel.record import KINDS, Recorder
+from moe_ext.parallel.record import Recorder
 from moe_ext.parallel.schedule import Action, Turns, tensor_id
 from moe_ext.parallel.shard import accumulate
-from moe_ext.parallel.stages import Stage, moe_rows
+from moe_ext.parallel.stages import Stage, moe_rows, sum_tied
 from moe_ext.parallel.tensor import sum_replicated
+
+WORDS = {"F": "forward", "B": "backward"}
 
 
 class Totals(NamedTuple):
@@ -51,31 +52,27 @@ class Pipeline:
     where trace.json goes, if config.trace asks for one; None: nowhere. delay: of the links, for tests. order: the
     actions of the last step, as they were run."""
 
-    def __init__(self, model: GPT | Stage, mesh, config: PipelineConfig = PipelineConfig(), *, micro_batch: int,
+    def __init__(self, model: GPT | Stage, mesh, config: PipelineConfig | None = None, *, micro_batch: int,
                  micros: int, folder: Path | None = None, delay: Callable | None = None):
-        self.model, self.mesh, self.config, self.folder, self.steps = model, mesh, config, folder, 0
+        self.model, self.mesh, self.config, self.folder = model, mesh, config or PipelineConfig(), folder
         self.pieces = list(model.pieces) if isinstance(model, Stage) else [model]
         self.rows = [moe_rows(piece) for piece in self.pieces]
-        self.pp, self.vpp, self.order = mesh.config.pp, len(self.pieces), []
+        self.pp, self.vpp, self.steps, self.order = mesh.config.pp, len(self.pieces), 0, []
         self.links = self.recorder = None
         if self.pp > 1:
             c = model.config
-            self.links = open_links(mesh, config.transport, chunks=self.vpp, micros=micros,
+            self.links = open_links(mesh, self.config.transport, chunks=self.vpp, micros=micros,
                                     shape=(micro_batch, c.seq_len // mesh.config.tp, c.dim),
                                     dtype=next(model.parameters()).dtype, delay=delay)
-            self.recorder = Recorder(mesh) if config.trace else None
+            self.recorder = Recorder(mesh) if self.config.trace else None
 
     def step(self, feed: Callable[[int], tuple], micros: int, *, tokens: int, scale: float = 1.0,
              around: Callable = lambda kind: nullcontext()) -> Totals:
         """feed(m): the arguments of GPT.forward for micro-batch m, as a tuple, asked for once. tokens, scale: as for
         `shard.backward`. around(kind): a context for each "forward" and "backward"."""
-        c, mesh, links = self.model.config, self.mesh, self.links
-        turns = Turns(self.config.schedule if self.pp > 1 else "1f1b", self.pp, self.vpp, micros, mesh.pp_rank,
-                      self.config.live)
-        zero = torch.zeros((), device=mesh.device)
-        totals = Totals(zero, zero, zero, *(torch.zeros(c.moe_layers, *columns, dtype=torch.int32, device=mesh.device)
-                                            for columns in ([c.moe.experts], [], [])))
-        fed, live, left = {}, {}, [micros] * self.vpp
+        name, live = (self.config.schedule, self.config.live) if self.pp > 1 else ("1f1b", 0)
+        turns = Turns(name, self.pp, self.vpp, micros, self.mesh.pp_rank, live)
+        step, links = Step(self, feed, micros, tokens, scale), self.links
         self.order, self.steps = [], self.steps + 1
         span = functools.partial(self.recorder.span, self.steps) if self.traced else lambda *_: nullcontext()
         if links:
@@ -83,53 +80,32 @@ class Pipeline:
         while turns.left:
             with span("wait") as wait:
                 action = links.agree(turns.choose) if turns.dynamic else turns.choose(lambda action: True)
-                x = None if turns.own(action) else links.take(action)
+                received = None if turns.own(action) else links.take(action)
                 if wait:
                     wait.action = action
             turns.ran(action)
             self.order.append(action)
+            step.prepare(action)
             self.say(action, "start")
-            kind, chunk, micro = action
-            piece, passed, whole = self.pieces[chunk], None, False
-            if kind == "F":
-                arguments = fed.pop(micro) if chunk else feed(micro)
-                if chunk < self.vpp - 1:
-                    fed[micro] = arguments
-                if x is not None:
-                    x.requires_grad_()
-                with span("forward", action), around("forward"):
-                    out = piece(*arguments, x_BSD=x)
-                for total, part in zip(totals[3:], (out.counts_LE, out.dropped_L, out.bad_L), strict=True):
-                    if len(part):
-                        total[self.rows[chunk]] += part
-                totals = totals._replace(balance=totals.balance + out.balance / (micros * mesh.config.stage))
-                if not piece.last:      # of what is sent on, only what the backward needs stays here
-                    passed, out = out.x_BSD.detach(), out._replace(x_BSD=get_gradient_edge(out.x_BSD))
-                live[chunk, micro] = x, out
-            else:
-                left[chunk] -= 1
-                (x, out), dx, whole = live.pop((chunk, micro)), x, left[chunk] == 0
-                with span("backward", action), around("backward"):
-                    loss, aux = accumulate(piece, out, mesh, tokens=tokens, accumulation=micros, last=whole,
-                                           scale=scale, dx_BSD=dx)
-                totals = totals._replace(loss=totals.loss + loss, aux=totals.aux + aux)
-                passed = None if piece.first else x.grad
+            word = WORDS[action.kind]
+            with span(word, action), around(word):
+                passed = step.forward(action, received) if action.kind == "F" else step.backward(action, received)
             self.say(action, "finished")
             if passed is not None:
                 to = self.taker(action)
                 with span("send", to):
                     links.send(to, passed)
-            if whole:
+                del passed
+            if step.whole(action):
                 with span("sync", action):
-                    sum_replicated(piece, mesh)
+                    sum_replicated(self.pieces[action.chunk], self.mesh)
         if links:
             links.end()
-            if c.tied:
-                with span("sync"):
-                    stages.sum_tied(self.model, mesh)
-            if self.traced and self.steps == 1 + self.config.trace and self.folder:
+            with span("sync"):
+                sum_tied(self.model, self.mesh)
+            if self.folder and self.traced and self.steps == 1 + self.config.trace:
                 self.recorder.write(self.folder / "trace.json")
-        return totals
+        return step.totals
 
     @property
     def traced(self) -> bool:
@@ -146,7 +122,7 @@ class Pipeline:
     def say(self, action: Action, what: str) -> None:
         """A line of config.lines."""
         if self.config.lines and self.links:
-            sys.stdout.write(f"rank {self.mesh.rank} {KINDS[action.kind]} {what} tensor "
+            sys.stdout.write(f"rank {self.mesh.rank} {WORDS[action.kind]} {what} tensor "
                              f"{tensor_id(action, self.pp, self.vpp)}\n")      # one write: ranks share the console
             sys.stdout.flush()
 
@@ -173,3 +149,56 @@ class Pipeline:
             if self.folder and 1 < self.steps <= self.config.trace:     # fewer than were asked for
                 self.recorder.write(self.folder / "trace.json")
             self.links.close()
+
+
+class Step:
+    """What a stage holds during a step: inputs of micro-batches that have chunks before them, and of each (chunk,
+    micro-batch) between forward and backward what it received and the losses. What was sent on is here no longer, but
+    where autograd has it."""
+
+    def __init__(self, pipeline: Pipeline, feed, micros: int, tokens: int, scale: float):
+        self.pieces, self.rows, self.mesh = pipeline.pieces, pipeline.rows, pipeline.mesh
+        self.feed, self.micros, self.tokens, self.scale = feed, micros, tokens, scale
+        self.fed, self.live, self.left = {}, {}, [micros] * len(self.pieces)
+        c, device = pipeline.model.config, self.mesh.device
+        zero = torch.zeros((), device=device)
+        self.totals = Totals(zero, zero, zero, *(torch.zeros(c.moe_layers, *columns, dtype=torch.int32, device=device)
+                                                 for columns in ([c.moe.experts], [], [])))
+
+    def prepare(self, action: Action) -> None:
+        """Before an action: reads the micro-batch, if it is new here."""
+        if action.kind == "F" and action.chunk == 0:
+            self.fed[action.micro] = self.feed(action.micro)
+
+    def forward(self, action: Action, x_BSD):
+        """-> what the next piece begins with, None after the last."""
+        _, chunk, micro = action
+        piece, last_here = self.pieces[chunk], chunk == len(self.pieces) - 1
+        arguments = self.fed.pop(micro) if last_here else self.fed[micro]
+        out = piece(*arguments, x_BSD=None if x_BSD is None else x_BSD.requires_grad_())
+        for total, part in zip(self.totals[3:], (out.counts_LE, out.dropped_L, out.bad_L), strict=True):
+            if len(part):
+                total[self.rows[chunk]] += part
+        self.add(balance=out.balance / (self.micros * self.mesh.config.stage))
+        passed = None
+        if not piece.last:
+            passed, out = out.x_BSD.detach(), out._replace(x_BSD=get_gradient_edge(out.x_BSD))
+        self.live[chunk, micro] = x_BSD, out
+        return passed
+
+    def backward(self, action: Action, dx_BSD):
+        """dx_BSD: None in the last piece -> that of the piece before, None in the first."""
+        _, chunk, micro = action
+        x_BSD, out = self.live.pop((chunk, micro))
+        self.left[chunk] -= 1
+        loss, aux = accumulate(self.pieces[chunk], out, self.mesh, tokens=self.tokens, accumulation=self.micros,
+                               last=self.whole(action), scale=self.scale, dx_BSD=dx_BSD)
+        self.add(loss=loss, aux=aux)
+        return None if x_BSD is None else x_BSD.grad
+
+    def whole(self, action: Action) -> bool:
+        """Whether `action` was the last backward of its piece."""
+        return action.kind == "B" and self.left[action.chunk] == 0
+
+    def add(self, **parts) -> None:
+        self.totals = self.totals._replace(**{name: getattr(self.totals, name) + part for name, part in parts.items()})

@@ -4,13 +4,13 @@
     with recorder.span(step, "forward", action): .. # of a step: forward, backward, send, wait, sync
     recorder.write("RUN/trace.json")                # all ranks; rank 0 writes (moe_ext.log.trace)
 
-Times are those of CLOCK_MONOTONIC, which all processes of a host share. A rank on another host than rank 0's measures at
-first how far the two clocks are apart: the fastest of ROUNDS round trips tells it to half its own length, and clocks
+Times are those of CLOCK_MONOTONIC, which all processes of a host share. A rank on another host than rank 0's first
+measures how far the two clocks are apart: the fastest of ROUNDS round trips tells it to half its own length, and clocks
 drift by some microseconds a second. On CUDA each mark waits for the device, so that times are those of the work and not
 of its launch: a traced step is slower there.
 
-A send is drawn where it is going to, from the moment when the sender began with it until it has arrived: when a receiver
-that waited for it had it; otherwise when the sender was done with it, for nobody looked.
+A send is drawn where it goes to, from when the sender began with it until it has arrived: when a receiver who waited
+for it had it; if nobody waited, when the sender was done with it.
 """
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from moe_ext.parallel.schedule import Action
 
 ROUNDS = 20
 WAITED = 1e-4       # seconds; a tensor that is taken in less was there before
-KINDS = {"F": "forward", "B": "backward"}
 
 
 class Span:
