@@ -1,4 +1,4 @@
-"""`python -m moe_ext.log plot RUN .. [-o out.png] [--by step|tokens|time]`"""
+"""`python -m moe_ext.log plot RUN .. [-o out.png] [--by step|tokens|time]`, `python -m moe_ext.log slow RUN`"""
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from moe_ext.log.draw import plot
+from moe_ext.log.slow import slow
 
 
 def main() -> None:
@@ -21,7 +22,15 @@ def main() -> None:
         """
         print(plot(runs, out, by))
 
-    tyro.extras.subcommand_cli_from_dict({"plot": command}, prog="python -m moe_ext.log")
+    def name_slow(trace: tyro.conf.Positional[Path], /) -> None:
+        """Name the rank or link that holds a pipeline up.
+
+        Args:
+            trace: trace.json of a run with pipeline.trace, or the run folder that holds it
+        """
+        print(slow(trace))
+
+    tyro.extras.subcommand_cli_from_dict({"plot": command, "slow": name_slow}, prog="python -m moe_ext.log")
 
 
 if __name__ == "__main__":

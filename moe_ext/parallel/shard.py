@@ -100,15 +100,23 @@ def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
     module.set_force_sum_reduction_for_comms(True)      # gloo has no PREMUL_SUM
 
 
-def backward(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumulation: int = 1, last: bool = True,
-             scale: float = 1.0, dx_BSD: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(model: nn.Module, out: Losses, mesh: Mesh, *, last: bool = True, **options):
+    """The backward of a micro-batch, as `accumulate`; if it is the last of a step, the gradients are whole then."""
+    parts = accumulate(model, out, mesh, last=last, **options)
+    if last:
+        sum_replicated(model, mesh)
+    return parts
+
+
+def accumulate(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumulation: int = 1, last: bool = True,
+               scale: float = 1.0, dx_BSD: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The backward of a micro-batch -> (token loss per token, auxiliary loss): this rank's parts, whose sums over all
     ranks and micro-batches are the step's.
 
-    tokens: of the step, on all ranks and in all its `accumulation` micro-batches. last: of these; then the gradients
-    are whole. scale: of the loss, for fp16. The tp ranks have the same token loss, of which each counts its part; of
-    the auxiliary loss every rank has the mean over its own scopes, so that the mean over the ranks is the whole.
-    dx_BSD: of a piece without the head, the gradient of out.x_BSD, which has the scale.
+    tokens: of the step, on all ranks and in all its `accumulation` micro-batches. last: of these; what is left then is
+    sum_replicated. scale: of the loss, for fp16. The tp ranks have the same token loss, of which each counts its part;
+    of the auxiliary loss every rank has the mean over its own scopes, so that the mean over the ranks is the whole.
+    dx_BSD: of a piece without the head, the gradient of out.x_BSD (which may be a GradientEdge); it has the scale.
     """
     if mesh.config.rep > 1:
         model.set_requires_all_reduce(last)
@@ -117,8 +125,6 @@ def backward(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumula
     roots = [(loss, None)] if loss.requires_grad else []
     roots += [(out.x_BSD, dx_BSD)] if dx_BSD is not None else []
     torch.autograd.backward(*zip(*roots, strict=True))
-    if last:
-        sum_replicated(model, mesh)
     return token_loss.detach() / mesh.config.tp, aux_loss.detach()
 
 
