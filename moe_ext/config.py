@@ -345,6 +345,11 @@ def meshes(world: int) -> list[MeshConfig]:
             for ep in divisors(world // rep // etp)]
 
 
+def pipelines(world: int) -> list[MeshConfig]:
+    """Every mesh of a number of ranks with more than one stage."""
+    return [replace(mesh, pp=pp) for pp in divisors(world)[1:] for mesh in meshes(world // pp)]
+
+
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
