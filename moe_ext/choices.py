@@ -143,7 +143,7 @@ def score(model: GPT, config: Config, questions: list[Question], mesh: Mesh | No
 def log_likelihoods(model: GPT, config: Config, endings: list[Ending], mesh: Mesh | None = None) -> torch.Tensor:
     """log p of each ending, fp64, in nats. Endings of like length share a micro-batch, of at most train.micro_batch *
     model.seq_len tokens and pads; the data-parallel ranks share the endings."""
-    device, (dp, tp) = model.norm.weight.device, (mesh.config.dp, mesh.config.tp) if mesh else (1, 1)
+    device, (dp, tp) = next(model.parameters()).device, (mesh.config.dp, mesh.config.tp) if mesh else (1, 1)
     by_length = sorted(range(len(endings)), key=lambda i: -len(endings[i].tokens))
     training, log_p, bad_L = model.training, torch.zeros(len(endings), dtype=torch.float64, device=device), 0
     model.eval()
@@ -161,18 +161,24 @@ def log_likelihoods(model: GPT, config: Config, endings: list[Ending], mesh: Mes
             targets_BS[row, end - ending.scored:end] = ids[1:][-ending.scored:]
         with precision(config, device), each_row(model.lm_head, rows):
             out = model(tokens_BS.to(device), targets_BS.to(device), token_mask=mask_BS.to(device))
-        log_p[mine], bad_L = -out.token_loss[:len(mine)].double(), bad_L + out.bad_L
+        if model.lm_head is not None:
+            log_p[mine] = -out.token_loss[:len(mine)].double()
+        bad_L = bad_L + out.bad_L
     model.train(training)
     if mesh:
         log_p, bad_L = mesh.sum(log_p / tp, bad_L)
-    if problem := not_finite(model, bad_L, {"the log-likelihood of the endings": log_p.sum().item()}):
+    if problem := not_finite(config.model, bad_L, {"the log-likelihood of the endings": log_p.sum().item()}):
         raise FloatingPointError(problem)
     return log_p
 
 
 @contextmanager
 def each_row(head, rows: int):
-    """Inside, the loss is one number per row of the batch, and the head works for the targets alone."""
+    """Inside, the loss is one number per row of the batch, and the head works for the targets alone. head: None where
+    another stage has it."""
+    if head is None:
+        yield
+        return
     cross_entropy = head.cross_entropy
 
     def by_row(x_TD, w_VD, targets_T):

@@ -30,6 +30,7 @@ else:
     import tomli as tomllib
 
 Act = Literal["swiglu", "geglu", "geglu_tanh", "swiglu_oai", "silu", "gelu", "gelu_tanh", "relu"]
+Order = Literal["gpipe", "1f1b", "interleaved", "breadth_first", "depth_first", "dfc", "bfc"]
 
 
 class ConfigError(ValueError):
@@ -345,6 +346,11 @@ def meshes(world: int) -> list[MeshConfig]:
             for ep in divisors(world // rep // etp)]
 
 
+def pipelines(world: int) -> list[MeshConfig]:
+    """Every mesh of a number of ranks with more than one stage."""
+    return [replace(mesh, pp=pp) for pp in divisors(world)[1:] for mesh in meshes(world // pp)]
+
+
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
@@ -359,9 +365,8 @@ class PipelineConfig:
     chunks: int = 1                     # pieces of the model on each stage (virtual stages, "vpp"); stage p has the
                                         # pieces p, p + pp, .. of pp * chunks
     layers: str = ""                    # "3,4,4,3": blocks of each of the pp * chunks pieces; "": spread by cost
-    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "depth_first", "dfc", "bfc"] = "interleaved"
-                                        # order of work: interleaved is 1f1b with several chunks; dfc and bfc decide
-                                        # during the step by what has arrived, depth and breadth first
+    schedule: Order = "interleaved"     # of work: interleaved is 1f1b with several chunks; dfc and bfc decide during
+                                        # the step by what has arrived, depth and breadth first
     live: int = 0                       # dfc, bfc: chunks whose activations a stage may hold at a time; 0: no limit
     transport: Literal["torch", "windows"] = "torch"    # of activations between stages (moe_ext.parallel.links)
     trace: int = 0                      # steps whose actions go to RUN/trace.json, from the second on (Chrome trace)
@@ -442,6 +447,26 @@ class Config:
                 if width % size:
                     raise ConfigError(f"mesh.{axis} {size} does not divide {name} {width}: the nearest that does is "
                                       f"{nearest(size, divisors(width))}")
+        self.check_stages()
+
+    def check_stages(self) -> None:
+        """ConfigError, with the nearest setting that would do, for stages that cannot be or cannot take turns so."""
+        pp, pipe = self.mesh.pp, self.pipeline
+        if pp == 1:
+            for name in ("chunks", "layers", "live", "trace", "lines"):
+                value, default = getattr(pipe, name), getattr(PipelineConfig, name)
+                require(value == default, f"pipeline.{name} is {value}, but mesh.pp 1 is no pipeline: set mesh.pp to 2 "
+                        f"or more, or pipeline.{name} to {json.dumps(default)}")
+            return
+        from moe_ext.parallel.schedule import check     # these import this file
+        from moe_ext.parallel.stages import cut
+        cut(self)
+        for micros in reversed(self.micro_batches):     # a whole step's first
+            try:
+                check(pipe.schedule, pp, pipe.chunks, micros, pipe.live)
+            except ConfigError as error:
+                ramp = f"train.batch_ramp {self.train.batch_ramp}: " if micros < self.train.accumulation else ""
+                raise ConfigError(f"{ramp}{error}") from None
 
     @property
     def run_folder(self) -> Path:
@@ -456,6 +481,15 @@ class Config:
     def sequences_per_step(self) -> int:
         """Of a whole step, as after train.batch_ramp."""
         return self.train.accumulation * self.train.micro_batch * self.mesh.dp
+
+    @property
+    def micro_batches(self) -> list[int]:
+        """Micro-batches of a step: one number, or with train.batch_ramp all that there will be."""
+        if not self.train.batch_ramp:
+            return [self.train.accumulation]
+        start, increment, _ = self.ramp
+        return [sequences // (self.train.micro_batch * self.mesh.dp)
+                for sequences in range(start, self.sequences_per_step + 1, increment)]
 
     @property
     def ramp(self) -> tuple[int, int, int]:

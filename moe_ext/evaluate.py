@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from moe_ext import checkpoint
-from moe_ext.config import Config, load, named_sets, require
+from moe_ext.config import Config, ModelConfig, load, named_sets, require
 from moe_ext.data import Blend, IndexedDataset, Loader, open_data, unigram_entropy
 from moe_ext.data.blend import read_blend
 from moe_ext.data.loader import IGNORED
@@ -113,7 +113,7 @@ def evaluate(model: GPT, config: Config, dataset: IndexedDataset | Blend, batche
         raise ValueError(f"evaluate: batches is {batches}, wanted 0 (all of the held-out text) or a positive number")
     if len(dataset.parts) > 1:
         return sum(weight * evaluate(model, config, part, batches, mesh) for weight, part in dataset.parts)
-    micro_batch, seq_len, device = config.train.micro_batch, config.model.seq_len, model.norm.weight.device
+    micro_batch, seq_len, device = config.train.micro_batch, config.model.seq_len, next(model.parameters()).device
     rows_per_batch = micro_batch * config.mesh.dp
     mine = rows_per_batch // (mesh.config.dp if mesh else 1)
     first = mesh.dp_rank * mine if mesh else 0
@@ -145,17 +145,18 @@ def evaluate(model: GPT, config: Config, dataset: IndexedDataset | Blend, batche
     model.train(training)
     if mesh:
         total, bad_L = mesh.sum(total / mesh.config.tp, bad_L)
+        total[1] /= mesh.config.pp      # every stage has counted them, the last alone has a loss
     loss = (total[0] / total[1]).item()
-    if problem := not_finite(model, bad_L, {"the held-out loss": loss}):
+    if problem := not_finite(config.model, bad_L, {"the held-out loss": loss}):
         raise FloatingPointError(problem)
     return loss
 
 
-def not_finite(model: GPT, bad_L, losses: dict[str, float]) -> str:
+def not_finite(config: ModelConfig, bad_L, losses: dict[str, float]) -> str:
     """What went wrong first in forwards whose tokens with bad logits are bad_L; "" if nothing did."""
-    for layer, bad in zip(model.moe_layers(), bad_L.tolist(), strict=True):
+    for layer, bad in enumerate(bad_L.tolist(), start=config.moe.dense_layers):
         if bad:
-            return f"the logits of the router {layer.name} are not finite for {bad:,.0f} tokens"
+            return f"the logits of the router layers.{layer}.mlp are not finite for {bad:,.0f} tokens"
     return next((f"{name} is {loss:g}" for name, loss in losses.items() if not math.isfinite(loss)), "")
 
 

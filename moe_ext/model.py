@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 from moe_ext import ops
-from moe_ext.config import Config, ModelConfig, require
+from moe_ext.config import Config, ModelConfig, TrainConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, check_mask, site
 from moe_ext.ops.define import real
 
@@ -184,6 +184,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(q_columns, eps=c.norm_eps, **options) if c.qk_norm else None
         self.k_norm = nn.RMSNorm(k_columns, eps=c.norm_eps, **options) if c.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(c.heads, **options)) if c.sinks else None
+        self.recompute = False      # keep what attend takes, not what it saves, and run it again in the backward
 
     def forward(self, x_BSD, rope, cache: KVCache | None = None, layer: int = 0, seen=None):
         """seen: as `attend` takes it."""
@@ -199,7 +200,10 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = attend(q, k, v, seen, self.sinks)
+        if self.recompute and self.training:
+            y = checkpoint(attend, q, k, v, seen, self.sinks, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = attend(q, k, v, seen, self.sinks)
         return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
 
     def normed(self, q, k):
@@ -474,8 +478,15 @@ def half_dtype(config: Config) -> torch.dtype | None:
 def build(config: Config) -> GPT:
     """The GPT of a run at its initial values, on its device."""
     model = GPT(config.model, seed=config.train.seed, dtype=parameter_dtype(config), device=pick_device(config))
-    model.recompute = config.train.recompute
+    set_recomputation(model, config.train)
     return model
+
+
+def set_recomputation(model: GPT, train: TrainConfig) -> None:
+    """What of a GPT or a piece of it the backward runs again."""
+    model.recompute = train.recompute
+    for block in model.layers:
+        block.self_attn.recompute = train.recompute_attention
 
 
 def precision(config: Config, device: torch.device):

@@ -23,7 +23,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,8 @@ from moe_ext.optim import LossScaler, adamw, count_zeros, learning_rate, paramet
 from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
-from moe_ext.parallel.shard import backward, build
+from moe_ext.parallel.pipeline import Pipeline
+from moe_ext.parallel.shard import build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
 from moe_ext.run import absolute, begin, check, check_words, data_lines, loader_options, locked, own, same_evaluation
@@ -97,7 +98,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     torch.manual_seed(t.seed)
     model = build(config, mesh)
     optimizer = adamw(model, config.optim)
-    scaler = LossScaler(t.loss_scale, enabled=t.dtype == "fp16")
+    scaler = LossScaler(t.loss_scale, window=t.loss_scale_window, hysteresis=t.loss_scale_hysteresis,
+                        enabled=t.dtype == "fp16")
     state, done, best, best_step, seconds = None, 0, None, None, 0.0
     if start_from is not None:
         checkpoint.on_rank_0(lambda: check(start_from, config, loader))
@@ -144,6 +146,14 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     if start_from and not own(start_from, config):
         save(done)      # now, so that whatever happens next, this folder goes on from there
     timers = Timers(device)
+    pipeline = Pipeline(model, mesh, config.pipeline, micro_batch=t.micro_batch, micros=t.accumulation, folder=folder)
+    step = done
+
+    @contextmanager
+    def around(part):
+        with precision(config, device) if part == "forward" else nullcontext(), timers(part):
+            yield
+
     with Stop() as stop, Profile(config, mesh) as profile:
         for step in range(done + 1, t.steps + 1):
             mesh.at(f"step {step}")
@@ -152,23 +162,21 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             timers.on = told and config.log.timers
             set_learning_rate(optimizer, lr := learning_rate(step, config.optim, t.steps))
             loader.batch_size = sequences = config.sequences_after(loader.row)
-            accumulation = sequences // (t.micro_batch * config.mesh.dp)
-            totals, targets = [0.0] * 6, loader.targets
-            for micro in range(accumulation):
+
+            def feed(micro, step=step):
                 with timers("data"):
                     batch = loader.batch(*mesh.rows(micro, t.micro_batch))
                 draws = mesh.draws(t.seed, step, batch.row0, config.model.seq_len)
-                with precision(config, device), timers("forward"):
-                    out = model(batch.tokens.to(device), batch.targets.to(device), draws, **batch.borders(device))
-                with timers("backward"):
-                    parts = backward(model, out, mesh, tokens=targets, accumulation=accumulation,
-                                     last=micro == accumulation - 1, scale=scaler.scale)
-                parts = *parts, out.balance / (accumulation * mesh.world), out.counts_LE, out.dropped_L, out.bad_L
-                totals = [total + number for total, number in zip(totals, parts, strict=True)]
+                borders = batch.borders(device)
+                return (batch.tokens.to(device), batch.targets.to(device), draws, None, borders.get("documents_BS"),
+                        borders.get("positions_BS"))
+
+            totals = pipeline.step(feed, sequences // (t.micro_batch * config.mesh.dp), tokens=loader.targets,
+                                   scale=scaler.scale, around=around)
             asked = torch.tensor(float(bool(stop.asked)), device=device)
-            loss, aux, balance, counts_LE, dropped_L, bad_L, asked = mesh.sum(*totals, asked)
+            loss, aux, balance, counts_LE, dropped_L, bad_L, asked = pipeline.sum(*totals, asked)
             counts_LE = counts_LE.long()
-            problem = not_finite(model, bad_L, {"the loss": loss, "the balance loss or the z-loss": aux})
+            problem = not_finite(config.model, bad_L, {"the loss": loss, "the balance loss or the z-loss": aux})
             with diverging(step, folder):
                 if problem and not scaler.enabled:
                     raise FloatingPointError(f"{problem}: lower optim.lr, lengthen optim.warmup or set optim.clip")
@@ -210,8 +218,9 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                 save(step, t.keep_last if grad_norm is not None else 0)     # what overflows displaces no others
             if asked and not last:
                 log.say(f"stopped by {stop.asked or 'another rank'} after step {step}; continue with --resume auto")
-                return log, False
-    return log, True
+                break
+        pipeline.close()
+    return log, step == t.steps
 
 
 @contextmanager

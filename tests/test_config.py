@@ -99,7 +99,29 @@ def test_command_line_comes_last(tmp_path):
     ("[train]\nbatch_ramp = '16,8,100'\naccumulation = 2\n", ["do not lead from 16 to the 16", "change one"]),
     ("[train]\nbatch_ramp = '8,16,100'\naccumulation = 4\n", ["increments of 16 do not lead from 8 to the 32"]),
     ("[log]\npeak_tflops = -1\n", ["log.peak_tflops is -1.0", "negative"]),
-    ("[mesh]\npp = 2\n", ["mesh.pp is 2", "not built yet"]),
+    ("[mesh]\nsp = 2\n", ["mesh.sp is 2", "not built yet"]),
+    ("[mesh]\npp = 8\n", ["mesh.pp 8", "model.layers is 4"]),
+    ("[mesh]\npp = 2\n[pipeline]\nchunks = 3\n", ["pipeline.chunks 3", "6 pieces", "set pipeline.chunks to 2"]),
+    ("[mesh]\npp = 2\n[pipeline]\nlayers = '3,2'\n", ["pipeline.layers 3,2", "2 pieces of 5 blocks", "as in 2,2"]),
+    ("[mesh]\npp = 2\n[pipeline]\nlayers = '4,0'\n", ["pipeline.layers 4,0", "none of them empty"]),
+    ("[mesh]\npp = 2\n[pipeline]\nlayers = '4'\n", ["pipeline.layers 4: got 1 pieces", "= 2 pieces"]),
+    ("[mesh]\npp = 2\n[pipeline]\nlayers = '2, 2'\n", ["pipeline.layers is '2, 2'", "as in 3,4,4,3"]),
+    ("[pipeline]\nchunks = 2\n", ["pipeline.chunks is 2", "mesh.pp 1 is no pipeline", "or pipeline.chunks to 1"]),
+    ("[pipeline]\nlines = true\n", ["pipeline.lines is True", "or pipeline.lines to false"]),
+    ("[pipeline]\ntrace = 3\n", ["pipeline.trace is 3", "set mesh.pp to 2 or more"]),
+    ("[pipeline]\nlive = 3\n", ["pipeline.live is 3", "or pipeline.live to 0"]),
+    ("[pipeline]\nlayers = '4'\n", ["pipeline.layers is 4", "or pipeline.layers to \"\""]),
+    ("[pipeline]\nschedule = 'bcf'\n", ["pipeline.schedule", "'bcf'", "did you mean bfc?"]),
+    ("[mesh]\npp = 2\n[pipeline]\nchunks = 2\nschedule = '1f1b'\n", ["pipeline.schedule is 1f1b", "interleaved"]),
+    ("[mesh]\npp = 2\n[train]\naccumulation = 3\n[pipeline]\nchunks = 2\n",
+     ["train.accumulation", "multiples of 2", "the nearest is 2"]),
+    ("[mesh]\npp = 2\n[train]\naccumulation = 4\nmicro_batch = 1\nbatch_ramp = '1,1,9'\n[pipeline]\nchunks = 2\n",
+     ["train.batch_ramp 1,1,9: ", "3 micro-batches", "the nearest is 2"]),
+    ("[mesh]\npp = 2\n[pipeline]\nchunks = 2\nlive = 1\nschedule = 'bfc'\n", ["pipeline.live is 1", "2 chunks"]),
+    ("[mesh]\npp = 2\n[pipeline]\nlive = 4\n", ["pipeline.live is 4", "interleaved"]),
+    ("[train]\nloss_scale_window = 0\n", ["train.loss_scale_window is 0", "positive"]),
+    ("[train]\nloss_scale_hysteresis = 0\n", ["train.loss_scale_hysteresis is 0", "positive"]),
+    ("[train]\nrecompute = true\nrecompute_attention = true\n", ["leave train.recompute_attention off"]),
     ("[mesh]\nfsdp = 4\nep = 3\n", ["mesh.ep * mesh.etp = 3 does not divide mesh.fsdp * mesh.tp = 4", "does is 2"]),
     ("[mesh]\ntp = 2\netp = 4\n", ["mesh.etp is 4", "1 or mesh.tp = 2"]),
     ("[mesh]\ntp = 3\n", ["mesh.tp 3 does not divide model.seq_len 256", "nearest that does is 2"]),
@@ -128,6 +150,24 @@ def test_the_batch_ramp_is_megatrons():
         steps, consumed = steps + 1, consumed + config.sequences_after(consumed)
     assert config.tokens_in_all == consumed * 256 < 1000 * 64 * 256
     assert C.Config().sequences_after(0) == 8 and C.Config().tokens_in_all == 1000 * 8 * 256
+
+
+def test_meshes_with_stages():
+    """Twice two, and one of four; each with every mesh that a stage can be."""
+    assert [mesh.pp for mesh in C.meshes(4)] == [1] * len(C.meshes(4))
+    assert [mesh.pp for mesh in C.pipelines(4)] == [2] * len(C.meshes(2)) + [4] and C.pipelines(1) == []
+    assert all(mesh.world == 4 and mesh.stage * mesh.pp == 4 for mesh in C.pipelines(4))
+    assert len(set(C.pipelines(8))) == len(C.pipelines(8)) == len(C.meshes(4)) + len(C.meshes(2)) + len(C.meshes(1))
+
+
+def test_micro_batches_of_all_steps():
+    """Of a whole step, or of each that a ramp leads through; a pipeline must take them all."""
+    train = C.TrainConfig(micro_batch=2, accumulation=8)
+    assert C.Config(train=train).micro_batches == [8]
+    mesh = C.MeshConfig(pp=2, fsdp=2)
+    config = C.Config(train=dataclasses.replace(train, batch_ramp="8,8,100"), mesh=mesh,
+                      pipeline=C.PipelineConfig(chunks=2))
+    assert config.sequences_per_step == 32 and config.micro_batches == [2, 4, 6, 8]
 
 
 def test_missing_recipe_and_missing_argument(tmp_path):

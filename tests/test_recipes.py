@@ -18,6 +18,9 @@ from moe_ext import train
 from moe_ext.config import TYPES, Config, ConfigError, LogConfig, ModelConfig, MoEConfig, as_type, dumps, load, parse
 from moe_ext.model import GPT
 from moe_ext.ops.expert import GATED
+from moe_ext.parallel.stages import cut
+from moe_ext.parallel.tensor import COLUMNS, ROWS, SLICED
+from moe_ext.plan import megatron
 from moe_ext.plan.roofline import DEVICES
 from moe_ext.plan.search import fits
 
@@ -26,6 +29,7 @@ COUNTS = {      # total, active per token
     "moe_gpt2_4e": (407_127_600, 237_092_400),
     "moe_gpt2_8e": (1_310_885_984, 404_252_768),
     "gpt_0b9": (913_215_488, 913_215_488),
+    "gpt_0b9_pipeline": (913_215_488, 913_215_488),
     "moe_exp_dense": (213_148_160, 213_148_160),
     "moe_exp_capacity": (4_375_732_736, 213_934_592),
     "moe_exp_dropless": (4_375_732_736, 213_934_592),
@@ -127,6 +131,24 @@ def test_megatrons_counts_follow():
         for stage in stages:
             ranks[stage] += share
     assert ranks == [156_577_792, 100_741_120, 100_741_120, 152_387_584]
+
+
+def test_the_pieces_of_the_published_pipeline():
+    """gpt_0b9_pipeline on the meta device: what a rank of each stage computes with, to the parameter; and its estimate of
+    weights and optimizer, beside the exact one."""
+    config = recipe("gpt_0b9_pipeline")
+    assert replace(config.model, dropout=0.1) == recipe("gpt_0b9").model and config.sequences_per_step == 16
+    split = re.compile("|".join(f"(?:{names.pattern})" for names in (ROWS, COLUMNS, SLICED)))
+    held = [0] * 4
+    for number, blocks in enumerate(cut(config)):
+        piece = GPT(config.model, device="meta", blocks=blocks)
+        held[number % 4] += sum(p.numel() // (2 if split.search(name) else 1) for name, p in piece.named_parameters())
+    assert len(cut(config)) == 16 and held == [156_577_792, 100_741_120, 100_741_120, 152_387_584]
+    lines = megatron.parameter_lines(config, meta(config.model), 4, 4).splitlines()
+    assert lines == [f" > number of parameters on (tensor, pipeline) model parallel rank ({t}, {p}): {held[p]}"
+                     for p in range(4) for t in range(2)]
+    assert f"{megatron.weight_and_optimizer_memory(config, 4):.2f}" == "2614.79"
+    assert f"{megatron.exact_memory(config, meta(config.model), 4, 4)[0]:.2f}" == "2687.84"
 
 
 def test_tokens_per_step():

@@ -1,4 +1,5 @@
 """log.style "megatron": what Megatron-LM prints (release 0.9, of autumn 2024), so that what reads its logs reads ours.
+What only a pipeline prints is that of its dynamic kind, MegatronDPP (summer of 2025), whose footprint says "block".
 
 Format and order are Megatron's, the numbers are this run's: "GPU" is a rank, on whatever device, and a line about a
 thing that a run of ours does not have is left out. Where the meaning could be taken for another:
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from moe_ext.config import Config
 from moe_ext.log.meter import Timers
 from moe_ext.model import GPT, parameter_dtype
+from moe_ext.parallel.schedule import SCHEDULES
 from moe_ext.plan import megatron as formulas
 
 TIMERS = dict(zip(Timers.PARTS, ("batch-generator", "forward-compute", "backward-compute", "optimizer"), strict=True))
@@ -41,8 +43,13 @@ class Megatron:
         whole = GPT(config.model, device="meta")        # of which a rank's model has parts
         lines = [f"using world size: {config.mesh.world}, data-parallel size: {config.mesh.dp}, context-parallel size: "
                  f"{config.mesh.sp}, tensor-model-parallel size: {tp}, encoder-tensor-model-parallel size: 0, "
-                 f"pipeline-model-parallel size: {config.mesh.pp}, encoder-pipeline-model-parallel size: 0",
-                 f"using {parameter_dtype(config)} for parameters ...",
+                 f"pipeline-model-parallel size: {config.mesh.pp}, encoder-pipeline-model-parallel size: 0"]
+        if config.pipeline.chunks > 1:
+            lines.append(f"Number of virtual stages per pipeline stage: {config.pipeline.chunks}")
+        if config.train.dtype == "fp16":
+            lines.append("WARNING: Setting args.check_for_nan_in_loss_and_grad to False since dynamic loss scaling is "
+                         "being used")
+        lines += [f"using {parameter_dtype(config)} for parameters ...",
                  "------------------------ arguments ------------------------",
                  *sorted((f"  {name} {'.' * (48 - len(name))} {value}" for name, value in arguments(config).items()),
                          key=str.lower),
@@ -57,11 +64,13 @@ class Megatron:
             lines.append("> setting tensorboard ...")
         if config.mesh.world > 1:
             lines.append("> initializing torch distributed ...")
+        stages = config.mesh.pp, config.pipeline.chunks
         return "\n".join([
             *lines, f"> initialized tensor model parallel with size {tp}",
             f"> initialized pipeline model parallel with size {config.mesh.pp}",
             f"> setting random seeds to {config.train.seed} ...", self.at("after megatron is initialized"),
-            "building GPT model ...", formulas.parameter_lines(config, whole), formulas.bucket_lines(config, whole),
+            "building GPT model ...", formulas.parameter_lines(config, whole, *stages),
+            *([formulas.bucket_lines(config, whole)] if config.mesh.pp == 1 else []),
             *([f" loading distributed checkpoint from {loaded.parent} at iteration {step}",
                f"  successfully loaded checkpoint from {loaded.parent} {self.shards} at iteration {step}"] if loaded
               else ["    will not load any checkpoints and will start from random"]),
@@ -108,10 +117,12 @@ class Megatron:
         lines = [" | ".join(parts) + " |"]
         if self.first:
             self.first = False
-            lines.append(formulas.footprint(self.config))
+            mesh = self.config.mesh
+            lines.append(formulas.footprint(self.config, mesh.pp, "block" if mesh.pp > 1 else "layers"))
             lines += [f"[Rank {rank}] (after {record['step']} iterations) memory (MB) | allocated: {memory.allocated} "
                       f"| max allocated: {memory.max_allocated} | reserved: {memory.reserved} | max reserved: "
-                      f"{memory.max_reserved}" for rank, memory in enumerate(record["memory"][:self.config.mesh.tp])]
+                      f"{memory.max_reserved}" for rank, memory in enumerate(record["memory"])
+                      if rank % mesh.stage < mesh.tp]
         if "time_ms" in record:
             lines.append(timers({TIMERS[part]: span for part, span in record["time_ms"].items()}))
         return "\n".join(lines)
@@ -164,13 +175,17 @@ def arguments(config: Config) -> dict[str, object]:
         "micro_batch_size": t.micro_batch, "global_batch_size": config.sequences_per_step, "train_iters": t.steps,
         "rampup_batch_size": list(config.ramp) if t.batch_ramp else None, "seed": t.seed, "bf16": t.dtype == "bf16",
         "fp16": t.dtype == "fp16", "params_dtype": parameter_dtype(config), "initial_loss_scale": t.loss_scale,
+        "loss_scale_window": t.loss_scale_window, "hysteresis": t.loss_scale_hysteresis,
+        "recompute_granularity": "full" if t.recompute else "selective" if t.recompute_attention else None,
         "eval_interval": t.eval_every, "eval_iters": t.eval_batches, "save_interval": t.save_every,
         "optimizer": {"adamw": "adam"}.get(o.name, o.name), "lr": o.lr, "min_lr": o.min_lr,
         "lr_decay_style": {"wsd": "WSD"}.get(o.schedule, o.schedule), "lr_warmup_iters": o.warmup,
         "lr_decay_iters": t.steps, "adam_beta1": o.beta1, "adam_beta2": o.beta2, "adam_eps": o.eps,
         "weight_decay": o.weight_decay, "clip_grad": o.clip, "world_size": mesh.world, "data_parallel_size": mesh.dp,
         "tensor_model_parallel_size": mesh.tp, "sequence_parallel": mesh.tp > 1,
-        "pipeline_model_parallel_size": mesh.pp, "virtual_pipeline_model_parallel_size": None,
+        "pipeline_model_parallel_size": mesh.pp, "virtual_pipeline_model_parallel_size": (
+            config.pipeline.chunks if config.pipeline.chunks > 1 else None),
+        "use_dpp": mesh.pp > 1 and SCHEDULES[config.pipeline.schedule].dynamic,
         "context_parallel_size": mesh.sp, "expert_model_parallel_size": mesh.ep,
         "expert_tensor_parallel_size": mesh.etp, "log_interval": config.log.every,
         "wandb_project": config.log.wandb, "wandb_exp_name": config.log.name, "save": config.run_folder / "ckpt",

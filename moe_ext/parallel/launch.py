@@ -37,8 +37,9 @@ def joined(config: Config, facts: dict, hint=str) -> Iterator[Mesh]:
         agree(store, rank, world, facts | {"the device": device.type})
         # NCCL ends a process without a word: not before the Watch has spoken
         backend, seconds = ("cpu:gloo,cuda:nccl", 2 * timeout + LINGER) if device.type == "cuda" else ("gloo", timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
-        mesh = Mesh(config.mesh, device, store=store, seconds=timeout, at=watch.at)
+        limit = timedelta(seconds=seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        mesh = Mesh(config.mesh, device, store=store, seconds=timeout, timeout=limit, at=watch.at)
         yield mesh
         mesh.close()
         dist.destroy_process_group()

@@ -11,9 +11,9 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from moe_ext.config import Config, ConfigError, MeshConfig, meshes
+from moe_ext.config import Config, ConfigError, MeshConfig, meshes, pipelines
 from moe_ext.layers.fused import Draws
 from moe_ext.parallel.collectives import gather, scope_sum
 from moe_ext.parallel.transport import NcclTransport, TorchTransport, WindowTransport
@@ -23,11 +23,13 @@ class Mesh:
     """The mesh of an initialised process group of config.world ranks; of one process without any. All ranks make it.
 
     config: the sizes. device: of the parameters. store: for the meeting of windows, slots and nccl transports, and
-    seconds, how long these wait for a rank. at: takes the place where this rank is, as "step 12", for the sentence with
-    which others end if it dies. Errors: ConfigError if the sizes are not those of the process group.
+    seconds, how long these wait for a rank. timeout: how long collectives do, a timedelta; None: torch's default. at:
+    takes the place where this rank is, as "step 12", for the sentence with which others end if it dies. Errors:
+    ConfigError if the sizes are not those of the process group.
     """
 
-    def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0, at=lambda place: None):
+    def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0, timeout=None,
+                 at=lambda place: None):
         self.config, self.device, self.at = config, torch.device(device), at
         self.store, self.seconds = store, seconds
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -38,7 +40,13 @@ class Mesh:
         self.transport = None
         if self.world > 1:
             def over(**axes):
-                return init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+                """As init_device_mesh, whose groups have torch's timeout, not that of the run."""
+                ranks, own = torch.arange(self.world).view(*axes.values()), []
+                for axis, size in enumerate(ranks.shape):
+                    rows = ranks.movedim(axis, -1).reshape(-1, size).tolist()
+                    groups = [dist.new_group(row, timeout=timeout) for row in rows]
+                    own += [group for group, row in zip(groups, rows, strict=True) if self.rank in row]
+                return DeviceMesh.from_group(own, self.device.type, ranks, mesh_dim_names=tuple(axes))
 
             c = config
             self.dense = over(pp=c.pp, rep=c.rep, fsdp=c.fsdp, tp=c.tp)
@@ -130,9 +138,9 @@ def check_world(mesh: MeshConfig, world: int, config: Config | None = None) -> N
 
     if mesh.world != world:
         hint = f"start {mesh.world}"
-        if choices := [other for other in meshes(world) if fits(other)]:
-            best = min(choices, key=distance).sizes
-            sizes = " ".join(f"--mesh.{name} {size}" for name, size in best.items() if size != mesh.sizes[name])
+        if best := next(filter(fits, sorted([*meshes(world), *pipelines(world)], key=distance)), None):
+            sizes = " ".join(f"--mesh.{name} {size}" for name, size in best.sizes.items() if size != mesh.sizes[name])
             hint += f", or take the nearest mesh of {world}: {sizes}"
-        raise ConfigError(f"the mesh has rep {mesh.rep} * fsdp {mesh.fsdp} * tp {mesh.tp} = {mesh.world} ranks, but "
-                          f"{world} {'process runs' if world == 1 else 'processes run'}: {hint}")
+        stages = f"pp {mesh.pp} * " if mesh.pp > 1 else ""
+        raise ConfigError(f"the mesh has {stages}rep {mesh.rep} * fsdp {mesh.fsdp} * tp {mesh.tp} = {mesh.world} ranks, "
+                          f"but {world} {'process runs' if world == 1 else 'processes run'}: {hint}")

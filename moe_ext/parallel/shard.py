@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import FusedMoE
-from moe_ext.model import GPT, Block, Losses, half_dtype, normal_, parameter_dtype
+from moe_ext.model import GPT, Block, Losses, half_dtype, normal_, parameter_dtype, set_recomputation
 from moe_ext.model import build as plain_build
 from moe_ext.parallel.experts import ExpertExchange, SplitExperts
 from moe_ext.parallel.init import box_normal
@@ -137,7 +137,7 @@ def build(config: Config, mesh: Mesh) -> GPT | Stage:
         model = GPT(config.model, dtype=parameter_dtype(config), device="meta", blocks=blocks)
         parallelize(model, mesh, dtype=half_dtype(config), trace=config.log.trace_exchange)
         initialize(model, config.train.seed, mesh.device)
-        model.recompute = config.train.recompute
+        set_recomputation(model, config.train)
         pieces.append(model)
     return pieces[0] if mesh.config.pp == 1 else Stage(pieces, mesh)
 
