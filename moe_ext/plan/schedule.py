@@ -77,7 +77,7 @@ def simulate(name: str, pp: int, vpp: int, micros: int, work: Callable[[int, Act
 
 
 def following(action: Action, stage: int, pp: int, vpp: int) -> tuple[int, Action] | None:
-    """(stage, action) that takes what an action has made; None after the last chunk's forward and the first's backward."""
+    """(stage, action) that takes what an action has made; None behind the last piece and before the first."""
     piece = action.chunk * pp + stage + (1 if action.kind == "F" else -1)
     return (piece % pp, action._replace(chunk=piece // pp)) if 0 <= piece < pp * vpp else None
 
@@ -88,6 +88,9 @@ class Hiccup(NamedTuple):
     rank: int
     share: float
     time: float
+
+
+NONE = Hiccup(0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ class Times:
     link: float = 0.0                   # between two stages
     jitter: float = 0.0                 # a tensor takes up to so much longer, evenly
     slow: tuple[int, float] = (0, 1.0)  # (rank, times what others need)
-    stall: Hiccup = Hiccup(0, 0.0, 0.0)     # of what a rank computes
-    late: Hiccup = Hiccup(0, 0.0, 0.0)      # of what a rank sends
+    stall: Hiccup = NONE                # of what a rank computes
+    late: Hiccup = NONE                 # of what a rank sends
 
     def draw(self, seed: int = 0) -> tuple[dict, dict]:
         """-> {(stage, action): time of the turn}, {(stage, action): times until each rank has what it takes}"""
@@ -115,8 +118,9 @@ class Times:
             ranks = range(stage * self.tp, (stage + 1) * self.tp)
             work[at] = time * (self.slow[1] if self.slow[0] in ranks else 1) + max(
                 self.hiccup(rng, self.stall, rank) for rank in ranks)
-            senders = [(rank + (-self.tp if kind == "F" else self.tp)) % (self.pp * self.tp) for rank in ranks]
-            transit[at] = [self.link + self.jitter * rng.random() + self.hiccup(rng, self.late, rank) for rank in senders]
+            shift = -self.tp if kind == "F" else self.tp        # to the rank that sends
+            transit[at] = [self.link + self.jitter * rng.random()
+                           + self.hiccup(rng, self.late, (rank + shift) % (self.pp * self.tp)) for rank in ranks]
         return work, transit
 
     def hiccup(self, rng: random.Random, hiccup: Hiccup, rank: int) -> float:
@@ -149,8 +153,8 @@ class Command(Config):
     tp: int = 0             # ranks of a stage, to which tensors come at different times; 0: those of the recipe's mesh
     chunks: int = 0         # on each stage; 0: the recipe's pipeline.chunks
     micros: int = 0         # micro-batches of a step; 0: the recipe's train.accumulation
-    live: int = 0           # dfc, bfc: chunks whose activations a stage may hold at a time; 0: the recipe's pipeline.live
-    forward: str = "1"      # time of a chunk's forward; or 1,1,1.5,1: of each stage; or of each of the pp * chunks pieces
+    live: int = 0           # dfc, bfc: chunks whose activations a stage may hold; 0: the recipe's pipeline.live
+    forward: str = "1"      # time of a chunk's forward; or 1,1,1.5,1: of each stage, or of each piece of the model
     backward: float = 2.0   # times a forward
     link: float = 0.0       # time of a tensor from one stage to the next
     jitter: float = 0.0     # up to so much more, evenly
@@ -174,12 +178,12 @@ class Command(Config):
             value, least = getattr(self, name), "be positive" if name == "backward" else "not be negative"
             require(0 <= value < math.inf and (value or name != "backward"), f"--{name} is {value}; it must {least}")
         forward = numbers("forward", self.forward, ",", "1, or 1,1,1.5,1")
-        require(len(forward) in (1, pp, pp * vpp) and min(forward) > 0, f"--forward {self.forward}: wanted one positive "
-                f"time, {pp} (of each stage) or {pp * vpp} (of each piece, in the model's order), got {len(forward)}")
+        require(len(forward) in (1, pp, pp * vpp) and min(forward) > 0, f"--forward {self.forward}: wanted one positive"
+                f" time, {pp} (of each stage) or {pp * vpp} (of each piece, in the model's order)")
         slow = self.ranked("slow", "2:1.5", pp * tp) if self.slow else [0, 1.0]
         require(slow[1] > 0 and slow[0] >= 0, f"--slow {self.slow}: wanted RANK:FACTOR as in 2:1.5")
         return Times(pp, vpp, micros, tp, tuple(forward), self.backward, self.link, self.jitter, tuple(slow),
-                     *(Hiccup(*self.ranked(name, "2:0.1:8", pp * tp)) if getattr(self, name) else Hiccup(0, 0.0, 0.0)
+                     *(Hiccup(*self.ranked(name, "2:0.1:8", pp * tp)) if getattr(self, name) else NONE
                        for name in ("stall", "late")))
 
     def ranked(self, name: str, example: str, world: int) -> list[float]:
@@ -198,6 +202,83 @@ def numbers(name: str, text: str, between: str, example: str) -> list[float]:
     except ValueError:
         found = [math.inf]
     require(all(map(math.isfinite, found)), f"--{name} {text}: wanted numbers as in {example}")
+    return found
+
+
+def table(times: Times, live: int, steps: dict[str, list[Step]], refused: dict[str, str]) -> str:
+    """Means over the steps of each schedule; of what is held the most."""
+    chunks = range(times.vpp)[::-1]
+    count = max(map(len, steps.values()), default=1)
+    wide = max((len(held(of)) for of in steps.values()), default=0)
+    rows = [f"{times.pp} stages x {times.vpp} chunks, {times.micros} micro-batches"
+            + (f", at most {live} live chunks in dfc and bfc" if live else "")
+            + (f"; means of {count} steps" if count > 1 else ""),
+            f"{'':14}{'step':>10}{'bubble':>9}   {'live chunks':{max(wide, 11)}}   gradients of chunk "
+            f"{' '.join(map(str, chunks))} complete after"]
+    for name, of in steps.items():
+        time = fmean(step.time for step in of)
+        complete = (fmean(fmean(step.complete(chunk)) / step.time for step in of) for chunk in chunks)
+        rows.append(f"{name:14}{time:>10.5g}{100 * fmean(step.bubble for step in of):>7.1f} %   "
+                    f"{held(of):{max(wide, 11)}}   {' '.join(f'{100 * share:.0f}' for share in complete)} %")
+    return "\n".join(rows + [f"{name:14}{why}" for name, why in refused.items()])
+
+
+def held(steps: list[Step]) -> str:
+    """The most live chunks, stage by stage; of many stages the ends."""
+    most = [max(stage) for stage in zip(*(step.live for step in steps), strict=True)]
+    return " ".join(map(str, most if len(most) <= 8 else [*most[:4], "..", *most[-3:]]))
+
+
+def write(steps: dict[str, Step], out: str, times: Times, transits: dict) -> list[Path]:
+    """Timelines to OUT.png, Chrome traces to OUT-SCHEDULE.json. Errors: RuntimeError without matplotlib."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RuntimeError("the timeline needs matplotlib: pip install matplotlib") from None
+    picture = Path(f"{out}.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(14, len(steps) * (1.1 + 0.22 * times.pp)), dpi=110, layout="constrained")
+    longest = max(step.time for step in steps.values())
+    for axes, (name, step) in zip(figure.subplots(len(steps), squeeze=False)[:, 0], steps.items(), strict=True):
+        for stage, turns in enumerate(step.turns):
+            shades = [colormaps["Blues" if kind == "F" else "Oranges"](0.3 + 0.6 * (chunk + 1) / times.vpp)
+                      for (kind, chunk, _), *_ in turns]
+            axes.broken_barh([(turn.begin, turn.end - turn.begin) for turn in turns], (stage - 0.45, 0.9),
+                             facecolors=shades, edgecolor="white", linewidth=0.3)
+        for chunk in range(times.vpp):
+            axes.plot(step.complete(chunk), range(times.pp), "k|", markersize=12)
+        axes.set(title=f"{name}: {step.time:.5g}, bubble {100 * step.bubble:.1f} %", xlim=(0, longest),
+                 ylim=(times.pp - 0.5, -0.5), ylabel="stage")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("time; blue: forward, orange: backward, darker: later chunks; |: the gradients of a chunk are complete")
+    figure.savefig(picture)
+    written = [picture]
+    for name, step in steps.items():
+        written.append(Path(f"{out}-{name}.json"))
+        trace.write(written[-1], events(step, times, transits),
+                    [f"rank {rank}, stage {rank // times.tp}" for rank in range(times.pp * times.tp)])
+    return written
+
+
+def events(step: Step, times: Times, transits: dict) -> list[trace.Event]:
+    """What each rank does and what is sent to it. transits: of Times.draw."""
+    found, ranks = [], range(times.tp)
+    complete = [step.complete(chunk) for chunk in range(times.vpp)]
+    for stage, turns in enumerate(step.turns):
+        before = 0.0
+        for action, begin, end in turns:
+            kind, chunk, micro = action
+            own = [trace.Event(0, "wait", chunk, micro, before, begin)] if begin > before else []
+            own.append(trace.Event(0, "forward" if kind == "F" else "backward", chunk, micro, begin, end))
+            if kind == "B" and end == complete[chunk][stage]:
+                own.append(trace.Event(0, "sync", chunk, -1, end, end))
+            found += [event._replace(lane=stage * times.tp + rank) for event in own for rank in ranks]
+            if receiver := following(action, stage, times.pp, times.vpp):
+                to, taken = receiver
+                found += [trace.Event(to * times.tp + rank, "send", taken.chunk, taken.micro, end, end + transit)
+                          for rank, transit in enumerate(transits[receiver])]
+            before = end
     return found
 
 
@@ -224,4 +305,4 @@ def main(args: list[str]) -> None:
     print(table(times, live, steps, refused))
     if command.out:
         firsts = {name: of[0] for name, of in steps.items()}
-        print("wrote", ", ".join(map(str, draw(firsts, command.out, times))))
+        print("wrote", *write(firsts, command.out, times, times.draw(command.seed)[1]))
