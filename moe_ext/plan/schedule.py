@@ -63,6 +63,7 @@ def simulate(name: str, pp: int, vpp: int, micros: int, work: Callable[[int, Act
                 done[stage].append(Turn(action, now, now + work(stage, action)))
                 heapq.heappush(events, (done[stage][-1].end, next(numbers), stage, action, False))
         if not events:
+            assert not any(turns.left for turns in stages), f"{name} has no turn that can begin"
             return Step(now, done, peak)
         now, changed = events[0][0], set()
         while events and events[0][0] <= now * (1 + 1e-12):     # simultaneous but for rounding
@@ -251,7 +252,7 @@ def write(steps: dict[str, Step], out: str, times: Times, transits: dict) -> lis
         axes.set(title=f"{name}: {step.time:.5g}, bubble {100 * step.bubble:.1f} %", xlim=(0, longest),
                  ylim=(times.pp - 0.5, -0.5), ylabel="stage")
         axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("time; blue: forward, orange: backward, darker: later chunks; |: the gradients of a chunk are complete")
+    axes.set_xlabel("time; blue: forward, orange: backward, darker: later chunks; |: a chunk's gradients are complete")
     figure.savefig(picture)
     written = [picture]
     for name, step in steps.items():
