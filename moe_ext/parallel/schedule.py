@@ -77,8 +77,11 @@ def depth_first(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
 
 
 def dfc(pp: int, vpp: int, micros: int, stage: int) -> list[Action]:
-    """The next chunk of the same micro-batches comes before further micro-batches."""
-    return there_and_back(virtual_micros(pp, vpp, micros), vpp, vpp * micros)
+    """Forwards depth first: the next chunk of pp micro-batches comes before further ones. Backwards breadth first, or
+    jitter of the links lets the stages before run out of gradients."""
+    forwards = vpp * micros
+    return (there_and_back(virtual_micros(pp, vpp, micros), vpp, forwards)[:forwards]
+            + breadth_first(pp, vpp, micros, stage)[forwards:])
 
 
 SCHEDULES = {"gpipe": Schedule(breadth_first), "1f1b": Schedule(interleaved), "interleaved": Schedule(interleaved),
@@ -133,29 +136,34 @@ class Turns:
 
     def __init__(self, name: str, pp: int, vpp: int, micros: int, stage: int, live: int = 0):
         check(name, pp, vpp, micros, live)
-        order, self.dynamic = SCHEDULES[name].order(pp, vpp, micros, stage), SCHEDULES[name].dynamic
-        self.pp, self.vpp, self.stage, self.most = pp, vpp, stage, live
-        self.order, self.place = order, {action: place for place, action in enumerate(order)}
+        self.order, self.dynamic = SCHEDULES[name].order(pp, vpp, micros, stage), SCHEDULES[name].dynamic
+        self.pp, self.vpp, self.most, self.live, self.left = pp, vpp, live, 0, len(self.order)
+        self.place = {action: place for place, action in enumerate(self.order)}
         self.next = {micro: Action("F", 0, micro) for micro in range(micros)}
-        self.last, self.live, self.left = "B", 0, len(order)
+        self.last = "B"
+        # the chunk that takes no tensor: it begins with tokens, or with the loss
+        self.own = {"F": 0 if stage == 0 else None, "B": vpp - 1 if stage == pp - 1 else None}
 
     def choose(self, there: Callable[[Action], bool]) -> Action | None:
         """The next action, None if there is nothing to do yet. there: whether the tensor that an action takes from the
         stage before (F) or after (B) is here; it is asked only of actions that take one."""
         if not self.dynamic:
             action = self.order[-self.left]
-            return action if self.own(action) or there(action) else None
-        able, room, ahead = [], self.most - self.live, 0
-        for action in self.next.values():
-            if action.kind == "F":
-                short = self.most and room < 1
+            return action if action.chunk == self.own[action.kind] or there(action) else None
+        chosen, first = None, 2 * len(self.order)
+        room, ahead = self.most - self.live, 0
+        for action in self.next.values():       # by micro-batch
+            kind, chunk, _ = action
+            if kind == "F":
+                full = self.most and room <= 0
                 if ahead < self.pp:
-                    ahead, room = ahead + 1, room - (self.vpp - action.chunk)
-                if short:
+                    ahead, room = ahead + 1, room - (self.vpp - chunk)
+                if full:
                     continue
-            if self.own(action) or there(action):
-                able.append(action)
-        return min(able, key=lambda action: (action.kind == self.last, self.place[action]), default=None)
+            place = self.place[action] + (kind == self.last) * len(self.order)
+            if place < first and (chunk == self.own[kind] or there(action)):
+                chosen, first = action, place
+        return chosen
 
     def ran(self, action: Action) -> None:
         """`action` has been run, or is about to be."""
@@ -167,8 +175,3 @@ class Turns:
         else:
             del self.next[micro]
         self.last, self.live, self.left = kind, self.live + (1 if kind == "F" else -1), self.left - 1
-
-    def own(self, action: Action) -> bool:
-        """Whether the action takes nothing from another stage: it begins with tokens, or with the loss."""
-        first, last = self.stage == 0 and action.chunk == 0, self.stage == self.pp - 1 and action.chunk == self.vpp - 1
-        return self.pp == 1 or (first if action.kind == "F" else last)

@@ -1,4 +1,5 @@
 """`python -m moe_ext.plan RECIPE.toml [--mesh.fsdp 8 ..] [--device h100] [--type dense] [--search N]`: a run's cost.
+`python -m moe_ext.plan schedule [RECIPE.toml] [--pp 4 --chunks 4 --micros 8 ..]`: a pipeline's step (plan.schedule).
 
 It needs no GPU, no ranks and no data: the model lies on the meta device. Every field of a recipe is an option, as with
 moe_ext.train.
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from moe_ext.config import Config, parse, plain, require
 from moe_ext.model import GPT, parameter_dtype
+from moe_ext.plan import schedule
 from moe_ext.plan.report import found, plan
 from moe_ext.plan.roofline import DEVICES, SHARES, Device
 from moe_ext.plan.search import MOST
@@ -58,6 +60,8 @@ class Command(Config):
 def main() -> None:
     try:
         args = sys.argv[1:]
+        if args[:1] == ["schedule"]:
+            return schedule.main(args[1:])
         command = parse(args, Command, "moe_ext.plan")
         command.check()
         config, device = plain(command), command.peaks
@@ -67,7 +71,7 @@ def main() -> None:
         else:
             model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
             print(plan(config, model, device, command.per_host, shares, args[0], command.pp, command.vpp))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 
