@@ -8,6 +8,7 @@ import signal
 import traceback
 import types
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -188,14 +189,14 @@ def test_what_links_refuse(transport, tmp_path):
 
         links.begin(2)
         refused(lambda: links.begin(2), "step 2 begins after step 2")
-        refused(lambda: links.send(action, x[1:]), r"activation of chunk 0, micro-batch 0, step 2: got \[1, 3, 5\] torch.f"
-                r"loat32 on cpu, wanted \[2, 3, 5\] torch.float32 on cpu, as given to open_links", ValueError)
+        refused(lambda: links.send(action, x[1:]), r"activation of chunk 0, micro-batch 0, step 2: got \[1, 3, 5\] "
+                r"torch.float32 on cpu, wanted \[2, 3, 5\] torch.float32 on cpu, as given to open_links", ValueError)
         refused(lambda: links.send(action, x.double()), r"got \[2, 3, 5\] torch.float64", ValueError)
         refused(lambda: links.send(action, x.to("meta")), "torch.float32 on meta", ValueError)
         for bad in (Action("F", 0, 3), Action("B", 2, 0), Action("F", -1, 0), Action("W", 0, 0)):
-            refused(lambda: links.send(bad, x), f"opened for 2 chunks and 3 micro-batches, got {bad.kind} of", ValueError)
-            refused(lambda: links.take(bad), r"open_links\(.., micros=\) is the most of any step", ValueError)
-        refused(lambda: links.agree(lambda arrived: None), "nothing to do in step 2, and asks for nothing", RuntimeError)
+            refused(partial(links.send, bad, x), f"for 2 chunks and 3 micro-batches, got {bad.kind} of", ValueError)
+            refused(partial(links.take, bad), r"open_links\(.., micros=\) is the most of any step", ValueError)
+        refused(lambda: links.agree(lambda arrived: None), "has nothing to do in step 2, and asks for", RuntimeError)
         links.send(action, torch.arange(30.0).view(5, 3, 2).permute(2, 1, 0))       # not contiguous
         refused(lambda: links.send(action, x), "before", RuntimeError)
         same(links.take(action), torch.arange(30.0).view(5, 3, 2).permute(2, 1, 0).contiguous())
@@ -214,14 +215,14 @@ def test_what_links_refuse(transport, tmp_path):
 
 def test_what_windows_refuse(tmp_path, monkeypatch):
     gpu = types.SimpleNamespace(device=torch.device("cuda"))
-    with pytest.raises(ValueError, match="need CPUs yet, the model is on cuda: --pipeline.transport torch"):
+    with pytest.raises(ValueError, match=r"need CPUs yet, the model is on cuda: --pipeline.transport torch"):
         SlotLinks(gpu, 1, 1, torch.Size(SHAPE), torch.float32, None)
 
     def body(rank):
         before = len(os.listdir("/proc/self/fd")), os.listdir("/dev/shm")
         if rank == 1:
             monkeypatch.setattr(module, "pid_space", lambda: "elsewhere")
-        with pytest.raises(ValueError, match="rank 1 is on .* and rank 0 on .*: --pipeline.transport torch"):
+        with pytest.raises(ValueError, match=r"rank 1 is on .* and rank 0 on .*: --pipeline.transport torch"):
             open_links(Mesh(MeshConfig(pp=2)), "windows", chunks=1, micros=1, shape=SHAPE, dtype=torch.float32)
         dist.barrier()
         return (len(os.listdir("/proc/self/fd")), os.listdir("/dev/shm")) == before
