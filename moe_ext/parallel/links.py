@@ -22,6 +22,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -232,8 +233,8 @@ class TorchLinks(Links):
             raise ValueError(f"step {step} begins after step {self.step}")
         self.join()
         self.step, self.sending, self.waited, self.inside = step, 0.0, 0.0, True
-        self.sent, self.tensors, self.decisions, self.conferring = {}, {}, deque(), False
-        self.works, self.taken = [], set()
+        self.works, self.sent, self.taken = [], set(), set()
+        self.tensors, self.decisions, self.conferring = {}, deque(), False
         self.seen = defaultdict(dict)           # slot -> rank of the stage -> when its tensor counts as arrived there
         for tag, slot in ((FORWARD, 0), (BACKWARD, self.n)):
             self.listen(self.peer(self.mesh.rank, slot, -1), tag, self.receive)
@@ -243,10 +244,10 @@ class TorchLinks(Links):
             raise RuntimeError(f"{self.name(slot)} has been sent before")
         self.check(f"send {self.name(slot)}")
         to, tag = self.peer(self.mesh.rank, slot, 1), FORWARD if slot < self.n else BACKWARD
-        self.sent[slot] = x = x.cpu()
+        self.sent.add(slot)
         with self.changed:
             self.tell(to, tag, slot, delay)
-            self.works.append((to, dist.isend(x, to, group=self.group, tag=tag + 1)))
+            self.works.append((to, dist.isend(x.cpu(), to, group=self.group, tag=tag + 1)))
 
     def get(self, slot):
         mine = self.mesh.rank
@@ -297,7 +298,7 @@ class TorchLinks(Links):
                 work.wait(timedelta(seconds=self.mesh.seconds))
             except RuntimeError as error:
                 self.fail(self.failure or self.lost(to, error), what)
-        self.works, self.sent, self.inside = [], {}, False
+        self.works, self.inside = [], False
 
     def close(self):
         """Every rank closes, after its last step; one that fails within a step waits for nobody."""
@@ -382,38 +383,49 @@ class TorchLinks(Links):
             now = time.monotonic()
             if now - began > seconds:
                 self.fail(self.late(missing()), what)
-            if now - began > seconds / 2 and self.store:
-                self.store.set(str(self.mesh.rank), json.dumps(missing()))
+            if now - began > seconds / 2:
+                self.say(missing())
                 said = True
             due = min((due for dues in self.seen.values() for due in dues.values() if due > now), default=now + 1)
             self.changed.wait(min(due - now, seconds / 8))
         if said:
-            self.store.set(str(self.mesh.rank), "[]")
+            self.say([])
         self.waited += time.monotonic() - began
 
+    def say(self, missing):
+        """For all to know: whom this rank waits for."""
+        with suppress(RuntimeError):            # a store that has gone with its rank
+            if self.store:
+                self.store.set(str(self.mesh.rank), json.dumps(missing))
+
+    def asked(self, rank) -> list[int]:
+        """Whom `rank` waits for; none, if it is not known."""
+        with suppress(RuntimeError):
+            if self.store and self.store.check([str(rank)]):
+                return json.loads(self.store.get(str(rank)))
+        return []
+
     def late(self, missing) -> str:
-        """The sentence of a deadline: who keeps the others waiting."""
-        found, asked = list(missing), set()
+        """The sentence of a deadline: who keeps the others waiting; one that is waited for, if all wait."""
+        found = list(dict.fromkeys(missing))
         for rank in found:
-            if self.store and rank not in asked:
-                asked.add(rank)
-                waits = json.loads(self.store.get(str(rank))) if self.store.check([str(rank)]) else []
-                if not waits:
-                    found = [rank]
-                    break
-                found += waits
-        return self.first(f"rank {found[0]} has sent nothing of what the others wait for within "
-                          f"{self.mesh.seconds:g} s")
+            waits = self.asked(rank)
+            found += [other for other in waits if other not in found]
+            if not waits:
+                break
+        else:
+            rank = found[0]
+        return self.first(f"rank {rank} has sent nothing of what the others wait for within {self.mesh.seconds:g} s")
 
     def lost(self, rank, error) -> str:
         return self.first(f"rank {rank} has died or ended ({first_line(error)})")
 
     def first(self, sentence) -> str:
         """The first sentence of any rank, this one's own if that cannot be known."""
-        try:
-            return self.store.compare_set("failure", "", sentence).decode() if self.store else sentence
-        except RuntimeError:
-            return sentence
+        with suppress(RuntimeError):
+            if self.store:
+                return self.store.compare_set("failure", "", sentence).decode()
+        return sentence
 
     def check(self, what):
         if self.failure:
