@@ -23,13 +23,15 @@ class Mesh:
     """The mesh of an initialised process group of config.world ranks; of one process without any. All ranks make it.
 
     config: the sizes. device: of the parameters. store: for the meeting of windows, slots and nccl transports, and
-    seconds, how long these wait for a rank. at: takes the place where this rank is, as "step 12", for the sentence with
-    which others end if it dies. Errors: ConfigError if the sizes are not those of the process group.
+    seconds, how long these wait for a rank. timeout: how long collectives do, a timedelta; None: torch's default. at:
+    takes the place where this rank is, as "step 12", for the sentence with which others end if it dies. Errors:
+    ConfigError if the sizes are not those of the process group.
     """
 
-    def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0, at=lambda place: None):
+    def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0, timeout=None,
+                 at=lambda place: None):
         self.config, self.device, self.at = config, torch.device(device), at
-        self.store, self.seconds = store, seconds
+        self.store, self.seconds, self.timeout = store, seconds, timeout
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         check_world(config, self.world)

@@ -120,8 +120,9 @@ class Stage(nn.Module):
         if self.config.tied:
             self.ends = mesh.pipe.get_group("pp")
             if mesh.config.pp > 2:      # the first and the last stage, without those between
-                ranks, last = mesh.config.stage, (mesh.config.pp - 1) * mesh.config.stage
-                self.ends, _ = dist.new_subgroups_by_enumeration([[rank, last + rank] for rank in range(ranks)])
+                last = mesh.world - mesh.config.stage
+                pairs = [[rank, last + rank] for rank in range(mesh.config.stage)]
+                self.ends, _ = dist.new_subgroups_by_enumeration(pairs, timeout=mesh.timeout)
 
     @torch.no_grad()
     def forward(self, tokens_BS, targets_BS, draws=None, token_mask=None, documents_BS=None,
