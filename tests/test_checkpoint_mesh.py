@@ -1,5 +1,7 @@
 """Checkpoints on meshes: saved on any, loaded on any other, bit for bit; an error of one rank is an error of all."""
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -18,8 +20,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe_ext.checkpoint import CheckpointError, latest, load, on_rank_0, save, whole
-from moe_ext.config import ModelConfig, MoEConfig
+from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimConfig, PipelineConfig, TrainConfig
 from moe_ext.model import GPT
+from moe_ext.optim import adamw
+from moe_ext.parallel.mesh import Mesh
+from moe_ext.parallel.shard import build
+from moe_ext.parallel.stages import Stage
+from moe_ext.proof import local, own
 
 MESHES = {      # name -> rep, fsdp, tp, ep, etp; efsdp is fsdp * tp / (ep * etp)
     "one": (1, 1, 1, 1, 1),
@@ -131,12 +138,16 @@ class Run:
     def load(self, path, config=CONFIG):
         return load(path, model=self.model, optimizer=self.optimizer, loader=self.loader, config=config)
 
-    def values(self):
-        """Everything that a checkpoint must restore, whole, on every rank."""
-        tensors = dict(self.model.state_dict(), rng=torch.get_rng_state())
+    def tensors(self):
+        """Everything that a checkpoint must restore."""
+        tensors = dict(self.model.state_dict(), rng=torch.get_rng_state(), row=torch.tensor(self.loader.row))
         for name, parameter in self.model.named_parameters():
             tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        return full(tensors) | {"row": torch.tensor(self.loader.row)}
+        return tensors
+
+    def values(self):
+        """The same whole, on every rank."""
+        return full(self.tensors())
 
 
 def full(tensors):
@@ -481,3 +492,133 @@ def test_a_rank_that_dies_while_it_saves(tmp_path, killed):
     ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert ends == [7 if rank == killed else 8 for rank in range(3)]
     assert [path.name for path in whole(folder)] == ["step-000001"]
+
+
+# ---- pipelines -------------------------------------------------------------------------------------------------------
+PIPELINES = {   # name -> mesh, chunks
+    "one": (dict(), 1),
+    "pp2": (dict(pp=2), 1),
+    "pp4": (dict(pp=4), 1), "pp2 tp2 ep2": (dict(pp=2, tp=2, ep=2), 2), "pp2 fsdp2": (dict(pp=2, fsdp=2), 2)}
+DEEP = ModelConfig(vocab_size=50, seq_len=8, layers=4, dim=16, heads=2, hidden=32, tied=True,
+                   moe=MoEConfig(experts=4, hidden=16, dense_layers=1, score="sigmoid", select_bias_rate=0.01))
+
+
+class Staged(Run):
+    """A stage of the GPT, with gradients that are a function of the step's number and the parameter's name."""
+
+    def __init__(self, pipeline, seed, model=DEEP):
+        mesh, chunks = PIPELINES[pipeline]
+        config = Config(model=model, mesh=MeshConfig(**mesh), pipeline=PipelineConfig(chunks=chunks),
+                        train=TrainConfig(seed=seed))
+        self.model = build(config, Mesh(config.mesh))
+        self.optimizer = adamw(self.model, OptimConfig(lr=0.01))
+        self.loader = Stream(row=seed)
+
+    def step(self, number):
+        for name, p in self.model.named_parameters():
+            generator = torch.Generator().manual_seed(1000 * number + sum(map(ord, name)))
+            p.grad = torch.randn(p.shape, generator=generator)
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements, src_data_rank=None)
+        self.optimizer.step()
+        self.model.update_select_bias(torch.arange(12).view(3, 4) * number)
+
+    def values(self):
+        own = super().values()
+        return self.model.joined(own) if isinstance(self.model, Stage) else own
+
+    def differing(self, whole):
+        """Names of this rank's parts that are not those of the whole tensors."""
+        return [name for name, t in self.tensors().items() if not torch.equal(local(t), own(whole[name], t))]
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """As `saved`, of every pipeline."""
+    folder, found = tmp_path_factory.mktemp("staged"), {}
+
+    def body(rank):
+        results = {}
+        for seed, (pipeline, (mesh, _)) in enumerate(PIPELINES.items(), start=1):
+            if math.prod(mesh.get(axis, 1) for axis in ("pp", "fsdp", "tp")) == dist.get_world_size():
+                run = Staged(pipeline, seed)
+                run.step(1)
+                run.step(2)
+                path = run.save(folder / pipeline, 2)
+                results[pipeline] = str(path), run.values(), (run.step(3), run.values())[1]
+        return results
+    for world in (1, 2, 4):
+        (folder / str(world)).mkdir()
+        found |= run_ranks(world, body, folder / str(world))[0]
+    assert found.keys() == PIPELINES.keys()
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_pipeline_loads_any_other(tmp_path, staged, world):
+    """Values, moments and steps; the next step is the same bits, also on another pipeline, for gradients of the same
+    bits; and what is saved again is what was saved."""
+    def body(rank):
+        for pipeline, (mesh, _) in PIPELINES.items():
+            if math.prod(mesh.get(axis, 1) for axis in ("pp", "fsdp", "tp")) != world:
+                continue
+            run = Staged(pipeline, seed=50)
+            for other, (path, then, after) in staged.items():
+                run.load(path)
+                assert not run.differing(then), f"{other} -> {pipeline}"
+                run.step(3)
+                assert not run.differing(after), f"{other} -> {pipeline}"
+    run_ranks(world, body, tmp_path)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_pipeline_writes_every_value_once(staged, pipeline):
+    """The boxes tile the tensors: plain ones of stages with one rank, the tied table that two stages have, states."""
+    path, then, _ = staged[pipeline]
+    found = boxes(path)
+    states = json.loads((Path(path) / "state.json").read_text())["optimizer"]["states"]
+    names = {f"optim.{name}.{key}" for name, of in states.items() for key in of}
+    assert found.keys() == {*names, "rng.cpu", *(f"model.{name}" for name in GPT(DEEP, device="meta").state_dict()
+                                                if name != "lm_head.weight")}
+    for name, parts in found.items():
+        filled = torch.zeros(then["rng" if name == "rng.cpu" else name.partition(".")[2]].shape, dtype=torch.int)
+        for first, size in parts:
+            filled[tuple(slice(begin, begin + n) for begin, n in zip(first, size, strict=True))] += 1
+        assert (filled == 1).all(), name
+
+
+def test_a_pipeline_refuses_as_one(tmp_path, staged):
+    """Other models, and a parameter that one stage alone does not move: the same sentence on every rank of every stage,
+    that of one process where it can find the fault."""
+    models = {"missing": dataclasses.replace(DEEP, layers=5), "unexpected": dataclasses.replace(DEEP, layers=3),
+              "shape": dataclasses.replace(DEEP, vocab_size=64)}
+    path = staged["pp2 fsdp2"][0]
+
+    def body(rank, pipeline="pp2"):
+        said = {}
+        for name, model in models.items():
+            run = Staged(pipeline, seed=9, model=model)
+            before = run.values()
+            said[name] = raised(lambda run=run: run.load(path))
+            assert not differing(run.values(), before)
+        run = Staged(pipeline, seed=9)
+        frozen = dict(run.model.named_parameters()).get("layers.3.mlp.gate.weight")
+        for group in run.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p is not frozen]
+        said["frozen"] = raised(lambda: run.load(path))
+        run = Staged(pipeline, seed=9)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == dist.get_world_size() - 1:
+                fail_to_write(run, patch)
+            said["full disk"] = raised(lambda: run.save(tmp_path / "ckpt", 3))
+        return said
+    for world in ("one", "two"):
+        (tmp_path / world).mkdir()
+    alone, = run_ranks(1, lambda rank: body(rank, "one"), tmp_path / "one")
+    first, last = run_ranks(2, body, tmp_path / "two")
+    assert first == last
+    assert {name: said for name, said in first.items() if name != "full disk"} == \
+        {name: said for name, said in alone.items() if name != "full disk"}
+    assert "missing from the checkpoint: model.layers.4." in first["missing"][1]
+    assert "unexpected in the checkpoint: model.layers.3." in first["unexpected"][1]
+    assert "rank 1: OSError" in first["full disk"][1] and "layers.3.mlp.gate.weight" in first["frozen"][1]

@@ -19,6 +19,7 @@ from moe_ext.config import Config, ModelConfig, require
 from moe_ext.model import GPT, Losses
 from moe_ext.ops.enums import GATED
 
+TABLE = "embed_tokens.weight"       # if it is tied, the first and the last stage have it
 
 # ---- the cut ---------------------------------------------------------------------------------------------------------
 def cut(config: Config) -> list[range]:
@@ -36,12 +37,12 @@ def cut(config: Config) -> list[range]:
     ends = spread(config.model, pp, chunks)
     if pp > 1 and (given := config.pipeline.layers):
         counts = [int(n) for n in given.split(",")]
-        spread_is = ",".join(str(end - begin) for begin, end in zip((0, *ends), ends, strict=False))
+        by_cost = ",".join(str(end - begin) for begin, end in itertools.pairwise((0, *ends)))
         require(len(counts) == pieces and sum(counts) == layers and min(counts) > 0, f"pipeline.layers {given}: got "
                 f"{len(counts)} pieces of {sum(counts)} blocks, wanted mesh.pp * pipeline.chunks = {pieces} pieces of "
-                f"model.layers = {layers} blocks, none of them empty: as in {spread_is}, which \"\" stands for here")
+                f"model.layers = {layers} blocks, none of them empty: as in {by_cost}, which \"\" stands for here")
         ends = tuple(sum(counts[:i + 1]) for i in range(pieces))
-    return [range(begin, end) for begin, end in zip((0, *ends), ends, strict=False)]
+    return [range(begin, end) for begin, end in itertools.pairwise((0, *ends))]
 
 
 def costs(c: ModelConfig) -> list[int]:
@@ -61,7 +62,7 @@ def costs(c: ModelConfig) -> list[int]:
 
 @functools.lru_cache(maxsize=256)
 def spread(model: ModelConfig, pp: int, chunks: int) -> tuple[int, ...]:
-    """The cut by cost: where each piece ends."""
+    """The cut by cost: where each piece ends. Exact for the pieces; for stages of several, what `settled` finds."""
     pieces, layers = pp * chunks, model.layers
     before = [0]        # what all blocks up to one cost
     for cost in costs(model):
@@ -120,8 +121,9 @@ class Stage(nn.Module):
         if self.config.tied:
             self.ends = mesh.pipe.get_group("pp")
             if mesh.config.pp > 2:      # the first and the last stage, without those between
-                ranks, last = mesh.config.stage, (mesh.config.pp - 1) * mesh.config.stage
-                self.ends, _ = dist.new_subgroups_by_enumeration([[rank, last + rank] for rank in range(ranks)])
+                last = mesh.world - mesh.config.stage
+                pairs = [[rank, last + rank] for rank in range(mesh.config.stage)]
+                self.ends, _ = dist.new_subgroups_by_enumeration(pairs, timeout=mesh.timeout)
 
     @torch.no_grad()
     def forward(self, tokens_BS, targets_BS, draws=None, token_mask=None, documents_BS=None,
@@ -144,9 +146,9 @@ class Stage(nn.Module):
             if not piece.last:
                 dist.send(out.x_BSD, after, group=group)
             parts.append((out.token_loss, out.aux_loss, out.balance))
-            for all, own in zip(rows, (out.counts_LE, out.dropped_L, out.bad_L), strict=True):
+            for row, own in zip(rows, (out.counts_LE, out.dropped_L, out.bad_L), strict=True):
                 if len(own):
-                    all[moe_rows(piece)] = own
+                    row[moe_rows(piece)] = own
         token_loss, aux_loss, balance = (sum(column) for column in zip(*parts, strict=True))
         return Losses(token_loss, aux_loss, *rows, balance)
 
@@ -172,8 +174,8 @@ class Stage(nn.Module):
     @functools.cached_property
     def holders(self) -> dict[str, int]:
         """Of each parameter of the whole model, in its order: how many ranks have it, or a part of it."""
-        twice = {"embed_tokens.weight"} if self.config.tied else {}
-        return {name: self.mesh.config.stage * (1 + (name in twice)) for name, _ in self.whole.named_parameters()}
+        stages = {TABLE: 2} if self.config.tied else {}
+        return {name: self.mesh.config.stage * stages.get(name, 1) for name, _ in self.whole.named_parameters()}
 
     def num_parameters(self) -> tuple[int, int]:
         """Of the whole model."""
@@ -218,5 +220,5 @@ def sum_tied(model: GPT | Stage, mesh) -> None:
     """After the last backward of a step: the gradient of a tied table, whose lookups the first stage has and whose
     products the last, is the sum of theirs on both, the same bits. All ranks call; nothing without stages."""
     if isinstance(model, Stage) and model.ends is not None and mesh.pp_rank in (0, mesh.config.pp - 1):
-        grad = dict(model.named_parameters())["embed_tokens.weight"].grad
+        grad = dict(model.named_parameters())[TABLE].grad
         dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=model.ends)
