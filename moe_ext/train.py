@@ -181,8 +181,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                 if problem and not scaler.enabled:
                     raise FloatingPointError(f"{problem}: lower optim.lr, lengthen optim.warmup or set optim.clip")
                 with timers("optimizer"):
-                    grad_norm = scaler.clip(model.named_parameters(), config.optim.clip)
-            zeros = count_zeros(model.named_parameters()) if told and grad_norm is not None else None
+                    grad_norm = scaler.clip(model.named_parameters(), config.optim.clip, model.holders)
+            zeros = count_zeros(model.named_parameters(), model.holders) if told and grad_norm is not None else None
             if grad_norm is not None:
                 with timers("optimizer"):
                     optimizer.step()
@@ -198,8 +198,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             log.tick(sequences, float(loss) if grad_norm is not None else None, balance)
             if told:
                 log.step(step, sequences=sequences, loss=float(loss), aux=float(aux), grad_norm=grad_norm, zeros=zeros,
-                         parameter_norm=parameter_norm(model.named_parameters()), lr=lr, loss_scale=scaler.scale,
-                         counts_LE=counts_LE, dropped_L=dropped_L if config.model.moe.capacity_factor else None,
+                         parameter_norm=parameter_norm(model.named_parameters(), model.holders), lr=lr,
+                         loss_scale=scaler.scale, counts_LE=counts_LE, dropped_L=dropped_L if config.model.moe.capacity_factor else None,
                          epoch=loader.epoch, memory=[Memory(*row) for row in mesh.each(Memory.now(device))],
                          times=mesh.each(timers.milliseconds()) if timers.on else [])
             if (sets or questions) and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
