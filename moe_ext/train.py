@@ -199,7 +199,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             if told:
                 log.step(step, sequences=sequences, loss=float(loss), aux=float(aux), grad_norm=grad_norm, zeros=zeros,
                          parameter_norm=parameter_norm(model.named_parameters(), model.holders), lr=lr,
-                         loss_scale=scaler.scale, counts_LE=counts_LE, dropped_L=dropped_L if config.model.moe.capacity_factor else None,
+                         loss_scale=scaler.scale, counts_LE=counts_LE,
+                         dropped_L=dropped_L if config.model.moe.capacity_factor else None,
                          epoch=loader.epoch, memory=[Memory(*row) for row in mesh.each(Memory.now(device))],
                          times=mesh.each(timers.milliseconds()) if timers.on else [])
             if (sets or questions) and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):

@@ -134,8 +134,8 @@ def test_megatrons_counts_follow():
 
 
 def test_the_pieces_of_the_published_pipeline():
-    """gpt_0b9_pipeline on the meta device: what a rank of each stage computes with, to the parameter; and its estimate of
-    weights and optimizer, beside the exact one."""
+    """gpt_0b9_pipeline on the meta device: what a rank of each stage computes with, to the parameter; and its estimate
+    of weights and optimizer, beside the exact one."""
     config = recipe("gpt_0b9_pipeline")
     assert replace(config.model, dropout=0.1) == recipe("gpt_0b9").model and config.sequences_per_step == 16
     split = re.compile("|".join(f"(?:{names.pattern})" for names in (ROWS, COLUMNS, SLICED)))

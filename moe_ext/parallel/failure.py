@@ -15,8 +15,8 @@ What failed                                 Who notices, and when
     a rank raises                           it says so itself, before it ends; its own exception goes on as usual
     a process dies                          its neighbour: at once on the same host, otherwise by the heartbeat
     a process stops, a host is cut off      its neighbour, after `timeout` seconds without a heartbeat
-    a rank waits or computes for ever       the others' collectives, given the same timeout: one that raises. Once it has,
-                                            each thread looks what its rank is at: that which waits for none is named
+    a rank waits or computes for ever       the others' collectives, given the same timeout: one that raises. Then each
+                                            thread looks what its rank is at, and who waits for nobody is named
 
 A thread of each rank writes a heartbeat into the store, looks for the first failure reported there, and watches the
 next rank that has not left: work per rank does not grow with the world. When it learns of a failure it gives the main
@@ -193,9 +193,9 @@ class Watch:
         return self.leaving.is_set() or frame is not None
 
     def _late(self, store) -> str:
-        """Who has kept this rank waiting until it gave up; "" if it did not, or if nobody can be told."""
+        """Who has kept others waiting until the first of them gave up; "" if none did, or if nobody can be told."""
         late = [rank for rank in range(self.world) if read(store, f"{rank}/waits") == str(False)]
-        if not late or not isinstance(self.error, RuntimeError) or not LATE.search(str(self.error)):
+        if not late or not isinstance(self.error, RuntimeError) or not LATE.search(read(store, "alarm")):
             return ""
         return f"{name(store, late[0])} kept the others waiting in {read(store, f'{late[0]}/at')}"
 
