@@ -20,6 +20,7 @@ from test_train import data, flags  # noqa: F401
 from test_train_mesh import ALL, fit, numbers
 
 import moe_ext.train
+from moe_ext import checkpoint
 from moe_ext.config import parse, plain
 from moe_ext.model import GPT
 from moe_ext.parallel.mesh import Mesh
@@ -109,8 +110,8 @@ def test_the_published_run_scaled_down(data, tmp_path, capfd):                  
         --data.tokenizer {data}/tokenizer.json --log.folder {tmp_path} --log.no-tensorboard --pipeline.transport windows
         """.split()]))
     run_ranks(8, lambda rank: moe_ext.train.fit(config, Mesh(config.mesh), "")[1], tmp_path)
-    said = capfd.readouterr().out.splitlines()
-    assert [line for line in said if line in BANNER.splitlines()] == BANNER.splitlines()
+    log, said = (tmp_path / "gpt_0b9_pipeline" / "run.log").read_text(), capfd.readouterr().out.splitlines()
+    assert [line for line in log.splitlines() if line in BANNER.splitlines()] == BANNER.splitlines()
 
     order = {rank: re.findall(rf"^rank {rank} (forward|backward) start tensor (\d+)$", "\n".join(said), re.M)
              for rank in range(8)}
@@ -121,7 +122,6 @@ def test_the_published_run_scaled_down(data, tmp_path, capfd):                  
         assert [line.split(" ")[2::3] for line in finished] == [list(pair) for pair in lines]
     assert all(order[rank] == order[rank + 1] for rank in range(0, 8, 2)), "tensor-parallel peers took turns alike"
 
-    log = (tmp_path / "gpt_0b9_pipeline" / "run.log").read_text()
     iterations = re.findall(r"iteration +(\d+)/ +2 .*loss scale: (\S+) .*number of skipped iterations: +(\d+) \|", log)
     assert iterations == [("1", "4294967296.0", "1"), ("2", "2147483648.0", "1")]
     footprint = log.partition("Number of parameters in transformer block")[2].splitlines()[1:]
@@ -146,12 +146,10 @@ FAILURES = {    # what the rank does, seconds of train.timeout, words about it, 
 }
 
 
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_stage_that_fails_ends_all_with_its_name(data, tmp_path, server, name):            # noqa: F811
-    """Rank 2 of pp 2 x tp 2, in the last forward of step 3, of processes that begin as torchrun's do."""
-    act, timeout, words, options = FAILURES[name]
-    arguments = flags(data, tmp_path, **ALL, train__timeout=timeout, mesh__pp=2, mesh__tp=2, **options)
-    before, calls, forward = os.listdir("/dev/shm"), [], GPT.forward
+def begin(server, folder, act, arguments):                                                  # noqa: F811
+    """The statuses of ranks 0, 1 and 3 of pp 2 x tp 2, forked processes that begin as torchrun's do, and the pid of
+    rank 2, which does act(pid) in the last forward of step 3. stderr of each goes to folder/stderrN."""
+    calls, forward = [], GPT.forward
     shared = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port),
                   TORCHELASTIC_USE_AGENT_STORE="True")
 
@@ -166,7 +164,7 @@ def test_a_stage_that_fails_ends_all_with_its_name(data, tmp_path, server, name)
         if (pid := fork()) == 0:
             status = 1
             try:
-                os.dup2(os.open(tmp_path / f"stderr{rank}", os.O_WRONLY | os.O_CREAT, 0o600), 2)
+                os.dup2(os.open(folder / f"stderr{rank}", os.O_WRONLY | os.O_CREAT, 0o600), 2)
                 os.close(go)
                 os.read(gate, 1)    # until all ranks have been forked: see test_failure.run
                 os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -187,9 +185,28 @@ def test_a_stage_that_fails_ends_all_with_its_name(data, tmp_path, server, name)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for rank, pid in enumerate(pids) if rank != 2]
     os.kill(pids[2], signal.SIGKILL)        # the stopped one; the others have ended, or do so in a moment
     os.waitpid(pids[2], 0)
+    return statuses, pids[2]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_stage_that_fails_ends_all_with_its_name(data, tmp_path, server, name):            # noqa: F811
+    act, timeout, words, options = FAILURES[name]
+    before = os.listdir("/dev/shm")
+    statuses, pid = begin(server, tmp_path, act, flags(data, tmp_path, **ALL, train__timeout=timeout, mesh__pp=2,
+                                                       mesh__tp=2, **options))
     assert statuses == [1, 1, 1]
     for rank in (0, 1, 3):
         said = (tmp_path / f"stderr{rank}").read_text()
-        assert re.search(rf"^error: rank 2 \(pid {pids[2]} on \S+\) {words}; rank {rank} was in step 3; no checkpoint "
-                         "has been saved yet$", said, re.M), said
+        assert re.search(rf"^error: rank 2 \(pid {pid} on \S+\) {words}; rank {rank} was in step 3; no checkpoint has "
+                         "been saved yet$", said, re.M), said
+    assert os.listdir("/dev/shm") == before
+
+
+def test_sigterm_to_one_stage_saves_all(data, tmp_path, server):                            # noqa: F811
+    before = os.listdir("/dev/shm")
+    statuses, _ = begin(server, tmp_path, lambda pid: os.kill(pid, signal.SIGTERM), flags(
+        data, tmp_path, **ALL, mesh__pp=2, mesh__tp=2, pipeline__schedule="bfc", pipeline__transport="windows"))
+    assert statuses == [0, 0, 0], (tmp_path / "stderr0").read_text()
+    assert checkpoint.latest(tmp_path / "debug" / "ckpt").name == "step-000003"
+    assert "stopped by another rank after step 3; continue" in (tmp_path / "debug" / "run.log").read_text()
     assert os.listdir("/dev/shm") == before
