@@ -31,7 +31,7 @@ class Mesh:
     def __init__(self, config: MeshConfig, device="cpu", *, store=None, seconds: float = 120.0, timeout=None,
                  at=lambda place: None):
         self.config, self.device, self.at = config, torch.device(device), at
-        self.store, self.seconds = store, seconds
+        self.store, self.seconds, self.timeout = store, seconds, timeout
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         check_world(config, self.world)
