@@ -458,8 +458,9 @@ class Config:
                 require(value == default, f"pipeline.{name} is {value}, but mesh.pp 1 is no pipeline: set mesh.pp to 2 "
                         f"or more, or pipeline.{name} to {json.dumps(default)}")
             return
-        from moe_ext.parallel.schedule import check     # these import this file
+        from moe_ext.parallel.schedule import check  # these import this file
         from moe_ext.parallel.stages import cut
+
         cut(self)
         for micros in reversed(self.micro_batches):     # a whole step's first
             try:

@@ -8,6 +8,7 @@ depend on the mesh (README, "Which mesh should I use"). Rank 0 writes the run fo
     lock              while the run is on              abandoned/      what a start left behind (moe_ext.run)
     ckpt/step-NNNNNN  checkpoints (moe_ext.checkpoint) tokenizer.json       a copy, so that the folder is whole; .sha256
     plot.png          loss and expert load             profile/             traces, with train.profile_steps
+    trace.json        a pipeline's actions, with pipeline.trace
 What can be known to fail is checked before step 1 (moe_ext.preflight). SIGTERM, SIGHUP or SIGUSR1 to any rank and the
 first Ctrl-C save a checkpoint and end the run with exit status 0; `--resume auto` continues it, bit for bit on the same
 mesh. torchrun passes SIGTERM, SIGINT and SIGHUP on, kills what runs 30 s later (--shutdown-timeout) and ends with

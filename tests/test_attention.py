@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from test_model import VARIANTS, losses_and_grads, make, text
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_ext.config import ModelConfig
-from moe_ext.model import GPT, KVCache, attend, rope_angles, visible
+from moe_ext.config import ModelConfig, TrainConfig
+from moe_ext.model import GPT, KVCache, attend, rope_angles, set_recomputation, visible
 
 pytestmark = pytest.mark.c_core
 
@@ -278,3 +278,36 @@ def test_a_window_as_wide_as_the_text_is_none():
     narrow.load_state_dict(whole.state_dict())
     assert torch.equal(whole.logits(tokens)[:, 0], wide.logits(tokens)[:, 0])
     assert not torch.allclose(whole.logits(tokens)[:, 11], narrow.logits(tokens)[:, 11])
+
+
+# ---- recomputation ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["plain", "window", "sinks", "window and sinks", "documents", "dropout"])
+def test_recomputed_attention_is_the_same_and_keeps_less(name, half):
+    """train.recompute_attention: equal bits of loss and gradients; less memory between forward and backward, by what
+    SDPA saves beside its inputs: the widened copies for sinks, the runs of a window, the logsumexp."""
+    options = {"window": dict(window=8), "sinks": dict(sinks=True), "window and sinks": dict(window=8, sinks=True),
+               "dropout": dict(dropout=0.1, position="learned")}.get(name, {})
+    c = ModelConfig(vocab_size=61, seq_len=64, layers=2, dim=32, heads=4, kv_heads=2, hidden=48, **options)
+    ids = torch.randint(61, (2, 65), generator=torch.Generator().manual_seed(2))
+    documents = dict(documents_BS=(torch.arange(64) // 20).repeat(2, 1)) if name == "documents" else {}
+
+    def found(again):
+        model, kept = GPT(c, seed=1), {}
+        set_recomputation(model, TrainConfig(recompute_attention=again))
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x        # alive, so that no other gets its place
+            return x
+
+        torch.manual_seed(0)
+        with (torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+              torch.autocast("cpu", torch.bfloat16, enabled=half)):
+            out = model(ids[:, :-1], ids[:, 1:], **documents)
+        size = sum(x.untyped_storage().nbytes() for x in kept.values())
+        out.token_loss.backward()
+        return size, [out.token_loss.detach(), *(p.grad for p in model.parameters())]
+
+    (much, want), (little, got) = found(False), found(True)
+    assert all(map(torch.equal, got, want))
+    assert little < (0.95 if "window" in name or "sinks" in name else 1) * much

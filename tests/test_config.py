@@ -8,6 +8,7 @@ import pytest
 
 import moe_ext.train
 from moe_ext import config as C
+from moe_ext.parallel.mesh import check_world
 
 
 def classes(cls=C.Config):
@@ -158,6 +159,17 @@ def test_meshes_with_stages():
     assert [mesh.pp for mesh in C.pipelines(4)] == [2] * len(C.meshes(2)) + [4] and C.pipelines(1) == []
     assert all(mesh.world == 4 and mesh.stage * mesh.pp == 4 for mesh in C.pipelines(4))
     assert len(set(C.pipelines(8))) == len(C.pipelines(8)) == len(C.meshes(4)) + len(C.meshes(2)) + len(C.meshes(1))
+
+
+def test_another_world_is_told_the_nearest_mesh():
+    """Of the model's, with stages where it has some."""
+    mesh, model = C.MeshConfig(pp=4, tp=2), C.ModelConfig(layers=6)
+    with pytest.raises(C.ConfigError, match=r"pp 4 \* rep 1 \* fsdp 1 \* tp 2 = 8 ranks, but 4 processes run: start "
+                                            r"8, or take the nearest mesh of 4: --mesh.pp 2$"):
+        check_world(mesh, 4, C.Config(model=model, mesh=mesh))
+    mesh = C.MeshConfig(pp=2)
+    with pytest.raises(C.ConfigError, match=r"nearest mesh of 3: --mesh.pp 3$"):
+        check_world(mesh, 3, C.Config(model=model, mesh=mesh))
 
 
 def test_micro_batches_of_all_steps():

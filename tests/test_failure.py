@@ -157,6 +157,26 @@ def test_a_runtime_error_is_the_failure_if_no_rank_is_gone(tmp_path, server):
     assert re.fullmatch(sentence(1, who(0, pids) + " failed in step 3: RuntimeError: a kernel failed"), said[1])
 
 
+def test_a_rank_that_computes_for_ever_is_told_from_those_that_wait_for_it(tmp_path, server):
+    """Ranks 0 and 2 give up one after the other, in a group with rank 1 and in one without it."""
+    def body(watch, rank, store):
+        limit = timedelta(seconds=1.5)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=limit)
+        group = dist.new_group([0, 2], timeout=limit)
+        watch.at("step 3")
+        if rank == 1:
+            threading.Event().wait()
+        if rank == 0:
+            dist.all_reduce(torch.ones(1))
+        dist.all_reduce(torch.ones(1), group=group)
+
+    statuses, said, pids = run(3, body, tmp_path, lambda: client(server.port), timeout=8)
+    assert statuses == [1, 1, 1]
+    for rank in range(3):
+        what = who(1, pids) + r" kept the others waiting in step 3, and rank [02] failed in step 3: RuntimeError: .+"
+        assert re.fullmatch(sentence(rank, what), said[rank])
+
+
 def test_a_stopped_rank_is_found_and_ends_when_it_goes_on(tmp_path, server):
     def act(rank, store):
         store.set(f"pid of {rank}", str(os.getpid()))

@@ -134,8 +134,8 @@ def test_megatrons_counts_follow():
 
 
 def test_the_pieces_of_the_published_pipeline():
-    """gpt_0b9_pipeline on the meta device: what a rank of each stage computes with, to the parameter; and its estimate of
-    weights and optimizer, beside the exact one."""
+    """gpt_0b9_pipeline on the meta device: what a rank of each stage computes with, to the parameter; and its estimate
+    of weights and optimizer, beside the exact one."""
     config = recipe("gpt_0b9_pipeline")
     assert replace(config.model, dropout=0.1) == recipe("gpt_0b9").model and config.sequences_per_step == 16
     split = re.compile("|".join(f"(?:{names.pattern})" for names in (ROWS, COLUMNS, SLICED)))
@@ -144,11 +144,11 @@ def test_the_pieces_of_the_published_pipeline():
         piece = GPT(config.model, device="meta", blocks=blocks)
         held[number % 4] += sum(p.numel() // (2 if split.search(name) else 1) for name, p in piece.named_parameters())
     assert len(cut(config)) == 16 and held == [156_577_792, 100_741_120, 100_741_120, 152_387_584]
-    lines = megatron.parameter_lines(config, meta(config.model), 4, 4).splitlines()
+    lines = megatron.parameter_lines(config, meta(config.model)).splitlines()
     assert lines == [f" > number of parameters on (tensor, pipeline) model parallel rank ({t}, {p}): {held[p]}"
                      for p in range(4) for t in range(2)]
-    assert f"{megatron.weight_and_optimizer_memory(config, 4):.2f}" == "2614.79"
-    assert f"{megatron.exact_memory(config, meta(config.model), 4, 4)[0]:.2f}" == "2687.84"
+    assert f"{megatron.weight_and_optimizer_memory(config):.2f}" == "2614.79"
+    assert f"{megatron.exact_memory(config, meta(config.model))[0]:.2f}" == "2687.84"
 
 
 def test_tokens_per_step():

@@ -29,9 +29,9 @@ MESHES = {
 ALL = dict(log__every=1, data__tokenizer="", train__device="cpu")
 
 
-def fit(data, folder, store, resume="", **options):                                        # noqa: F811
-    """A run over forked ranks, or in this process; -> the run folder."""
-    config = plain(parse(flags(data, folder, **ALL | options)))
+def fit(data, folder, store, resume="", *more, **options):                                  # noqa: F811
+    """A run over forked ranks, or in this process; -> the run folder. more: flags."""
+    config = plain(parse([*flags(data, folder, **ALL | options), *more]))
     store.mkdir(exist_ok=True)
     if config.mesh.world == 1:
         moe_ext.train.fit(config, Mesh(config.mesh), resume)

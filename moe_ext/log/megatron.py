@@ -64,12 +64,11 @@ class Megatron:
             lines.append("> setting tensorboard ...")
         if config.mesh.world > 1:
             lines.append("> initializing torch distributed ...")
-        stages = config.mesh.pp, config.pipeline.chunks
         return "\n".join([
             *lines, f"> initialized tensor model parallel with size {tp}",
             f"> initialized pipeline model parallel with size {config.mesh.pp}",
             f"> setting random seeds to {config.train.seed} ...", self.at("after megatron is initialized"),
-            "building GPT model ...", formulas.parameter_lines(config, whole, *stages),
+            "building GPT model ...", formulas.parameter_lines(config, whole),
             *([formulas.bucket_lines(config, whole)] if config.mesh.pp == 1 else []),
             *([f" loading distributed checkpoint from {loaded.parent} at iteration {step}",
                f"  successfully loaded checkpoint from {loaded.parent} {self.shards} at iteration {step}"] if loaded
@@ -118,7 +117,7 @@ class Megatron:
         if self.first:
             self.first = False
             mesh = self.config.mesh
-            lines.append(formulas.footprint(self.config, mesh.pp, "block" if mesh.pp > 1 else "layers"))
+            lines.append(formulas.footprint(self.config, part="block" if mesh.pp > 1 else "layers"))
             lines += [f"[Rank {rank}] (after {record['step']} iterations) memory (MB) | allocated: {memory.allocated} "
                       f"| max allocated: {memory.max_allocated} | reserved: {memory.reserved} | max reserved: "
                       f"{memory.max_reserved}" for rank, memory in enumerate(record["memory"])

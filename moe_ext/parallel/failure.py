@@ -15,7 +15,8 @@ What failed                                 Who notices, and when
     a rank raises                           it says so itself, before it ends; its own exception goes on as usual
     a process dies                          its neighbour: at once on the same host, otherwise by the heartbeat
     a process stops, a host is cut off      its neighbour, after `timeout` seconds without a heartbeat
-    a rank waits for ever                   the process group, given the same timeout: a rank that raises
+    a rank waits or computes for ever       the others' collectives, given the same timeout: one that raises. Then each
+                                            thread looks what its rank is at, and who waits for nobody is named
 
 A thread of each rank writes a heartbeat into the store, looks for the first failure reported there, and watches the
 next rank that has not left: work per rank does not grow with the world. When it learns of a failure it gives the main
@@ -37,6 +38,7 @@ import dataclasses
 import faulthandler
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -55,6 +57,8 @@ from moe_ext.config import Config, ConfigError
 PATIENCE = 6            # beats of silence that convict a rank once another one has had a RuntimeError
 LINGER = 20             # seconds within which a process that has lost another rank must have ended
 LEFT = "left"           # the last heartbeat of a rank that ended well
+EXCHANGE = re.compile(r"/torch/distributed/(?!tensor/)|/moe_ext/parallel/(links|transport)\.py$")   # files that wait
+LATE = re.compile(r"timed? ?out|within [\d.]+ s", re.I)      # in the words of one that has waited long enough
 
 
 def join(timeout: float) -> tuple[dist.Store, int, int]:
@@ -156,6 +160,8 @@ class Watch:
                 return store.get("failure").decode()
             before, now = now, time.monotonic()
             alarm = alarm or (now if store.check(["alarm"]) else None)
+            if alarm:
+                store.set(f"{self.rank}/waits", str(self._waits()))
             patience = PATIENCE * self.interval if alarm else self.timeout
 
             if self.leaving.is_set() and self.error is None:
@@ -168,6 +174,8 @@ class Watch:
                 if isinstance(self.error, RuntimeError) and not alarm:
                     store.set("alarm", f"rank {self.rank} {mine}")
                 elif not isinstance(self.error, RuntimeError) or now > alarm + patience + 2 * self.interval:
+                    if late := self._late(store):
+                        return report(store, f"{late}, and rank {self.rank} {mine}")
                     mine = f"{name(store, self.rank)} {mine}"
                     first = report(store, mine)
                     return None if first == mine else first
@@ -176,6 +184,20 @@ class Watch:
             if verdict:
                 return report(store, verdict)
             neighbour.dead = self._sleep(neighbour.pid)
+
+    def _waits(self) -> bool:
+        """Whether this rank is not who keeps the others waiting: it has raised or left, or is in an exchange."""
+        frame = sys._current_frames().get(threading.main_thread().ident)
+        while frame and not EXCHANGE.search(frame.f_code.co_filename):
+            frame = frame.f_back
+        return self.leaving.is_set() or frame is not None
+
+    def _late(self, store) -> str:
+        """Who has kept others waiting until the first of them gave up; "" if none did, or if nobody can be told."""
+        late = [rank for rank in range(self.world) if read(store, f"{rank}/waits") == str(False)]
+        if not late or not isinstance(self.error, RuntimeError) or not LATE.search(read(store, "alarm")):
+            return ""
+        return f"{name(store, late[0])} kept the others waiting in {read(store, f'{late[0]}/at')}"
 
     def _sleep(self, pid: int | None) -> bool:
         """Until the next beat, or until the main thread leaves or process `pid` dies; whether it is dead."""

@@ -142,5 +142,5 @@ def check_world(mesh: MeshConfig, world: int, config: Config | None = None) -> N
             sizes = " ".join(f"--mesh.{name} {size}" for name, size in best.sizes.items() if size != mesh.sizes[name])
             hint += f", or take the nearest mesh of {world}: {sizes}"
         stages = f"pp {mesh.pp} * " if mesh.pp > 1 else ""
-        raise ConfigError(f"the mesh has {stages}rep {mesh.rep} * fsdp {mesh.fsdp} * tp {mesh.tp} = {mesh.world} ranks, "
-                          f"but {world} {'process runs' if world == 1 else 'processes run'}: {hint}")
+        raise ConfigError(f"the mesh has {stages}rep {mesh.rep} * fsdp {mesh.fsdp} * tp {mesh.tp} = {mesh.world} "
+                          f"ranks, but {world} {'process runs' if world == 1 else 'processes run'}: {hint}")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 from moe_ext.config import Config, ConfigError, require
 from moe_ext.model import GPT
 from moe_ext.ops.enums import GATED
-from moe_ext.parallel.stages import cut
 from moe_ext.parallel.tensor import COLUMNS, ROWS, SLICED
 from moe_ext.plan.shares import moe_layers
 
@@ -141,12 +140,12 @@ def parameters(config: Config, model: GPT, pp: int = 1, vpp: int = 1, grouped: b
     """
     c, mesh = config.model, config.mesh
     grouped = not c.moe.capacity_factor if grouped is None else grouped
-    stage_of = dealt(config, pp, vpp)
+    check_pipeline(config, pp, vpp)
     order, held = list(dict.fromkeys([*MODULES.values(), *OUTSIDE.values()])), {}
 
     def add(layer, module, leaf, size, *, local=0, prefix="decoder.layers.{}.", expert=False):
         """A part of a parameter; parts of one name add up."""
-        stage = 0 if layer < 0 else pp - 1 if layer == c.layers else stage_of[layer]
+        stage = 0 if layer < 0 else pp - 1 if layer == c.layers else layer // (c.layers // (pp * vpp)) % pp
         name = f"{prefix.format(layer)}{module}.{leaf}".rstrip(".")
         key = layer, order.index(module.partition(".local")[0]), local, name
         held[key] = Parameter(name, size + (held[key].size if key in held else 0), stage, expert)
@@ -177,14 +176,6 @@ def parameters(config: Config, model: GPT, pp: int = 1, vpp: int = 1, grouped: b
         else:
             add(int(layer), module, f"layer_norm_{leaf}" if where == "input_layernorm" else leaf, p.numel() // split)
     return [held[key] for key in sorted(held)]
-
-
-def dealt(config: Config, pp: int, vpp: int) -> list[int]:
-    """The stage of each layer: of the run's own pipeline as it is cut, of any other in equal pieces. ConfigError."""
-    if (pp, vpp) == (config.mesh.pp, config.pipeline.chunks):
-        return [piece % pp for piece, blocks in enumerate(cut(config)) for _ in blocks]
-    check_pipeline(config, pp, vpp)
-    return [layer // (config.model.layers // (pp * vpp)) % pp for layer in range(config.model.layers)]
 
 
 def check_pipeline(config: Config, pp: int, vpp: int) -> None:
