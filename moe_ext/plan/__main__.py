@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from moe_ext.config import Config, parse, plain, require
 from moe_ext.model import GPT, parameter_dtype
+from moe_ext.plan.megatron import staged
 from moe_ext.plan.report import found, plan
 from moe_ext.plan.roofline import DEVICES, SHARES, Device
 from moe_ext.plan.search import MOST
@@ -24,8 +25,8 @@ class Command(Config):
     per_host: int = 8           # devices of a host
     search: int = 0             # the best meshes of so many devices, up to 10,000; 0: the recipe's mesh alone
     top: int = 5                # of them, so many are shown
-    pp: int = 1                 # pipeline stages, for Megatron's formulas alone
-    vpp: int = 1                # model chunks per pipeline stage, likewise
+    pp: int = 1                 # pipeline stages in Megatron's formulas, for a recipe without them (mesh.pp)
+    vpp: int = 1                # model chunks per pipeline stage, likewise (pipeline.chunks)
     peak_tflops: float = 0.0    # these are the device's own, if not 0: TFLOP/s of matrix products in train.dtype
     memory_gb: float = 0.0      # 10^9 bytes of memory
     bandwidth: float = 0.0      # of memory, GB/s
@@ -66,7 +67,8 @@ def main() -> None:
             print(found(config, command.search, device, command.per_host, shares, command.top, args[0]))
         else:
             model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
-            print(plan(config, model, device, command.per_host, shares, args[0], command.pp, command.vpp))
+            formulas = config if command.pp == command.vpp == 1 else staged(config, command.pp, command.vpp)
+            print(plan(config, model, device, command.per_host, shares, args[0], formulas))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
