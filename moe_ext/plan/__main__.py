@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from moe_ext.config import Config, parse, plain, require
 from moe_ext.model import GPT, parameter_dtype
-from moe_ext.plan.megatron import staged
 from moe_ext.plan.report import found, plan
 from moe_ext.plan.roofline import DEVICES, SHARES, Device
 from moe_ext.plan.search import MOST
@@ -67,8 +66,7 @@ def main() -> None:
             print(found(config, command.search, device, command.per_host, shares, command.top, args[0]))
         else:
             model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
-            formulas = config if command.pp == command.vpp == 1 else staged(config, command.pp, command.vpp)
-            print(plan(config, model, device, command.per_host, shares, args[0], formulas))
+            print(plan(config, model, device, command.per_host, shares, args[0], command.pp, command.vpp))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

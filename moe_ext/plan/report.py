@@ -19,10 +19,12 @@ PARTS = {
 }
 
 
-def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shares, recipe: str,
-         formulas: Config) -> str:
-    """Parameters, FLOPs, memory, traffic and time of a rank, what to change if it does not fit, and Megatron's figures
-    for the config `formulas`. `model` lies on the meta device. Errors: ConfigError."""
+def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shares, recipe: str, pp: int = 1,
+         vpp: int = 1) -> str:
+    """Parameters, FLOPs, memory, traffic and time of a rank, what to change if it does not fit, and Megatron's figures,
+    with stages that a recipe without them does not have if pp asks for some. `model` lies on the meta device. Errors:
+    ConfigError."""
+    formulas = config if pp == vpp == 1 else megatron.staged(config, pp, vpp)
     c, m, mesh, t, held = config.model, config.model.moe, config.mesh, config.train, memory(config)
     (total, active), tokens = model.num_parameters(), config.tokens_per_step
     each = [sum(p.numel() for p in layer.experts.parameters()) // m.experts for layer in model.moe_layers()[:1]]
