@@ -52,7 +52,7 @@ def test_footprint_of_the_moe_runs(config, aware, held):
 
 
 def test_pipeline_of_four_stages():
-    assert megatron.footprint(STAGES, "block") == """\
+    assert megatron.footprint(STAGES, part="block") == """\
 Number of parameters in transformer block in billions:  0.81
 Number of parameters in embedding layers in billions: 0.10
 Total number of parameters in billions: 0.91

@@ -3,8 +3,8 @@
 Each function is one formula or one block of text of Megatron-LM (release 0.9, of autumn 2024, whose logs many compare
 with), on purpose with its approximations: the vocabulary padded to a multiple of 128 tp, attention without the causal
 half, norms counted as if they had biases, no router, no linear biases, and memory that does not know expert
-parallelism. What stands beside them as exact is counted on the model. Pipeline stages and model chunks per stage are
-mesh.pp and pipeline.chunks; `staged` gives some to a config without.
+parallelism. What stands beside them as exact is counted on the model. `pp` and `vpp` are pipeline stages and model
+chunks per stage of a config that has none itself; 0: those that it has.
 
 The names of Megatron's arguments: L layers, h hidden size, a heads, g query groups, d kv_channels, f ffn_hidden_size,
 s sequence length, B global batch, V padded vocabulary, m = 3/2 for a gated MLP, else 1.
@@ -61,11 +61,11 @@ def counted_parameters(config: Config) -> tuple[int, int]:
     return layers, (1 if c.tied else 2) * c.dim * padded_vocabulary(config)
 
 
-def shards(config: Config) -> tuple[float, float]:
+def shards(config: Config, pp: int = 0) -> tuple[float, float]:
     """Parameters of (the most loaded rank, the others): layers / (pp tp), and the embedding / tp (both of them without
     a pipeline). Experts are not divided by ep."""
     layers, embeddings = counted_parameters(config)
-    tp, pp, table = config.mesh.tp, config.mesh.pp, config.model.dim * padded_vocabulary(config)
+    tp, pp, table = config.mesh.tp, pp or config.mesh.pp, config.model.dim * padded_vocabulary(config)
     return (layers / pp + (embeddings if pp == 1 else table)) / tp, layers / (pp * tp)
 
 
@@ -75,20 +75,20 @@ def bytes_per_parameter(config: Config, ranks: int) -> float:
     return 6 + 12 / ranks if config.mesh.fsdp > 1 else 18
 
 
-def weight_and_optimizer_memory(config: Config) -> float:
+def weight_and_optimizer_memory(config: Config, pp: int = 0) -> float:
     """Megatron's estimate for the most loaded rank, in MB of 2^20 bytes."""
-    return shards(config)[0] * bytes_per_parameter(config, config.mesh.dp) / MB
+    return shards(config, pp)[0] * bytes_per_parameter(config, config.mesh.dp) / MB
 
 
-def footprint(config: Config, part: str = "layers") -> str:
+def footprint(config: Config, pp: int = 0, part: str = "layers") -> str:
     """The lines of report_theoretical_memory; `part` is "layers", in newer releases "block"."""
-    (layers, embeddings), (most, others) = counted_parameters(config), shards(config)
-    memory = weight_and_optimizer_memory(config)
+    (layers, embeddings), (most, others) = counted_parameters(config), shards(config, pp)
+    memory = weight_and_optimizer_memory(config, pp)
     lines = [f"Number of parameters in transformer {part} in billions: {layers / 1e9: .2f}",
              f"Number of parameters in embedding layers in billions: {embeddings / 1e9:.2f}",
              f"Total number of parameters in billions: {(layers + embeddings) / 1e9:.2f}",
              f"Number of parameters in most loaded shard in billions: {most / 1e9:.4f}"]
-    if config.mesh.pp > 1:
+    if (pp or config.mesh.pp) > 1:
         lines.append(f"Number of parameters in other shards in billions: {others / 1e9:.4f}")
     lines.append(f"Theoretical memory footprints: weight and optimizer={memory:.2f} MB")
     return "\n".join(lines)
@@ -131,13 +131,15 @@ OUTSIDE = {     # of the layers
 LEAVES = {"w13_E2FD": ("weight", 1), "w13_bias": ("bias", 1), "w2_EDF": ("weight", 2), "w2_bias": ("bias", 2)}
 
 
-def parameters(config: Config, model: GPT, grouped: bool | None = None) -> list[Parameter]:
+def parameters(config: Config, model: GPT, pp: int = 0, vpp: int = 0, grouped: bool | None = None) -> list[Parameter]:
     """What one tensor-parallel rank of each stage holds, in Megatron's order: q, k and v, and gate and up, are one
     matrix; a tied head is a copy on the last stage.
 
     grouped: an expert layer has two matrices, as with --moe-grouped-gemm, not two for each expert; None: unless there
-    is a capacity, as in the runs that the figures of the documentation come from.
+    is a capacity, as in the runs that the figures of the documentation come from. Errors: ConfigError if the layers do
+    not divide.
     """
+    config = staged(config, pp, vpp)
     c, mesh, pp = config.model, config.mesh, config.mesh.pp
     grouped = not c.moe.capacity_factor if grouped is None else grouped
     owner = {layer: stage for stage, pieces in enumerate(stages(config)) for piece in pieces for layer in piece}
@@ -178,24 +180,27 @@ def parameters(config: Config, model: GPT, grouped: bool | None = None) -> list[
     return [held[key] for key in sorted(held)]
 
 
-def staged(config: Config, pp: int, vpp: int) -> Config:
-    """A config without a pipeline with one of so many stages and chunks of each, which share the layers evenly. Errors:
-    ConfigError if they cannot."""
-    layers, pieces = config.model.layers, pp * vpp
-    require(config.mesh.pp == 1, f"--pp {pp} and --vpp {vpp} are for recipes without stages, but mesh.pp is "
-            f"{config.mesh.pp}: leave them out, or set --mesh.pp and --pipeline.chunks")
+def staged(config: Config, pp: int = 0, vpp: int = 0) -> Config:
+    """The config, with so many stages and chunks of each, which share the layers evenly, if it has none itself. Errors:
+    ConfigError if it has others, or if the layers do not divide."""
+    own, layers = (config.mesh.pp, config.pipeline.chunks), config.model.layers
+    if (pp, vpp) == (pp and own[0], vpp and own[1]):
+        return config
+    require(own[0] == 1, f"--pp {pp} and --vpp {vpp} are for recipes without stages, but mesh.pp is {own[0]}: leave "
+            "them out, or set --mesh.pp and --pipeline.chunks")
+    pp, vpp = pp or 1, vpp or 1
     require(vpp == 1 or pp > 1, f"--vpp {vpp} divides the layers of a pipeline stage: it needs --pp above 1")
-    require(layers % pieces == 0, f"--pp {pp} x --vpp {vpp} does not divide model.layers {layers}: change one")
-    each = ",".join([str(layers // pieces)] * pieces)
+    require(layers % (pp * vpp) == 0, f"--pp {pp} x --vpp {vpp} does not divide model.layers {layers}: change one")
+    even = ",".join([str(layers // pp // vpp)] * (pp * vpp))
     return replace(config, mesh=replace(config.mesh, pp=pp),
-                   pipeline=PipelineConfig(chunks=vpp, layers=each, schedule="breadth_first"))
+                   pipeline=PipelineConfig(chunks=vpp, layers=even, schedule="breadth_first"))
 
 
-def exact_memory(config: Config, model: GPT) -> tuple[float, float]:
+def exact_memory(config: Config, model: GPT, pp: int = 0, vpp: int = 0) -> tuple[float, float]:
     """The same estimate from the parameters that the most loaded stage really has, in MB: (all experts on every rank,
     as the formula has it; those that a rank has, their state over the ranks that have the same ones)."""
-    mesh = config.mesh
-    held = parameters(config, model)
+    config = staged(config, pp, vpp)
+    mesh, held = config.mesh, parameters(config, model)
     each = [[sum(p.size for p in held if (p.stage, p.expert) == (stage, expert)) for expert in (False, True)]
             for stage in range(mesh.pp)]
     dense, experts = bytes_per_parameter(config, mesh.dp), bytes_per_parameter(config, mesh.rep * mesh.efsdp)
@@ -203,8 +208,9 @@ def exact_memory(config: Config, model: GPT) -> tuple[float, float]:
             max(d * dense + e * experts for d, e in each) / MB)
 
 
-def parameter_lines(config: Config, model: GPT) -> str:
+def parameter_lines(config: Config, model: GPT, pp: int = 0, vpp: int = 0) -> str:
     """One line for each (tensor, pipeline) rank."""
+    config = staged(config, pp, vpp)
     held = [0] * config.mesh.pp
     for p in parameters(config, model):
         held[p.stage] += p.size
