@@ -125,7 +125,8 @@ def measured(world):
                 optimizer.step()
                 groups = {axis: mesh.dense.get_group(axis) for axis in ("rep", "fsdp", "tp")}
                 groups |= {axis: mesh.sparse.get_group(axis) for axis in ("efsdp", "ep", "etp")}
-                groups |= {"dp": mesh.data.get_group("dp"), "world": None}
+                groups |= {"dp": mesh.data.get_group("dp"), "world": mesh.pipe.get_group("stage"),
+                           "pp": mesh.pipe.get_group("pp")}
                 groups = {axis: tuple(dist.get_process_group_ranks(group)) for axis, group in groups.items()}
                 result[name] = meter.sent, groups, state(model, optimizer)
         return result

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig, load
+from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, PipelineConfig, TrainConfig, load
 from moe_ext.model import GPT
 from moe_ext.plan import megatron
 from moe_ext.plan.roofline import forward_flops
@@ -22,7 +22,7 @@ def recipe(name, *, micro_batch=None, accumulation=1, **mesh):
 
 DENSE, CAPACITY, DROPLESS = (recipe(f"moe_exp_{type}") for type in ("dense", "capacity", "dropless"))
 EP8 = recipe("moe_exp_dropless", micro_batch=4, accumulation=2, fsdp=8, ep=8)
-STAGES = recipe("gpt_0b9", accumulation=8, tp=2)
+STAGES = megatron.staged(recipe("gpt_0b9", accumulation=8, tp=2), 4, 4)
 
 
 @pytest.mark.parametrize("config", [DENSE, CAPACITY, DROPLESS, EP8])
@@ -52,7 +52,7 @@ def test_footprint_of_the_moe_runs(config, aware, held):
 
 
 def test_pipeline_of_four_stages():
-    assert megatron.footprint(STAGES, 4, "block") == """\
+    assert megatron.footprint(STAGES, part="block") == """\
 Number of parameters in transformer block in billions:  0.81
 Number of parameters in embedding layers in billions: 0.10
 Total number of parameters in billions: 0.91
@@ -60,10 +60,10 @@ Number of parameters in most loaded shard in billions: 0.1523
 Number of parameters in other shards in billions: 0.1007
 Theoretical memory footprints: weight and optimizer=2614.79 MB"""
     held = {0: 156577792, 1: 100741120, 2: 100741120, 3: 152387584}
-    assert megatron.parameter_lines(STAGES, meta(STAGES), 4, 4).splitlines() == [
+    assert megatron.parameter_lines(STAGES, meta(STAGES)).splitlines() == [
         f" > number of parameters on (tensor, pipeline) model parallel rank ({t}, {stage}): {n}"
         for stage, n in held.items() for t in (0, 1)]
-    assert round(megatron.exact_memory(STAGES, meta(STAGES), 4, 4)[0], 2) == 2687.84
+    assert round(megatron.exact_memory(STAGES, meta(STAGES))[0], 2) == 2687.84
     smaller = replace(STAGES, model=replace(STAGES.model, vocab_size=50257))
     assert megatron.padded_vocabulary(smaller) == 50432
     assert megatron.num_floating_point_operations(smaller) == megatron.num_floating_point_operations(STAGES)
@@ -100,8 +100,8 @@ MODEL = ModelConfig(vocab_size=1024, seq_len=40, layers=4, dim=32, heads=8, hidd
 
 
 def case(moe=MOE, *, pp=1, vpp=1, mesh=None, micro_batch=3, **model):
-    return Config(model=replace(MODEL, moe=moe, **model), mesh=MeshConfig(**mesh or {}),
-                  train=TrainConfig(micro_batch=micro_batch, accumulation=2)), pp, vpp
+    return Config(model=replace(MODEL, moe=moe, **model), mesh=MeshConfig(pp=pp, **mesh or {}),
+                  pipeline=PipelineConfig(chunks=vpp), train=TrainConfig(micro_batch=micro_batch, accumulation=2))
 
 
 CASES = {
@@ -143,9 +143,9 @@ def part(model, layers, *, tp, ep, etp):
 @pytest.mark.parametrize("name", CASES)
 def test_parameters_of_a_rank(name):
     """Beside a model of the size of the rank's part."""
-    config, pp, vpp = CASES[name]
-    c, mesh = config.model, config.mesh
-    held = megatron.parameters(config, meta(config), pp, vpp)
+    config = CASES[name]
+    c, mesh, pp = config.model, config.mesh, config.mesh.pp
+    held = megatron.parameters(config, meta(config))
     stages = [sum(p.size for p in held if p.stage == stage) for stage in range(pp)]
     whole = part(c, c.layers, tp=mesh.tp, ep=mesh.ep, etp=mesh.etp)
     table = c.vocab_size // mesh.tp * c.dim
@@ -160,7 +160,7 @@ def test_parameters_of_a_rank(name):
 @pytest.mark.parametrize("name", CASES)
 def test_counted_parameters(name):
     """The formula's approximations, made on a counted model: all matrices but routers, norms twice."""
-    config, _, _ = CASES[name]
+    config = CASES[name]
     layers = tables = 0
     for full, p in meta(config).named_parameters():
         if full in ("embed_tokens.weight", "lm_head.weight"):
@@ -170,7 +170,8 @@ def test_counted_parameters(name):
         elif (p.ndim > 1 and "bias" not in full and ".gate." not in full and "embed_positions" not in full):
             layers += p.numel()
     assert megatron.counted_parameters(config) == (layers, tables)
-    most = (layers + tables) / config.mesh.tp
+    pp = config.mesh.pp
+    most = (layers / pp + (tables if pp == 1 else meta(config).embed_tokens.weight.numel())) / config.mesh.tp
     state = 6 + 12 / config.mesh.dp if config.mesh.fsdp > 1 else 18
     assert megatron.weight_and_optimizer_memory(config) == pytest.approx(most * state / 2**20, rel=1e-12)
 
@@ -178,17 +179,17 @@ def test_counted_parameters(name):
 @pytest.mark.parametrize("name", CASES)
 def test_flops_formula(name):
     """Three forwards of all matrices but the router; roofline's own count is checked against torch's."""
-    config, _, _ = CASES[name]
+    config = CASES[name]
     c = config.model
     routers = 2 * c.moe.experts * c.dim * (c.layers - c.moe.dense_layers) if c.moe.experts else 0
     want = 3 * config.tokens_per_step * (sum(forward_flops(c, causal=False)) - routers)
     assert megatron.num_floating_point_operations(config) == want
 
 
-@pytest.mark.parametrize("name", [name for name, (_, pp, _) in CASES.items() if pp == 1])
+@pytest.mark.parametrize("name", [name for name, config in CASES.items() if config.mesh.pp == 1])
 @pytest.mark.parametrize("enough", [1, 5_000, 30_000])
 def test_bucket_rule(name, enough, monkeypatch):
-    config, _, _ = CASES[name]
+    config = CASES[name]
     monkeypatch.setattr(megatron, "BUCKET", enough)
     monkeypatch.setattr(megatron, "PER_RANK", 0)
     held, buffers = megatron.parameters(config, meta(config)), megatron.buckets(config, meta(config))
@@ -206,9 +207,10 @@ def test_many_ranks_have_larger_buckets():
 
 
 @pytest.mark.parametrize("pp, vpp, sentence", [
-    (3, 1, r"--pp 3 x --vpp 1 does not divide model.layers 16"), (1, 2, r"--vpp 2 .* needs --pp above 1"),
-    (0, 1, r"--pp is 0; it must be positive"),
+    (3, 1, r"--pp 3 x --vpp 1 does not divide model.layers 4"), (1, 2, r"--vpp 2 .* needs --pp above 1"),
 ])  # fmt: skip
 def test_pipelines_that_are_none(pp, vpp, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        megatron.parameters(STAGES, meta(STAGES), pp, vpp)
+        megatron.staged(CASES["dense"], pp, vpp)
+    with pytest.raises(ConfigError, match=r"for recipes without stages, but mesh.pp is 4"):
+        megatron.staged(STAGES, pp, vpp)

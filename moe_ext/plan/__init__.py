@@ -1,6 +1,7 @@
 """What a run costs, before it starts: parameters, tokens, FLOPs, memory, traffic. `moe_ext.train --dry-run` shows it.
 
-Of a mesh it is rank 0 that is described: where something divides unevenly, it has the largest piece.
+Of a mesh it is rank 0 that is described: where something divides unevenly, it has the largest piece. Of a pipeline it
+is the first rank of the stage that has most.
 """
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ import torch
 import moe_ext
 from moe_ext.config import Config
 from moe_ext.model import GPT, pick_device
-from moe_ext.plan.memory import Memory, memory
-from moe_ext.plan.shares import Share, boxes, rows_per_token, widths
+from moe_ext.plan.memory import Memory, fullest, memory
+from moe_ext.plan.pipeline import turns
+from moe_ext.plan.shares import Share, boxes, rows_per_token, stages, widths
 from moe_ext.plan.traffic import traffic
 
 __all__ = ["Memory", "Share", "boxes", "checkpoint_size", "describe", "memory", "mib", "ranks", "rows_per_token",
@@ -24,31 +26,35 @@ def describe(config: Config, model: GPT) -> str:
     """The table that stands before the first step, and what the ranks are. `model` may lie on the meta device."""
     c, t, mesh, device = config.model, config.train, config.mesh, pick_device(config)
     total, active = model.num_parameters()
-    share, held = Share.of(config), memory(config, device.type)
+    held = memory(config, device.type)
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     else:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    local = f", {share.whole:,} local to a rank, which stores {share.parameters:,}" if mesh.world > 1 else ""
+    most = f" of stage {fullest(config, device.type)}, which has most" if mesh.pp > 1 else ""
     rows = {
         "versions": f"moe_ext {moe_ext.__version__}, torch {torch.__version__}; {device.type}, "
                     f"{torch.get_num_threads()} threads",
         "mesh": f"{ranks(config)}; tokens travel by {mesh.transport}" if mesh.world > 1 else "one process",
         "model": sizes(config),
-        "parameters": f"{total:,} in all, {active:,} active per token{local}",
+        "parameters": f"{total:,} in all, {active:,} active per token"
+                      + (f", {local(config)}" if mesh.world > 1 else ""),
         "tokens": f"{config.tokens_per_step:,} per step = {t.accumulation} x {t.micro_batch * mesh.dp} sequences of "
                   f"{c.seq_len}; {config.tokens_in_all:,} in {t.steps} steps"
                   + (f", from {config.ramp[0]} sequences per step on" if t.batch_ramp else ""),
         "FLOPs": f"{model.flops_per_token():,} per token, forward and backward",
         "memory": f"{mib(held.state)} parameters, gradients and moments, about {mib(held.activations)} activations"
-                  f"{' per rank' if mesh.world > 1 else ''}; the device has {mib(available)}",
+                  f"{' per rank' if mesh.world > 1 else ''}{most}; the device has {mib(available)}",
     }
     passing = {"logits and gradient of the head": held.head, "parameters and gradients whole in FSDP": held.fsdp,
-               "weights cast by autocast": held.cast, "messages of the exchange": held.exchange}
+               "weights cast by autocast": held.cast, "messages of the exchange": held.exchange,
+               "tensors between the stages": held.links}
     rows["buffers"] = "about " + ", ".join(f"{mib(size)} {what}" for what, size in passing.items() if size)
     rows["checkpoint"] = f"{mib(checkpoint_size(config, total))}, in {config.run_folder}"
     if not importlib.util.find_spec("matplotlib"):
         rows["plot"] = "none, for that needs matplotlib: pip install matplotlib"
+    if mesh.pp > 1:
+        rows["pipeline"] = pace(config)
     if mesh.world > 1:
         sent = [f"{axis} {mib(size)}" for axis, size in traffic(config).items() if size]
         rows["traffic"] = "each rank sends per step: " + ", ".join(sent)
@@ -69,6 +75,36 @@ def ranks(config: Config) -> str:
     """The mesh in a line: its ranks, by axis."""
     axes = " x ".join(f"{name} {size}" for name, size in config.mesh.sizes.items() if size > 1)
     return f"{config.mesh.world} ranks: {axes}"
+
+
+def local(config: Config) -> str:
+    """The parameters of a rank in a line."""
+    each = [Share.of(config, stage) for stage in range(config.mesh.pp)]
+    return (f"{by_stage([share.whole for share in each])} local to a rank, which stores "
+            f"{by_stage([share.parameters for share in each])}")
+
+
+def pace(config: Config) -> str:
+    """The pipeline in a line: its pieces and how its stages take turns."""
+    p, (idle, live) = config.pipeline, turns(config)
+    pieces = [" + ".join(str(len(piece)) for piece in part) for part in stages(config)]
+    return (f"{p.schedule}; blocks {by_stage(pieces)}; bubble {idle:.1%}, at most {by_stage(live)} live chunks of "
+            f"{p.chunks * config.train.accumulation}")
+
+
+def by_stage(values: list) -> str:
+    """A value of each stage, alike ones together: "3 (stage 0), 4 (1 to 2), 3 (3)"."""
+    runs = []
+    for stage, value in enumerate(values):
+        if runs and runs[-1][0] == value:
+            runs[-1][2] = stage
+        else:
+            runs.append([value, stage, stage])
+    texts = [f"{value:,}" if isinstance(value, int) else value for value, _, _ in runs]
+    if len(runs) == 1:
+        return texts[0]
+    names = [f"{first}" if first == last else f"{first} to {last}" for _, first, last in runs]
+    return ", ".join(f"{text} ({'stage ' * (not i)}{name})" for i, (text, name) in enumerate(zip(texts, names, strict=True)))
 
 
 def checkpoint_size(config: Config, parameters: int) -> int:

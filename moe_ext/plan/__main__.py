@@ -26,8 +26,8 @@ class Command(Config):
     per_host: int = 8           # devices of a host
     search: int = 0             # the best meshes of so many devices, up to 10,000; 0: the recipe's mesh alone
     top: int = 5                # of them, so many are shown
-    pp: int = 1                 # pipeline stages, for Megatron's formulas alone
-    vpp: int = 1                # model chunks per pipeline stage, likewise
+    pp: int = 1                 # pipeline stages in Megatron's formulas, for a recipe without them (mesh.pp)
+    vpp: int = 1                # model chunks per pipeline stage, likewise (pipeline.chunks)
     peak_tflops: float = 0.0    # these are the device's own, if not 0: TFLOP/s of matrix products in train.dtype
     memory_gb: float = 0.0      # 10^9 bytes of memory
     bandwidth: float = 0.0      # of memory, GB/s

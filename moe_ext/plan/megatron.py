@@ -4,20 +4,21 @@ Each function is one formula or one block of text of Megatron-LM (release 0.9, o
 with), on purpose with its approximations: the vocabulary padded to a multiple of 128 tp, attention without the causal
 half, norms counted as if they had biases, no router, no linear biases, and memory that does not know expert
 parallelism. What stands beside them as exact is counted on the model. `pp` and `vpp` are pipeline stages and model
-chunks per stage, for the plan alone: the driver has no pipeline.
+chunks per stage of a config that has none itself; 0: those that it has.
 
 The names of Megatron's arguments: L layers, h hidden size, a heads, g query groups, d kv_channels, f ffn_hidden_size,
 s sequence length, B global batch, V padded vocabulary, m = 3/2 for a gated MLP, else 1.
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from moe_ext.config import Config, ConfigError, require
+from moe_ext.config import Config, PipelineConfig, require
 from moe_ext.model import GPT
 from moe_ext.ops.enums import GATED
 from moe_ext.parallel.tensor import COLUMNS, ROWS, SLICED
-from moe_ext.plan.shares import moe_layers
+from moe_ext.plan.shares import stages
 
 MB = 2**20
 BUCKET, PER_RANK = 40_000_000, 1_000_000    # elements that close a bucket, or so many for each data-parallel rank
@@ -41,8 +42,8 @@ def num_floating_point_operations(config: Config) -> int:
     """
     c, moe = config.model, config.model.moe
     attention = c.dim * c.head_width * (c.heads + c.kv_groups) + c.seq_len * c.heads * c.head_width
-    widths = ((c.layers - moe_layers(c)) * c.hidden
-              + moe_layers(c) * (moe.top_k * moe.hidden + moe.shared_hidden))
+    widths = ((c.layers - c.moe_layers) * c.hidden
+              + c.moe_layers * (moe.top_k * moe.hidden + moe.shared_hidden))
     return config.tokens_per_step * (12 * c.layers * attention + 6 * mlp_halves(config) * c.dim * widths
                                      + 6 * padded_vocabulary(config) * c.dim)
 
@@ -53,18 +54,18 @@ def counted_parameters(config: Config) -> tuple[int, int]:
     2 L h^2 [(1 + g/a) (a d / h) + (f/h) E m + 2/h + 1 / (L h)], and h V, twice if untied
     """
     c, moe = config.model, config.model.moe
-    widths = ((c.layers - moe_layers(c)) * c.hidden
-              + moe_layers(c) * (moe.experts * moe.hidden + moe.shared_hidden))
+    widths = ((c.layers - c.moe_layers) * c.hidden
+              + c.moe_layers * (moe.experts * moe.hidden + moe.shared_hidden))
     layers = (2 * c.layers * c.dim * c.head_width * (c.heads + c.kv_groups) + mlp_halves(config) * c.dim * widths
               + 4 * c.layers * c.dim + 2 * c.dim)
     return layers, (1 if c.tied else 2) * c.dim * padded_vocabulary(config)
 
 
-def shards(config: Config, pp: int = 1) -> tuple[float, float]:
+def shards(config: Config, pp: int = 0) -> tuple[float, float]:
     """Parameters of (the most loaded rank, the others): layers / (pp tp), and the embedding / tp (both of them without
     a pipeline). Experts are not divided by ep."""
     layers, embeddings = counted_parameters(config)
-    tp, table = config.mesh.tp, config.model.dim * padded_vocabulary(config)
+    tp, pp, table = config.mesh.tp, pp or config.mesh.pp, config.model.dim * padded_vocabulary(config)
     return (layers / pp + (embeddings if pp == 1 else table)) / tp, layers / (pp * tp)
 
 
@@ -74,12 +75,12 @@ def bytes_per_parameter(config: Config, ranks: int) -> float:
     return 6 + 12 / ranks if config.mesh.fsdp > 1 else 18
 
 
-def weight_and_optimizer_memory(config: Config, pp: int = 1) -> float:
+def weight_and_optimizer_memory(config: Config, pp: int = 0) -> float:
     """Megatron's estimate for the most loaded rank, in MB of 2^20 bytes."""
     return shards(config, pp)[0] * bytes_per_parameter(config, config.mesh.dp) / MB
 
 
-def footprint(config: Config, pp: int = 1, part: str = "layers") -> str:
+def footprint(config: Config, pp: int = 0, part: str = "layers") -> str:
     """The lines of report_theoretical_memory; `part` is "layers", in newer releases "block"."""
     (layers, embeddings), (most, others) = counted_parameters(config), shards(config, pp)
     memory = weight_and_optimizer_memory(config, pp)
@@ -87,7 +88,7 @@ def footprint(config: Config, pp: int = 1, part: str = "layers") -> str:
              f"Number of parameters in embedding layers in billions: {embeddings / 1e9:.2f}",
              f"Total number of parameters in billions: {(layers + embeddings) / 1e9:.2f}",
              f"Number of parameters in most loaded shard in billions: {most / 1e9:.4f}"]
-    if pp > 1:
+    if (pp or config.mesh.pp) > 1:
         lines.append(f"Number of parameters in other shards in billions: {others / 1e9:.4f}")
     lines.append(f"Theoretical memory footprints: weight and optimizer={memory:.2f} MB")
     return "\n".join(lines)
@@ -130,7 +131,7 @@ OUTSIDE = {     # of the layers
 LEAVES = {"w13_E2FD": ("weight", 1), "w13_bias": ("bias", 1), "w2_EDF": ("weight", 2), "w2_bias": ("bias", 2)}
 
 
-def parameters(config: Config, model: GPT, pp: int = 1, vpp: int = 1, grouped: bool | None = None) -> list[Parameter]:
+def parameters(config: Config, model: GPT, pp: int = 0, vpp: int = 0, grouped: bool | None = None) -> list[Parameter]:
     """What one tensor-parallel rank of each stage holds, in Megatron's order: q, k and v, and gate and up, are one
     matrix; a tied head is a copy on the last stage.
 
@@ -138,14 +139,15 @@ def parameters(config: Config, model: GPT, pp: int = 1, vpp: int = 1, grouped: b
     is a capacity, as in the runs that the figures of the documentation come from. Errors: ConfigError if the layers do
     not divide.
     """
-    c, mesh = config.model, config.mesh
+    config = staged(config, pp, vpp)
+    c, mesh, pp = config.model, config.mesh, config.mesh.pp
     grouped = not c.moe.capacity_factor if grouped is None else grouped
-    check_pipeline(config, pp, vpp)
+    owner = {layer: stage for stage, pieces in enumerate(stages(config)) for piece in pieces for layer in piece}
     order, held = list(dict.fromkeys([*MODULES.values(), *OUTSIDE.values()])), {}
 
     def add(layer, module, leaf, size, *, local=0, prefix="decoder.layers.{}.", expert=False):
         """A part of a parameter; parts of one name add up."""
-        stage = 0 if layer < 0 else pp - 1 if layer == c.layers else layer // (c.layers // (pp * vpp)) % pp
+        stage = 0 if layer < 0 else pp - 1 if layer == c.layers else owner[layer]
         name = f"{prefix.format(layer)}{module}.{leaf}".rstrip(".")
         key = layer, order.index(module.partition(".local")[0]), local, name
         held[key] = Parameter(name, size + (held[key].size if key in held else 0), stage, expert)
@@ -178,34 +180,42 @@ def parameters(config: Config, model: GPT, pp: int = 1, vpp: int = 1, grouped: b
     return [held[key] for key in sorted(held)]
 
 
-def check_pipeline(config: Config, pp: int, vpp: int) -> None:
-    """ConfigError unless the layers can be dealt out to so many stages and chunks."""
-    for name, size in (("--pp", pp), ("--vpp", vpp)):
-        require(size >= 1, f"{name} is {size}; it must be positive")
+def staged(config: Config, pp: int = 0, vpp: int = 0) -> Config:
+    """The config, with so many stages and chunks of each, which share the layers evenly, if it has none itself. Errors:
+    ConfigError if it has others, or if the layers do not divide."""
+    own, layers = (config.mesh.pp, config.pipeline.chunks), config.model.layers
+    if (pp, vpp) == (pp and own[0], vpp and own[1]):
+        return config
+    require(own[0] == 1, f"--pp {pp} and --vpp {vpp} are for recipes without stages, but mesh.pp is {own[0]}: leave "
+            "them out, or set --mesh.pp and --pipeline.chunks")
+    pp, vpp = pp or 1, vpp or 1
     require(vpp == 1 or pp > 1, f"--vpp {vpp} divides the layers of a pipeline stage: it needs --pp above 1")
-    if config.model.layers % (pp * vpp):
-        raise ConfigError(f"--pp {pp} x --vpp {vpp} does not divide model.layers {config.model.layers}: change one")
+    require(layers % (pp * vpp) == 0, f"--pp {pp} x --vpp {vpp} does not divide model.layers {layers}: change one")
+    even = ",".join([str(layers // pp // vpp)] * (pp * vpp))
+    return replace(config, mesh=replace(config.mesh, pp=pp),
+                   pipeline=PipelineConfig(chunks=vpp, layers=even, schedule="breadth_first"))
 
 
-def exact_memory(config: Config, model: GPT, pp: int = 1, vpp: int = 1) -> tuple[float, float]:
+def exact_memory(config: Config, model: GPT, pp: int = 0, vpp: int = 0) -> tuple[float, float]:
     """The same estimate from the parameters that the most loaded stage really has, in MB: (all experts on every rank,
     as the formula has it; those that a rank has, their state over the ranks that have the same ones)."""
-    mesh = config.mesh
-    held = parameters(config, model, pp, vpp)
-    stages = [[sum(p.size for p in held if (p.stage, p.expert) == (stage, expert)) for expert in (False, True)]
-              for stage in range(pp)]
+    config = staged(config, pp, vpp)
+    mesh, held = config.mesh, parameters(config, model)
+    each = [[sum(p.size for p in held if (p.stage, p.expert) == (stage, expert)) for expert in (False, True)]
+            for stage in range(mesh.pp)]
     dense, experts = bytes_per_parameter(config, mesh.dp), bytes_per_parameter(config, mesh.rep * mesh.efsdp)
-    return (max(d + e * mesh.ep for d, e in stages) * dense / MB,
-            max(d * dense + e * experts for d, e in stages) / MB)
+    return (max(d + e * mesh.ep for d, e in each) * dense / MB,
+            max(d * dense + e * experts for d, e in each) / MB)
 
 
-def parameter_lines(config: Config, model: GPT, pp: int = 1, vpp: int = 1) -> str:
+def parameter_lines(config: Config, model: GPT, pp: int = 0, vpp: int = 0) -> str:
     """One line for each (tensor, pipeline) rank."""
-    held = [0] * pp
-    for p in parameters(config, model, pp, vpp):
+    config = staged(config, pp, vpp)
+    held = [0] * config.mesh.pp
+    for p in parameters(config, model):
         held[p.stage] += p.size
-    return "\n".join(f" > number of parameters on (tensor, pipeline) model parallel rank ({t}, {stage}): {held[stage]}"
-                     for stage in range(pp) for t in range(config.mesh.tp))
+    return "\n".join(f" > number of parameters on (tensor, pipeline) model parallel rank ({t}, {stage}): {size}"
+                     for stage, size in enumerate(held) for t in range(config.mesh.tp))
 
 
 def buckets(config: Config, model: GPT, grouped: bool | None = None) -> list[list[list[Parameter]]]:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from moe_ext.config import Config
 from moe_ext.ops.enums import GATED
-from moe_ext.plan.shares import Share, blocks, boxes, message, rows_per_token, widths
+from moe_ext.plan.pipeline import alive
+from moe_ext.plan.shares import Box, Pieces, Share, blocks, boxes, ends, makes, message, rows_per_token, stages, widths
 
 CHUNK = 1024        # tokens of which the head has logits at a time (ops.linear_cross_entropy)
 
@@ -26,6 +27,7 @@ class Memory(NamedTuple):
     fsdp: int           # parameters and gradients whole in FSDP: the root's, two blocks' parameters, one's gradients
     cast: int           # weights of the blocks cast by autocast, which their backward reads
     exchange: int       # at balance, one message to all ranks and one from all
+    links: int = 0      # tensors between the stages of a pipeline
 
     @property
     def state(self) -> int:
@@ -36,35 +38,67 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory(config: Config, device: str = "cuda") -> Memory:
-    """Of rank 0, on a device of this kind: "cuda" or "cpu"."""
-    real, _ = widths(config)
-    stored = Share.of(config).parameters * real
-    return Memory(stored, stored, 2 * stored, activations(config, device), head(config), *passing(config),
-                  exchange(config))
+def memory(config: Config, device: str = "cuda", stage: int | None = None) -> Memory:
+    """Of the first rank of a stage, None: of the one that holds most, on a device of this kind: "cuda" or "cpu"."""
+    if stage is None:
+        return max((memory(config, device, stage) for stage in makes(config)), key=lambda held: held.total)
+    pieces = stages(config)[stage]
+    stored = Share.of(config, stage).parameters * widths(config)[0]
+    each, work = [saved(config, device, piece) for piece in pieces], again(config, device, pieces)
+    live = alive(config, stage, [sum(size) for size in each])
+    activations, cast = (sum(n * size for n, size in zip(live, sizes, strict=True)) + more
+                         for sizes, more in zip(zip(*each, strict=True), work, strict=True))
+    return Memory(stored, stored, 2 * stored, activations, head(config) if ends(config.model, pieces)[1] else 0,
+                  whole(config, pieces), cast, exchange(config, pieces), links(config, device, pieces))
 
 
-def activations(config: Config, device: str = "cuda") -> int:
-    """Saved by a micro-batch's forward."""
-    c, moe, t = config.model, config.model.moe, config.train
+def fullest(config: Config, device: str = "cuda") -> int:
+    """The stage whose ranks hold most."""
+    return max(makes(config), key=lambda stage: memory(config, device, stage).total)
+
+
+class Saved(NamedTuple):
+    """Bytes of a micro-batch between the forward and the backward of a piece of the model."""
+    activations: int
+    cast: int       # weights in a copy of its own: autocast makes one in every forward
+
+
+def saved(config: Config, device: str, piece: range) -> Saved:
+    """What the forward leaves to the backward; with recomputation, what that begins with."""
+    c, t = config.model, config.train
     real, half = widths(config)
-    whole = t.micro_batch * c.seq_len
-    x = whole // config.mesh.tp * c.dim * real
-    sizes, masks = {}, 0
-    for (sparse, window), count in blocks(c).items():
-        inner = routed(config) if sparse else mlp(config, c.hidden)
-        if sparse and moe.shared_hidden:
-            inner += mlp(config, moe.shared_hidden, shared=True)
-        sizes[sparse, window] = 2 * norm(config, device) + attended(config, window, device) + inner
+    tokens, size = t.micro_batch * c.seq_len, 0
+    for (sparse, window), count in blocks(c, (piece,)).items():
         shared, own = mask(config, window)
-        masks += shared + own * (1 if t.recompute else count)
-    if t.recompute:
-        inner = c.layers * x + max(sizes.values())
-    else:
-        inner = sum(count * sizes[kind] for kind, count in blocks(c).items())
-    # RoPE's angles in fp64; the last norm; the gradients of the head's input and matrix, which its forward makes
-    angles = 8 * c.seq_len * c.rope_columns if c.position == "rope" and (t.recompute or half == 8) else 0
-    return inner + masks + angles + norm(config, device) + half * (whole + -(-c.vocab_size // config.mesh.tp)) * c.dim
+        size += shared
+        if t.recompute:
+            size += count * tokens // config.mesh.tp * c.dim * real
+        else:
+            size += count * (block(config, sparse, window, device) + own)
+    if c.position == "rope" and (t.recompute or half == 8):     # RoPE's angles in fp64
+        size += 8 * c.seq_len * c.rope_columns
+    if ends(c, (piece,))[1]:    # the last norm; the gradients of the head's input and matrix, which its forward makes
+        size += norm(config, device) + half * (tokens + -(-c.vocab_size // config.mesh.tp)) * c.dim
+    return Saved(size, 0 if t.recompute else sum(count * size for size, count in casts(config, (piece,))))
+
+
+def again(config: Config, device: str, pieces: Pieces) -> Saved:
+    """What recomputation makes again of one block at a time."""
+    each = blocks(config.model, pieces)
+    if config.train.recompute:
+        return Saved(max((block(config, *kind, device) for kind in each), default=0)
+                     + sum(mask(config, window)[1] for _, window in each),
+                     max((size for size, _ in casts(config, pieces)), default=0))
+    return Saved(max((core(config, window)[1] for _, window in each), default=0), 0)
+
+
+def block(config: Config, sparse: bool, window: int, device: str) -> int:
+    """One block with all that it saves."""
+    c, moe = config.model, config.model.moe
+    inner = routed(config) if sparse else mlp(config, c.hidden)
+    if sparse and moe.shared_hidden:
+        inner += mlp(config, moe.shared_hidden, shared=True)
+    return 2 * norm(config, device) + attended(config, window, device) + inner
 
 
 def normed(config: Config, rows: int, columns: int, rmsnorm: bool, device: str) -> int:
@@ -107,15 +141,11 @@ def mask(config: Config, window: int) -> tuple[int, int]:
 
 
 def attended(config: Config, window: int, device: str) -> int:
-    """The input of q, k and v; these after norm, RoPE and sinks; the output; the sums of softmax; the input of o."""
-    c, B, tp = config.model, config.train.micro_batch, config.mesh.tp
+    """The input of q, k and v, their norms and angles, attention itself."""
+    c, tp = config.model, config.mesh.tp
     real, half = widths(config)
-    whole, heads, groups = B * c.seq_len, c.heads // tp, c.kv_groups // tp
-    queries, keys, columns = spans(config, window)
-    size = half * (whole * copies(config, 3) * c.dim + 2 * B * (queries * heads + keys * groups) * columns)
-    size += B * queries * heads * real
-    if c.position == "rope" or c.sinks or window:       # these leave heads outermost, so that o's input is a copy
-        size += half * whole * heads * c.head_width
+    whole, heads, groups = config.train.micro_batch * c.seq_len, c.heads // tp, c.kv_groups // tp
+    size = half * whole * copies(config, 3) * c.dim + core(config, window)[0]
     if c.position == "rope" and half < 8:               # angles as q and k want them
         size += half * 2 * c.seq_len * c.rope_columns
     if c.qk_norm:
@@ -124,6 +154,23 @@ def attended(config: Config, window: int, device: str) -> int:
             rows, over = (whole, n * c.head_width) if wide else (whole * n, c.head_width)
             size += normed(config, rows, over, True, device)
     return size
+
+
+def core(config: Config, window: int) -> tuple[int, int]:
+    """(saved of attention itself, made again in the backward): q, k and v after norm, RoPE and sinks; the output; the
+    sums of softmax; the input of o. With train.recompute_attention the first is q, k and v before sinks, and the input
+    of o."""
+    c, B, tp = config.model, config.train.micro_batch, config.mesh.tp
+    real, half = widths(config)
+    heads, groups = c.heads // tp, c.kv_groups // tp
+    queries, keys, columns = spans(config, window)
+    full = B * (half * 2 * (queries * heads + keys * groups) * columns + queries * heads * real)
+    copied = half * B * c.seq_len * heads * c.head_width
+    if config.train.recompute_attention:
+        given = half * B * c.seq_len * (heads + 2 * groups) * c.head_width
+        return given + copied, full - (0 if c.sinks or window else given)
+    # RoPE, sinks and windows leave heads outermost, so that o's input is a copy
+    return full + (copied if c.position == "rope" or c.sinks or window else 0), 0
 
 
 def mlp(config: Config, hidden: int, shared: bool = False) -> int:
@@ -167,30 +214,54 @@ def head(config: Config) -> int:
     return rows * (half * min(CHUNK, config.train.micro_batch * c.seq_len) + width)
 
 
-def passing(config: Config) -> tuple[int, int]:
-    """(whole in FSDP, cast by autocast)."""
+def whole(config: Config, pieces: Pieces) -> int:
+    """Of what FSDP gathers and reduces."""
     mesh, (real, half) = config.mesh, widths(config)
-    kept, fetched, cast = 0, collections.Counter(), collections.Counter()
-    layers = {box.block: box.count for box in boxes(config)}
-    for box in boxes(config):
-        mixed = box.fsdp == "efsdp" and mesh.rep * mesh.efsdp > 1       # FSDP casts the experts, autocast the rest
-        if half < real and not mixed and not box.partial and box.block:
-            cast[box.block] += box.whole * half
+    kept, fetched = 0, collections.Counter()
+    for box in boxes(config, pieces):
         if getattr(mesh, box.fsdp) > 1:
-            size = box.whole * (half if mixed else real)
+            size = box.whole * (half if mixed(config, box) else real)
             if box.block:
                 fetched[box.block] += size
             else:
                 kept += 2 * size
-    each = [size * (1 if config.train.recompute else layers[block]) for block, size in cast.items()] or [0]
-    return kept + 3 * max(fetched.values(), default=0), (max if config.train.recompute else sum)(each)
+    return kept + 3 * max(fetched.values(), default=0)
 
 
-def exchange(config: Config) -> int:
+def mixed(config: Config, box: Box) -> bool:
+    """FSDP casts the experts, autocast the rest."""
+    return box.fsdp == "efsdp" and config.mesh.rep * config.mesh.efsdp > 1
+
+
+def casts(config: Config, pieces: Pieces) -> list[tuple[int, int]]:
+    """Of each kind of block: (what autocast casts of one, how many there are)."""
+    (real, half), sizes, counts = widths(config), collections.Counter(), {}
+    for box in boxes(config, pieces):
+        if half < real and not mixed(config, box) and not box.partial and box.block:
+            sizes[box.block] += box.whole * half
+            counts[box.block] = box.count
+    return [(sizes[block], counts[block]) for block in sizes]
+
+
+def exchange(config: Config, pieces: Pieces) -> int:
     """Of the dispatch, the largest message, sent and received."""
     c, m, mesh = config.model, config.model.moe, config.mesh
     real, half = widths(config)
-    if mesh.ep == 1:
+    if mesh.ep == 1 or not any(sparse for sparse, _ in blocks(c, pieces)):
         return 0
     rows = config.train.micro_batch * c.seq_len // mesh.tp * mesh.etp * rows_per_token(m.experts, m.top_k, mesh.ep)
     return round(2 * rows * message(c.dim * half, 4 * m.top_k, real * m.top_k))
+
+
+def links(config: Config, device: str, pieces: Pieces) -> int:
+    """Between the stages: a slot for every tensor of a step (windows); or, on a CPU, all that is sent until the step's
+    end; and one that comes and one that goes."""
+    c, t, mesh = config.model, config.train, config.mesh
+    if mesh.pp == 1:
+        return 0
+    each, kept = t.accumulation * len(pieces), 2
+    if config.pipeline.transport == "windows":
+        kept += 2 * each
+    elif device == "cpu":
+        kept += 2 * each - t.accumulation * sum(ends(c, pieces))
+    return kept * t.micro_batch * c.seq_len // mesh.tp * c.dim * widths(config)[0]

@@ -2,38 +2,37 @@
 from __future__ import annotations
 
 import collections
-from dataclasses import replace
 
 from moe_ext.config import Config, ConfigError, divisors, load
 from moe_ext.model import GPT
-from moe_ext.plan import megatron, ranks, sizes
-from moe_ext.plan.memory import memory
+from moe_ext.plan import local, megatron, pace, ranks, sizes
+from moe_ext.plan.memory import fullest, memory
 from moe_ext.plan.roofline import DEVICES, RESERVE, Device, Estimate, Shares, estimate, forward_flops
-from moe_ext.plan.search import enough, fits, flags, largest, room, search, smallest
-from moe_ext.plan.shares import Share
+from moe_ext.plan.search import enough, fits, flags, largest, on, room, search, smallest
 from moe_ext.plan.traffic import traffic
 
 PARTS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "AdamW's two moments",
     "activations": "activations that the backward reads", "head": "logits and gradient of the head",
     "fsdp": "parameters and gradients whole in FSDP", "cast": "weights cast by autocast",
-    "exchange": "messages of the token exchange",
+    "exchange": "messages of the token exchange", "links": "tensors between the stages",
 }
 
 
 def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shares, recipe: str, pp: int = 1,
          vpp: int = 1) -> str:
-    """Parameters, FLOPs, memory, traffic and time of a rank, what to change if it does not fit, and Megatron's figures.
-    `model` lies on the meta device. Errors: ConfigError."""
-    megatron.check_pipeline(config, pp, vpp)
+    """Parameters, FLOPs, memory, traffic and time of a rank, what to change if it does not fit, and Megatron's figures,
+    with stages that a recipe without them does not have if pp asks for some. `model` lies on the meta device. Errors:
+    ConfigError."""
+    formulas = config if pp == vpp == 1 else megatron.staged(config, pp, vpp)
     c, m, mesh, t, held = config.model, config.model.moe, config.mesh, config.train, memory(config)
-    (total, active), share, tokens = model.num_parameters(), Share.of(config), config.tokens_per_step
+    (total, active), tokens = model.num_parameters(), config.tokens_per_step
     each = [sum(p.numel() for p in layer.experts.parameters()) // m.experts for layer in model.moe_layers()[:1]]
     products, seen = (3 * sum(forward_flops(c, causal)) for causal in (False, True))
     rows = {
         "model": sizes(config),
         "parameters": f"{total:,} in all, {active:,} active per token" + "".join(f", {n:,} per expert" for n in each)
-                      + f"; {share.whole:,} local to a rank, which stores {share.parameters:,}",
+                      + f"; {local(config)}",
         "tokens": f"{tokens:,} per step = {t.accumulation} x {t.micro_batch * mesh.dp} sequences of {c.seq_len}",
         "FLOPs": f"{model.flops_per_token():,} per token, {model.flops_per_token() * tokens:,} per iteration: 6 per "
                  "active weight, attention without the causal half",
@@ -42,9 +41,10 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
         "mesh": named(config, per_host),
     }
     lines = [f"{name:10}  {text}" for name, text in rows.items()]
-    if pp > 1:
-        lines.append(f"pipeline    {pp} stages of {vpp} chunks in Megatron's formulas alone: the driver has none yet")
-    lines += ["", f"memory of rank 0 on a GPU, {t.dtype}, each part at its own peak",
+    if mesh.pp > 1:
+        lines.append(f"pipeline    {pace(config)}")
+    first = fullest(config) * mesh.stage
+    lines += ["", f"memory of rank {first} on a GPU, {t.dtype}, each part at its own peak",
               *(f"  {size(part)}  {PARTS[name]}" for name, part in held._asdict().items() if part),
               f"  {size(held.total)}  in all, of {size(room(device)).strip()}, the {1 - RESERVE:.0%} of {device.name} "
               f"memory that a run can use: it {'fits' if fits(config, device) else 'does not fit'}"]
@@ -55,7 +55,7 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
         lines += [f"  {size(sent)}  {axis}" for axis, sent in traffic(config).items() if sent]
     lines += ["", f"time of a step on {mesh.world} x {device.name}",
               *clock(config, estimate(config, device, per_host, shares), shares)]
-    return "\n".join([*lines, "", *formulas(config, model, pp, vpp)])
+    return "\n".join([*lines, "", *figures(formulas, model)])
 
 
 def named(config: Config, per_host: int) -> str:
@@ -81,7 +81,7 @@ def clock(config: Config, time: Estimate, shares: Shares) -> list[str]:
 def changes(config: Config, device: Device, per_host: int, shares: Shares, recipe: str) -> list[str]:
     """Options that make it fit, each planned again before it is said."""
     same = config.mesh.world
-    ways = {replace(config, train=replace(config.train, recompute=True)): "recompute"}
+    ways = {on(config, config.mesh, config.train.micro_batch, True): "recompute"}
     for recompute in (False, True):
         if way := largest(config, device, recompute):
             ways.setdefault(way, "the largest micro-batches that do" + ", with recompute" * recompute)
@@ -156,16 +156,16 @@ def start(config: Config, base: Config, recipe: str, per_host: int) -> str:
     return " ".join([run, "-m moe_ext.train", recipe, *flags(config, base)])
 
 
-def formulas(config: Config, model: GPT, pp: int, vpp: int) -> list[str]:
+def figures(config: Config, model: GPT) -> list[str]:
     """What Megatron-LM would print, and the exact figures beside its memory."""
-    exact, aware = megatron.exact_memory(config, model, pp, vpp)
-    lines = [f"Megatron's formulas (tensor {config.mesh.tp}, pipeline {pp}, data {config.mesh.dp}; vocabulary padded "
-             f"to {megatron.padded_vocabulary(config)})",
+    (exact, aware), mesh = megatron.exact_memory(config, model), config.mesh
+    lines = [f"Megatron's formulas (tensor {mesh.tp}, pipeline {mesh.pp}, data {mesh.dp}; vocabulary padded to "
+             f"{megatron.padded_vocabulary(config)})",
              f"FLOPs per iteration: {megatron.num_floating_point_operations(config):,}",
-             megatron.parameter_lines(config, model, pp, vpp), megatron.footprint(config, pp),
+             megatron.parameter_lines(config, model), megatron.footprint(config),
              f"  of the parameters that there are: {exact:.2f} MB"
-             + (f"; each expert on one of {config.mesh.ep} ranks: {aware:.2f} MB" if config.mesh.ep > 1 else "")]
-    if pp == 1:
+             + (f"; each expert on one of {mesh.ep} ranks: {aware:.2f} MB" if mesh.ep > 1 else "")]
+    if mesh.pp == 1:
         for what, buffer in zip(("", " of the experts"), megatron.buckets(config, model), strict=False):
             sizes = collections.Counter(sum(p.size for p in bucket) for bucket in buffer)
             lines.append(f"gradient buckets{what} (Megatron rule), in elements: " + " + ".join(

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_ext.config import Config, ModelConfig, require
-from moe_ext.plan.memory import activations
-from moe_ext.plan.shares import Share, blocks, kinds, widths
+from moe_ext.plan.memory import saved
+from moe_ext.plan.pipeline import turns
+from moe_ext.plan.shares import Pieces, Share, blocks, ends, kinds, makes, stages, widths
 from moe_ext.plan.traffic import traffic
 
 
@@ -77,54 +78,74 @@ class Estimate(NamedTuple):
         return ("compute", "memory", "links", "network")[self[:4].index(self.at_least)]
 
 
-def keys_seen(model: ModelConfig, causal: bool = True) -> float:
+def keys_seen(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None) -> float:
     """The keys that a token's attention reads, summed over layers, on average over the tokens of a sequence; if not
     causal, those that come later too, as GPT.flops_per_token counts them."""
     S, total = model.seq_len, 0.0
-    for (_, window), count in blocks(model).items():
+    for (_, window), count in blocks(model, pieces).items():
         w = window or S
         total += count * ((w * (w + 1) / 2 + (S - w) * w) / S if causal else w)
     return total
 
 
-def forward_flops(model: ModelConfig, causal: bool = True) -> tuple[float, float]:
+def forward_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None) -> tuple[float, float]:
     """Of the matrix products of one token: (in the blocks, in the head)."""
     weights = 0
-    for name, shape, count in kinds(model):
+    for name, shape, count in kinds(model, pieces):
         if name.startswith("layers.") and name.endswith(("weight", "E2FD", "EDF")) and len(shape) > 1:
             active = model.moe.top_k / model.moe.experts if ".experts." in name else 1
             weights += count * math.prod(shape) * active
-    attention = 4 * model.heads * model.head_width * keys_seen(model, causal)
-    return 2 * weights + attention, 2 * model.vocab_size * model.dim
+    head = 2 * model.vocab_size * model.dim if ends(model, pieces)[1] else 0
+    return 2 * weights + attention_flops(model, causal, pieces), head
+
+
+def attention_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None) -> float:
+    """Of them, those of queries with keys and of scores with values."""
+    return 4 * model.heads * model.head_width * keys_seen(model, causal, pieces)
 
 
 def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares = SHARES) -> Estimate:
-    """Of a step. Errors: ConfigError for fp64, which has no CUDA kernels."""
-    t, mesh = config.train, config.mesh
-    require(t.dtype != "fp64", "train.dtype is fp64, which has no CUDA kernels: plan with bf16, fp16 or fp32")
-    real, half = widths(config)
-    inner, head = forward_flops(config.model)
-    flops = config.tokens_per_step / mesh.world * ((3 + t.recompute) * inner + 3 * head)
-    compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
-    share, saved = Share.of(config), activations(replace(config, train=replace(t, recompute=False)))
-    state = 7 * real * share.parameters + t.accumulation * share.whole * (2 * half + real)
-    memory = (state + t.accumulation * 2 * saved) / device.bandwidth / 1e9
+    """Of a step, which takes as long as the stage that has the most to do. Errors: ConfigError for fp64, which has no
+    CUDA kernels."""
+    require(config.train.dtype != "fp64", "train.dtype is fp64, which has no CUDA kernels: plan with bf16, fp16 or fp32")
+    each = [of_stage(config, stage, device, per_host, shares) for stage in makes(config)]
+    return Estimate(*(max(times) for times in zip(*each, strict=True)))
 
-    strides = {"rep": mesh.fsdp * mesh.tp, "fsdp": mesh.tp, "tp": 1, "efsdp": mesh.ep * mesh.etp, "ep": mesh.etp,
-               "etp": 1, "dp": mesh.tp, "world": 1}
+
+def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: Shares) -> Estimate:
+    """A step of the ranks of one stage."""
+    t, mesh, pieces = config.train, config.mesh, stages(config)[stage]
+    real, half = widths(config)
+    inner, head = forward_flops(config.model, pieces=pieces)
+    again = inner * t.recompute + attention_flops(config.model, pieces=pieces) * t.recompute_attention
+    flops = config.tokens_per_step / mesh.stage * (3 * (inner + head) + again)
+    compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
+    share, whole = Share.of(config, stage), replace(config, train=replace(t, recompute=False, recompute_attention=False))
+    kept = sum(saved(whole, "cuda", piece).activations for piece in pieces)
+    state, weights = 7 * real * share.parameters, t.accumulation * share.whole * (2 * half + real)
+    busy = 1 - turns(config)[0]           # the share of a step's forwards and backwards in which a stage computes
+    memory = (state + (weights + t.accumulation * 2 * kept) / busy) / device.bandwidth / 1e9
+
+    strides = {"pp": mesh.stage, "rep": mesh.fsdp * mesh.tp, "fsdp": mesh.tp, "tp": 1, "efsdp": mesh.ep * mesh.etp,
+               "ep": mesh.etp, "etp": 1, "dp": mesh.tp, "world": 1}
     links = network = hidden = waited = 0.0
-    for axis, sent in traffic(config).items():
-        on_link, on_network = wires(sent, getattr(mesh, axis), strides[axis], per_host, exchange=axis == "ep")
+    for axis, sent in traffic(config, stage).items():
+        ranks = mesh.stage if axis == "world" else getattr(mesh, axis)
+        on_link, on_network = wires(sent, ranks, strides[axis], per_host, exchange=axis == "ep")
         on_link, on_network = on_link / device.link / 1e9, on_network / device.network / 1e9
         links, network = links + on_link, network + on_network
-        if axis in ("rep", "fsdp", "efsdp"):
-            hidden += max(on_link, on_network)
+        time = max(on_link, on_network)
+        if axis in ("pp", "rep", "fsdp", "efsdp"):
+            hidden += time
         else:
-            waited += max(on_link, on_network)
+            waited += time
+        if axis == "pp":        # all stages wait for the first micro-batch's way there and the last one's way back
+            waited += time * (mesh.pp - 1) / (t.accumulation * len(pieces))
     # each value saved is written and read by the forward, again if that is recomputed, and its gradient by the backward
-    moved = state + t.accumulation * (4 + 2 * t.recompute) * saved
-    computing = compute / shares.compute + moved / device.bandwidth / 1e9 / shares.memory
-    return Estimate(compute, memory, links, network,
+    moved = weights + t.accumulation * (4 + 2 * t.recompute) * kept
+    computing = (compute / shares.compute + moved / device.bandwidth / 1e9 / shares.memory) / busy
+    computing += state / device.bandwidth / 1e9 / shares.memory
+    return Estimate(compute / busy, memory, links, network,
                     computing + waited / shares.wires + max(0.0, hidden / shares.wires - computing))
 
 

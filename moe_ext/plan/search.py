@@ -2,7 +2,8 @@
 
 The step stays the same: micro_batch * accumulation * the data-parallel ranks are the global batch, and where balance
 and capacity are taken over the micro-batch of all ranks, accumulation stays too. Each mesh is tried with and without
-recomputation.
+recomputation. Pipelines have 2, 4, 8, .. stages, one chunk on each or four (if there are blocks for them), and the order
+"interleaved"; among their micro-batches, of which smaller ones leave a smaller bubble, it is the likely fastest.
 """
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from moe_ext.config import Config, ConfigError, MeshConfig, divisors
+from moe_ext.config import Config, ConfigError, MeshConfig, PipelineConfig, divisors
+from moe_ext.parallel.schedule import check
 from moe_ext.plan.memory import Memory, memory
 from moe_ext.plan.roofline import RESERVE, SHARES, Device, Estimate, Shares, estimate
 
@@ -38,6 +40,28 @@ def fits(config: Config, device: Device) -> bool:
 def accepted(config: Config, devices: int) -> Iterator[Config]:
     """The config on every mesh of so many devices on which it can be, its global batch in micro-batches of one
     sequence, or as the scope of the balance loss wants them."""
+    for pp, pipeline in pipelines(config, devices):
+        for mesh in stage_meshes(config, pp, devices // pp):
+            if batches := micro_batches(config, mesh, pipeline):
+                try:
+                    yield on(config, mesh, batches[0], pipeline=pipeline)
+                except ConfigError:     # what else a Config asks for
+                    pass
+
+
+def pipelines(config: Config, devices: int) -> Iterator[tuple[int, PipelineConfig]]:
+    """(stages, their chunks and order) that are tried."""
+    own = replace(config.pipeline, schedule="interleaved", layers="", live=0)
+    yield 1, replace(own, chunks=1, trace=0, lines=False)
+    pp = 2
+    while pp <= config.model.layers and devices % pp == 0:
+        for chunks in {1, min(4, config.model.layers // pp)}:
+            yield pp, replace(own, chunks=chunks)
+        pp *= 2
+
+
+def stage_meshes(config: Config, pp: int, devices: int) -> Iterator[MeshConfig]:
+    """Those that divide the model, with `devices` ranks in each of pp stages."""
     c, moe = config.model, config.model.moe
     experts, wide = moe.experts or 1, math.gcd(c.dim, moe.hidden) if moe.experts else 0
     widths = [c.seq_len, c.heads, c.kv_groups, moe.shared_hidden]
@@ -49,34 +73,41 @@ def accepted(config: Config, devices: int) -> Iterator[Config]:
             for etp in sorted({1, tp}) if moe.experts else [1]:
                 for ep in ways:
                     efsdp, rest = divmod(fsdp * tp, ep * etp)
-                    if rest or (wide and wide % efsdp):
-                        continue
-                    mesh = MeshConfig(rep=devices // tp // fsdp, fsdp=fsdp, tp=tp, ep=ep, etp=etp,
-                                      transport=config.mesh.transport if ep > 1 else "torch")
-                    if batches := micro_batches(config, mesh):
-                        try:
-                            yield on(config, mesh, batches[0])
-                        except ConfigError:     # what else a Config asks for
-                            pass
+                    if not rest and not (wide and wide % efsdp):
+                        yield MeshConfig(pp=pp, rep=devices // tp // fsdp, fsdp=fsdp, tp=tp, ep=ep, etp=etp,
+                                         transport=config.mesh.transport if ep > 1 else "torch")
 
 
-def micro_batches(config: Config, mesh: MeshConfig) -> list[int]:
-    """Those that leave the global batch as it is, smallest first."""
+def micro_batches(config: Config, mesh: MeshConfig, pipeline: PipelineConfig | None = None) -> list[int]:
+    """Those that leave the global batch as it is and that the pipeline, None: the config's, can take, smallest first."""
     each, rest = divmod(config.sequences_per_step, mesh.dp)
     if rest:
         return []
     if config.model.moe.experts and config.model.moe.scope == "micro_batch":
-        return [each // config.train.accumulation] if each % config.train.accumulation == 0 else []
-    return divisors(each)
+        batches = [each // config.train.accumulation] if each % config.train.accumulation == 0 else []
+    else:
+        batches = divisors(each)
+    return [batch for batch in batches if takes(pipeline or config.pipeline, mesh.pp, each // batch)]
 
 
-def on(config: Config, mesh: MeshConfig, micro_batch: int, recompute: bool | None = None) -> Config:
-    """The same step on another mesh."""
+def takes(pipeline: PipelineConfig, pp: int, micros: int) -> bool:
+    try:
+        if pp > 1:
+            check(pipeline.schedule, pp, pipeline.chunks, micros, pipeline.live)
+    except ConfigError:
+        return False
+    return True
+
+
+def on(config: Config, mesh: MeshConfig, micro_batch: int, recompute: bool | None = None,
+       pipeline: PipelineConfig | None = None) -> Config:
+    """The same step on another mesh, recomputed and in turns as before where these are None."""
     t = config.train
     accumulation = config.sequences_per_step // (micro_batch * mesh.dp)
-    return replace(config, mesh=mesh, train=replace(
-        t, micro_batch=micro_batch, accumulation=accumulation,
-        recompute=t.recompute if recompute is None else recompute))
+    recompute = t.recompute if recompute is None else recompute
+    return replace(config, mesh=mesh, pipeline=pipeline or config.pipeline, train=replace(
+        t, micro_batch=micro_batch, accumulation=accumulation, recompute=recompute,
+        recompute_attention=t.recompute_attention and not recompute))
 
 
 def largest(config: Config, device: Device, recompute: bool) -> Config | None:
@@ -92,6 +123,22 @@ def largest(config: Config, device: Device, recompute: bool) -> Config | None:
     return on(config, config.mesh, batches[low - 1], recompute) if low else None
 
 
+def fastest(config: Config, device: Device, per_host: int, shares: Shares, recompute: bool) -> Candidate | None:
+    """With the largest micro-batch that fits; of a pipeline with a smaller one as long as that is faster."""
+    way = largest(config, device, recompute)
+    if way is None:
+        return None
+    best, time = way, estimate(way, device, per_host, shares)
+    smaller = [batch for batch in micro_batches(way, way.mesh) if batch < way.train.micro_batch]
+    for batch in reversed(smaller) if way.mesh.pp > 1 else ():
+        way = on(config, config.mesh, batch, recompute)
+        if (likely := estimate(way, device, per_host, shares)).likely >= time.likely:
+            break
+        if fits(way, device):
+            best, time = way, likely
+    return Candidate(best, memory(best), time)
+
+
 def search(config: Config, devices: int, device: Device, per_host: int = 8,
            shares: Shares = SHARES) -> list[Candidate]:
     """What fits, the likely fastest first; of equals the simpler mesh. Errors: ConfigError if no mesh of so many
@@ -99,12 +146,12 @@ def search(config: Config, devices: int, device: Device, per_host: int = 8,
     found, meshes = [], 0
     for start in accepted(config, devices):
         meshes += 1
-        ways = filter(None, (largest(start, device, recompute) for recompute in (False, True)))
-        timed = [Candidate(way, memory(way), estimate(way, device, per_host, shares)) for way in ways]
-        found += [min(timed, key=lambda way: way.time.likely)] if timed else []
+        ways = [way for recompute in (False, True) if (way := fastest(start, device, per_host, shares, recompute))]
+        found += [min(ways, key=lambda way: way.time.likely)] if ways else []
     if not meshes:
         raise ConfigError(no_mesh(config, devices))
-    return sorted(found, key=lambda way: (way.time.likely, tuple(way.config.mesh.sizes.values())))
+    return sorted(found, key=lambda way: (way.time.likely, tuple(way.config.mesh.sizes.values()),
+                                          way.config.pipeline.chunks))
 
 
 def no_mesh(config: Config, devices: int) -> str:

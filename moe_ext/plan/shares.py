@@ -1,18 +1,58 @@
 """What a rank holds of each parameter, by the rules of moe_ext.parallel, without any ranks.
 
-It is rank 0 that is described: where something divides unevenly, it has the largest piece.
+It is rank 0 that is described: where something divides unevenly, it has the largest piece. Of a pipeline it is the
+first rank of a stage. `pieces`: the blocks of the pieces of the model that are meant; None: of the whole.
 """
 from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
-from moe_ext.config import Config, MeshConfig, ModelConfig
+from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig
 from moe_ext.model import GPT
 from moe_ext.parallel.shard import dense_dim, experts_dim
+from moe_ext.parallel.stages import cut
 from moe_ext.parallel.tensor import COLUMNS, ROWS
+
+
+Pieces = tuple[range, ...]
+
+
+def stages(config: Config) -> list[Pieces]:
+    """The pieces of each stage of the pipeline; one stage has the whole model."""
+    return _stages(config.model, config.mesh.pp, config.pipeline)
+
+
+@functools.lru_cache(maxsize=256)
+def _stages(model: ModelConfig, pp: int, pipeline: PipelineConfig) -> list[Pieces]:
+    if pp == 1:
+        return [(range(model.layers),)]
+    pieces = cut(Config(model=model, mesh=MeshConfig(pp=pp), pipeline=pipeline))
+    return [tuple(pieces[stage::pp]) for stage in range(pp)]
+
+
+def makes(config: Config) -> list[int]:
+    """The stages whose pieces differ; of those alike the first, which has the most micro-batches at a time."""
+    return _makes(config.model, config.mesh.pp, config.pipeline)
+
+
+@functools.lru_cache(maxsize=256)
+def _makes(model: ModelConfig, pp: int, pipeline: PipelineConfig) -> list[int]:
+    first = {}
+    for stage, pieces in enumerate(_stages(model, pp, pipeline)):
+        first.setdefault(tuple((frozenset(blocks(model, (piece,)).items()), ends(model, (piece,))) for piece in pieces),
+                         stage)
+    return list(first.values())
+
+
+def ends(model: ModelConfig, pieces: Pieces | None) -> tuple[bool, bool]:
+    """Whether they have (the embeddings, the last norm and the head)."""
+    if pieces is None:
+        return True, True
+    return any(piece.start == 0 for piece in pieces), any(piece.stop == model.layers for piece in pieces)
 
 
 class Kind(NamedTuple):
@@ -23,19 +63,30 @@ class Kind(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def kinds(model: ModelConfig) -> list[Kind]:
-    """The parameters of a model, layers that are alike counted together; a tied one counts once."""
-    layers, rest = collections.defaultdict(list), []
-    for name, p in GPT(model, device="meta").named_parameters():
+def parts(model: ModelConfig) -> tuple[list, list, list]:
+    """(name, shape) of the parameters (of each block, without its prefix; that begin the model; that end it)."""
+    def named(piece):
+        return [(name, tuple(p.shape)) for name, p in GPT(model, device="meta", blocks=piece).named_parameters()]
+
+    layers = [[] for _ in range(model.layers)]
+    for name, shape in named(range(model.layers)):
         if name.startswith("layers."):
-            layers[name.split(".")[1]].append((name.split(".", 2)[2], tuple(p.shape)))
-        else:
-            rest.append(Kind(name, tuple(p.shape), 1))
+            _, layer, name = name.split(".", 2)
+            layers[int(layer)].append((name, shape))
+    return layers, named(range(0)), named(range(model.layers, model.layers))
+
+
+@functools.lru_cache(maxsize=256)
+def kinds(model: ModelConfig, pieces: Pieces | None = None) -> list[Kind]:
+    """The parameters of a model, layers that are alike counted together; a tied one counts once, and on the first and
+    the last stage of a pipeline."""
+    (layers, begin, end), (first, last) = parts(model), ends(model, pieces)
     alike = collections.defaultdict(list)
-    for layer, parts in layers.items():
-        alike[tuple(parts)].append(layer)
-    return [Kind(f"layers.{same[0]}.{name}", shape, len(same)) for parts, same in alike.items()
-            for name, shape in parts] + rest
+    for layer in itertools.chain(*(pieces or [range(model.layers)])):
+        alike[tuple(layers[layer])].append(layer)
+    return [Kind(f"layers.{same[0]}.{name}", shape, len(same)) for parameters, same in alike.items()
+            for name, shape in parameters] + [
+                Kind(name, shape, 1) for name, shape in dict.fromkeys(begin * first + end * last)]
 
 
 class Box(NamedTuple):
@@ -53,15 +104,15 @@ class Box(NamedTuple):
         return ".".join(self.name.split(".")[:2]) if self.name.startswith("layers.") else ""
 
 
-def boxes(config: Config) -> list[Box]:
+def boxes(config: Config, pieces: Pieces | None = None) -> list[Box]:
     """One for each kind of parameter."""
-    return _boxes(config.model, config.mesh)
+    return _boxes(config.model, config.mesh, pieces)
 
 
-@functools.lru_cache(maxsize=64)
-def _boxes(model: ModelConfig, mesh: MeshConfig) -> list[Box]:
+@functools.lru_cache(maxsize=256)
+def _boxes(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[Box]:
     result = []
-    for name, shape, count in kinds(model):
+    for name, shape, count in kinds(model, pieces):
         rows, columns, bias = ROWS.search(name), COLUMNS.search(name), "bias" in name
         if ".experts." in name:
             fsdp, dim, partial = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), "etp" if bias else ""
@@ -85,8 +136,8 @@ class Share(NamedTuple):
     parameters: int         # what FSDP leaves of that: what it stores
 
     @classmethod
-    def of(cls, config: Config) -> Share:
-        held = boxes(config)
+    def of(cls, config: Config, stage: int = 0) -> Share:
+        held = boxes(config, stages(config)[stage])
         return cls(sum(box.count * box.whole for box in held), sum(box.count * box.stored for box in held))
 
 
@@ -95,17 +146,13 @@ def widths(config: Config) -> tuple[int, int]:
     return {"fp64": (8, 8), "fp32": (4, 4)}.get(config.train.dtype, (4, 2))
 
 
-@functools.lru_cache(maxsize=8)
-def blocks(model: ModelConfig) -> collections.Counter:
+@functools.lru_cache(maxsize=256)
+def blocks(model: ModelConfig, pieces: Pieces | None = None) -> collections.Counter:
     """(whether it is MoE, its window or 0 for the whole sequence) -> how many blocks are such."""
     def window(layer):
         return model.window_of(layer) if model.window_of(layer) < model.seq_len else 0
-    return collections.Counter((layer >= model.layers - moe_layers(model), window(layer))
-                               for layer in range(model.layers))
-
-
-def moe_layers(model: ModelConfig) -> int:
-    return model.layers - model.moe.dense_layers if model.moe.experts else 0
+    return collections.Counter((layer >= model.layers - model.moe_layers, window(layer))
+                               for layer in itertools.chain(*(pieces or [range(model.layers)])))
 
 
 def rows_per_token(experts: int, top_k: int, ranks: int) -> float:

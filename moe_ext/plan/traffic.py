@@ -2,19 +2,24 @@
 from __future__ import annotations
 
 from moe_ext.config import Config
-from moe_ext.plan.shares import boxes, message, moe_layers, rows_per_token, widths
+from moe_ext.plan.shares import blocks, boxes, ends, makes, message, rows_per_token, stages, widths
 
 
-def traffic(config: Config) -> dict[str, int]:
-    """Bytes that one rank sends over each axis per optimizer step, in its forwards, backwards and sum_replicated.
+def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
+    """Bytes that one rank of a stage, None: of the one that sends most, sends over each axis per optimizer step, in its
+    forwards, backwards and sum_replicated.
 
     Of n ranks each sends (n-1) * b in an all-gather of pieces of b bytes, or a reduce-scatter into them, and
     2 (n-1)/n * b in an all-reduce of b bytes, as in a ring. Tokens choose experts uniformly and none is dropped. "dp"
-    and "world" carry the statistics of the scope micro_batch. Not counted: the step's sums of loss, counts and norm.
+    and "world", of a pipeline those of a stage, carry the statistics of the scope micro_batch. Not counted: the step's
+    sums of loss, counts and norm.
     """
-    c, m, t, mesh = config.model, config.model.moe, config.train, config.mesh
+    if stage is None:
+        return max((traffic(config, stage) for stage in makes(config)), key=lambda sent: sum(sent.values()))
+    c, m, t, mesh, part = config.model, config.model.moe, config.train, config.mesh, stages(config)[stage]
     real, half = widths(config)
-    ranks = {axis: getattr(mesh, axis) for axis in ("rep", "fsdp", "efsdp", "tp", "ep", "etp", "dp", "world")}
+    ranks = {axis: getattr(mesh, axis) for axis in ("pp", "rep", "fsdp", "efsdp", "tp", "ep", "etp", "dp")}
+    ranks["world"] = mesh.stage
     sent = dict.fromkeys(ranks, 0)
 
     def pieces(axis, size, times):          # all-gather, reduce-scatter
@@ -24,7 +29,7 @@ def traffic(config: Config) -> dict[str, int]:
         sent[axis] += times * 2 * (ranks[axis] - 1) * size // ranks[axis]
 
     micro = t.accumulation
-    for box in boxes(config):
+    for box in boxes(config, part):
         size = box.count * box.stored
         gathers = 2 if box.block else 1             # for forward and backward; the root keeps what no block has
         pieces(box.fsdp, size * (half if box.fsdp == "efsdp" else real), micro * gathers)
@@ -36,14 +41,18 @@ def traffic(config: Config) -> dict[str, int]:
     # Recomputation repeats a block's forward up to the last tensor that the backward reads: without its last
     # reduce-scatter, and without combine unless the shared expert comes after it.
     B, T, again = t.micro_batch, t.micro_batch * c.seq_len // mesh.tp, int(t.recompute)
-    x, sparse = T * c.dim * half, moe_layers(c)
-    pieces("tp", T * c.dim * real, 2 * micro)                                       # embedding
-    pieces("tp", x, micro * c.layers * (4 + 2 * again))                             # attention: in and out, twice
+    x, layers, (first, last) = T * c.dim * half, blocks(c, part), ends(c, part)
+    sparse = sum(count for (sparse, _), count in layers.items() if sparse)
+    sent["pp"] = micro * (2 * len(part) - first - last) * T * c.dim * real          # activations, their gradients
+    if c.tied and first != last:                                                    # the sum of the tables' gradients
+        sent["pp"] += next(box.stored for box in boxes(config, part) if box.name == "embed_tokens.weight") * real
+    pieces("tp", T * c.dim * real, 2 * micro * first)                               # embedding
+    pieces("tp", x, micro * layers.total() * (4 + 2 * again))                       # attention: in and out, twice
     if c.qk_norm and c.qk_norm_over == "width":                                     # sums of squares of q and k
-        pieces("tp", T * mesh.tp * real, micro * c.layers * 2 * (2 + again))
-    pieces("tp", x, micro * (c.layers - sparse) * (4 + again))                      # dense MLP
-    pieces("tp", 2 * x + 2 * T * mesh.tp * real, micro)                             # head; every token's loss, logit
-    if m.experts:
+        pieces("tp", T * mesh.tp * real, micro * layers.total() * 2 * (2 + again))
+    pieces("tp", x, micro * (layers.total() - sparse) * (4 + again))                # dense MLP
+    pieces("tp", 2 * x + 2 * T * mesh.tp * real, micro * last)                      # head; every token's loss, logit
+    if sparse:
         backwards, forwards = micro * sparse, micro * sparse * (1 + again)
         combines = forwards if m.shared_hidden else backwards
         ids, weights, values = 4 * m.top_k, real * m.top_k, c.dim * half
