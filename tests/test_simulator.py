@@ -138,7 +138,7 @@ def test_recipes_give_what_is_not_given(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("args, said", [
     ([], "--pp is 1.*give --pp 4"),
     (["--pp", 4, "--micros", -1], "--micros is -1; it must be positive"),
-    (["--pp", 4, "--micros", 10**7], "at most 2,000,000"),
+    (["--pp", 4, "--micros", 10**7], "at most 5,000,000 are simulated: give fewer --steps"),
     (["--pp", 4, "--backward", 0], "--backward is 0.0; it must be positive"),
     (["--pp", 4, "--link", -1], "--link is -1.0; it must not be negative"),
     (["--pp", 4, "--forward", "1,2"], "--forward 1,2: wanted one positive time, 4"),
