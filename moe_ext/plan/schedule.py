@@ -20,7 +20,7 @@ from moe_ext.config import Config, ConfigError, parse, require
 from moe_ext.log import trace
 from moe_ext.parallel.schedule import SCHEDULES, Action, Turns, check
 
-MOST = 2_000_000        # turns of all ranks that one command simulates
+MOST = 5_000_000        # turns of all ranks, steps and schedules that one command simulates: a minute or two
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
@@ -139,9 +139,10 @@ class Times:
 def bubble(config: Config) -> tuple[float, list[int]]:
     """-> the share of a step in which the stages of a run do nothing, and of each the most chunks whose activations it
     holds at a time, if a backward takes two forwards and a link no time. Errors: ConfigError."""
-    p = config.pipeline
-    step = Times(config.mesh.pp, p.chunks, config.train.accumulation).run(
-        p.schedule if config.mesh.pp > 1 else "1f1b", p.live)
+    pp, pipeline = config.mesh.pp, config.pipeline
+    if pp == 1:
+        return 0.0, [1]
+    step = Times(pp, pipeline.chunks, config.train.accumulation).run(pipeline.schedule, pipeline.live)
     return step.bubble, step.live
 
 
@@ -150,7 +151,7 @@ def bubble(config: Config) -> tuple[float, list[int]]:
 class Command(Config):
     """Simulate a pipeline's step, with a recipe or without one. Times have any unit, a forward's for example."""
     schedule: Literal[("all", *SCHEDULES)] = "all"
-    pp: int = 0             # stages; 0: the recipe's mesh.pp
+    pp: int = 0             # stages; 0: those of the recipe's mesh
     tp: int = 0             # ranks of a stage, to which tensors come at different times; 0: those of the recipe's mesh
     chunks: int = 0         # on each stage; 0: the recipe's pipeline.chunks
     micros: int = 0         # micro-batches of a step; 0: the recipe's train.accumulation
@@ -172,9 +173,11 @@ class Command(Config):
         for name, value in (("pp", pp), ("tp", tp), ("chunks", vpp), ("micros", micros), ("steps", self.steps)):
             require(value > 0, f"--{name} is {value}; it must be positive")
         require(pp > 1, "--pp is 1: one stage has nothing to schedule; give --pp 4, or a recipe with mesh.pp")
-        turns = 2 * pp * vpp * micros * tp
+        steps = self.steps if self.jitter or self.stall or self.late else 1
+        turns = 2 * pp * vpp * micros * tp * steps * (len(SCHEDULES) if self.schedule == "all" else 1)
         require(turns <= MOST, f"{pp} stages of {tp} ranks with {vpp} chunks and {micros} micro-batches take {turns:,} "
-                f"turns: simulate at most {MOST:,}, with a smaller --micros for example")
+                f"turns in all steps and schedules, and at most {MOST:,} are simulated: give fewer --steps, a smaller "
+                "--micros or one --schedule")
         for name in ("backward", "link", "jitter"):
             value, least = getattr(self, name), "be positive" if name == "backward" else "not be negative"
             require(0 <= value < math.inf and (value or name != "backward"), f"--{name} is {value}; it must {least}")
@@ -306,4 +309,4 @@ def main(args: list[str]) -> None:
     print(table(times, live, steps, refused))
     if command.out:
         firsts = {name: of[0] for name, of in steps.items()}
-        print("wrote", *write(firsts, command.out, times, times.draw(command.seed)[1]))
+        print("wrote", *write(firsts, command.out.removesuffix(".png"), times, times.draw(command.seed)[1]))
