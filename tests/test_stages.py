@@ -52,7 +52,7 @@ def test_what_is_cheap_is_cut_evenly_and_a_head_weighs():
     assert counts(run_of(pp=4, model=seed)) == [4, 4, 5, 3]       # the head is worth 1.4 blocks
     many_words = dataclasses.replace(seed, vocab_size=300000, layers=8)     # and now 8
     assert counts(run_of(pp=4, model=many_words)) == [2, 2, 3, 1]
-    assert counts(run_of(model=deep, chunks=4)) == [16]           # no stages, one piece
+    assert counts(run_of(model=deep)) == [16]
     assert counts(run_of(pp=2, chunks=2, layers="7,1,2,6", model=deep)) == [7, 1, 2, 6]
 
 

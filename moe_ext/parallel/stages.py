@@ -24,18 +24,17 @@ TABLE = "embed_tokens.weight"       # if it is tied, the first and the last stag
 # ---- the cut ---------------------------------------------------------------------------------------------------------
 def cut(config: Config) -> list[range]:
     """-> the blocks of each of the mesh.pp * pipeline.chunks pieces, in order: pipeline.layers, or so that the
-    costliest piece costs least (`costs`), then the costliest stage. Without stages the model is one piece.
+    costliest piece costs least (`costs`), then the costliest stage.
 
     ConfigError if there are more pieces than blocks, or if pipeline.layers is no cut of them.
     """
-    pp, layers = config.mesh.pp, config.model.layers
-    chunks = config.pipeline.chunks if pp > 1 else 1
+    pp, chunks, layers = config.mesh.pp, config.pipeline.chunks, config.model.layers
     pieces = pp * chunks
     fits = f"set pipeline.chunks to {layers // pp}" if pp <= layers else f"mesh.pp can be {layers} at most"
     require(pieces <= layers, f"mesh.pp {pp} * pipeline.chunks {chunks} cut the model into {pieces} pieces, and each "
             f"needs a block, but model.layers is {layers}: {fits}")
     ends = spread(config.model, pp, chunks)
-    if pp > 1 and (given := config.pipeline.layers):
+    if given := config.pipeline.layers:
         counts = [int(n) for n in given.split(",")]
         by_cost = ",".join(str(end - begin) for begin, end in itertools.pairwise((0, *ends)))
         require(len(counts) == pieces and sum(counts) == layers and min(counts) > 0, f"pipeline.layers {given}: got "
