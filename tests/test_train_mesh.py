@@ -111,7 +111,8 @@ def test_resume_is_bitwise_on_its_mesh_and_right_on_any_other(data, alone, tmp_p
 def test_16_bits(data, tmp_path):                                                           # noqa: F811
     """bf16 and fp16 learn alike on one rank and on two; the scaler is checkpointed, an overflow skips all steps."""
     for dtype in ("bf16", "fp16"):
-        options = dict(train__dtype=dtype, train__steps=10)
+        options = dict(train__dtype=dtype, train__steps=10, train__loss_scale=256.0, train__loss_scale_window=4,
+                       train__loss_scale_hysteresis=3)
         runs = [fit(data, tmp_path / f"{dtype}{name}", tmp_path / f"store-{dtype}{name}", **options, **mesh)
                 for name, mesh in (("one", {}), ("two", MESHES["fsdp2-ep2"]))]
         losses = [np.array(numbers(folder, "loss")) for folder in runs]
@@ -119,7 +120,7 @@ def test_16_bits(data, tmp_path):                                               
         assert losses[1][-1] < losses[1][0] - 1
     path = checkpoint.latest(runs[1] / "ckpt")
     extra = checkpoint.read_state(path).extra
-    assert extra == {"scale": 65536.0, "good_steps": 10, "tolerated": 0, "seconds": extra["seconds"]}
+    assert extra == {"scale": 1024.0, "good_steps": 2, "tolerated": 2, "seconds": extra["seconds"]}
 
     folder = fit(data, tmp_path / "overflow", tmp_path / "store-overflow", train__dtype="fp16", train__steps=5,
                  train__loss_scale=2.0**40, **MESHES["fsdp2-ep2"])

@@ -20,8 +20,9 @@ from test_train import data, flags  # noqa: F401
 from test_train_mesh import ALL, fit, numbers
 
 import moe_ext.train
-from moe_ext import checkpoint
+from moe_ext import checkpoint, evaluate
 from moe_ext.config import parse, plain
+from moe_ext.data import IndexedDataset
 from moe_ext.model import GPT
 from moe_ext.parallel.mesh import Mesh
 
@@ -66,6 +67,9 @@ def test_every_step_is_that_of_one_process(data, alone, options, tmp_path, name)
     another pipeline, the last one in one process."""
     folder = fit(data, tmp_path / "own", tmp_path / "store", "", "--model.tied", **options, **PIPELINES[name])
     same(folder, alone)
+    run, valid = evaluate.load_run(folder), IndexedDataset(data / "valid")      # whole, in this process
+    assert evaluate.evaluate(run.model, run.config, valid, run.config.train.eval_batches) == pytest.approx(
+        numbers(folder, "valid_loss")[0][0], rel=1e-9)
     other = dict(zip(PIPELINES, [*list(PIPELINES.values())[1:], {}], strict=True))[name]
     shutil.copytree(folder / "ckpt" / "step-000002", tmp_path / "other" / "debug" / "ckpt" / "step-000002")
     folder = fit(data, tmp_path / "other", tmp_path / "store2", "auto", "--model.tied", **options, **other)
