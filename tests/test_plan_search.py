@@ -1,5 +1,6 @@
 """The planner's counts, its roofline, its search beside brute force, and its command."""
 
+import itertools
 import math
 import shlex
 import sys
@@ -11,7 +12,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_ext.plan.__main__
-from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig, load, meshes, parse
+from moe_ext.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    PipelineConfig,
+    TrainConfig,
+    load,
+    meshes,
+    parse,
+)
 from moe_ext.model import GPT
 from moe_ext.plan import Share, memory
 from moe_ext.plan.roofline import DEVICES, estimate, forward_flops, wires
@@ -34,7 +46,8 @@ def test_parameters_of_every_recipe(recipe):
     config = load(recipe)
     counted = sum(p.numel() for p in GPT(config.model, device="meta").parameters())
     assert sum(kind.count * math.prod(kind.shape) for kind in kinds(config.model)) == counted
-    one = replace(config, mesh=MeshConfig(), train=replace(config.train, batch_ramp=""))    # of larger batches
+    one = replace(config, mesh=MeshConfig(), pipeline=PipelineConfig(),
+                  train=replace(config.train, batch_ramp=""))       # of larger batches
     assert Share.of(one) == (counted, counted)
     assert Share.of(config).parameters >= counted / config.mesh.world / 1.01
 
@@ -109,31 +122,35 @@ def test_wires(ranks, stride, exchange, want):
 
 @pytest.mark.parametrize("config", [
     case(), case(MoEConfig()), case(replace(MOE, scope="micro_batch")), case(replace(MOE, shared_hidden=48), heads=8),
-], ids=["moe", "dense", "micro-batch", "shared"])  # fmt: skip
+    case(MoEConfig(), layers=5),
+], ids=["moe", "dense", "micro-batch", "shared", "five blocks"])  # fmt: skip
 @pytest.mark.parametrize("devices", [1, 2, 4, 6, 8])
 def test_search_is_brute_force(config, devices):
-    """Every mesh, micro-batch and both recomputations, one after the other."""
+    """Every mesh, pipeline, micro-batch and both recomputations, one after the other."""
     possible, best = set(), {}
-    for mesh in meshes(devices):
-        for micro_batch in range(1, 17):
-            if micro_batch not in micro_batches(config, mesh):
+    ways = [(1, 1)] + [(pp, chunks) for pp in (2, 4) if devices % pp == 0 for chunks in (1, 2, 3, 4)
+                       if chunks in (1, min(4, config.model.layers // pp)) and pp * chunks <= config.model.layers]
+    for (pp, chunks), micro_batch, recompute in itertools.product(ways, range(1, 17), (False, True)):
+        for mesh in meshes(devices // pp):
+            mesh, pipeline = replace(mesh, pp=pp), PipelineConfig(chunks=chunks)
+            if micro_batch not in micro_batches(config, mesh, pipeline):
                 continue
-            for recompute in (False, True):
-                try:
-                    way = on(config, mesh, micro_batch, recompute)
-                except ConfigError:
-                    continue
-                assert way.sequences_per_step == config.sequences_per_step
-                possible.add(mesh)
-                if memory(way).total <= room(TINY):
-                    best[mesh] = min(best.get(mesh, math.inf), estimate(way, TINY).likely)
-    assert {way.mesh for way in accepted(config, devices)} == possible
+            try:
+                way = on(config, mesh, micro_batch, recompute, pipeline)
+            except ConfigError:
+                continue
+            assert way.sequences_per_step == config.sequences_per_step
+            possible.add((mesh, chunks))
+            if memory(way).total <= room(TINY):
+                time = estimate(way, TINY).likely
+                best[mesh, chunks] = min(best.get((mesh, chunks), math.inf), time)
+    assert {(way.mesh, way.pipeline.chunks) for way in accepted(config, devices)} == possible
     if not possible:
         with pytest.raises(ConfigError, match=f"no mesh of {devices} devices divides"):
             search(config, devices, TINY)
         return
     found = search(config, devices, TINY)
-    assert {way.config.mesh: way.time.likely for way in found} == best
+    assert {(way.config.mesh, way.config.pipeline.chunks): way.time.likely for way in found} == best
     assert [way.time.likely for way in found] == sorted(best.values())
     assert all(fits(way.config, TINY) and way.memory == memory(way.config) for way in found)
 

@@ -93,7 +93,7 @@ def pace(config: Config) -> str:
 
 
 def by_stage(values: list) -> str:
-    """A value of each stage, alike ones together: "3 (stage 0), 4 (1 to 2), 3 (3)"."""
+    """A value of each stage, alike ones together: "3 (stage 0), 4 (1 to 2), 3 (3)"; 3 if all are."""
     runs = []
     for stage, value in enumerate(values):
         if runs and runs[-1][0] == value:
@@ -104,7 +104,8 @@ def by_stage(values: list) -> str:
     if len(runs) == 1:
         return texts[0]
     names = [f"{first}" if first == last else f"{first} to {last}" for _, first, last in runs]
-    return ", ".join(f"{text} ({'stage ' * (not i)}{name})" for i, (text, name) in enumerate(zip(texts, names, strict=True)))
+    names[0] = f"stage {names[0]}"
+    return ", ".join(f"{text} ({name})" for text, name in zip(texts, names, strict=True))
 
 
 def checkpoint_size(config: Config, parameters: int) -> int:

@@ -143,7 +143,7 @@ def mask(config: Config, window: int) -> tuple[int, int]:
 def attended(config: Config, window: int, device: str) -> int:
     """The input of q, k and v, their norms and angles, attention itself."""
     c, tp = config.model, config.mesh.tp
-    real, half = widths(config)
+    _, half = widths(config)
     whole, heads, groups = config.train.micro_batch * c.seq_len, c.heads // tp, c.kv_groups // tp
     size = half * whole * copies(config, 3) * c.dim + core(config, window)[0]
     if c.position == "rope" and half < 8:               # angles as q and k want them

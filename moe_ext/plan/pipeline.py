@@ -23,7 +23,7 @@ class Run(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def run(name: str, pp: int, chunks: int, micros: int, live: int) -> Run:
-    from moe_ext.plan.schedule import simulate      # imports moe_ext.log, which imports moe_ext.plan
+    from moe_ext.plan.schedule import simulate  # imports moe_ext.log, which imports moe_ext.plan
     step = simulate(name, pp, chunks, micros, lambda stage, action: 1.0 if action.kind == "F" else 2.0, live=live)
     summits = [set() for _ in range(pp)]
     for seen, turns in zip(summits, step.turns, strict=True):

@@ -107,7 +107,8 @@ def attention_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | No
 def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares = SHARES) -> Estimate:
     """Of a step, which takes as long as the stage that has the most to do. Errors: ConfigError for fp64, which has no
     CUDA kernels."""
-    require(config.train.dtype != "fp64", "train.dtype is fp64, which has no CUDA kernels: plan with bf16, fp16 or fp32")
+    require(config.train.dtype != "fp64", "train.dtype is fp64, which has no CUDA kernels: plan with bf16, fp16 or "
+            "fp32")
     each = [of_stage(config, stage, device, per_host, shares) for stage in makes(config)]
     return Estimate(*(max(times) for times in zip(*each, strict=True)))
 
@@ -120,7 +121,8 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
     again = inner * t.recompute + attention_flops(config.model, pieces=pieces) * t.recompute_attention
     flops = config.tokens_per_step / mesh.stage * (3 * (inner + head) + again)
     compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
-    share, whole = Share.of(config, stage), replace(config, train=replace(t, recompute=False, recompute_attention=False))
+    share = Share.of(config, stage)
+    whole = replace(config, train=replace(t, recompute=False, recompute_attention=False))
     kept = sum(saved(whole, "cuda", piece).activations for piece in pieces)
     state, weights = 7 * real * share.parameters, t.accumulation * share.whole * (2 * half + real)
     busy = 1 - turns(config)[0]           # the share of a step's forwards and backwards in which a stage computes

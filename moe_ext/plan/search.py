@@ -2,8 +2,8 @@
 
 The step stays the same: micro_batch * accumulation * the data-parallel ranks are the global batch, and where balance
 and capacity are taken over the micro-batch of all ranks, accumulation stays too. Each mesh is tried with and without
-recomputation. Pipelines have 2, 4, 8, .. stages, one chunk on each or four (if there are blocks for them), and the order
-"interleaved"; among their micro-batches, of which smaller ones leave a smaller bubble, it is the likely fastest.
+recomputation. Pipelines have 2, 4, 8, .. stages, one chunk on each or four (if there are blocks for them), and the
+order "interleaved"; of their micro-batches, of which smaller ones leave a smaller bubble, it is the likely fastest.
 """
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def largest(config: Config, device: Device, recompute: bool) -> Config | None:
 
 
 def fastest(config: Config, device: Device, per_host: int, shares: Shares, recompute: bool) -> Candidate | None:
-    """With the largest micro-batch that fits; of a pipeline with a smaller one as long as that is faster."""
+    """With the largest micro-batch that fits; of a pipeline with a smaller one if that is faster."""
     way = largest(config, device, recompute)
     if way is None:
         return None

@@ -17,7 +17,6 @@ from moe_ext.parallel.shard import dense_dim, experts_dim
 from moe_ext.parallel.stages import cut
 from moe_ext.parallel.tensor import COLUMNS, ROWS
 
-
 Pieces = tuple[range, ...]
 
 
