@@ -151,8 +151,8 @@ class Pipeline:
     def close(self) -> None:
         """Frees the links; every rank calls it after its last step."""
         if self.links:
-            if self.folder and 1 < self.steps <= self.config.trace:     # fewer than were asked for
-                self.recorder.write(self.folder / "trace.json")
+            if self.folder and 1 < self.steps <= self.config.trace and not self.links.inside:
+                self.recorder.write(self.folder / "trace.json")     # of fewer steps than were asked for
             self.links.close()
 
 
