@@ -2,7 +2,7 @@
 
     a rank is slow      its usual forward or backward takes longer than that of ranks of other stages
     a rank stalls       single actions take much longer than it usually needs for them
-    a link is slow      what is waited for takes longer from sender to receiver than on other links
+    a link is slow      its receiver waits for what has been sent, more than on other links
 Usual is the median, over micro-batches and steps, of each piece; of a rank the median of its pieces, so that embedding
 or head on one of several does not count. Ranks of one stage whose collectives pair are slow together, and are named so.
 """
@@ -18,9 +18,7 @@ from moe_ext.log.trace import Event, read
 SLOW = 1.25         # times what others need: a slow rank
 STALL = 2.0         # times what an action usually takes: a stall
 STALLED = 0.1       # of a rank's work lost in stalls, from which on it is named
-LINK = 2.0          # times what others need: a slow link,
-MATTERS = 0.1       # if that is so much of a forward more
-WAITED = 1e-4       # seconds, as of moe_ext.parallel.record
+LOST = 0.05         # of the time lost on a link, from which on it is named
 WORDS = {"forward": "forwards", "backward": "backwards"}
 
 
@@ -80,33 +78,39 @@ def stalling_ranks(events, stages):
 
 
 def slow_links(events, stages):
-    times = latencies(events, stages)
-    forwards = [e.end - e.begin for e in events if e.kind == "forward"]
-    for (sender, receiver), seconds in times.items():
-        others = [other for link, other in times.items() if link != (sender, receiver)]
-        rest = median(others) if others else 0
-        if len(others) > 1 and seconds >= LINK * rest and seconds - rest >= MATTERS * median(forwards):
-            yield seconds / max(rest, MATTERS * median(forwards)), (
-                f"the link from rank {sender} to rank {receiver} is slow: a tensor that is waited for takes "
-                f"{1e3 * seconds:.1f} ms, on the other links {1e3 * rest:.1f} ms")
+    lost = waits_for_links(events, stages)
+    steps = defaultdict(list)
+    for e in events:
+        steps[e.step].append(e)
+    whole = sum(max(e.end for e in step) - min(e.begin for e in step) for step in steps.values())
+    shares = {link: sum(seconds for seconds, _ in waits) / whole for link, waits in lost.items()}
+    for (sender, receiver), share in shares.items():
+        rest = median(other for link, other in shares.items() if link != (sender, receiver)) if len(shares) > 1 else 0
+        if share >= max(LOST, 2 * rest):
+            waits = lost[sender, receiver]
+            way = sum(seconds * way for seconds, way in waits) / sum(seconds for seconds, _ in waits)
+            yield 1 / (1 - share), (
+                f"the link from rank {sender} to rank {receiver} is slow: rank {receiver} waits {100 * share:.0f} % of "
+                f"the time for what is under way on it, {1e3 * way:.1f} ms each; on other links {100 * rest:.0f} %")
 
 
-def latencies(events, stages) -> dict[tuple[int, int], float]:
-    """-> {(sending rank, receiving rank): median seconds on the way of tensors that were waited for}"""
+def waits_for_links(events, stages) -> dict[tuple[int, int], list[tuple[float, float]]]:
+    """-> {(sending rank, receiving rank): of each tensor (how long it was waited for after it had been sent, how long
+    it was under way), in seconds}"""
     ranks, pp = stages.count(0), max(stages) + 1
-    sends, waits, samples = defaultdict(list), {}, defaultdict(list)
+    sends, waits, found = defaultdict(list), {}, defaultdict(list)
     for e in sorted(events, key=lambda e: e.begin):
         at = e.lane, e.step, e.chunk, e.micro
         if e.kind == "send":
             sends[at].append(e)
         elif e.kind == "wait":
             waits[at] = e
-        elif e.kind in WORDS and sends[at]:
-            send, wait = sends[at].pop(0), waits.get(at)        # an activation first, then a gradient
-            if wait and wait.end - wait.begin > WAITED:
-                stage = (stages[e.lane] + (-1 if e.kind == "forward" else 1)) % pp
-                samples[stage * ranks + e.lane % ranks, e.lane].append(send.end - send.begin)
-    return {link: median(seconds) for link, seconds in samples.items()}
+        elif e.kind in WORDS and sends[at] and at in waits:
+            send, wait = sends[at].pop(0), waits[at]        # an activation first, then a gradient
+            stage = (stages[e.lane] + (-1 if e.kind == "forward" else 1)) % pp
+            seconds = max(0.0, wait.end - max(wait.begin, send.begin))
+            found[stage * ranks + e.lane % ranks, e.lane].append((seconds, wait.end - send.begin))
+    return found
 
 
 def by_stage(lanes, stages) -> list[list[int]]:

@@ -80,7 +80,7 @@ class Pipeline:
         while turns.left:
             with span("wait") as wait:
                 action = links.agree(turns.choose) if turns.dynamic else turns.choose(lambda action: True)
-                received = None if turns.own(action) else links.take(action)
+                received = links.take(action) if self.takes(action) else None
                 if wait:
                     wait.action = action
             turns.ran(action)
@@ -111,6 +111,11 @@ class Pipeline:
     def traced(self) -> bool:
         """Whether this step goes to the trace."""
         return self.recorder is not None and 1 < self.steps <= 1 + self.config.trace
+
+    def takes(self, action: Action) -> bool:
+        """Whether an action takes a tensor of another stage: it does not begin with tokens or with the loss."""
+        piece = self.pieces[action.chunk]
+        return not (piece.first if action.kind == "F" else piece.last)
 
     def taker(self, action: Action) -> Action:
         """The action of another stage that takes what this one makes."""
@@ -146,8 +151,8 @@ class Pipeline:
     def close(self) -> None:
         """Frees the links; every rank calls it after its last step."""
         if self.links:
-            if self.folder and 1 < self.steps <= self.config.trace:     # fewer than were asked for
-                self.recorder.write(self.folder / "trace.json")
+            if self.folder and 1 < self.steps <= self.config.trace and not self.links.inside:
+                self.recorder.write(self.folder / "trace.json")     # of fewer steps than were asked for
             self.links.close()
 
 
