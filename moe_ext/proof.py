@@ -17,8 +17,8 @@ rep > 1, on one with fsdp > 1, tp > 1, ep > 1 and etp > 1: a covering array, bui
 pipelines there is another: any two options meet on some mesh with pp > 1, any two of the pipeline's own (schedule,
 chunks, ..) with 2, with 4 and with 8 stages, and every one meets every other axis.
 
-`shaken` is about order: ranks and links that dawdle at random, for many steps, in which all ranks of a stage must do the
-same and the numbers stay what they are.
+In `shaken` cells ranks and links dawdle at random, and each step is computed many times before it is taken: then too
+all ranks of a stage do the same in the same order, and the numbers stay what they are.
 """
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +61,7 @@ from moe_ext.config import (
     pipelines,
 )
 from moe_ext.layers.fused import site
-from moe_ext.model import GPT
+from moe_ext.model import GPT, set_recomputation
 from moe_ext.optim import adamw, clip_grad_norm
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.pipeline import Pipeline
@@ -95,6 +96,7 @@ class Case:
     dense: bool = False
     dtype: torch.dtype = torch.float64
     layers: int = 0     # 0: one for each piece of the pipeline, one more if they are uneven, and at least two
+    repeats: int = 1    # forwards and backwards of each step; if several, with random delays
     # the pipeline
     schedule: str = option(*SCHEDULES, pipe=True)
     chunks: int = option(1, 2, 4, pipe=True)
@@ -104,7 +106,7 @@ class Case:
     # how it is trained: what one process does not do
     start: str = option("meta", "values")
     accumulation: int = option(1, 2, 4, 8)      # micro-batches of a step; more than 2 in pipelines only
-    recompute: bool = option(False, True)
+    recompute: str = option("nothing", "attention", "blocks")
     evaluate: bool = option(False, True)        # after every step, not only after the last
     # the model and its optimizer
     clip: float = option(0.5, 0.0)
@@ -154,6 +156,10 @@ class Case:
         return 4 * self.mesh.world + self.mesh.stage * self.accumulation * self.model.layers
 
     @property
+    def shaken(self) -> bool:
+        return self.repeats > 1
+
+    @property
     def micro_batch(self) -> int:
         return ROWS // (self.accumulation * self.mesh.dp)
 
@@ -167,7 +173,8 @@ class Case:
     def config(self) -> Config:
         """What the driver would be told, so far as the model's cut depends on it."""
         return Config(model=self.model, mesh=self.mesh, pipeline=self.pipeline, train=TrainConfig(
-            dtype="fp64", device="cpu", micro_batch=self.micro_batch, accumulation=self.accumulation))
+            dtype="fp64", device="cpu", micro_batch=self.micro_batch, accumulation=self.accumulation,
+            recompute=self.recompute == "blocks", recompute_attention=self.recompute == "attention"))
 
     @property
     def model(self) -> ModelConfig:
@@ -184,8 +191,8 @@ class Case:
             if self.position == "rope":
                 more |= dict(rope_fraction=0.5, rope_scale=4.0, rope_context=TOKENS // 2)
         return ModelConfig(
-            vocab_size=self.vocab_size, seq_len=TOKENS, layers=self.layers or max(2, self.mesh.pp * self.chunks + self.uneven),
-            dim=32, heads=2 * self.kv_heads or 8,
+            vocab_size=self.vocab_size, seq_len=TOKENS, dim=32,
+            layers=self.layers or max(2, self.mesh.pp * self.chunks + self.uneven), heads=2 * self.kv_heads or 8,
             kv_heads=self.kv_heads, head_dim=8, hidden=48, act=self.act, norm=self.norm, bias=self.bias,
             position=self.position, qk_norm=self.qk_norm != "none", qk_norm_over=self.qk_norm.replace("none", "head"),
             tied=self.tied, dropout=self.dropout, init_std=0.2, moe=moe, **more)
@@ -194,8 +201,8 @@ class Case:
     def alone(self) -> Case:
         """What one process does in its stead."""
         plain = {f.name: f.default for f in options(self.dense, True) if f.metadata["pipe"]}
-        return replace(self, mesh=MeshConfig(), layers=self.model.layers, accumulation=1, recompute=False,
-                       evaluate=True, start="values", transport="torch", **plain)
+        return replace(self, mesh=MeshConfig(), layers=self.model.layers, repeats=1, accumulation=1, evaluate=True,
+                       recompute="nothing", start="values", transport="torch", **plain)
 
 
 def options(dense: bool, pipe: bool) -> list[dataclasses.Field]:
@@ -285,7 +292,7 @@ def deal(mesh: MeshConfig, dense: bool, missing: set, tries: int = 4) -> Case:
 
 @functools.cache
 def table() -> list[Case]:
-    """The proof's cells: every mesh, some again, on few ranks, until all has met, and fp32."""
+    """The proof's cells: every mesh, some again, on few ranks, until all has met; fp32; and the shaken ones."""
     cases = []
     for pipe, dense in itertools.product((False, True), repeat=2):
         missing = set(meetings(dense, pipe))
@@ -298,31 +305,40 @@ def table() -> list[Case]:
             cases.append(deal(mesh, dense, missing))
             missing -= covered(cases[-1])
     cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True) for sizes in FAMILIES]
-    return sorted(cases, key=lambda case: case.mesh.world)
+    return sorted([*cases, *shaken(67)], key=lambda case: case.mesh.world)
 
 
 FAMILIES = (dict(rep=2), dict(fsdp=2), dict(tp=2), dict(fsdp=2, ep=2), dict(tp=2, ep=2), dict(tp=2, etp=2),
             dict(rep=2, fsdp=2), dict(fsdp=2, tp=2, ep=2, etp=2), dict(pp=2), dict(pp=2, fsdp=2, ep=2))
 
 
+def shaken(repeats: int) -> list[Case]:
+    """Cells of STEPS * repeats steps under random delays: pipelines whose stages decide by what has arrived."""
+    more = dict(repeats=repeats, chunks=2, accumulation=4, dropout=0.2)
+    return [Case(MeshConfig(pp=4), schedule="dfc", links="torch", capped=True, **more),
+            Case(MeshConfig(pp=2, tp=2), dense=True, schedule="bfc", links="windows", **more),
+            Case(MeshConfig(pp=2, tp=2), dense=True, schedule="dfc", links="torch", **more),
+            Case(MeshConfig(pp=2, fsdp=2, ep=2), schedule="bfc", links="windows", **more)]
+
+
 @functools.cache
 def part() -> list[Case]:
     """A part of the table in which every two options that one stage has still meet on some mesh, and each of them every
-    axis, every option a pipeline, and every schedule every axis for which there is a LIGHT cell; all of two ranks, all
-    of fp32, and of the rest whatever adds most for its time."""
+    axis, every option a pipeline, and every schedule every axis that a LIGHT cell has; all of fp32, and of the rest
+    whatever adds most for its time; and some shaken ones."""
     met, wanted = {}, set()
-    for case in table():
+    for case in filter(lambda case: not case.shaken, table()):
         (dense, pipe), axes = case.kind, set(AXES).intersection(places(case.mesh))
         staged = {("pp", level) for level in case.options.items()} | {(case.schedule, axis) for axis in axes}
         pairs = {(dense, a, b) for a, b, _ in covered(case)} | {(dense, a, place) for a, _, place in covered(case)}
         met[case] = pairs | staged if pipe else pairs
         wanted |= pairs if not pipe else staged if case.weight <= LIGHT else set()
-    chosen = [case for case in table() if case.mesh.world <= 2 or case.dtype == torch.float32]
+    chosen = [case for case in met if case.dtype == torch.float32]
     missing = wanted - set().union(*(met[case] for case in chosen))
     while missing:
-        chosen.append(max(table(), key=lambda case: len(met[case] & missing) / case.weight))
+        chosen.append(max(met, key=lambda case: len(met[case] & missing) / case.weight))
         missing -= met[chosen[-1]]
-    return chosen
+    return chosen + shaken(7)[:2]
 
 
 # ---- a cell's training -----------------------------------------------------------------------------------------------
@@ -334,7 +350,7 @@ class Record(NamedTuple):
     like: dict[str, torch.Tensor]                       # the tensor whose box on this rank a name is
     rows: list[int]                                     # that came to the experts here, forward by forward
     margin: float                                       # the smallest between the last logit chosen and the next
-    orders: list[list[Action]]                          # of each step, what this stage has done, as it did it
+    orders: list[list[Action]]                          # what this stage has done, as it did it, time by time
 
 
 def own(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -407,7 +423,7 @@ def build(case: Case, mesh: Mesh) -> GPT | Stage:
         else:
             model = GPT(case.model, seed=SEED, dtype=case.dtype, blocks=blocks)
             parallelize(model, mesh)
-        model.recompute = case.recompute
+        set_recomputation(model, case.config.train)
         return model
 
     cuts = cut(case.config)[mesh.pp_rank::mesh.config.pp]
@@ -437,13 +453,19 @@ def train(case: Case, mesh: Mesh) -> Record:
     optim = OptimConfig(lr=1e-2, min_lr=0.0, eps=1e-4, clip=case.clip)
     optimizer = adamw(model, optim)
     step_text = (*text(case), *documents(case))
-    pipeline = Pipeline(model, mesh, case.pipeline, micro_batch=case.micro_batch, micros=case.accumulation)
+    dice = random.Random(mesh.rank)
+    pipeline = Pipeline(model, mesh, case.pipeline, micro_batch=case.micro_batch, micros=case.accumulation,
+                        delay=(lambda action: dice.uniform(0, 2e-3)) if case.shaken else None)
 
     def feed(step, micro, draws=True):
         """GPT.forward's arguments for this rank's part of a micro-batch."""
         begin, end = mesh.rows(micro, case.micro_batch)
         tokens, targets, *rows = (x if x is None else x[step, begin:end] for x in step_text)
         return tokens, targets, mesh.draws(SEED, step, begin, TOKENS) if draws else None, None, *rows
+
+    def dawdle(kind):
+        time.sleep(dice.uniform(0, 1e-3))
+        return nullcontext()
 
     def evaluate():
         model.eval()
@@ -453,15 +475,20 @@ def train(case: Case, mesh: Mesh) -> Record:
         return mesh.sum(loss / mesh.config.tp)[0]
 
     for step in range(case.steps):
-        totals = pipeline.step(functools.partial(feed, step), case.accumulation, tokens=ROWS * TOKENS)
-        orders.append(pipeline.order)
+        losses = {"token": [], "aux": []}
+        for _ in range(case.repeats):
+            optimizer.zero_grad()
+            totals = pipeline.step(functools.partial(feed, step), case.accumulation, tokens=ROWS * TOKENS,
+                                   around=dawdle if case.shaken else nullcontext)
+            orders.append(pipeline.order)
+            loss, aux, loads, dropped = pipeline.sum(totals.loss, totals.aux, totals.counts_LE, totals.dropped_L)
+            losses["token"].append(loss)
+            losses["aux"].append(aux)
         norm = clip_grad_norm(model.named_parameters(), optim.clip, holders=model.holders)
-        loss, aux, loads, dropped = pipeline.sum(totals.loss, totals.aux, totals.counts_LE, totals.dropped_L)
-        losses = {"token": loss, "aux": aux, "norm": torch.tensor(norm).double()}
+        losses = {name: torch.stack(each) for name, each in losses.items()} | {"norm": torch.tensor(norm).double()}
         exact |= {f"loads {step}": loads, f"dropped {step}": dropped}
         close["gradients", step] = {name: local(p.grad).clone() for name, p in model.named_parameters()}
         optimizer.step()
-        optimizer.zero_grad()
         model.update_select_bias(exact[f"loads {step}"].long())
         close["parameters", step] = state(model)
         if case.evaluate or step == case.steps - 1:
@@ -568,13 +595,14 @@ class Result(NamedTuple):
 
     def line(self) -> str:
         m, c = self.case.mesh, self.case
-        kind = ("dense" if c.dense else "MoE") + (" fp32" if c.dtype == torch.float32 else "")
+        kind = ("dense" if c.dense else "MoE") + " fp32" * (c.dtype == torch.float32) + " shaken" * c.shaken
         sizes = " ".join(f"{size:>5}" for size in [m.pp, c.chunks, *(getattr(m, axis) for axis in AXES[1:])])
         errors = " ".join(f"{self.errors.get(kind, math.nan):>10.1e}" for kind in KINDS)
         return f"{sizes}  {kind:<10} {errors} {self.seconds:>6.1f}  {'WRONG' if self.wrong else 'ok'}"
 
 
-HEADER = f"{' '.join(f'{axis:>5}' for axis in ['pp', 'vpp', *AXES[1:]])}  {'model':<10} {' '.join(f'{kind:>10}' for kind in KINDS)}      s"
+HEADER = " ".join([*(f"{axis:>5}" for axis in ("pp", "vpp", *AXES[1:])), f" {'model':<10}",
+                   *(f"{kind:>10}" for kind in KINDS), "     s"])
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
