@@ -13,7 +13,12 @@ values, 1e-5 taking the place of 1e-12; that no token's choice of experts hangs 
 
 Every mesh is a cell with a MoE model, and with a dense one where the experts have no axis. What else there is to choose
 (Case's options) is dealt out to the cells so that any two options, at any of their levels, meet on some mesh with
-rep > 1, on one with fsdp > 1, tp > 1, ep > 1 and etp > 1: a covering array, built greedily and always the same.
+rep > 1, on one with fsdp > 1, tp > 1, ep > 1 and etp > 1: a covering array, built greedily and always the same. Of
+pipelines there is another: any two options meet on some mesh with pp > 1, any two of the pipeline's own (schedule,
+chunks, ..) with 2, with 4 and with 8 stages, and every one meets every other axis.
+
+In `shaken` cells ranks and links dawdle at random, and each step is computed many times before it is taken: then too
+all ranks of a stage do the same in the same order, and the numbers stay what they are.
 """
 from __future__ import annotations
 
@@ -32,6 +37,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,13 +48,27 @@ from torch.distributed.tensor import DTensor
 
 import moe_ext
 from moe_ext import private
-from moe_ext.config import MeshConfig, ModelConfig, MoEConfig, OptimConfig, meshes
+from moe_ext.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    PipelineConfig,
+    TrainConfig,
+    meshes,
+    pipelines,
+)
 from moe_ext.layers.fused import site
-from moe_ext.model import GPT
+from moe_ext.model import GPT, set_recomputation
 from moe_ext.optim import adamw, clip_grad_norm
 from moe_ext.parallel.mesh import Mesh
+from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.ranks import fork, run_ranks
-from moe_ext.parallel.shard import backward, box_of, initialize, parallelize
+from moe_ext.parallel.schedule import SCHEDULES, Action, check
+from moe_ext.parallel.shard import box_of, initialize, parallelize
+from moe_ext.parallel.stages import Stage, cut, moe_rows
 
 private.require("moe_ext.proof")    # and imports it, as FSDP does at its first use: ranks are forked when it is there
 
@@ -56,14 +76,17 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FLOOR = 1e-3    # of the largest of its kind, times the tolerance
 MARGIN = 1e-4   # in fp32, between the logits of the last expert chosen and the next
 SEED, STEPS, ROWS, TOKENS, EXPERTS = 7, 3, 16, 16, 8    # ROWS sequences of TOKENS tokens in each step
-AXES = ("rep", "fsdp", "tp", "ep", "etp")
+AXES = ("pp", "rep", "fsdp", "tp", "ep", "etp")
+PIECES = 16     # the most that a model is cut into
+LIGHT = 100     # a Case's weight: some 10 s of one core
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
-def option(*levels, moe=False):
-    """A choice that the covering array makes; the first level is the plain one. moe: means nothing to a dense model."""
-    return field(default=levels[0], metadata={"levels": levels, "moe": moe})
+def option(*levels, moe=False, pipe=False):
+    """A choice that the covering array makes; the first level is the plain one. moe: means nothing to a dense model.
+    pipe: to one stage."""
+    return field(default=levels[0], metadata={"levels": levels, "moe": moe, "pipe": pipe})
 
 
 @dataclass(frozen=True)
@@ -72,10 +95,18 @@ class Case:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dense: bool = False
     dtype: torch.dtype = torch.float64
+    layers: int = 0     # 0: one for each piece of the pipeline, one more if they are uneven, and at least two
+    repeats: int = 1    # forwards and backwards of each step; if several, with random delays
+    # the pipeline
+    schedule: str = option(*SCHEDULES, pipe=True)
+    chunks: int = option(1, 2, 4, pipe=True)
+    uneven: bool = option(False, True, pipe=True)           # the last piece has two layers
+    links: str = option("torch", "windows", pipe=True)      # the transport between stages
+    capped: bool = option(False, True, pipe=True)           # no more live chunks than one micro-batch needs
     # how it is trained: what one process does not do
     start: str = option("meta", "values")
-    accumulation: int = option(1, 2)
-    recompute: bool = option(False, True)
+    accumulation: int = option(1, 2, 4, 8)      # micro-batches of a step; more than 2 in pipelines only
+    recompute: str = option("nothing", "attention", "blocks")
     evaluate: bool = option(False, True)        # after every step, not only after the last
     # the model and its optimizer
     clip: float = option(0.5, 0.0)
@@ -111,12 +142,39 @@ class Case:
         return STEPS if self.dtype == torch.float64 else 1
 
     @property
-    def axes(self) -> list[str]:
-        return [axis for axis in AXES if getattr(self.mesh, axis) > 1]
+    def kind(self) -> tuple[bool, bool]:
+        """Whether it is dense, and a pipeline."""
+        return self.dense, self.mesh.pp > 1
 
     @property
     def options(self) -> dict:
-        return {f.name: getattr(self, f.name) for f in options(self.dense)}
+        return {f.name: getattr(self, f.name) for f in options(*self.kind)}
+
+    @property
+    def weight(self) -> int:
+        """Of its time, about."""
+        return 4 * self.mesh.world + self.mesh.stage * self.accumulation * self.model.layers
+
+    @property
+    def shaken(self) -> bool:
+        return self.repeats > 1
+
+    @property
+    def micro_batch(self) -> int:
+        return ROWS // (self.accumulation * self.mesh.dp)
+
+    @property
+    def pipeline(self) -> PipelineConfig:
+        layers = ",".join(["1"] * (self.mesh.pp * self.chunks - 1) + ["2"]) if self.uneven else ""
+        return PipelineConfig(schedule=self.schedule, chunks=self.chunks, layers=layers, transport=self.links,
+                              live=self.capped * self.chunks)
+
+    @property
+    def config(self) -> Config:
+        """What the driver would be told, so far as the model's cut depends on it."""
+        return Config(model=self.model, mesh=self.mesh, pipeline=self.pipeline, train=TrainConfig(
+            dtype="fp64", device="cpu", micro_batch=self.micro_batch, accumulation=self.accumulation,
+            recompute=self.recompute == "blocks", recompute_attention=self.recompute == "attention"))
 
     @property
     def model(self) -> ModelConfig:
@@ -133,7 +191,8 @@ class Case:
             if self.position == "rope":
                 more |= dict(rope_fraction=0.5, rope_scale=4.0, rope_context=TOKENS // 2)
         return ModelConfig(
-            vocab_size=self.vocab_size, seq_len=TOKENS, layers=2, dim=32, heads=2 * self.kv_heads or 8,
+            vocab_size=self.vocab_size, seq_len=TOKENS, dim=32,
+            layers=self.layers or max(2, self.mesh.pp * self.chunks + self.uneven), heads=2 * self.kv_heads or 8,
             kv_heads=self.kv_heads, head_dim=8, hidden=48, act=self.act, norm=self.norm, bias=self.bias,
             position=self.position, qk_norm=self.qk_norm != "none", qk_norm_over=self.qk_norm.replace("none", "head"),
             tied=self.tied, dropout=self.dropout, init_std=0.2, moe=moe, **more)
@@ -141,106 +200,145 @@ class Case:
     @property
     def alone(self) -> Case:
         """What one process does in its stead."""
-        return replace(self, mesh=MeshConfig(), accumulation=1, recompute=False, evaluate=True, start="values",
-                       transport="torch")
+        plain = {f.name: f.default for f in options(self.dense, True) if f.metadata["pipe"]}
+        return replace(self, mesh=MeshConfig(), layers=self.model.layers, repeats=1, accumulation=1, evaluate=True,
+                       recompute="nothing", start="values", transport="torch", **plain)
 
 
-def options(dense: bool) -> list[dataclasses.Field]:
-    return [f for f in dataclasses.fields(Case) if f.metadata and not (dense and f.metadata["moe"])]
+def options(dense: bool, pipe: bool) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(Case)
+            if f.metadata and (pipe or not f.metadata["pipe"]) and not (dense and f.metadata["moe"])]
 
 
 # ---- the covering array ----------------------------------------------------------------------------------------------
 
-def meet(a, b) -> bool:
-    """Whether two levels, as (option, level), can be chosen together."""
-    pair = {a, b}
-    biased = {("routing", level) for level in ("moving", "skewed", "starving")}
-    halved = pair >= {("scope", "micro_batch"), ("accumulation", 2)}    # one process's micro-batch is the whole step
-    unbiased = ("score", "topk_softmax") in pair and pair & biased      # it chooses by logits
-    constant = pair == {("score", "topk_softmax"), ("top_k", 1)}        # a weight that no router can change
-    return not halved and not unbiased and not constant
+def fits(mesh: MeshConfig, chosen: dict) -> bool:
+    """Whether such options go together on a mesh; what has not been chosen yet does not stand in the way."""
+    pp, biased = mesh.pp, chosen.get("routing", "plain") != "plain"
+    accumulation, chunks = chosen.get("accumulation", pp), chosen.get("chunks", 1)
+    if pp > 1:
+        schedule = chosen.get("schedule", "dfc" if chosen.get("capped") else "gpipe")
+        try:
+            check(schedule, pp, chunks, accumulation, chosen.get("capped", False) * chunks)
+        except ConfigError:
+            return False
+    return not (
+        accumulation * mesh.dp > ROWS or pp * chunks > PIECES
+        or (pp == 1 and accumulation > 2)
+        or (chosen.get("transport") == "windows" and mesh.ep == 1)
+        or (chosen.get("scope") == "micro_batch" and chosen.get("accumulation", 1) > 1)     # alone it is the whole step
+        or (chosen.get("score") == "topk_softmax" and biased)                               # it chooses by logits
+        or (chosen.get("score") == "topk_softmax" and chosen.get("top_k") == 1))    # a weight that no router can change
 
 
-def fits(mesh: MeshConfig, level) -> bool:
-    return level != ("transport", "windows") or mesh.ep > 1
+@functools.cache
+def places(mesh: MeshConfig) -> tuple[str, ...]:
+    """Where options meet: on every axis > 1, and on a pipeline of so many stages."""
+    return tuple(axis for axis in AXES if getattr(mesh, axis) > 1) + (f"pp={mesh.pp}",) * (mesh.pp > 1)
 
 
-def possible(meeting, mesh: MeshConfig) -> bool:
-    a, b, axis = meeting
-    return getattr(mesh, axis) > 1 and fits(mesh, a) and fits(mesh, b)
+def levels(dense: bool, pipe: bool) -> list[list[tuple]]:
+    return [[(f.name, level) for level in f.metadata["levels"]] for f in options(dense, pipe)]
 
 
-def levels(dense: bool) -> list[list[tuple]]:
-    return [[(f.name, level) for level in f.metadata["levels"]] for f in options(dense)]
+@functools.cache
+def grids(dense: bool, pipe: bool) -> list[MeshConfig]:
+    """The meshes of a kind: of 1, 2, 4 and 8 ranks, and of 16 one that has every axis."""
+    found = [mesh for world in (1, 2, 4, 8) for mesh in (pipelines if pipe else meshes)(world)
+             if not (dense and mesh.ep * mesh.etp > 1)]
+    return found + [MeshConfig(pp=2, rep=2, fsdp=2, tp=2, ep=2, etp=2)] * (pipe and not dense)
 
 
-def meetings(dense: bool, axes) -> set:
-    """All that is to be covered: (level, level, axis), in both orders."""
-    return {(a, b, axis) for one, other in itertools.permutations(levels(dense), 2)
-            for a, b in itertools.product(one, other) if meet(a, b) for axis in axes}
+@functools.cache
+def meetings(dense: bool, pipe: bool) -> frozenset:
+    """All that is to be covered, (level, level, place), in both orders; of a level alone (level, level, place)."""
+    own = {f.name for f in options(dense, pipe) if f.metadata["pipe"]}
+    columns, found = levels(dense, pipe), set()
+    alone = [(level, level) for column in columns for level in column]
+    pairs = [pair for one, other in itertools.permutations(columns, 2) for pair in itertools.product(one, other)]
+    inner = [(a, b) for a, b in pairs if a[0] in own and b[0] in own]
+    for mesh in grids(dense, pipe):
+        for place in places(mesh):
+            wanted = alone if pipe else pairs
+            if place.startswith("pp") and not dense:
+                wanted = pairs if place == "pp" else inner
+            found |= {(a, b, place) for a, b in wanted if (a, b, place) not in found and fits(mesh, dict((a, b)))}
+    return frozenset(found)
 
 
 def covered(case: Case) -> set:
-    return {(a, b, axis) for a, b in itertools.permutations(case.options.items(), 2) for axis in case.axes}
+    return {(a, b, place) for a, b in itertools.product(case.options.items(), repeat=2) for place in places(case.mesh)}
 
 
 def deal(mesh: MeshConfig, dense: bool, missing: set, tries: int = 4) -> Case:
     """The case of a mesh whose options meet most of what is missing: the best of a few greedy ones."""
-    axes = Case(mesh).axes
-    here = sorted((meeting for meeting in missing if possible(meeting, mesh)), key=repr)
+    here = sorted(((a, b, place) for a, b, place in missing if place in places(mesh) and fits(mesh, dict((a, b)))),
+                  key=repr)
     cases = []
     for attempt in range(tries):
         shuffled = random.Random(attempt)
-        chosen = list(shuffled.choice(here)[:2]) if here else []
-        columns = [column for column in levels(dense) if not set(column) & set(chosen)]
+        chosen = dict(shuffled.choice(here)[:2]) if here else {}
+        columns = [column for column in levels(dense, mesh.pp > 1) if column[0][0] not in chosen]
         shuffled.shuffle(columns)
         for column in columns:
-            free = [level for level in column if fits(mesh, level) and all(meet(level, other) for other in chosen)]
+            free = [level for level in column if fits(mesh, chosen | dict([level]))]
             shuffled.shuffle(free)
-            gain = {level: sum((level, other, axis) in missing for other in chosen for axis in axes) for level in free}
-            chosen.append(max(free, key=gain.get))
-        cases.append(Case(mesh, dense, **dict(chosen)))
+            gain = {level: sum((level, other, place) in missing for other in [level, *chosen.items()]
+                               for place in places(mesh)) for level in free}
+            chosen |= [max(free, key=gain.get)]
+        cases.append(Case(mesh, dense, **chosen))
     return max(cases, key=lambda case: len(covered(case) & missing))
 
 
 @functools.cache
 def table() -> list[Case]:
-    """The proof's cells: every mesh of 1, 2, 4 and 8 ranks, some again, on few ranks, until all has met, and fp32."""
+    """The proof's cells: every mesh, some again, on few ranks, until all has met; fp32; and the shaken ones."""
     cases = []
-    every = [mesh for world in (1, 2, 4, 8) for mesh in meshes(world)]
-    for dense in (False, True):
-        mine = [mesh for mesh in every if not dense or mesh.ep == mesh.etp == 1]
-        missing = meetings(dense, {axis for mesh in mine for axis in Case(mesh).axes})
-        for mesh in mine:
+    for pipe, dense in itertools.product((False, True), repeat=2):
+        missing = set(meetings(dense, pipe))
+        for mesh in grids(dense, pipe):
             cases.append(deal(mesh, dense, missing))
             missing -= covered(cases[-1])
         while missing:
-            first = min(missing, key=repr)
-            cases.append(deal(next(mesh for mesh in mine if possible(first, mesh)), dense, missing))
+            a, b, place = min(missing, key=repr)
+            mesh = next(mesh for mesh in grids(dense, pipe) if place in places(mesh) and fits(mesh, dict((a, b))))
+            cases.append(deal(mesh, dense, missing))
             missing -= covered(cases[-1])
     cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True) for sizes in FAMILIES]
-    return sorted(cases, key=lambda case: case.mesh.world)
+    return sorted([*cases, *shaken(67)], key=lambda case: case.mesh.world)
 
 
 FAMILIES = (dict(rep=2), dict(fsdp=2), dict(tp=2), dict(fsdp=2, ep=2), dict(tp=2, ep=2), dict(tp=2, etp=2),
-            dict(rep=2, fsdp=2), dict(fsdp=2, tp=2, ep=2, etp=2))
+            dict(rep=2, fsdp=2), dict(fsdp=2, tp=2, ep=2, etp=2), dict(pp=2), dict(pp=2, fsdp=2, ep=2))
+
+
+def shaken(repeats: int) -> list[Case]:
+    """Cells of STEPS * repeats steps under random delays: pipelines whose stages decide by what has arrived."""
+    more = dict(repeats=repeats, chunks=2, accumulation=4, dropout=0.2)
+    return [Case(MeshConfig(pp=4), schedule="dfc", links="torch", capped=True, **more),
+            Case(MeshConfig(pp=2, tp=2), dense=True, schedule="bfc", links="windows", **more),
+            Case(MeshConfig(pp=2, tp=2), dense=True, schedule="dfc", links="torch", **more),
+            Case(MeshConfig(pp=2, fsdp=2, ep=2), schedule="bfc", links="windows", **more)]
 
 
 @functools.cache
 def part() -> list[Case]:
-    """A part of the table in which every two options still meet on some mesh, and every option each axis; all of two
-    ranks, all of fp32, the mesh that has every axis, and of the rest whatever adds most for its time."""
-    met = {}
-    for case in table():
-        pairs = {meeting[:2] for meeting in covered(case)} | {(a, axis) for a, _, axis in covered(case)}
-        met[case] = {(case.dense, *pair) for pair in pairs}
-    chosen = [case for case in table() if case.mesh.world <= 2 or case.dtype == torch.float32
-              or len(case.axes) == len(AXES)]
-    missing = set().union(*met.values()) - set().union(*(met[case] for case in chosen))
+    """A part of the table in which every two options that one stage has still meet on some mesh, and each of them every
+    axis, every option a pipeline, and every schedule every axis that a LIGHT cell has; all of fp32, and of the rest
+    whatever adds most for its time; and some shaken ones."""
+    met, wanted = {}, set()
+    for case in filter(lambda case: not case.shaken, table()):
+        (dense, pipe), axes = case.kind, set(AXES).intersection(places(case.mesh))
+        staged = {("pp", level) for level in case.options.items()} | {(case.schedule, axis) for axis in axes}
+        pairs = {(dense, a, b) for a, b, _ in covered(case)} | {(dense, a, place) for a, _, place in covered(case)}
+        met[case] = pairs | staged if pipe else pairs
+        wanted |= pairs if not pipe else staged if case.weight <= LIGHT else set()
+    chosen = [case for case in met if case.dtype == torch.float32]
+    missing = wanted - set().union(*(met[case] for case in chosen))
     while missing:
-        chosen.append(max(table(), key=lambda case: len(met[case] & missing) / case.mesh.world))
+        chosen.append(max(met, key=lambda case: len(met[case] & missing) / case.weight))
         missing -= met[chosen[-1]]
-    return chosen
+    return chosen + shaken(7)[:2]
 
 
 # ---- a cell's training -----------------------------------------------------------------------------------------------
@@ -252,6 +350,7 @@ class Record(NamedTuple):
     like: dict[str, torch.Tensor]                       # the tensor whose box on this rank a name is
     rows: list[int]                                     # that came to the experts here, forward by forward
     margin: float                                       # the smallest between the last logit chosen and the next
+    orders: list[list[Action]]                          # what this stage has done, as it did it, time by time
 
 
 def own(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -266,27 +365,28 @@ def local(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def state(model: GPT) -> dict[str, torch.Tensor]:
+def state(model: GPT | Stage) -> dict[str, torch.Tensor]:
     return {name: local(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
-def skew(model: GPT, case: Case) -> None:
+def skew(model: GPT | Stage, case: Case) -> None:
     """Values that do not begin at zero or one, so that none can be forgotten or counted twice; and the routing:
 
     moving      a selection bias that begins at zero
     skewed      one that gives the first experts several times their share
-    starving    one that gives every token to the first K experts, in the second MoE layer to the last K
+    starving    one that gives every token to the first K experts, in every second MoE layer to the last K
     """
     for name, p in model.named_parameters():
         if p.ndim == 1 or "bias" in name:
             noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(site(name)), dtype=torch.float32)
             local(p).add_(own(0.2 * noise, p))
-    for i, layer in enumerate(model.moe_layers()):
+    numbers = [i for piece in pieces(model) for i in range(case.model.moe_layers)[moe_rows(piece)]]
+    for i, layer in zip(numbers, model.moe_layers(), strict=True):
         if case.routing == "skewed":
             layer.select_bias_E.copy_(0.6 / (1 + torch.arange(EXPERTS)))
         elif case.routing == "starving":
-            first = 0 if i == 0 else EXPERTS - case.top_k
+            first = 0 if i % 2 == 0 else EXPERTS - case.top_k
             layer.select_bias_E[first:first + case.top_k] = 4.0
 
 
@@ -309,22 +409,32 @@ def documents(case: Case) -> tuple:
     return begins.cumsum(-1), place - torch.where(begins, place, 0).cummax(-1).values
 
 
-def build(case: Case, mesh: Mesh) -> GPT:
-    if case.start == "meta" and mesh.world > 1:
-        model = GPT(case.model, dtype=case.dtype, device="meta")
-        parallelize(model, mesh)
-        initialize(model, SEED, "cpu")
-    else:
-        model = GPT(case.model, seed=SEED, dtype=case.dtype)
-        parallelize(model, mesh)
-    model.recompute = case.recompute
-    return model
+def pieces(model: GPT | Stage) -> list[GPT]:
+    return list(model.pieces) if isinstance(model, Stage) else [model]
+
+
+def build(case: Case, mesh: Mesh) -> GPT | Stage:
+    """What this rank has of the model."""
+    def piece(blocks):
+        if case.start == "meta" and mesh.world > 1:
+            model = GPT(case.model, dtype=case.dtype, device="meta", blocks=blocks)
+            parallelize(model, mesh)
+            initialize(model, SEED, "cpu")
+        else:
+            model = GPT(case.model, seed=SEED, dtype=case.dtype, blocks=blocks)
+            parallelize(model, mesh)
+        set_recomputation(model, case.config.train)
+        return model
+
+    cuts = cut(case.config)[mesh.pp_rank::mesh.config.pp]
+    return piece(None) if mesh.config.pp == 1 else Stage([piece(blocks) for blocks in cuts], mesh)
 
 
 def train(case: Case, mesh: Mesh) -> Record:
     model = build(case, mesh)
     like = dict(model.state_dict())
     exact, close, rows, margins = {f"initial {name}": x for name, x in state(model).items()}, {}, [], [math.inf]
+    orders = []
     skew(model, case)
     if mesh.world == 1 and case.dtype == torch.float32:
         model.double()      # the reference
@@ -343,41 +453,50 @@ def train(case: Case, mesh: Mesh) -> Record:
     optim = OptimConfig(lr=1e-2, min_lr=0.0, eps=1e-4, clip=case.clip)
     optimizer = adamw(model, optim)
     step_text = (*text(case), *documents(case))
-    micro_batch = ROWS // (case.accumulation * mesh.config.dp)
+    dice = random.Random(mesh.rank)
+    pipeline = Pipeline(model, mesh, case.pipeline, micro_batch=case.micro_batch, micros=case.accumulation,
+                        delay=(lambda action: dice.uniform(0, 2e-3)) if case.shaken else None)
 
-    def run(step, begin, end, draws=None):
+    def feed(step, micro, draws=True):
+        """GPT.forward's arguments for this rank's part of a micro-batch."""
+        begin, end = mesh.rows(micro, case.micro_batch)
         tokens, targets, *rows = (x if x is None else x[step, begin:end] for x in step_text)
-        return model(tokens, targets, draws, None, *rows)
+        return tokens, targets, mesh.draws(SEED, step, begin, TOKENS) if draws else None, None, *rows
+
+    def dawdle(kind):
+        time.sleep(dice.uniform(0, 1e-3))
+        return nullcontext()
 
     def evaluate():
         model.eval()
         with torch.no_grad():
-            loss = run(-1, *mesh.rows(0, ROWS // mesh.config.dp)).token_loss
+            loss = sum(model(*feed(-1, micro, draws=False)).token_loss for micro in range(case.accumulation))
         model.train()
         return mesh.sum(loss / mesh.config.tp)[0]
 
     for step in range(case.steps):
-        loss, aux, loads, dropped = 0.0, 0.0, 0, 0
-        for micro in range(case.accumulation):
-            begin, _ = mesh.rows(micro, micro_batch)
-            out = run(step, begin, begin + micro_batch, mesh.draws(SEED, step, begin, TOKENS))
-            parts = backward(model, out, mesh, tokens=ROWS * TOKENS, accumulation=case.accumulation,
-                             last=micro == case.accumulation - 1)
-            loss, aux = loss + parts[0], aux + parts[1]
-            loads, dropped = loads + out.counts_LE, dropped + out.dropped_L
-        norm = clip_grad_norm(model.named_parameters(), optim.clip)
-        losses = dict(zip(("token", "aux"), mesh.sum(loss, aux), strict=True), norm=torch.tensor(norm).double())
-        exact |= dict(zip((f"loads {step}", f"dropped {step}"), mesh.sum(loads, dropped), strict=True))
+        losses = {"token": [], "aux": []}
+        for _ in range(case.repeats):
+            optimizer.zero_grad()
+            totals = pipeline.step(functools.partial(feed, step), case.accumulation, tokens=ROWS * TOKENS,
+                                   around=dawdle if case.shaken else nullcontext)
+            orders.append(pipeline.order)
+            loss, aux, loads, dropped = pipeline.sum(totals.loss, totals.aux, totals.counts_LE, totals.dropped_L)
+            losses["token"].append(loss)
+            losses["aux"].append(aux)
+        norm = clip_grad_norm(model.named_parameters(), optim.clip, holders=model.holders)
+        losses = {name: torch.stack(each) for name, each in losses.items()} | {"norm": torch.tensor(norm).double()}
+        exact |= {f"loads {step}": loads, f"dropped {step}": dropped}
         close["gradients", step] = {name: local(p.grad).clone() for name, p in model.named_parameters()}
         optimizer.step()
-        optimizer.zero_grad()
         model.update_select_bias(exact[f"loads {step}"].long())
         close["parameters", step] = state(model)
         if case.evaluate or step == case.steps - 1:
             losses["evaluation"] = evaluate()
         close["losses", step] = losses
+    pipeline.close()
     like |= {f"initial {name}": x for name, x in like.items()}
-    return Record(exact, close, like, rows, min(margins))
+    return Record(exact, close, like, rows, min(margins), orders)
 
 
 # ---- a cell ----------------------------------------------------------------------------------------------------------
@@ -404,7 +523,6 @@ def compare(got: Record, want: Record) -> dict:
         errors = [(0.0, "")]
         for step in range(len(got.close) // len(KINDS)):
             wanted = want.close[kind, step]
-            assert got.close[kind, step].keys() | {"evaluation"} >= wanted.keys()
             largest = max(float(w.abs().max()) for w in wanted.values())
             for name, x in got.close[kind, step].items():
                 if x.numel():
@@ -415,6 +533,12 @@ def compare(got: Record, want: Record) -> dict:
     return worst
 
 
+def held(record: Record) -> list[str]:
+    """The names of all that is compared."""
+    close = [f"{kind} {name} {step}" for (kind, step), tensors in record.close.items() for name in tensors]
+    return [*record.exact, *(name for name in close if "evaluation" not in name)]
+
+
 def rank_of(case: Case, folder: str, bug: Callable[[], None] | None) -> dict:
     """What a rank has to say of its part, to be merged in `verdict`."""
     if bug is not None:
@@ -423,7 +547,8 @@ def rank_of(case: Case, folder: str, bug: Callable[[], None] | None) -> dict:
                 store=dist.FileStore(f"{folder}/windows", case.mesh.world))
     record = train(case, mesh)
     mesh.close()
-    return compare(record, reference(case.alone)) | {"rows": record.rows}
+    return compare(record, reference(case.alone)) | {"rows": record.rows, "held": held(record),
+                                                     "orders": repr(record.orders)}
 
 
 def verdict(case: Case, ranks: list[dict]) -> dict:
@@ -433,12 +558,22 @@ def verdict(case: Case, ranks: list[dict]) -> dict:
              if not error <= TOLERANCE[case.dtype]]
     exact = sorted({name for rank in ranks for name in rank["exact"]})
     wrong += [f"not equal to the last bit: {', '.join(exact)}"] if exact else []
-    wrong += routed(case, ranks)
+    lost = set(held(reference(case.alone))).difference(*(rank["held"] for rank in ranks))
+    wrong += [f"on no rank: {', '.join(sorted(lost))}"] if lost else []
+    for stage in stages(case, ranks):
+        if len({rank["orders"] for rank in stage}) > 1:
+            wrong.append("the ranks of a stage did not do the same: " + " | ".join(rank["orders"] for rank in stage))
+        wrong += routed(case, stage)
     return {"errors": {kind: error for kind, (error, _) in errors.items()}, "wrong": "; ".join(wrong)}
 
 
+def stages(case: Case, ranks: list[dict]) -> list[list[dict]]:
+    """The ranks, stage by stage."""
+    return [ranks[first:first + case.mesh.stage] for first in range(0, len(ranks), case.mesh.stage)]
+
+
 def routed(case: Case, ranks: list[dict]) -> list[str]:
-    """Whether the routing was as the case says, by the reference's loads and the rows that came to each rank."""
+    """Whether the routing was as the case says, by the reference's loads and the rows that came to a stage's ranks."""
     m, wrong = case.mesh, []
     loads = {name: load for name, load in reference(case.alone).exact.items() if name.startswith("loads")}
     if case.routing == "skewed" and not case.dense:
@@ -460,13 +595,14 @@ class Result(NamedTuple):
 
     def line(self) -> str:
         m, c = self.case.mesh, self.case
-        kind = ("dense" if c.dense else "MoE") + (" fp32" if c.dtype == torch.float32 else "")
-        sizes = " ".join(f"{getattr(m, axis):>5}" for axis in AXES)
+        kind = ("dense" if c.dense else "MoE") + " fp32" * (c.dtype == torch.float32) + " shaken" * c.shaken
+        sizes = " ".join(f"{size:>5}" for size in [m.pp, c.chunks, *(getattr(m, axis) for axis in AXES[1:])])
         errors = " ".join(f"{self.errors.get(kind, math.nan):>10.1e}" for kind in KINDS)
         return f"{sizes}  {kind:<10} {errors} {self.seconds:>6.1f}  {'WRONG' if self.wrong else 'ok'}"
 
 
-HEADER = f"{' '.join(f'{axis:>5}' for axis in AXES)}  {'model':<10} {' '.join(f'{kind:>10}' for kind in KINDS)}      s"
+HEADER = " ".join([*(f"{axis:>5}" for axis in ("pp", "vpp", *AXES[1:])), f" {'model':<10}",
+                   *(f"{kind:>10}" for kind in KINDS), "     s"])
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
@@ -531,7 +667,7 @@ def outcome(pid: int, folder: str, status: int | None, seconds: float) -> tuple[
         shutil.rmtree(folder)
 
 
-def prove_all(worlds: tuple[int, ...] = (1, 2, 4, 8), *, cases: list[Case] | None = None, jobs: int = 2,
+def prove_all(worlds: tuple[int, ...] = (1, 2, 4, 8, 16), *, cases: list[Case] | None = None, jobs: int = 2,
               path: Path | str | None = None, out: Callable[[str], None] = print) -> bool:
     """The table's cells of these worlds, a line each, and what they amount to; True if all agree.
 
@@ -563,12 +699,12 @@ def summary(results: list[Result]) -> list[str]:
         if errors:
             worst = ", ".join(f"{kind} {max(e[kind] for e in errors):.1e}" for kind in KINDS)
             lines.append(f"{str(dtype).removeprefix('torch.')}: worst relative errors {worst}; allowed {tolerance:.0e}")
-    for dense in (False, True):
-        met = set().union(*(covered(result.case) for result in results if result.case.dense == dense))
-        wanted = meetings(dense, AXES[:3] if dense else AXES)
-        pairs, wanted_pairs = ({(a, b) for a, b, _ in meeting} for meeting in (met & wanted, wanted))
-        lines.append(f"{'dense' if dense else 'MoE'}: {len(pairs) // 2} of {len(wanted_pairs) // 2} pairs of options "
-                     f"met; {len(met & wanted) // 2} of {len(wanted) // 2} pairs and axes > 1")
+    for pipe, dense in itertools.product((False, True), repeat=2):
+        wanted, cases = meetings(dense, pipe), [r.case for r in results if r.case.kind == (dense, pipe)]
+        met = wanted.intersection(*[set().union(*map(covered, cases))])
+        pairs, wanted_pairs = ({frozenset((a, b)) for a, b, _ in meetings if a != b} for meetings in (met, wanted))
+        lines.append(f"{'dense' if dense else 'MoE'}{', pipelines' * pipe}: {len(cases)} cells, {len(pairs)} of "
+                     f"{len(wanted_pairs)} pairs of options met, {len(met)} of {len(wanted)} of them by axis")
     return lines
 
 
@@ -582,7 +718,7 @@ def report(results: list[Result], seconds: float) -> dict:
     }
 
 
-def main(worlds: tuple[int, ...] = (1, 2, 4, 8), jobs: int = 2, path: Path | None = None) -> None:
+def main(worlds: tuple[int, ...] = (1, 2, 4, 8, 16), jobs: int = 2, path: Path | None = None) -> None:
     """The proof table.
 
     Args:

@@ -1,7 +1,9 @@
 """The proof that every mesh computes what one process does: a part of `make proof`, and that it finds planted bugs."""
 
 import functools
+import itertools
 import math
+import random
 import re
 import time
 
@@ -14,16 +16,19 @@ from moe_ext import ops, proof
 from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from moe_ext.layers.fused import Draws, Experts
 from moe_ext.model import GPT
-from moe_ext.parallel import shard, tensor
+from moe_ext.parallel import pipeline, shard, tensor
 from moe_ext.parallel.mesh import Mesh, ScopePeers
+from moe_ext.parallel.pipeline import Pipeline, Step
+from moe_ext.parallel.schedule import SCHEDULES
 from moe_ext.proof import AXES, EXPERTS, Case, prove
 
 pytestmark = pytest.mark.c_core
 
 
 def name_of(case):
-    sizes = "_".join(f"{axis}{getattr(case.mesh, axis)}" for axis in case.axes)
-    return f"{sizes or 'alone'}-{'dense' if case.dense else 'moe'}-{proof.part().index(case)}"
+    sizes = [f"{axis}{size}" for axis in AXES if (size := getattr(case.mesh, axis)) > 1]
+    sizes += [case.schedule] * (case.mesh.pp > 1) + ["shaken"] * case.shaken
+    return f"{'_'.join(sizes) or 'alone'}-{'dense' if case.dense else 'moe'}-{proof.part().index(case)}"
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +42,16 @@ def test_mesh_equals_one_process(case, results):
 
 
 def test_every_two_options_meet_on_every_axis():
-    for dense in (False, True):
-        met = set().union(*(proof.covered(case) for case in proof.table() if case.dense == dense))
-        assert met >= proof.meetings(dense, AXES[:3] if dense else AXES)
+    for kind in itertools.product((False, True), repeat=2):     # dense, pipeline
+        met = set().union(*(proof.covered(case) for case in proof.table() if case.kind == kind))
+        assert met >= proof.meetings(*kind)
+
+
+def test_every_schedule_meets_every_axis_and_number_of_stages():
+    met = {(case.schedule, place) for case in proof.table() if not case.dense for place in proof.places(case.mesh)}
+    assert met >= set(itertools.product(SCHEDULES, (*AXES, "pp=2", "pp=4", "pp=8")))
+    sizes = {(case.mesh.pp, case.chunks) for case in proof.table()}
+    assert sizes >= {(2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)}
 
 
 def test_experts_that_ep_does_not_divide_are_refused():
@@ -153,8 +165,8 @@ def gradients_of_experts_stay_in_their_replica():
 def selection_bias_by_local_counts():
     forward, update = GPT.forward, GPT.update_select_bias
 
-    def remember(self, *args):
-        out = forward(self, *args)
+    def remember(self, *args, **options):
+        out = forward(self, *args, **options)
         self.local_counts = out.counts_LE.long() if self.training else self.local_counts
         return out
 
@@ -173,16 +185,76 @@ def initial_values_by_local_index():
 def aux_loss_counts_on_every_rank():
     forward = GPT.forward
 
-    def more(self, *args):
-        out = forward(self, *args)
+    def more(self, *args, **options):
+        out = forward(self, *args, **options)
         return out._replace(aux_loss=out.aux_loss * dist.get_world_size())
 
     GPT.forward = more
 
 
+def aux_loss_is_the_mean_over_a_stages_layers():
+    forward = GPT.forward
+
+    def own(self, *args, **options):
+        out = forward(self, *args, **options)
+        return out._replace(aux_loss=out.aux_loss * self.config.moe_layers / len(self.moe_layers()))
+
+    GPT.forward = own
+
+
+def tied_gradients_stay_parts():
+    pipeline.sum_tied = lambda model, mesh: None
+
+
+def norm_over_one_stage():
+    """Of one rank: no rank adds what others have."""
+    clip = proof.clip_grad_norm
+
+    def own(*args, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", lambda x: None)
+            return clip(*args, **options)
+
+    proof.clip_grad_norm = own
+
+
+def gradients_are_whole_too_early():
+    """After the first backward of a piece, in place of the last."""
+    Step.whole = lambda self, action: action.kind == "B" and self.left[action.chunk] == self.micros - 1
+
+
+def random_numbers_by_stage():
+    draws = Mesh.draws
+    Mesh.draws = lambda self, seed, *place: draws(self, seed + self.pp_rank, *place)
+
+
+def while_stages_send(change):
+    """`change(action, x)` decides what is sent, and to which action."""
+    begin = Pipeline.__init__
+
+    def other(self, *args, **options):
+        begin(self, *args, **options)
+        send = self.links.send
+        self.links.send = lambda action, x: send(*change(action, x))
+
+    Pipeline.__init__ = other
+
+
+def activations_of_another_micro_batch():
+    while_stages_send(lambda action, x: (action._replace(micro=action.micro ^ (action.kind == "F")), x))
+
+
+def gradient_of_a_micro_batch_is_lost():
+    while_stages_send(lambda action, x: (action, x * (action != ("B", 0, 1))))
+
+
 def on(dense=False, **options):
     sizes = {axis: options.pop(axis) for axis in AXES if axis in options}
     return Case(MeshConfig(**sizes), dense, **options)
+
+
+def piped(dense=False, **options):
+    return on(dense, pp=2, accumulation=2, **options)
 
 
 BUGS = {
@@ -205,6 +277,13 @@ BUGS = {
     replicated_gradients_stay_parts: on(True, tp=2),
     initial_values_by_local_index: on(True, fsdp=2),
     aux_loss_counts_on_every_rank: on(fsdp=2),
+    aux_loss_is_the_mean_over_a_stages_layers: piped(),
+    tied_gradients_stay_parts: piped(True, tied=True),
+    norm_over_one_stage: piped(True),
+    gradients_are_whole_too_early: piped(True, tp=2),
+    random_numbers_by_stage: piped(True, dropout=0.2),
+    activations_of_another_micro_batch: piped(True),
+    gradient_of_a_micro_batch_is_lost: piped(True),
 }
 
 
@@ -221,6 +300,34 @@ def test_planted_bug_is_found(bug):
     [result] = prove([case], bug=bug)
     assert result.errors, f"the cell was to disagree, not to end with: {result.wrong}"
     assert result.wrong and max(result.errors.values()) > 1e-9, result
+
+
+def ranks_of_the_last_stage_decide_alone():
+    """By what has come to themselves, which differs where links dawdle. Forward and backward still take turns, so that
+    collectives pair, of other micro-batches: nothing but the order tells."""
+    begin = Pipeline.__init__
+
+    def other(self, *args, **options):
+        begin(self, *args, **options)
+        dice = random.Random(dist.get_rank())
+
+        def agree(choose):
+            while True:
+                if action := choose(lambda action: dice.random() < 0.5):
+                    return action
+
+        if self.mesh.pp_rank == self.mesh.config.pp - 1:
+            self.links.agree = agree
+
+    Pipeline.__init__ = other
+
+
+@pytest.mark.parametrize("schedule", ["dfc", "bfc"])
+def test_ranks_that_do_not_agree_are_found(schedule):
+    case = on(True, pp=2, tp=2, schedule=schedule, accumulation=4, links="windows")
+    assert not without_bug(case)
+    [result] = prove([case], seconds=60, bug=ranks_of_the_last_stage_decide_alone)
+    assert "the 2 ranks of pipeline stage 1 (ranks 2 to 3) ran step 1 in different orders" in result.wrong
 
 
 # ---- cells that do not come to an end --------------------------------------------------------------------------------
