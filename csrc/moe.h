@@ -271,9 +271,9 @@ void moe_huge_pages(void *memory, int64_t bytes);
 int  moe_windows_leave(moe_windows *windows);
 void moe_windows_close(moe_windows *windows);
 
-// ---- slots.c: tensors between the stages of a pipeline on one host, whose arrival can be seen without waiting ---------
-// The ranks 0 .. ranks-1 are stages of `stage` ranks each, in a ring. Each has 2 n slots of `bytes`, one for each tensor
-// that a step can bring it: slots 0 .. n-1 from the rank in its place of the stage before, n .. 2n-1 from that of the
+// ---- slots.c: tensors between the stages of a pipeline on one host, whose arrival can be seen without waiting -------
+// The ranks 0 .. ranks-1 are stages of `stage` ranks each, in a ring. Each has 2 n slots of `bytes`, one for each
+// tensor that a step can bring it: slots 0 .. n-1 from the rank in its place of the stage before, n .. 2n-1 from that of the
 // stage after. Waits, failures and handles are those of windows.c; calls need no common order.
 typedef struct moe_slots moe_slots;
 int moe_slots_open(int ranks, int rank, int stage, int64_t n, int64_t bytes, double seconds, void *handle,

@@ -50,7 +50,8 @@ void moe_copy(void *to, const void *from, int64_t bytes) {
 // The file of rank 0 is where the first one to give up is known; then its culprit is everybody's.
 int moe_peers_give_up(moe_peers *p, int culprit) {
     uint32_t first = 0;
-    if (!atomic_compare_exchange_strong(&p->memory[0]->culprit, &first, (uint32_t)culprit + 1)) culprit = (int)first - 1;
+    if (!atomic_compare_exchange_strong(&p->memory[0]->culprit, &first, (uint32_t)culprit + 1))
+        culprit = (int)first - 1;
     for (int q = 0; q < p->ranks; q++) atomic_store(&p->memory[q]->culprit, (uint32_t)culprit + 1);
     snprintf(p->why, sizeof p->why, "rank %d (pid %d) ", culprit, p->pid[culprit]);
     const size_t n = strlen(p->why);

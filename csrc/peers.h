@@ -1,9 +1,9 @@
-// peers.h: the ranks of one host: each owns a memory file that the others have mapped, and learns which of them is lost.
-// What windows.c and slots.c stand on. Inside the core only.
+// peers.h: the ranks of one host: each owns a memory file that the others have mapped, and learns which of them is
+// lost. What windows.c and slots.c stand on. Inside the core only.
 //
-// A memory file (memfd) has no name: nobody has to remove it, whatever is killed when, and the size of /dev/shm does not
-// bound it. Peers open it as /proc/PID/fd/N; a random number in handle and file says that it is the right one. Pages
-// that nobody has written take no memory.
+// A memory file (memfd) has no name: nobody has to remove it, whatever is killed when, and the size of /dev/shm does
+// not bound it. Peers open it as /proc/PID/fd/N; a random number in handle and file says that it is the right one.
+// Pages that nobody has written take no memory.
 //
 // A wait sleeps on a futex in its own file, and looks up every MOE_SLICE: at its peers' pidfds, which see a death at
 // once, a zombie's too; at the deadline; and at `culprit`, where a rank that gives up names the one that it waited for.

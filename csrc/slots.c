@@ -1,5 +1,5 @@
-// slots.c: tensors between the stages of a pipeline on one host, one slot per tensor of a step, whose arrival can be seen
-// without waiting; and the one order that the ranks of a stage share.
+// slots.c: tensors between the stages of a pipeline on one host, one slot per tensor of a step, whose arrival can be
+// seen without waiting; and the one order that the ranks of a stage share.
 //
 //   file of a rank  [ head: events, whom it waits for, decisions | 2n states | board of 2n decisions | 2n slots ]
 //   send    copies straight into the receiver's slot, then raises its state to the step, released; then wakes the
@@ -164,7 +164,7 @@ static int await(moe_slots *s, const wish *w) {
             if (s->peers.life[p].revents) return moe_peers_give_up(&s->peers, p);
         const double now = moe_now();
         if (now > began + s->peers.seconds) return moe_peers_give_up(&s->peers, find_culprit(s, &missing));
-        const double   left  = due == INT64_MAX ? 1 : 1e-9 * (double)due - now;
+        const double    left  = due == INT64_MAX ? 1 : 1e-9 * (double)due - now;
         struct timespec slice = MOE_SLICE;
         if (left < 1e-9 * (double)slice.tv_nsec) slice.tv_nsec = left > 0 ? (long)(1e9 * left) + 1 : 0;
         moe_futex_wait(&mine->events, seen, &slice);
@@ -235,7 +235,7 @@ int moe_slots_take(moe_slots *s, int64_t slot, void *data) {
     status = await(s, &(wish){.met = one_is_here, .n = 1, .slots = &slot, .first = s->rank, .ranks = 1});
     if (status != MOE_OK) return status;
     moe_copy(data, slot_of(s, s->rank, slot), s->bytes);
-    atomic_store(&x->taken, s->step);       // wakes nobody: who waits for this looks up every slice, and hardly ever does
+    atomic_store(&x->taken, s->step);       // wakes nobody: hardly ever does anybody wait for this, and looks up then
     return MOE_OK;
 }
 

@@ -233,8 +233,8 @@ std::tuple<int64_t, Tensor> slots_open(In like, int64_t ranks, int64_t rank, int
     door.enter_cpu(like);
     Tensor handle = on_host(MOE_I64, 1, MOE_WINDOW_HANDLE_BYTES / 8);
     moe_slots *slots = nullptr;
-    door.done(moe_slots_open(static_cast<int>(ranks), static_cast<int>(rank), static_cast<int>(stage), n, bytes, seconds,
-                             handle.data_ptr(), &slots),
+    door.done(moe_slots_open(static_cast<int>(ranks), static_cast<int>(rank), static_cast<int>(stage), n, bytes,
+                             seconds, handle.data_ptr(), &slots),
               "wanted 0 <= rank=", rank, " < ranks=", ranks, ", two stages or more of stage=", stage, " ranks, n=", n,
               " > 0, bytes=", bytes, " >= 0 and seconds=", seconds, " > 0");
     return {static_cast<int64_t>(reinterpret_cast<intptr_t>(slots)), handle};

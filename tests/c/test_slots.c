@@ -1,6 +1,6 @@
 // test_slots.c: forked ranks in stages that send tensors to the slots of others: many steps under random delays, one
-// order for a stage, slots that are used again; and how it ends: refusals, a killed rank, one that computes for ever, one
-// that has stopped while it waited.
+// order for a stage, slots that are used again; and how it ends: refusals, a killed rank, one that computes for ever,
+// one that has stopped while it waited.
 //
 // Deadlines are far (SECONDS) where a test is to end without one; alarm() ends a rank that hangs.
 #include "check.h"
@@ -69,7 +69,9 @@ static void run(int ranks, int stage, double seconds, int lost, rank_body body) 
     } while (0)
 
 // -- steps ------------------------------------------------------------------------------------------------------------
-static char byte_of(int64_t step, int64_t slot, int to, int i) { return (char)(step * 31 + slot * 7 + to * 3 + i % 251); }
+static char byte_of(int64_t step, int64_t slot, int to, int i) {
+    return (char)(step * 31 + slot * 7 + to * 3 + i % 251);
+}
 
 static void send(moe_slots *s, int64_t step, int64_t slot, int to, int64_t delay) {
     char data[BYTES];
@@ -96,9 +98,9 @@ static void shuffle(uint64_t *seed, int64_t n, int64_t *x) {
     }
 }
 
-// The leader takes what has come to all of its stage; the others follow. Sends lie between the actions, forth and back in
-// turn, in an order that a stage has in common: nobody waits for what is not sent yet. They come late, and a rank that
-// has ended a step may be a step ahead of its neighbours.
+// The leader takes what has come to all of its stage; the others follow. Sends lie between the actions, forth and back
+// in turn, in an order that a stage has in common: nobody waits for what is not sent yet. They come late, and a rank
+// that has ended a step may be a step ahead of its neighbours.
 static void random_steps(moe_slots *s, int ranks, int rank, int stage) {
     const int leader = rank / stage * stage;
     uint64_t  own = (uint64_t)rank, common = (uint64_t)leader;
@@ -149,7 +151,8 @@ static void ahead(moe_slots *s, int ranks, int rank, int stage) {
             int64_t slot = -1;
             if (rank % stage == 0) CHECK_OK(moe_slots_decide(s, (step + i) % N));
             else CHECK_OK(moe_slots_decision(s, &slot));
-            CHECK(rank % stage == 0 || slot == (step + i) % N, "step %d: decision %d is %d", (int)step, (int)i, (int)slot);
+            CHECK(rank % stage == 0 || slot == (step + i) % N, "step %d: decision %d is %d", (int)step, (int)i,
+                  (int)slot);
         }
         CHECK_OK(moe_slots_end(s));
     }
@@ -205,7 +208,7 @@ static void test_refusals(void) {
     CHECK(!s, "slots were made");
 }
 
-// -- ranks that are lost: rank 2 of four stages, for which the last waits, and the first two, one for the other ----------
+// -- ranks that are lost: rank 2 of four stages, for which the last waits, and the first two, one for the other -------
 static void lose_rank_2(moe_slots *s, int ranks, int rank, int stage, int how, const char *text) {
     char said[256], data[BYTES];
     CHECK_OK(moe_slots_begin(s, 1));
