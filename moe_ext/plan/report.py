@@ -137,6 +137,7 @@ def found(config: Config, devices: int, device: Device, per_host: int, shares: S
         sent = ", ".join(f"{axis} {size(part).strip()}" for axis, part in traffic(way).items() if part) or "nothing"
         lines += ["", f"{rank}. {named(way, per_host)}; {way.train.accumulation} x {way.train.micro_batch} sequences"
                   + (", recomputed" if way.train.recompute else ""),
+                  *([f"   pipeline {pace(way)}"] if way.mesh.pp > 1 else []),
                   f"   memory   {size(held.total).strip()}; state {size(held.state).strip()}, activations "
                   f"{size(held.activations).strip()}",
                   f"   traffic  {sent}",

@@ -79,7 +79,7 @@ def stage_meshes(config: Config, pp: int, devices: int) -> Iterator[MeshConfig]:
 
 
 def micro_batches(config: Config, mesh: MeshConfig, pipeline: PipelineConfig | None = None) -> list[int]:
-    """Those that leave the global batch as it is and that the pipeline (None: the config's) takes, smallest first."""
+    """Those that leave the global batch as it is and that the pipeline, None: the config's, takes, smallest first."""
     each, rest = divmod(config.sequences_per_step, mesh.dp)
     if rest:
         return []
