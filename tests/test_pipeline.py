@@ -28,6 +28,8 @@ from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.schedule import SCHEDULES, Action, Turns, tensor_id
 from moe_ext.parallel.shard import backward, build
 from moe_ext.parallel.stages import Stage
+from moe_ext.plan.schedule import Hiccup, Times
+from moe_ext.plan.schedule import events as simulated
 
 pytestmark = pytest.mark.c_core
 
@@ -350,6 +352,18 @@ def test_what_is_slow_in_a_trace(tmp_path):
     late = made(tmp_path, tp=2, work=usual, way=lambda rank, kind, *_: 9.0 if (rank, kind) == (4, "F") else 0.2)
     assert re.fullmatch(r"the link from rank 2 to rank 4 is slow: rank 4 waits \d+ % of the time for what is under way "
                         r"on it, 9\.0 ms each; on other links [01] %", slow(late))
+
+
+def test_what_is_slow_in_a_simulated_trace(tmp_path):
+    def found(**what):
+        times = Times(4, 4, 8, tp=2, **what)
+        events = simulated(times.run("interleaved"), times, times.draw(0)[1])
+        trace.write(tmp_path / "trace.json", events, [f"stage {lane // 2}" for lane in range(8)])
+        return slow(tmp_path / "trace.json")
+
+    assert found() == "nothing stands out"
+    assert found(slow=(5, 1.5)).startswith("ranks 4 and 5 are slow: their forwards take 1.5x")
+    assert "the link from rank 3 to rank 5 is slow" in found(late=Hiccup(3, 1.0, 3.0))
 
 
 def test_the_command_and_what_it_refuses(tmp_path, monkeypatch, capsys):

@@ -99,17 +99,19 @@ def waits_for_links(events, stages) -> dict[tuple[int, int], list[tuple[float, f
     it was under way), in seconds}"""
     ranks, pp = stages.count(0), max(stages) + 1
     sends, waits, found = defaultdict(list), {}, defaultdict(list)
-    for e in sorted(events, key=lambda e: e.begin):
+    for e in sorted(events, key=lambda e: (e.begin, e.kind in WORDS)):
         at = e.lane, e.step, e.chunk, e.micro
         if e.kind == "send":
             sends[at].append(e)
         elif e.kind == "wait":
             waits[at] = e
-        elif e.kind in WORDS and sends[at] and at in waits:
-            send, wait = sends[at].pop(0), waits[at]        # an activation first, then a gradient
-            stage = (stages[e.lane] + (-1 if e.kind == "forward" else 1)) % pp
-            seconds = max(0.0, wait.end - max(wait.begin, send.begin))
-            found[stage * ranks + e.lane % ranks, e.lane].append((seconds, wait.end - send.begin))
+        elif e.kind in WORDS:
+            wait = waits.pop(at, None)
+            if sends[at]:
+                send = sends[at].pop(0)         # an activation first, then a gradient
+                stage = (stages[e.lane] + (-1 if e.kind == "forward" else 1)) % pp
+                seconds = max(0.0, wait.end - max(wait.begin, send.begin)) if wait else 0.0
+                found[stage * ranks + e.lane % ranks, e.lane].append((seconds, e.begin - send.begin))
     return found
 
 
