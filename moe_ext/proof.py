@@ -616,7 +616,7 @@ def run_cell(case: Case, folder: str, bug) -> None:
     torch.save(verdict(case, ranks), f"{folder}/verdict.pt")
 
 
-def prove(cases: list[Case], *, jobs: int = 2, seconds: float = 180.0, bug=None) -> Iterator[Result]:
+def prove(cases: list[Case], *, jobs: int = 2, seconds: float = 300.0, bug=None) -> Iterator[Result]:
     """Runs the cells, `jobs` at a time, and yields what came of each as it ends. A cell that fails, crashes or takes
     longer than `seconds` is a Result that says so. bug: called by every rank before it builds its model."""
     torch.set_num_threads(1)
