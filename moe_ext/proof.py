@@ -433,8 +433,8 @@ def build(case: Case, mesh: Mesh) -> GPT | Stage:
 def train(case: Case, mesh: Mesh) -> Record:
     model = build(case, mesh)
     like = dict(model.state_dict())
-    exact, close, rows, margins = {f"initial {name}": x for name, x in state(model).items()}, {}, [], [math.inf]
-    orders = []
+    exact, close = {f"initial {name}": x for name, x in state(model).items()}, {}
+    rows, margins, orders = [], [math.inf], []
     skew(model, case)
     if mesh.world == 1 and case.dtype == torch.float32:
         model.double()      # the reference
@@ -616,7 +616,7 @@ def run_cell(case: Case, folder: str, bug) -> None:
     torch.save(verdict(case, ranks), f"{folder}/verdict.pt")
 
 
-def prove(cases: list[Case], *, jobs: int = 2, seconds: float = 180.0, bug=None) -> Iterator[Result]:
+def prove(cases: list[Case], *, jobs: int = 2, seconds: float = 300.0, bug=None) -> Iterator[Result]:
     """Runs the cells, `jobs` at a time, and yields what came of each as it ends. A cell that fails, crashes or takes
     longer than `seconds` is a Result that says so. bug: called by every rank before it builds its model."""
     torch.set_num_threads(1)
@@ -702,7 +702,7 @@ def summary(results: list[Result]) -> list[str]:
     for pipe, dense in itertools.product((False, True), repeat=2):
         wanted, cases = meetings(dense, pipe), [r.case for r in results if r.case.kind == (dense, pipe)]
         met = wanted.intersection(*[set().union(*map(covered, cases))])
-        pairs, wanted_pairs = ({frozenset((a, b)) for a, b, _ in meetings if a != b} for meetings in (met, wanted))
+        pairs, wanted_pairs = ({frozenset((a, b)) for a, b, _ in some if a != b} for some in (met, wanted))
         lines.append(f"{'dense' if dense else 'MoE'}{', pipelines' * pipe}: {len(cases)} cells, {len(pairs)} of "
                      f"{len(wanted_pairs)} pairs of options met, {len(met)} of {len(wanted)} of them by axis")
     return lines

@@ -153,7 +153,7 @@ def test_dmoe_refuses_sizes(sizes, sentence, tmp_path):
     run_ranks(2, body, tmp_path)
 
 
-TINY = dict(vocab=257, dim=16, heads=4, layers=1, steps=3, dtype="fp64")
+TINY = dict(vocab=257, dim=16, heads=4, layers=2, steps=3, dtype="fp64")
 
 
 def losses(text):
@@ -172,6 +172,8 @@ def test_losses_do_not_depend_on_the_mesh(tmp_path):
         (2, dict(dp=2, shard=1)),
         (2, dict(tp=2)),
         (2, dict(tp=2, loss_parallel=False)),
+        (2, dict(pp=2, shard=1)),
+        (4, dict(pp=2, shard=1, tp=2, loss_parallel=False)),
         (4, dict(shard=2, tp=2)),
     ):
         folder = tmp_path / str(more)

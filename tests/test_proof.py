@@ -104,7 +104,7 @@ def dispatch_forgets_the_weights_gradient():
 def clip_by_mesh():
     clip = proof.clip_grad_norm
 
-    def clip_each(named, max_norm):
+    def clip_each(named, max_norm, holders):
         named = list(named)
         groups = {p.device_mesh: [pair for pair in named if pair[1].device_mesh == p.device_mesh] for _, p in named}
         return math.hypot(*(clip(group, max_norm) for group in groups.values()))
@@ -174,7 +174,7 @@ def selection_bias_by_local_counts():
 
 
 def replicated_gradients_stay_parts():
-    shard.sum_replicated = lambda model, mesh: None
+    pipeline.sum_replicated = lambda model, mesh: None
 
 
 def initial_values_by_local_index():

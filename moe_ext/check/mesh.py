@@ -2,6 +2,7 @@
 
     DP=1 SHARD=2 TP=1 torchrun --standalone --nproc-per-node 2 -m moe_ext.check mesh
     DP=2 SHARD=2 TP=2 torchrun --standalone --nproc-per-node 8 -m moe_ext.check mesh --dtype fp64
+    PP=2 TP=2 torchrun --standalone --nproc-per-node 4 -m moe_ext.check mesh --chunks 2     # two stages of a pipeline
     python -m moe_ext.check mesh --all          # the proof, moe_ext.proof: every mesh, forked from one process
 
 Every rank gets the same sentence, so all meshes see the same batch. The learning rate is far too high, on purpose: what
@@ -22,12 +23,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
-from moe_ext.check.world import OnMesh, World, describe
-from moe_ext.config import Config, MeshConfig, ModelConfig, TrainConfig, require
+from moe_ext.check.world import OnMesh, World, describe, from_environment
+from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig, TrainConfig, require
 from moe_ext.model import GPT
 from moe_ext.parallel.collectives import gather
 from moe_ext.parallel.mesh import Mesh
-from moe_ext.parallel.shard import backward, build
+from moe_ext.parallel.pipeline import Pipeline
+from moe_ext.parallel.shard import build
+from moe_ext.parallel.stages import Stage
 
 SENTENCE = "i love lingua and 3d parallelism :)"
 LENGTH = 48  # of the padded sentence: a multiple of every small tp
@@ -37,6 +40,8 @@ LENGTH = 48  # of the padded sentence: a multiple of every small tp
 class OneSentence(OnMesh):
     """Six steps of a GPT on one sentence, on any mesh."""
 
+    pp: int = from_environment("PP", 1)  # stages of a pipeline, each of dp * shard * tp ranks; $PP
+    chunks: int = 1  # pieces of the model on each stage
     dtype: Literal["fp32", "fp64"] = "fp32"  # of parameters and activations; fp64 runs on the CPU
     loss_parallel: bool = True  # each tp rank holds the logits of its part of the vocabulary; else all of them
     vocab: int = 4096  # rows of embedding and head, at least 256; GPT-2 has 50257
@@ -53,19 +58,22 @@ class OneSentence(OnMesh):
                     f"of {world.size}")
             from moe_ext.proof import prove_all  # which imports more than any other check needs
             return prove_all(out=world.say)
-        dp, fsdp, tp, ep = self.sizes(world.size)
+        require(self.pp > 0 and world.size % self.pp == 0, f"PP is {self.pp}, which does not divide the {world.size} "
+                "ranks: change --nproc-per-node or PP")
+        dp, fsdp, tp, ep = self.sizes(world.size // self.pp)
         require(ep == 1, f"EP is {ep}, but this model is dense: unset it, or see `check dmoe` and `check mesh --all`")
         model = ModelConfig(vocab_size=self.vocab, seq_len=LENGTH, layers=self.layers, dim=self.dim, heads=self.heads,
                             hidden=4 * self.dim, act="gelu", norm="layernorm", norm_eps=1e-5)
-        config = Config(model=model, mesh=MeshConfig(rep=dp, fsdp=fsdp, tp=tp),
+        config = Config(model=model, mesh=MeshConfig(pp=self.pp, rep=dp, fsdp=fsdp, tp=tp),
+                        pipeline=PipelineConfig(chunks=self.chunks),
                         train=TrainConfig(seed=1234, dtype=self.dtype, device=world.device.type))
         with world.joined():
-            mesh = Mesh(config.mesh, world.device)
+            mesh = Mesh(config.mesh, world.device, store=world.store, seconds=self.seconds)
             gpt = build(config, mesh)
-            if tp > 1 and not self.loss_parallel:
+            if tp > 1 and not self.loss_parallel and gpt.lm_head is not None:
                 gpt.lm_head.cross_entropy = functools.partial(gathered_cross_entropy, vocab_size=self.vocab,
                                                               group=mesh.dense.get_group("tp"))
-            dense = mesh.dense if mesh.world > 1 else one_rank(world)
+            dense = mesh.dense["rep", "fsdp", "tp"] if mesh.world > 1 else one_rank(world)
             world.say_each(f"rank: {world.rank}, world size: {world.size}, device: {world.device}")
             world.say(f"""
     mesh_3d: {describe(dense)}
@@ -76,19 +84,22 @@ class OneSentence(OnMesh):
 
 tokens are bytes, not GPT-2's: losses are not those of a run with GPT-2's tokenizer""")
             parallel = tp > 1 and self.loss_parallel
-            with self.profiled(world, f"DP_{dp}_SHARD_{fsdp}_TP_{tp}_USE_LOSS_PARALLEL_{parallel}"):
-                self.train(world, gpt, mesh)
+            stages = f"PP_{self.pp}_" if self.pp > 1 else ""
+            with self.profiled(world, f"{stages}DP_{dp}_SHARD_{fsdp}_TP_{tp}_USE_LOSS_PARALLEL_{parallel}"):
+                self.train(world, gpt, mesh, config.pipeline)
         return True
 
-    def train(self, world: World, model: GPT, mesh: Mesh) -> None:
+    def train(self, world: World, model: GPT | Stage, mesh: Mesh, config: PipelineConfig) -> None:
         tokens_BS, targets_BS, count = one_sentence(world.device)
+        pipeline = Pipeline(model, mesh, config, micro_batch=1, micros=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(self.steps):
-            loss, _ = backward(model, model(tokens_BS, targets_BS), mesh, tokens=mesh.config.dp * count)
+            totals = pipeline.step(lambda micro: (tokens_BS, targets_BS), 1, tokens=mesh.config.dp * count)
             optimizer.step()
             optimizer.zero_grad()
-            total, = mesh.sum(loss)
-            world.say(f"{step}th step loss: {total.item()}")
+            loss, = pipeline.sum(totals.loss)
+            world.say(f"{step}th step loss: {loss.item()}")
+        pipeline.close()
 
     def profiled(self, world: World, name: str):
         """torch.profiler around the steps; each rank writes PROFILE/name/rank<r>.json (chrome://tracing)."""
