@@ -39,6 +39,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -541,10 +542,10 @@ def held(record: Record) -> list[str]:
 
 def rank_of(case: Case, folder: str, bug: Callable[[], None] | None) -> dict:
     """What a rank has to say of its part, to be merged in `verdict`."""
-    if bug is not None:
-        bug()
-    mesh = Mesh(replace(case.mesh, transport=case.transport), seconds=60.0,
+    mesh = Mesh(replace(case.mesh, transport=case.transport), seconds=60.0, timeout=timedelta(seconds=60),
                 store=dist.FileStore(f"{folder}/windows", case.mesh.world))
+    if bug is not None:     # when all have met: a rank that fails earlier leaves the others waiting for it
+        bug()
     record = train(case, mesh)
     mesh.close()
     return compare(record, reference(case.alone)) | {"rows": record.rows, "held": held(record),
