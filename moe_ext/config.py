@@ -10,8 +10,10 @@ checks its own values in __post_init__ and Config what crosses sections, so an i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -453,10 +455,11 @@ class Config:
         """ConfigError, with the nearest setting that would do, for stages that cannot be or cannot take turns so."""
         pp, pipe = self.mesh.pp, self.pipeline
         if pp == 1:
-            for name in ("chunks", "layers", "live", "trace", "lines"):
-                value, default = getattr(pipe, name), getattr(PipelineConfig, name)
-                require(value == default, f"pipeline.{name} is {value}, but mesh.pp 1 is no pipeline: set mesh.pp to 2 "
-                        f"or more, or pipeline.{name} to {json.dumps(default)}")
+            given = [name for name in ("chunks", "layers", "live", "trace", "lines")
+                     if getattr(pipe, name) != getattr(PipelineConfig, name)]
+            require(not given, f"{', '.join(f'pipeline.{name} is {getattr(pipe, name)}' for name in given)}, but "
+                    "mesh.pp 1 is no pipeline: set mesh.pp to 2 or more, or " + ", ".join(
+                        f"pipeline.{name} to {json.dumps(getattr(PipelineConfig, name))}" for name in given))
             return
         from moe_ext.parallel.schedule import check  # these import this file
         from moe_ext.parallel.stages import cut
@@ -610,17 +613,33 @@ def as_type(config: Config, type: str) -> Config:
 def parse(args: list[str], cls=Config, prog: str = "moe_ext.train"):
     """`RECIPE [--section.field value ...]` -> cls, a Config or a subclass of it with more command-line flags. If `type`
     is among them, `--type TYPE` changes the recipe (as_type) before the other options do."""
-    import tyro
     usage = f"usage: python -m {prog} RECIPE.toml [--train.steps 100 ...]   (--help lists every field)"
     if args[:1] in (["-h"], ["--help"]):
-        tyro.cli(cls, args=args[:1], default=cls(), prog=f"python -m {prog} RECIPE.toml")
+        cli(cls, args[:1], cls(), f"{prog} RECIPE.toml")
     require(bool(args) and not args[0].startswith("-"), usage)
     config = load(args[0])
     switch = argparse.ArgumentParser(prog=f"python -m {prog} {args[0]}", add_help=False, allow_abbrev=False)
     switch.add_argument("--type", default="")
     if type := switch.parse_known_args(args[1:])[0].type:
         config = as_type(config, type)
-    return tyro.cli(cls, args=args[1:], default=cls(**vars(config)), prog=f"python -m {prog} {args[0]}")
+    return cli(cls, args[1:], cls(**vars(config)), f"{prog} {args[0]}")
+
+
+def cli(cls, args: list[str], default, prog: str):
+    """tyro.cli, but for what describes no run: that ConfigError is raised as it is for a recipe, where tyro draws a box
+    around it. What is no option, or no value of one, is tyro's to say: it ends the process with status 2."""
+    import tyro
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=args, default=default, prog=f"python -m {prog}")
+    except SystemExit as end:
+        cause = end
+        while cause := cause.__context__:
+            if isinstance(cause, ConfigError):
+                raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def plain(config: Config) -> Config:

@@ -203,7 +203,6 @@ def test_help_needs_no_recipe(monkeypatch, capsys, word):
 @pytest.mark.parametrize("args, words", [
     (["--train.steps", "ten"], ["--train.steps", "ten"]),
     (["--train.stpes", "10"], ["--train.stpes", "--train.steps INT"]),
-    (["--model.heads", "3"], ["model.dim 256 is not a multiple of", "model.heads 3"]),
 ])
 def test_bad_command_lines(tmp_path, capsys, args, words):
     with pytest.raises(SystemExit) as error:
@@ -212,3 +211,18 @@ def test_bad_command_lines(tmp_path, capsys, args, words):
     said = capsys.readouterr().err
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--model.heads", "3"], "model.dim 256 is not a multiple of model.heads 3: change one or set model.head_dim"),
+    (["--mesh.pp", "0"], "mesh.pp is 0; it must be positive"),
+    (["--mesh.pp", "8"], "mesh.pp 8 * pipeline.chunks 1 cut the model into 8 pieces, and each needs a block, but "
+                         "model.layers is 4: mesh.pp can be 4 at most"),
+    (["--pipeline.chunks", "2", "--pipeline.lines"], "pipeline.chunks is 2, pipeline.lines is True, but mesh.pp 1 is "
+     "no pipeline: set mesh.pp to 2 or more, or pipeline.chunks to 1, pipeline.lines to false"),
+])
+def test_options_that_describe_no_run_are_one_sentence(tmp_path, monkeypatch, capsys, args, words):
+    monkeypatch.setattr("sys.argv", ["train", str(write(tmp_path, "")), *args])
+    with pytest.raises(SystemExit) as error:
+        moe_ext.train.main()
+    assert error.value.code == f"error: {words}" and capsys.readouterr() == ("", "")

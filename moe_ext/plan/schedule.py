@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-from moe_ext.config import Config, ConfigError, parse, require
+from moe_ext.config import Config, ConfigError, cli, parse, require
 from moe_ext.log import trace
 from moe_ext.parallel.schedule import SCHEDULES, Action, Turns, check
 
@@ -288,10 +288,9 @@ def events(step: Step, times: Times, transits: dict) -> list[trace.Event]:
 
 def main(args: list[str]) -> None:
     """Errors: ConfigError, OSError; RuntimeError for a picture without matplotlib."""
-    import tyro
     prog = "moe_ext.plan schedule"
-    command = parse(args, Command, prog) if args and not args[0].startswith("-") else tyro.cli(
-        Command, args=args, default=Command(), prog=f"python -m {prog} [RECIPE.toml]")
+    command = (parse(args, Command, prog) if args and not args[0].startswith("-")
+               else cli(Command, args, Command(), f"{prog} [RECIPE.toml]"))
     times, live = command.times(), command.live or command.pipeline.live
     names = list(SCHEDULES) if command.schedule == "all" else [command.schedule]
     steps, refused = {}, {}
