@@ -5,8 +5,8 @@
 //   send    [ copy x to the receiver's slot | raise: it has come   ]    on the sender's stream, when the slot is free
 //   take    [ copy the slot to x            | raise: it was taken  ]    on the receiver's, when it has come
 //
-// raise is a host function, which the driver calls when the copy before it is done: nobody sees a tensor whose bytes are
-// still under way, and no call waits for the device.
+// raise is a host function, which the driver calls when the copy before it is done: nobody sees a tensor whose bytes
+// are still under way, and no call waits for the device.
 //
 // Verified on the host harness alone: on GPUs nothing of this file has run yet, neither peer copies nor host functions.
 #include <cstdio>

@@ -124,15 +124,15 @@ class Links:
 
 class SlotLinks(Links):
     """The ranks of one host: csrc/slots.c, on GPUs cuda/slots.cu too. A tensor is written straight into its slot in the
-    receiver's memory, which is 2 * chunks * micros tensors large, and seen there without a message. From a GPU send and
-    take queue their copies on the current stream, the same at every call, and wait for no device but by what they wait
-    for: that a tensor has come, or was taken."""
+    receiver's memory, which is 2 * chunks * micros tensors large, and seen there without a message. On GPUs send and
+    take queue their copies on the current stream, which is the same at every call; the host waits only until the slot
+    is free, or the tensor has come."""
 
     def __init__(self, mesh, *options):
         super().__init__(mesh, *options)
         self.like, self.slots = torch.empty(0, device=mesh.device), None
         slots, handles = _wire.slots_open(self.like, mesh.world, mesh.rank, mesh.config.stage, self.n,
-                                         self.shape.numel() * self.dtype.itemsize, mesh.seconds)
+                                          self.shape.numel() * self.dtype.itemsize, mesh.seconds)
         try:
             every = [None] * mesh.world
             dist.all_gather_object(every, (handles, pid_space(), socket.gethostname()))
