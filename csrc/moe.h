@@ -288,6 +288,11 @@ int moe_slots_end(moe_slots *slots);
 int moe_slots_send(moe_slots *slots, int64_t slot, int64_t delay, const void *data);
 // Waits for the tensor and copies it.
 int moe_slots_take(moe_slots *slots, int64_t slot, void *data);
+// The same in two, where another moves the bytes (cuda/slots.cu): a claim ends the wait, and when the copy is done raise
+// lets the other side see it. raise is called once for a claim, before leave, by any thread.
+int  moe_slots_claim_send(moe_slots *slots, int64_t slot, int64_t delay, void **claim);
+int  moe_slots_claim_take(moe_slots *slots, int64_t slot, void **claim);
+void moe_slots_raise(void *claim);
 // here_2n: whether each slot's tensor has come to ALL ranks of this one's stage. awaited: waits until one of these has.
 int moe_slots_arrived(moe_slots *slots, int64_t awaited_n, const int64_t *awaited, int32_t *here_2n);
 // The one order that a stage's ranks share: its first rank decides for a slot number, the others wait for it.

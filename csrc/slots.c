@@ -2,8 +2,8 @@
 // seen without waiting; and the one order that the ranks of a stage share.
 //
 //   file of a rank  [ head: events, whom it waits for, decisions | 2n states | board of 2n decisions | 2n slots ]
-//   send    copies straight into the receiver's slot, then raises its state to the step, released; then wakes the
-//           receiver and the first rank of its stage, the leader
+//   send    claims the slot: waits until it is free; copies straight into it; then raises its state to the step,
+//           released, and wakes the receiver and the first rank of its stage, the leader
 //   arrived looks at the states of all ranks of the stage in their own files: no messages
 //   decide  the leader writes decision number d to its board, at d % 2n; the others follow. It waits for one that is a
 //           whole board behind
@@ -21,6 +21,8 @@ typedef struct {
     _Atomic int64_t             due;    // ns of CLOCK_MONOTONIC, before which it counts as not arrived
     _Atomic int64_t             taken;  // step of the tensor taken last, by the owner
 } state;
+
+typedef struct { moe_slots *slots; _Atomic int64_t step, delay; } claim;    // the last one of a slot and a way
 
 typedef struct { uint64_t bits[MAX_RANKS / 64]; } rank_set;
 static void add(rank_set *s, int p) { s->bits[p / 64] |= UINT64_C(1) << p % 64; }
@@ -41,6 +43,7 @@ struct moe_slots {
     int64_t   n, bytes, stride;         // slots of each direction; of a tensor, and from slot to slot
     int64_t   step, decisions;
     double    waited;
+    claim    *claims;                   // of 2n slots that this rank sends to, then of the 2n that it takes from
 };
 
 static head *file_of(const moe_slots *s, int p) { return (head *)s->peers.memory[p]; }
@@ -95,9 +98,8 @@ static bool one_is_here(const moe_slots *s, const wish *w, rank_set *missing, in
 
 static bool is_free(const moe_slots *s, const wish *w, rank_set *missing, int64_t *due) {
     (void)due;
-    state *x = state_of(s, w->first, *w->slots);
     add(missing, w->first);
-    return atomic_load(&x->taken) == atomic_load_explicit(&x->sent, memory_order_relaxed);
+    return atomic_load(&state_of(s, w->first, *w->slots)->taken) == s->claims[*w->slots].step;
 }
 
 static bool is_decided(const moe_slots *s, const wish *w, rank_set *missing, int64_t *due) {
@@ -195,8 +197,7 @@ int moe_slots_begin(moe_slots *s, int64_t step) {
 int moe_slots_end(moe_slots *s) {
     const int status = moe_peers_ready(&s->peers);
     for (int64_t slot = 0; status == MOE_OK && slot < 2 * s->n; slot++) {
-        const state *x = state_of(s, s->rank, slot);
-        if (atomic_load(&x->sent) == s->step && atomic_load(&x->taken) != s->step)
+        if (atomic_load(&state_of(s, s->rank, slot)->sent) == s->step && s->claims[2 * s->n + slot].step != s->step)
             return moe_failed("step %lld ends, but the tensor of slot %lld has not been taken", (long long)s->step,
                               (long long)slot);
     }
@@ -205,37 +206,69 @@ int moe_slots_end(moe_slots *s) {
 
 static bool is_slot(const moe_slots *s, int64_t slot) { return s->step > 0 && slot >= 0 && slot < 2 * s->n; }
 
-int moe_slots_send(moe_slots *s, int64_t slot, int64_t delay, const void *data) {
+int moe_slots_claim_send(moe_slots *s, int64_t slot, int64_t delay, void **to_raise) {
     if (!is_slot(s, slot) || delay < 0) return MOE_BAD_INDEX;
     int status = moe_peers_ready(&s->peers);
     if (status != MOE_OK) return status;
-    const int to = receiver_of(s, slot), leader = to / s->stage * s->stage;
-    state    *x  = state_of(s, to, slot);
-    if (atomic_load(&x->sent) >= s->step)
+    claim *c = &s->claims[slot];
+    if (c->step == s->step)
         return moe_failed("the tensor of slot %lld has been sent in step %lld before", (long long)slot,
                           (long long)s->step);
-    status = await(s, &(wish){.met = is_free, .slots = &slot, .first = to});
+    status = await(s, &(wish){.met = is_free, .slots = &slot, .first = receiver_of(s, slot)});
     if (status != MOE_OK) return status;
-    moe_copy(slot_of(s, to, slot), data, s->bytes);
-    atomic_store_explicit(&x->due, delay ? nanoseconds() + delay : 0, memory_order_relaxed);
-    atomic_store(&x->sent, s->step);
-    wake(s, to);
-    if (leader != to) wake(s, leader);
+    c->step  = s->step;
+    c->delay = delay;
+    *to_raise = c;
     return MOE_OK;
 }
 
-int moe_slots_take(moe_slots *s, int64_t slot, void *data) {
+int moe_slots_claim_take(moe_slots *s, int64_t slot, void **to_raise) {
     if (!is_slot(s, slot)) return MOE_BAD_INDEX;
     int status = moe_peers_ready(&s->peers);
     if (status != MOE_OK) return status;
-    state *x = state_of(s, s->rank, slot);
-    if (atomic_load(&x->taken) == s->step)
+    claim *c = &s->claims[2 * s->n + slot];
+    if (c->step == s->step)
         return moe_failed("the tensor of slot %lld has been taken in step %lld before", (long long)slot,
                           (long long)s->step);
     status = await(s, &(wish){.met = one_is_here, .n = 1, .slots = &slot, .first = s->rank, .ranks = 1});
     if (status != MOE_OK) return status;
+    c->step = s->step;
+    *to_raise = c;
+    return MOE_OK;
+}
+
+// A claim is not written again before it was raised, and the other side has answered that.
+void moe_slots_raise(void *claimed) {
+    const claim     *c    = claimed;
+    const moe_slots *s    = c->slots;
+    const int64_t    slot = (c - s->claims) % (2 * s->n);
+    if (c - s->claims != slot) {
+        atomic_store(&state_of(s, s->rank, slot)->taken, c->step);
+        return;                             // wakes nobody: hardly ever does anybody wait for this, and looks up then
+    }
+    const int to = receiver_of(s, slot), leader = to / s->stage * s->stage;
+    state    *x  = state_of(s, to, slot);
+    atomic_store_explicit(&x->due, c->delay ? nanoseconds() + c->delay : 0, memory_order_relaxed);
+    atomic_store(&x->sent, c->step);
+    wake(s, to);
+    if (leader != to) wake(s, leader);
+}
+
+int moe_slots_send(moe_slots *s, int64_t slot, int64_t delay, const void *data) {
+    void     *c      = NULL;
+    const int status = moe_slots_claim_send(s, slot, delay, &c);
+    if (status != MOE_OK) return status;
+    moe_copy(slot_of(s, receiver_of(s, slot), slot), data, s->bytes);
+    moe_slots_raise(c);
+    return MOE_OK;
+}
+
+int moe_slots_take(moe_slots *s, int64_t slot, void *data) {
+    void     *c      = NULL;
+    const int status = moe_slots_claim_take(s, slot, &c);
+    if (status != MOE_OK) return status;
     moe_copy(data, slot_of(s, s->rank, slot), s->bytes);
-    atomic_store(&x->taken, s->step);       // wakes nobody: hardly ever does anybody wait for this, and looks up then
+    moe_slots_raise(c);
     return MOE_OK;
 }
 
@@ -284,11 +317,16 @@ int moe_slots_open(int ranks, int rank, int stage, int64_t n, int64_t bytes, dou
     if (stage < 1 || ranks < 2 * stage || ranks % stage || rank < 0 || rank >= ranks || !(seconds > 0))
         return MOE_BAD_SHAPE;
     if (n < 1 || n > 1 << 20 || bytes < 0 || bytes > (INT64_C(1) << 62) / (2 * n) - LINE) return MOE_BAD_SHAPE;
-    moe_slots *s = calloc(1, sizeof *s);
-    if (!s) return moe_failed("no memory for the slots of rank %d", rank);
+    moe_slots *s      = calloc(1, sizeof *s);
+    claim     *claims = calloc(4 * (size_t)n, sizeof *claims);
+    if (!s || !claims) {
+        free(s), free(claims);
+        return moe_failed("no memory for the slots of rank %d", rank);
+    }
+    for (int64_t i = 0; i < 4 * n; i++) claims[i].slots = s;
     const int64_t stride = (bytes + LINE - 1) / LINE * LINE;
     *s = (moe_slots){.ranks = ranks, .rank = rank, .stage = stage, .leader = rank / stage * stage,
-                     .n = n, .bytes = bytes, .stride = stride,
+                     .n = n, .bytes = bytes, .stride = stride, .claims = claims,
                      .peers = {.what = "link", .silence = "has sent nothing of what the others wait for",
                                .ranks = ranks, .rank = rank, .bytes = (size_t)(slots_at(n) + 2 * n * stride),
                                .seconds = seconds}};
@@ -302,5 +340,5 @@ int moe_slots_join(moe_slots *s, const void *handles_P) { return moe_peers_join(
 int moe_slots_leave(moe_slots *s) { return moe_peers_leave(&s->peers); }
 void moe_slots_close(moe_slots *s) {
     moe_peers_close(&s->peers);
-    free(s);
+    free(s->claims), free(s);
 }

@@ -211,99 +211,123 @@ void wire_close(In like, int64_t wire) {
     delete wire_at(wire);
 }
 
-// ---- slots: int64s like wires, of CPUs ------------------------------------------------------------------------------
+// ---- slots: int64s like wires. Of GPUs those of the C core hold no bytes, but what has come and what is free --------
 
-moe_slots *slots_at(int64_t slots) { return reinterpret_cast<moe_slots *>(static_cast<intptr_t>(slots)); }
+struct Slots {
+    moe_slots *host = nullptr;
+    std::unique_ptr<moe_device_slots> device;
+    ~Slots() {
+        device.reset();  // waits for what will still raise flags of the host
+        if (host) moe_slots_close(host);
+    }
+};
+Slots &slots_at(int64_t slots) { return *reinterpret_cast<Slots *>(static_cast<intptr_t>(slots)); }
 
 struct SlotDoor : WireDoor {
-    void enter_cpu(In like) {
-        enter(like);
-        if (place->type != CPU) fail("slots hold tensors of CPUs, got one on ", place->text());
-    }
     void whole(const char *arg, In x) {
-        enter_cpu(x);
+        enter(x);
         if (!x.is_contiguous()) fail(arg, " is not contiguous. Hint: ", arg, ".contiguous()");
     }
 };
 
-// -> the slots and their handle.
+// -> the slots and their handles, a row for those of the host and one for those of the device.
 std::tuple<int64_t, Tensor> slots_open(In like, int64_t ranks, int64_t rank, int64_t stage, int64_t n, int64_t bytes,
                                        double seconds) {
     SlotDoor door{"slots_open"};
-    door.enter_cpu(like);
-    Tensor handle = on_host(MOE_I64, 1, MOE_WINDOW_HANDLE_BYTES / 8);
-    moe_slots *slots = nullptr;
-    door.done(moe_slots_open(static_cast<int>(ranks), static_cast<int>(rank), static_cast<int>(stage), n, bytes,
-                             seconds, handle.data_ptr(), &slots),
-              "wanted 0 <= rank=", rank, " < ranks=", ranks, ", two stages or more of stage=", stage, " ranks, n=", n,
-              " > 0, bytes=", bytes, " >= 0 and seconds=", seconds, " > 0");
-    return {static_cast<int64_t>(reinterpret_cast<intptr_t>(slots)), handle};
+    door.enter(like);
+    Tensor handles = on_host(MOE_I64, door.cuda ? 2 : 1, MOE_WINDOW_HANDLE_BYTES / 8);
+    auto *handle = static_cast<char *>(handles.data_ptr());
+    const int P = static_cast<int>(ranks), p = static_cast<int>(rank), of = static_cast<int>(stage);
+    auto slots = std::make_unique<Slots>();
+    int status = moe_slots_open(P, p, of, n, door.cuda ? 0 : bytes, seconds, handle, &slots->host);
+    if (status == MOE_OK && door.cuda) {
+        moe_device_slots *device = nullptr;
+        status = door.cuda->slots_open(P, p, of, n, bytes, handle + MOE_WINDOW_HANDLE_BYTES, &device);
+        slots->device.reset(device);
+    }
+    door.done(status, "wanted 0 <= rank=", rank, " < ranks=", ranks, ", two stages or more of stage=", stage,
+              " ranks, n=", n, " > 0, bytes=", bytes, " >= 0 and seconds=", seconds, " > 0");
+    return {static_cast<int64_t>(reinterpret_cast<intptr_t>(slots.release())), handles};
 }
 
+// handles: those of all ranks beside each other.
 void slots_join(In like, int64_t slots, In handles) {
     SlotDoor door{"slots_join"};
-    door.enter_cpu(like);
-    Dim P{"P"}, words{"8", MOE_WINDOW_HANDLE_BYTES / 8};
-    door.done(moe_slots_join(slots_at(slots), door.in("handles", handles, only(MOE_I64), {&P, &words})));
+    Door host{"slots_join"};
+    door.enter(like);
+    Dim rows{"rows", door.cuda ? 2 : 1}, words{"8 P"};
+    auto *all = static_cast<const char *>(host.in("handles", handles, only(MOE_I64), {&rows, &words}));
+    door.done(moe_slots_join(slots_at(slots).host, all));
+    if (door.cuda) door.done(slots_at(slots).device->join(all + 8 * words));
 }
 
 void slots_begin(In like, int64_t slots, int64_t step) {
     SlotDoor door{"slots_begin"};
-    door.enter_cpu(like);
-    door.done(moe_slots_begin(slots_at(slots), step));
+    door.enter(like);
+    door.done(moe_slots_begin(slots_at(slots).host, step));
 }
 
 void slots_end(In like, int64_t slots) {
     SlotDoor door{"slots_end"};
-    door.enter_cpu(like);
-    door.done(moe_slots_end(slots_at(slots)));
+    door.enter(like);
+    door.done(moe_slots_end(slots_at(slots).host));
 }
 
-// x has the bytes of a slot; its dtype is any.
+// x has the bytes of a slot; its dtype is any. Of a GPU both only wait on the host, and queue the copy.
 void slots_send(In x, int64_t slots, int64_t slot, int64_t delay) {
     SlotDoor door{"slots_send"};
     door.whole("x", x);
-    door.done(moe_slots_send(slots_at(slots), slot, delay, x.data_ptr()), "slot=", slot, ", delay=", delay);
+    auto &[host, device] = slots_at(slots);
+    if (!door.cuda) return door.done(moe_slots_send(host, slot, delay, x.data_ptr()), "slot=", slot, ", delay=", delay);
+    void *claim = nullptr;
+    door.done(moe_slots_claim_send(host, slot, delay, &claim), "slot=", slot, ", delay=", delay);
+    door.done(device->send(slot, x.data_ptr(), moe_slots_raise, claim, door.stream));
 }
 
 void slots_take(In x, int64_t slots, int64_t slot) {
     SlotDoor door{"slots_take"};
     door.whole("x", x);
-    door.done(moe_slots_take(slots_at(slots), slot, x.data_ptr()), "slot=", slot);
+    auto &[host, device] = slots_at(slots);
+    if (!door.cuda) return door.done(moe_slots_take(host, slot, x.data_ptr()), "slot=", slot);
+    void *claim = nullptr;
+    door.done(moe_slots_claim_take(host, slot, &claim), "slot=", slot);
+    door.done(device->take(slot, x.data_ptr(), moe_slots_raise, claim, door.stream));
 }
 
-// -> int32 [n].
+// -> int32 [n] on the host.
 Tensor slots_arrived(In like, int64_t slots, std::vector<int64_t> awaited, int64_t n) {
     SlotDoor door{"slots_arrived"};
-    door.enter_cpu(like);
-    Tensor here = empty(*door.place, ScalarType::Int, {n});
-    door.done(moe_slots_arrived(slots_at(slots), static_cast<int64_t>(awaited.size()), awaited.data(), i32(here)));
+    door.enter(like);
+    Tensor here = empty(torch::stable::full({0}, 0), MOE_I32, {n});
+    door.done(moe_slots_arrived(slots_at(slots).host, static_cast<int64_t>(awaited.size()), awaited.data(), i32(here)));
     return here;
 }
 
 void slots_decide(In like, int64_t slots, int64_t slot) {
     SlotDoor door{"slots_decide"};
-    door.enter_cpu(like);
-    door.done(moe_slots_decide(slots_at(slots), slot), "slot=", slot);
+    door.enter(like);
+    door.done(moe_slots_decide(slots_at(slots).host, slot), "slot=", slot);
 }
 
 int64_t slots_decision(In like, int64_t slots) {
     SlotDoor door{"slots_decision"};
-    door.enter_cpu(like);
+    door.enter(like);
     int64_t slot = -1;
-    door.done(moe_slots_decision(slots_at(slots), &slot));
+    door.done(moe_slots_decision(slots_at(slots).host, &slot));
     return slot;
 }
 
-double slots_waited(In, int64_t slots) { return moe_slots_waited(slots_at(slots)); }
+double slots_waited(In, int64_t slots) { return moe_slots_waited(slots_at(slots).host); }
 
 void slots_leave(In like, int64_t slots) {
     SlotDoor door{"slots_leave"};
-    door.enter_cpu(like);
-    door.done(moe_slots_leave(slots_at(slots)));
+    door.enter(like);
+    const int status = door.cuda ? slots_at(slots).device->leave() : MOE_OK;
+    door.done(moe_slots_leave(slots_at(slots).host));
+    door.done(status);
 }
 
-void slots_close(In, int64_t slots) { moe_slots_close(slots_at(slots)); }
+void slots_close(In, int64_t slots) { delete &slots_at(slots); }
 
 // ---- the table ------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@
 std::remove_pointer_t<decltype(moe_cuda::nccl_id)> moe_nccl_id;
 std::remove_pointer_t<decltype(moe_cuda::nccl_open)> moe_nccl_open;
 std::remove_pointer_t<decltype(moe_cuda::window_open)> moe_window_open;
+std::remove_pointer_t<decltype(moe_cuda::slots_open)> moe_slots_open;
 std::remove_pointer_t<decltype(moe_cuda::cublas_gemm)> moe_cublas_gemm;
 std::remove_pointer_t<decltype(moe_cuda::cublas_gemm_wgrad)> moe_cublas_gemm_wgrad;
 #define X(name) extern std::remove_pointer_t<decltype(moe_cuda::name)> moe_##name;
@@ -88,7 +89,7 @@ int read_verdict(bool wait, const char **op, int64_t *position, cudaStream_t str
 
 const moe_cuda TABLE = {
     sizeof(moe_cuda), ready, error, read_verdict, moe_nccl_id, moe_nccl_open, moe_window_open,
-    moe_cublas_gemm, moe_cublas_gemm_wgrad,
+    moe_slots_open, moe_cublas_gemm, moe_cublas_gemm_wgrad,
 #define X(name) moe_##name,
     MOE_CUDA_OPS(X)
     MOE_CUDA_WORKSPACES(X)

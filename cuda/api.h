@@ -53,6 +53,18 @@ struct moe_wire {
 };
 enum { MOE_NCCL_ID_BYTES = 128 };
 
+// The tensors of csrc/slots.c where they are in device memory: slots.cu. send and take only queue, all on one stream;
+// raise(claim) is called behind the copy, by a thread of the driver.
+struct moe_device_slots {
+    virtual int send(int64_t slot, const void *x, void (*raise)(void *), void *claim, moe_stream stream) = 0;
+    virtual int take(int64_t slot, void *x, void (*raise)(void *), void *claim, moe_stream stream) = 0;
+    // Once, before the first call: the handles of all ranks, 64 bytes each.
+    virtual int join(const void *handles_P) = 0;
+    // Waits for the stream and lets go of what belongs to other ranks. The destructor waits for it too.
+    virtual int leave() = 0;
+    virtual ~moe_device_slots() = default;
+};
+
 struct moe_cuda {
     size_t size;        // sizeof(moe_cuda): two builds that do not fit are not used together
     // MOE_OK if `device` can run these kernels (sm_80 or newer); the first call of a process makes its error word.
@@ -67,6 +79,8 @@ struct moe_cuda {
     int (*nccl_open)(const void *id, int ranks, int rank, double seconds, moe_wire **wire);
     // A window of two halves of `bytes` each, and the handle that lets the other ranks into it.
     int (*window_open)(int ranks, int rank, int64_t bytes, double seconds, void *handle, moe_wire **wire);
+    // 2n slots of `bytes` of a rank, one of stages of `stage` ranks each, as those of moe_slots_open; and its handle.
+    int (*slots_open)(int ranks, int rank, int stage, int64_t n, int64_t bytes, void *handle, moe_device_slots **slots);
     // The yardstick of benchmarks, one cublasGemmEx per expert: it reads bins on the host, so it waits for the stream.
     decltype(with_stream(&moe_grouped_gemm)) cublas_gemm;
     decltype(with_stream(&moe_grouped_gemm_wgrad)) cublas_gemm_wgrad;

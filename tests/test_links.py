@@ -1,15 +1,15 @@
 """Tensors between stages: both transports bring the same bits in any order, agree on one, and end with a sentence.
 
-What the C core says to its caller is in c/test_slots.c.
+What the C core says to its caller is in c/test_slots.c. Under --simt windows are those of cuda/slots.cu.
 """
 import os
 import random
 import signal
 import traceback
-import types
 from datetime import timedelta
 from functools import partial
 
+import devices
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,12 +18,11 @@ from ranks import fork, run_ranks
 
 from moe_ext.config import MeshConfig
 from moe_ext.parallel import links as module
-from moe_ext.parallel.links import SlotLinks, open_links
+from moe_ext.parallel.links import open_links
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.schedule import Action
 
-pytestmark = pytest.mark.c_core
-TRANSPORTS = ["torch", "windows"]
+TRANSPORTS = [pytest.param("torch", marks=pytest.mark.c_core), "windows"]
 SHAPE = (2, 3, 5)
 
 
@@ -214,10 +213,6 @@ def test_what_links_refuse(transport, tmp_path):
 
 
 def test_what_windows_refuse(tmp_path, monkeypatch):
-    gpu = types.SimpleNamespace(device=torch.device("cuda"))
-    with pytest.raises(ValueError, match=r"need CPUs yet, the model is on cuda: --pipeline.transport torch"):
-        SlotLinks(gpu, 1, 1, torch.Size(SHAPE), torch.float32, None)
-
     def body(rank):
         before = len(os.listdir("/proc/self/fd")), os.listdir("/dev/shm")
         if rank == 1:
@@ -228,3 +223,49 @@ def test_what_windows_refuse(tmp_path, monkeypatch):
         return (len(os.listdir("/proc/self/fd")), os.listdir("/dev/shm")) == before
 
     run_ranks(2, body, tmp_path)
+
+
+# -- between GPUs ----------------------------------------------------------------------------------------------------
+@pytest.mark.kernels
+@pytest.mark.skipif(not devices.simt, reason="holds what is queued on a stream")
+def test_a_stream_moves_the_bytes_and_then_the_flag(tmp_path):
+    """send and take come back while their streams stand still. A tensor is seen when its bytes have come, and its slot
+    is not free before they have left it."""
+    program = f"""if True:
+        import ctypes, pytest
+        import torch.distributed as dist
+        from ranks import run_ranks
+        from moe_ext.config import MeshConfig
+        from moe_ext.parallel.links import open_links
+        from moe_ext.parallel.mesh import Mesh
+        from moe_ext.parallel.schedule import Action
+
+        stream, forth, sent = ctypes.CDLL(devices.simt), Action("F", 0, 0), torch.arange(1.0, 7.0)
+
+        def body(rank):
+            links = open_links(Mesh(MeshConfig(pp=2), seconds=1), "windows", chunks=1, micros=1, shape=(6,),
+                               dtype=torch.float32)
+            ctypes.c_int.in_dll(stream, "simt_held").value = 1
+            links.begin(1)
+            if rank == 0:
+                links.send(forth, sent)
+            for seen in (False, False, True):
+                dist.barrier()
+                assert rank == 0 or bool(links.look([])[0]) == seen
+                dist.barrier()
+                stream.simt_run(int(rank == 0))     # the copy; then the flag
+            if rank == 1:
+                got = links.take(forth)
+                stream.simt_run(1)
+                assert torch.equal(got, sent)
+            links.end()
+            dist.barrier()
+            links.begin(2)
+            if rank == 0:
+                with pytest.raises(RuntimeError, match="rank 1 .* has sent nothing .* rank 0 was to send"):
+                    links.send(forth, sent)
+
+        run_ranks(2, body, {str(tmp_path)!r})
+    """
+    done = devices.python(program, "cpu", MOE_CHECK="0")
+    assert done.returncode == 0, done.stderr

@@ -123,25 +123,24 @@ class Links:
 
 
 class SlotLinks(Links):
-    """The ranks of one host, on CPUs: csrc/slots.c. A tensor is written straight into its slot in the receiver's
-    memory, which is 2 * chunks * micros tensors large, and seen there without a message."""
+    """The ranks of one host: csrc/slots.c, on GPUs cuda/slots.cu too. A tensor is written straight into its slot in the
+    receiver's memory, which is 2 * chunks * micros tensors large, and seen there without a message. On GPUs send and
+    take queue their copies on the current stream, which is the same at every call; the host waits only until the slot
+    is free, or the tensor has come."""
 
     def __init__(self, mesh, *options):
         super().__init__(mesh, *options)
-        if mesh.device.type != "cpu":
-            raise ValueError("windows between stages need CPUs yet, the model is on "
-                             f"{mesh.device.type}: --pipeline.transport torch")
-        self.like, self.slots = torch.empty(0), None
-        slots, handle = _wire.slots_open(self.like, mesh.world, mesh.rank, mesh.config.stage, self.n,
-                                         self.shape.numel() * self.dtype.itemsize, mesh.seconds)
+        self.like, self.slots = torch.empty(0, device=mesh.device), None
+        slots, handles = _wire.slots_open(self.like, mesh.world, mesh.rank, mesh.config.stage, self.n,
+                                          self.shape.numel() * self.dtype.itemsize, mesh.seconds)
         try:
             every = [None] * mesh.world
-            dist.all_gather_object(every, (handle, pid_space(), socket.gethostname()))
+            dist.all_gather_object(every, (handles, pid_space(), socket.gethostname()))
             for rank, (_, space, host) in enumerate(every):
                 if space != every[0][1]:
                     raise ValueError(f"windows join stages of one host, but rank {rank} is on {host} and rank 0 on "
                                      f"{every[0][2]}, or in another container: --pipeline.transport torch")
-            _wire.slots_join(self.like, slots, torch.cat([handle for handle, *_ in every]))
+            _wire.slots_join(self.like, slots, torch.cat([handles for handles, *_ in every], 1))
         except BaseException:
             _wire.slots_close(self.like, slots)
             raise
@@ -164,7 +163,7 @@ class SlotLinks(Links):
         self.call(f"send {self.name(slot)}", _wire.slots_send, x, slot, int(1e9 * delay))
 
     def get(self, slot):
-        x = torch.empty(self.shape, dtype=self.dtype)
+        x = self.like.new_empty(self.shape, dtype=self.dtype)
         self.call(f"take {self.name(slot)}", _wire.slots_take, x, slot)
         return x
 

@@ -5,6 +5,7 @@
 // Deadlines are far (SECONDS) where a test is to end without one; alarm() ends a rank that hangs.
 #include "check.h"
 #include <dirent.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
@@ -15,7 +16,7 @@ enum { MAX = 8, N = 6, BYTES = 1000, SECONDS = 1000 };
 typedef void (*rank_body)(moe_slots *s, int ranks, int rank, int stage);
 static struct {
     char            handle[MAX][MOE_WINDOW_HANDLE_BYTES];
-    _Atomic int     arrived;
+    _Atomic int     arrived, late;
     _Atomic int64_t order[MAX][2 * N];
 } *shared;                                      // by all ranks
 
@@ -160,6 +161,36 @@ static void ahead(moe_slots *s, int ranks, int rank, int stage) {
     meet(8);
 }
 
+// Copies that others make: rank 0 claims and goes on, and a thread makes the copy, here to shared->late, and raises. A
+// step later its next claim of the slot waits for the whole of that.
+static void *copy_late(void *claim) {
+    usleep(20000);
+    atomic_fetch_add(&shared->late, 1);
+    moe_slots_raise(claim);
+    return NULL;
+}
+static void claims(moe_slots *s, int ranks, int rank, int stage) {
+    (void)ranks, (void)stage;
+    pthread_t copies[3];
+    void     *claim = NULL;
+    for (int step = 1; step <= 3; step++) {
+        CHECK_OK(moe_slots_begin(s, step));
+        if (rank == 0) {
+            CHECK_OK(moe_slots_claim_send(s, 2, 0, &claim));
+            CHECK_SAID(moe_slots_claim_send(s, 2, 0, &claim), "slot 2 has been sent in step ");
+        } else {
+            CHECK_OK(moe_slots_claim_take(s, 2, &claim));
+            CHECK_SAID(moe_slots_claim_take(s, 2, &claim), "slot 2 has been taken in step ");
+        }
+        const int done = atomic_load(&shared->late), least = 2 * step - 2 + rank;
+        CHECK(done >= least, "rank %d, step %d: %d copies are done, wanted %d", rank, step, done, least);
+        pthread_create(&copies[step - 1], NULL, copy_late, claim);
+        CHECK_OK(moe_slots_end(s));
+    }
+    for (int i = 0; i < 3; i++) pthread_join(copies[i], NULL);
+    meet(4);
+}
+
 // -- refusals ---------------------------------------------------------------------------------------------------------
 static void refusals(moe_slots *s, int ranks, int rank, int stage) {
     char          data[BYTES] = {0};
@@ -258,6 +289,7 @@ static void tests(void) {
     run(6, 2, SECONDS, -1, random_steps);
     run(MAX, 4, SECONDS, -1, random_steps);
     run(4, 2, SECONDS, -1, ahead);
+    run(2, 1, SECONDS, -1, claims);
     test_refusals();
     run(4, 1, SECONDS, 2, rank_2_is_killed);
     run(4, 1, 1, 2, rank_2_computes);

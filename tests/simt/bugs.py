@@ -280,6 +280,12 @@ BUGS = [
     Bug("cuda/windows.cu", "        if (nanoseconds() - start > j.nanoseconds) {",
         "        if (nanoseconds() - start > j.nanoseconds * 1000) {",
         "a dead peer is waited for too long", "tests/test_exchange.py -k 'killed and WindowTransport and counts'"),
+    # ---- cuda/slots.cu -----------------------------------------------------------------------------------------------
+    Bug("cuda/slots.cu", "        last = stream;\n",
+        "        last = stream;\n        (void)cudaLaunchHostFunc(stream, raise, claim);\n",
+        "a tensor is seen before its bytes have come", "tests/test_links.py -k test_a_stream"),
+    Bug("cuda/slots.cu", "return move((slot < n ? after : before)", "return move((slot < n ? after : after)",
+        "gradients go on to the next stage", "tests/test_links.py -k 'test_bits and windows and tp'"),
     # ---- cuda/nccl.cu ------------------------------------------------------------------------------------------------
     Bug("cuda/nccl.cu", "            if (in) TRY(", "            TRY(",
         "a pair without bytes is skipped on one side only",

@@ -5,13 +5,17 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 
-extern "C" __attribute__((visibility("default"))) int simt_stuck;
-int simt_stuck = 0;
+#define FOR_TESTS extern "C" __attribute__((visibility("default")))
+FOR_TESTS int simt_stuck, simt_held;
+int simt_stuck = 0, simt_held = 0;
 
 namespace {
 struct allocation { int file; size_t bytes; };
@@ -62,6 +66,26 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) { free(event); return cudaSucces
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t) {
     return __atomic_load_n(&simt_stuck, __ATOMIC_RELAXED) ? cudaErrorNotReady : cudaSuccess;
+}
+
+static std::deque<std::function<void()>> held;
+static cudaError_t queue(std::function<void()> work) {
+    if (simt_held) held.push_back(work);
+    else work();
+    return cudaSuccess;
+}
+FOR_TESTS void simt_run(int n) {
+    for (; n > 0 && !held.empty(); n--, held.pop_front()) held.front()();
+}
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    return queue([=] { memcpy(to, from, bytes); });
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t, void (*function)(void *), void *arg) {
+    return queue([=] { function(arg); });
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    simt_run(INT_MAX);
+    return cudaSuccess;
 }
 
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *out, void *p) {
