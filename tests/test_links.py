@@ -166,6 +166,7 @@ def test_all_name_a_rank_that_dies_in_an_agreement(transport, lost, tmp_path):
     """The leader of the first stage, which keeps its peer and, by that, the last stage waiting; or that one's peer."""
     def body(mesh, rank):
         links = open_links(mesh, transport, chunks=1, micros=2, shape=SHAPE, dtype=torch.float32)
+        dist.barrier()      # nobody dies before all have joined
         links.begin(1)
         links.send(Action("F", 0, 0), torch.zeros(SHAPE))
         assert links.agree(first_of(actions(1, 2))) == Action("F", 0, 0)
