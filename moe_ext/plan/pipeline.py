@@ -16,6 +16,7 @@ from moe_ext.config import Config
 from moe_ext.parallel.schedule import Action, Turns, following
 
 GROUPS = 3      # of pp micro-batches, after which they repeat
+CAPPED = 12     # under pipeline.live one group is not as the last, but so many together are as so many before
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
@@ -95,11 +96,13 @@ def run(name: str, pp: int, chunks: int, micros: int, live: int) -> Run:
 
 
 def runs(config: Config) -> tuple[Run, Run, int]:
-    """(a short step, one that is a group longer, how many groups longer the whole one is than the first)."""
+    """(a short step, one that is so many groups longer, how often longer the whole one is than the first)."""
     p, pp, micros = config.pipeline, config.mesh.pp, config.train.accumulation
-    few = min(micros, GROUPS * pp + micros % pp)
-    short, more = run(p.schedule, pp, p.chunks, few, p.live), (micros - few) // pp
-    return short, run(p.schedule, pp, p.chunks, few + pp, p.live) if more else short, more
+    again = pp * (CAPPED if p.live else 1)
+    more = max(0, micros - GROUPS * pp) // again
+    few = micros - more * again
+    short = run(p.schedule, pp, p.chunks, few, p.live)
+    return short, run(p.schedule, pp, p.chunks, few + again, p.live) if more else short, more
 
 
 def turns(config: Config) -> tuple[float, list[int]]:
@@ -109,7 +112,12 @@ def turns(config: Config) -> tuple[float, list[int]]:
     short, longer, more = runs(config)
     time = short.time + more * (longer.time - short.time)
     work = 3 * config.pipeline.chunks * config.train.accumulation
-    return 1 - work / time, [few + more * (n - few) for few, n in zip(short.live, longer.live, strict=True)]
+    return 1 - work / time, [n + rest(config, more) * (n - few) for few, n in zip(short.live, longer.live, strict=True)]
+
+
+def rest(config: Config, more: int) -> int:
+    """How often what lives at a time grows on beyond the longer step: under pipeline.live it does not."""
+    return 0 if config.pipeline.live else more - 1
 
 
 def alive(config: Config, stage: int, sizes: list[int]) -> list[int]:
@@ -120,4 +128,4 @@ def alive(config: Config, stage: int, sizes: list[int]) -> list[int]:
     short, longer, more = runs(config)
     few, many = (max(step.summits[stage], key=lambda live: sum(map(int.__mul__, live, sizes)))
                  for step in (short, longer))
-    return [n + more * (m - n) for n, m in zip(few, many, strict=True)]
+    return [m + rest(config, more) * (m - n) for n, m in zip(few, many, strict=True)]
