@@ -57,7 +57,6 @@ def test_bits_arrive_in_any_order_of_sends(transport, mesh, tmp_path):
                 links.send(action, tensor_of(step, action, receiver(mesh, action), torch.bfloat16))
             for action in order.sample(todo, len(todo)):
                 same(links.take(action), tensor_of(step, action, rank, torch.bfloat16))
-            assert links.waited >= 0 and links.sending > 0
             links.end()
         links.close()
 

@@ -240,7 +240,7 @@ def protocol(rng, name, pp, vpp, micros, ranks, live, alone=False):
             action = turns[lane].choose(come.__contains__) if turns[lane].left else None
         else:
             action = first[len(own)] if len(own) < len(first) else None
-            assert action is None or action in here[lane] or action.chunk == turns[lane].own[action.kind]
+            assert action is None or action in here[lane] or not turns[lane].takes(action)
         if action:
             own.append(action)
             turns[lane].ran(action)
