@@ -298,10 +298,8 @@ int moe_slots_arrived(moe_slots *slots, int64_t awaited_n, const int64_t *awaite
 // The one order that a stage's ranks share: its first rank decides for a slot number, the others wait for it.
 int moe_slots_decide(moe_slots *slots, int64_t slot);
 int moe_slots_decision(moe_slots *slots, int64_t *slot);
-// Seconds that this rank has waited in calls since begin.
-double moe_slots_waited(const moe_slots *slots);
-int    moe_slots_leave(moe_slots *slots);
-void   moe_slots_close(moe_slots *slots);
+int  moe_slots_leave(moe_slots *slots);
+void moe_slots_close(moe_slots *slots);
 
 // ---- dataset.c -----------------------------------------------------------------------------------------------------
 // Numbers of documents and of samples are I32 or I64: `dtype`. sizes and starts are in tokens.

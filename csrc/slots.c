@@ -42,7 +42,6 @@ struct moe_slots {
     int       ranks, rank, stage, leader;
     int64_t   n, bytes, stride;         // slots of each direction; of a tensor, and from slot to slot
     int64_t   step, decisions;
-    double    waited;
     claim    *claims;                   // of 2n slots that this rank sends to, then of the 2n that it takes from
 };
 
@@ -152,7 +151,7 @@ static int await(moe_slots *s, const wish *w) {
     if (status != MOE_OK || w->met(s, w, &missing, &due)) return status;
     const double began = moe_now();
     for (int i = 0; i < s->peers.spins; i++, moe_relax())
-        if (w->met(s, w, &missing, &due)) goto met;
+        if (w->met(s, w, &missing, &due)) return MOE_OK;
     atomic_store(&mine->asleep, 1);
     for (;;) {
         const uint32_t seen = atomic_load(&mine->events);
@@ -173,8 +172,6 @@ static int await(moe_slots *s, const wish *w) {
     }
     atomic_store_explicit(&mine->asleep, 0, memory_order_relaxed);
     publish(s, &(rank_set){0});
-met:
-    s->waited += moe_now() - began;
     return MOE_OK;
 }
 
@@ -190,7 +187,7 @@ static void wake(const moe_slots *s, int p) {
 int moe_slots_begin(moe_slots *s, int64_t step) {
     if (step <= s->step)
         return moe_failed("step %lld begins after step %lld", (long long)step, (long long)s->step);
-    s->step = step, s->waited = 0;
+    s->step = step;
     return moe_peers_ready(&s->peers);
 }
 
@@ -307,8 +304,6 @@ int moe_slots_decision(moe_slots *s, int64_t *slot) {
     atomic_store(&file_of(s, s->rank)->decisions, ++s->decisions);
     return MOE_OK;
 }
-
-double moe_slots_waited(const moe_slots *s) { return s->waited; }
 
 // -- open and close ---------------------------------------------------------------------------------------------------
 int moe_slots_open(int ranks, int rank, int stage, int64_t n, int64_t bytes, double seconds, void *handle,

@@ -317,8 +317,6 @@ int64_t slots_decision(In like, int64_t slots) {
     return slot;
 }
 
-double slots_waited(In, int64_t slots) { return moe_slots_waited(slots_at(slots).host); }
-
 void slots_leave(In like, int64_t slots) {
     SlotDoor door{"slots_leave"};
     door.enter(like);
@@ -336,7 +334,7 @@ const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_
     OP(nccl_id), OP(nccl_open), OP(window_open), OP(wire_join), OP(wire_counts), OP(wire_rows), OP(wire_forth),
     OP(wire_back), OP(wire_leave), OP(wire_close),
     OP(slots_open), OP(slots_join), OP(slots_begin), OP(slots_end), OP(slots_send), OP(slots_take), OP(slots_arrived),
-    OP(slots_decide), OP(slots_decision), OP(slots_waited), OP(slots_leave), OP(slots_close),
+    OP(slots_decide), OP(slots_decision), OP(slots_leave), OP(slots_close),
 };
 
 }  // namespace

@@ -5,11 +5,12 @@ step's sequences in one forward, without recomputation, from values drawn in pla
 
     |got - want| <= 1e-12 * max|want| + 1e-15 * the largest max|want| of its kind in that step
 
-kinds: losses (token; balance and z-loss; evaluation; the gradient's norm), gradients (clipped), parameters (updated;
-selection biases too). Initial values and the experts' loads must be equal to the last bit. The floor, 4.5 roundings of
-the largest number of the kind, is for a tensor that is zero but for what is left of a sum of larger ones, such as the
-gradient of a key's bias. A cell in fp32 takes one step and is compared with an fp64 process that begins at the same
-values, 1e-5 taking the place of 1e-12; that no token's choice of experts hangs by less than MARGIN is then asserted.
+kinds: losses (token; balance and z-loss; balance alone; evaluation; the gradient's norm), gradients (clipped),
+parameters (updated; selection biases too). Initial values and the experts' loads must be equal to the last bit. The
+floor, 4.5 roundings of the largest number of the kind, is for a tensor that is zero but for what is left of a sum of
+larger ones, such as the gradient of a key's bias. A cell in fp32 takes one step and is compared with an fp64 process
+that begins at the same values, 1e-5 taking the place of 1e-12; that no token's choice of experts hangs by less than
+MARGIN is then asserted. The loss of a mesh has a scale, as for fp16, that of one process has none.
 
 Every mesh is a cell with a MoE model, and with a dense one where the experts have no axis. What else there is to choose
 (Case's options) is dealt out to the cells so that any two options, at any of their levels, meet on some mesh with
@@ -79,6 +80,7 @@ MARGIN = 1e-4   # in fp32, between the logits of the last expert chosen and the 
 SEED, STEPS, ROWS, TOKENS, EXPERTS = 7, 3, 16, 16, 8    # ROWS sequences of TOKENS tokens in each step
 AXES = ("pp", "rep", "fsdp", "tp", "ep", "etp")
 PIECES = 16     # the most that a model is cut into
+SCALE = 64.0    # of a mesh's loss
 LIGHT = 100     # a Case's weight: some 10 s of one core
 
 
@@ -454,7 +456,7 @@ def train(case: Case, mesh: Mesh) -> Record:
     optim = OptimConfig(lr=1e-2, min_lr=0.0, eps=1e-4, clip=case.clip)
     optimizer = adamw(model, optim)
     step_text = (*text(case), *documents(case))
-    dice = random.Random(mesh.rank)
+    dice, scale = random.Random(mesh.rank), SCALE if mesh.world > 1 else 1.0
     pipeline = Pipeline(model, mesh, case.pipeline, micro_batch=case.micro_batch, micros=case.accumulation,
                         delay=(lambda action: dice.uniform(0, 2e-3)) if case.shaken else None)
 
@@ -476,16 +478,16 @@ def train(case: Case, mesh: Mesh) -> Record:
         return mesh.sum(loss / mesh.config.tp)[0]
 
     for step in range(case.steps):
-        losses = {"token": [], "aux": []}
+        losses = {"token": [], "aux": [], "balance": []}
         for _ in range(case.repeats):
             optimizer.zero_grad()
             totals = pipeline.step(functools.partial(feed, step), case.accumulation, tokens=ROWS * TOKENS,
-                                   around=dawdle if case.shaken else nullcontext)
+                                   scale=scale, around=dawdle if case.shaken else nullcontext)
             orders.append(pipeline.order)
-            loss, aux, loads, dropped = pipeline.sum(totals.loss, totals.aux, totals.counts_LE, totals.dropped_L)
-            losses["token"].append(loss)
-            losses["aux"].append(aux)
-        norm = clip_grad_norm(model.named_parameters(), optim.clip, holders=model.holders)
+            loss, aux, balance, loads, dropped, _ = pipeline.sum(*totals)
+            for name, number in zip(losses, (loss, aux, balance), strict=True):
+                losses[name].append(number)
+        norm = clip_grad_norm(model.named_parameters(), optim.clip, scale, model.holders)
         losses = {name: torch.stack(each) for name, each in losses.items()} | {"norm": torch.tensor(norm).double()}
         exact |= {f"loads {step}": loads, f"dropped {step}": dropped}
         close["gradients", step] = {name: local(p.grad).clone() for name, p in model.named_parameters()}

@@ -56,7 +56,6 @@ def test_bits_arrive_in_any_order_of_sends(transport, mesh, tmp_path):
                 links.send(action, tensor_of(step, action, receiver(mesh, action), torch.bfloat16))
             for action in order.sample(todo, len(todo)):
                 same(links.take(action), tensor_of(step, action, rank, torch.bfloat16))
-            assert links.waited >= 0 and links.sending > 0
             links.end()
         links.close()
 
@@ -165,6 +164,7 @@ def test_all_name_a_rank_that_dies_in_an_agreement(transport, lost, tmp_path):
     """The leader of the first stage, which keeps its peer and, by that, the last stage waiting; or that one's peer."""
     def body(mesh, rank):
         links = open_links(mesh, transport, chunks=1, micros=2, shape=SHAPE, dtype=torch.float32)
+        dist.barrier()      # nobody dies before all have joined
         links.begin(1)
         links.send(Action("F", 0, 0), torch.zeros(SHAPE))
         assert links.agree(first_of(actions(1, 2))) == Action("F", 0, 0)

@@ -104,10 +104,10 @@ def dispatch_forgets_the_weights_gradient():
 def clip_by_mesh():
     clip = proof.clip_grad_norm
 
-    def clip_each(named, max_norm, holders):
+    def clip_each(named, max_norm, scale, holders):
         named = list(named)
         groups = {p.device_mesh: [pair for pair in named if pair[1].device_mesh == p.device_mesh] for _, p in named}
-        return math.hypot(*(clip(group, max_norm) for group in groups.values()))
+        return math.hypot(*(clip(group, max_norm, scale) for group in groups.values()))
 
     proof.clip_grad_norm = clip_each
 
@@ -202,6 +202,21 @@ def aux_loss_is_the_mean_over_a_stages_layers():
     GPT.forward = own
 
 
+def balance_is_the_mean_over_all_stages_ranks():
+    add = Step.add
+    Step.add = lambda self, **parts: add(self, **{name: part / (self.mesh.config.pp if name == "balance" else 1)
+                                                  for name, part in parts.items()})
+
+
+def aux_loss_is_not_scaled():
+    accumulate = pipeline.accumulate
+
+    def unscaled(piece, out, mesh, scale, **options):
+        return accumulate(piece, out._replace(aux_loss=out.aux_loss / scale), mesh, scale=scale, **options)
+
+    pipeline.accumulate = unscaled
+
+
 def tied_gradients_stay_parts():
     pipeline.sum_tied = lambda model, mesh: None
 
@@ -278,6 +293,8 @@ BUGS = {
     initial_values_by_local_index: on(True, fsdp=2),
     aux_loss_counts_on_every_rank: on(fsdp=2),
     aux_loss_is_the_mean_over_a_stages_layers: piped(),
+    balance_is_the_mean_over_all_stages_ranks: piped(),
+    aux_loss_is_not_scaled: piped(),
     tied_gradients_stay_parts: piped(True, tied=True),
     norm_over_one_stage: piped(True),
     gradients_are_whole_too_early: piped(True, tp=2),

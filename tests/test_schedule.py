@@ -1,4 +1,5 @@
 """The orders of a pipeline beside torch's and that of seed 001; the memory cap; all ranks of a stage do the same."""
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -6,8 +7,8 @@ import pytest
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, schedules
 
 from moe_ext.config import ConfigError
-from moe_ext.parallel.schedule import SCHEDULES, Action, Turns, check, peak_live, tensor_id
-from moe_ext.plan.schedule import following, simulate
+from moe_ext.parallel.schedule import SCHEDULES, Action, Turns, check, following, tensor_id
+from moe_ext.plan.pipeline import simulate
 
 GRID = [(pp, vpp, micros) for pp in (1, 2, 3, 4, 8) for vpp in (1, 2, 4) for micros in (1, 3, 4, 8, 9)]
 
@@ -25,6 +26,11 @@ def takes(name, pp, vpp, micros):
     except ConfigError:
         return False
     return True
+
+
+def peak_live(order):
+    """The most chunks whose activations a stage holds at a time."""
+    return max(itertools.accumulate(1 if action.kind == "F" else -1 for action in order))
 
 
 def cost(kind, backward=2.0):
@@ -234,7 +240,7 @@ def protocol(rng, name, pp, vpp, micros, ranks, live, alone=False):
             action = turns[lane].choose(come.__contains__) if turns[lane].left else None
         else:
             action = first[len(own)] if len(own) < len(first) else None
-            assert action is None or action in here[lane] or action.chunk == turns[lane].own[action.kind]
+            assert action is None or action in here[lane] or not turns[lane].takes(action)
         if action:
             own.append(action)
             turns[lane].ran(action)

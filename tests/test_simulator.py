@@ -9,7 +9,8 @@ import moe_ext.plan.__main__
 from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, PipelineConfig, TrainConfig, dumps
 from moe_ext.log import trace
 from moe_ext.parallel.schedule import SCHEDULES, Action
-from moe_ext.plan.schedule import Hiccup, Times, bubble
+from moe_ext.plan.pipeline import turns
+from moe_ext.plan.schedule import Hiccup, Times
 
 
 def mean(name, times, live=0, steps=15):
@@ -89,12 +90,12 @@ def config(**pipeline):
 
 
 def test_what_the_planner_asks():
-    assert bubble(config()) == (pytest.approx(9 / 105), [19, 17, 15, 13])
-    share, live = bubble(config(schedule="bfc", live=20))
+    assert turns(config()) == (pytest.approx(9 / 105), [19, 17, 15, 13])
+    share, live = turns(config(schedule="bfc", live=20))
     assert 9 / 105 < share < 0.12 and max(live) == 20
-    assert bubble(Config(train=TrainConfig(accumulation=3))) == (0, [1])
+    assert turns(Config(train=TrainConfig(accumulation=3))) == (0, [1])
     with pytest.raises(ConfigError, match="1f1b has one chunk"):
-        bubble(config(schedule="1f1b"))
+        turns(config(schedule="1f1b"))
 
 
 def command(monkeypatch, *args):

@@ -10,7 +10,6 @@ rank in its place of the next stage and of the one before.
     x = links.take(action)              # a new tensor; waits for it, where it has not arrived
     action = links.agree(choose)        # dynamic schedules: the next action, the same on all ranks of the stage
     links.end()                         # of the step: all that was sent has been taken
-    links.waited, links.sending         # seconds since begin that take and agree have waited, and that send has taken
     links.close()
 
 agree calls choose(arrived) on the stage's first rank, its leader, until it returns an Action; the others get that one.
@@ -42,7 +41,6 @@ for _schema in (
     "slots_arrived(Tensor like, int slots, int[] awaited, int n) -> Tensor",
     "slots_decide(Tensor like, int slots, int slot) -> ()",
     "slots_decision(Tensor like, int slots) -> int",
-    "slots_waited(Tensor like, int slots) -> float",
     "slots_leave(Tensor like, int slots) -> ()",
     "slots_close(Tensor like, int slots) -> ()",
 ):
@@ -59,7 +57,7 @@ def open_links(mesh, transport: str, *, chunks: int, micros: int, shape, dtype,
 
 
 class Links:
-    """What both kinds check, name and time. A slot is the number of a tensor of a step: activations, then gradients.
+    """What both kinds check and name. A slot is the number of a tensor of a step: activations, then gradients.
 
     A kind has begin, put and get; look(awaited), which waits until one of the awaited slots' tensors has come to all
     ranks of the stage, if any is given, and says of all slots whether theirs has; decide and follow; end and close.
@@ -68,16 +66,14 @@ class Links:
     def __init__(self, mesh, chunks, micros, shape, dtype, delay):
         self.mesh, self.chunks, self.micros, self.delay = mesh, chunks, micros, delay
         self.shape, self.dtype = shape, dtype
-        self.n, self.step, self.sending, self.inside = chunks * micros, 0, 0.0, False   # inside a step
+        self.n, self.step, self.inside = chunks * micros, 0, False      # inside a step
 
     def send(self, action: Action, x):
         slot, device = self.slot(action), self.mesh.device.type
         if x.shape != self.shape or x.dtype != self.dtype or x.device.type != device:
             raise ValueError(f"links.send of {self.name(slot)}: got {list(x.shape)} {x.dtype} on {x.device}, wanted "
                              f"{list(self.shape)} {self.dtype} on {device}, as given to open_links")
-        began = time.perf_counter()
         self.put(slot, x.detach().contiguous(), self.delay(action) if self.delay else 0.0)
-        self.sending += time.perf_counter() - began
 
     def take(self, action: Action):
         return self.get(self.slot(action))
@@ -157,7 +153,7 @@ class SlotLinks(Links):
 
     def begin(self, step: int):
         self.call(f"begin step {step}", _wire.slots_begin, self.like, step)
-        self.step, self.sending, self.inside = step, 0.0, True
+        self.step, self.inside = step, True
 
     def put(self, slot, x, delay):
         self.call(f"send {self.name(slot)}", _wire.slots_send, x, slot, int(1e9 * delay))
@@ -176,10 +172,6 @@ class SlotLinks(Links):
 
     def follow(self):
         return self.call(f"follow its stage in step {self.step}", _wire.slots_decision, self.like)
-
-    @property
-    def waited(self) -> float:
-        return self.call("say how long it waited", _wire.slots_waited, self.like)
 
     def end(self):
         self.call(f"end step {self.step}", _wire.slots_end, self.like)
@@ -222,7 +214,7 @@ class TorchLinks(Links):
         self.members = range(self.leader, self.leader + mesh.config.stage)
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=mesh.seconds))
         self.store = mesh.store and dist.PrefixStore("links", mesh.store)
-        self.changed, self.threads, self.failure, self.waited = threading.Condition(), [], None, 0.0
+        self.changed, self.threads, self.failure = threading.Condition(), [], None
 
     # ---- a step ------------------------------------------------------------------------------------------------------
     def begin(self, step: int):
@@ -231,7 +223,7 @@ class TorchLinks(Links):
         if step <= self.step:
             raise ValueError(f"step {step} begins after step {self.step}")
         self.join()
-        self.step, self.sending, self.waited, self.inside = step, 0.0, 0.0, True
+        self.step, self.inside = step, True
         self.works, self.sent, self.taken = [], set(), set()
         self.tensors, self.decisions, self.conferring = {}, deque(), False
         self.seen = defaultdict(dict)           # slot -> rank of the stage -> when its tensor counts as arrived there
@@ -389,7 +381,6 @@ class TorchLinks(Links):
             self.changed.wait(min(due - now, seconds / 8))
         if said:
             self.say([])
-        self.waited += time.monotonic() - began
 
     def say(self, missing):
         """For all to know: whom this rank waits for."""

@@ -29,7 +29,7 @@ from moe_ext.config import PipelineConfig
 from moe_ext.model import GPT
 from moe_ext.parallel.links import open_links
 from moe_ext.parallel.record import Recorder
-from moe_ext.parallel.schedule import Action, Turns, tensor_id
+from moe_ext.parallel.schedule import Action, Turns, following, tensor_id
 from moe_ext.parallel.shard import accumulate
 from moe_ext.parallel.stages import Stage, moe_rows, sum_tied
 from moe_ext.parallel.tensor import sum_replicated
@@ -69,7 +69,7 @@ class Pipeline:
     def step(self, feed: Callable[[int], tuple], micros: int, *, tokens: int, scale: float = 1.0,
              around: Callable = lambda kind: nullcontext()) -> Totals:
         """feed(m): the arguments of GPT.forward for micro-batch m, as a tuple, asked for once. tokens, scale: as for
-        `shard.backward`. around(kind): a context for each "forward" and "backward"."""
+        `shard.accumulate`. around(kind): a context for each "forward" and "backward"."""
         name, live = (self.config.schedule, self.config.live) if self.pp > 1 else ("1f1b", 0)
         turns = Turns(name, self.pp, self.vpp, micros, self.mesh.pp_rank, live)
         step, links = Step(self, feed, micros, tokens, scale), self.links
@@ -80,7 +80,7 @@ class Pipeline:
         while turns.left:
             with span("wait") as wait:
                 action = links.agree(turns.choose) if turns.dynamic else turns.choose(lambda action: True)
-                received = links.take(action) if self.takes(action) else None
+                received = links.take(action) if turns.takes(action) else None
                 if wait:
                     wait.action = action
             turns.ran(action)
@@ -92,7 +92,7 @@ class Pipeline:
                 passed = step.forward(action, received) if action.kind == "F" else step.backward(action, received)
             self.say(action, "finished")
             if passed is not None:
-                to = self.taker(action)
+                _, to = following(action, self.mesh.pp_rank, self.pp, self.vpp)
                 with span("send", to):
                     links.send(to, passed)
                 del passed
@@ -111,18 +111,6 @@ class Pipeline:
     def traced(self) -> bool:
         """Whether this step goes to the trace."""
         return self.recorder is not None and 1 < self.steps <= 1 + self.config.trace
-
-    def takes(self, action: Action) -> bool:
-        """Whether an action takes a tensor of another stage: it does not begin with tokens or with the loss."""
-        piece = self.pieces[action.chunk]
-        return not (piece.first if action.kind == "F" else piece.last)
-
-    def taker(self, action: Action) -> Action:
-        """The action of another stage that takes what this one makes."""
-        kind, chunk, micro = action
-        if kind == "F":
-            return Action("F", chunk + (self.mesh.pp_rank == self.pp - 1), micro)
-        return Action("B", chunk - (self.mesh.pp_rank == 0), micro)
 
     def say(self, action: Action, what: str) -> None:
         """A line of config.lines."""

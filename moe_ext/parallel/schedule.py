@@ -15,7 +15,7 @@ The model is cut into pp * vpp chunks; stage p of pp runs the chunks p, p + pp, 
             turns.ran(action)
 
 `choose` changes nothing, so that one rank decides for its stage and all ranks of the stage call `ran`. Runtime
-(moe_ext.parallel.pipeline) and simulator (moe_ext.plan.schedule) run this file's functions; nothing else knows what a
+(moe_ext.parallel.pipeline) and simulator (moe_ext.plan.pipeline) run this file's functions; nothing else knows what a
 schedule is.
 """
 from __future__ import annotations
@@ -113,13 +113,10 @@ def tensor_id(action: Action, pp: int, vpp: int) -> int:
     return (group * vpp + chunk) * pp + place
 
 
-def peak_live(order: list[Action]) -> int:
-    """The most chunks whose activations a stage holds at a time."""
-    live = peak = 0
-    for action in order:
-        live += 1 if action.kind == "F" else -1
-        peak = max(peak, live)
-    return peak
+def following(action: Action, stage: int, pp: int, vpp: int) -> tuple[int, Action] | None:
+    """(stage, action) that takes what an action has made; None behind the last piece and before the first."""
+    piece = action.chunk * pp + stage + (1 if action.kind == "F" else -1)
+    return (piece % pp, action._replace(chunk=piece // pp)) if 0 <= piece < pp * vpp else None
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
@@ -144,12 +141,16 @@ class Turns:
         # the chunk that takes no tensor: it begins with tokens, or with the loss
         self.own = {"F": 0 if stage == 0 else None, "B": vpp - 1 if stage == pp - 1 else None}
 
+    def takes(self, action: Action) -> bool:
+        """Whether an action takes a tensor of another stage: it does not begin with tokens or with the loss."""
+        return action.chunk != self.own[action.kind]
+
     def choose(self, there: Callable[[Action], bool]) -> Action | None:
         """The next action, None if there is nothing to do yet. there: whether the tensor that an action takes from the
         stage before (F) or after (B) is here; it is asked only of actions that take one."""
         if not self.dynamic:
             action = self.order[-self.left]
-            return action if action.chunk == self.own[action.kind] or there(action) else None
+            return action if not self.takes(action) or there(action) else None
         chosen, first = None, 2 * len(self.order)
         room, ahead = self.most - self.live, 0
         for action in self.next.values():       # by micro-batch
@@ -161,7 +162,7 @@ class Turns:
                 if full:
                     continue
             place = self.place[action] + (kind == self.last) * len(self.order)
-            if place < first and (chunk == self.own[kind] or there(action)):
+            if place < first and (not self.takes(action) or there(action)):
                 chosen, first = action, place
         return chosen
 

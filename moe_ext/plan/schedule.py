@@ -7,10 +7,8 @@ of them, and takes as long as the slowest needs. Sending costs a stage no time, 
 """
 from __future__ import annotations
 
-import heapq
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,69 +16,10 @@ from typing import Literal, NamedTuple
 
 from moe_ext.config import Config, ConfigError, cli, parse, require
 from moe_ext.log import trace
-from moe_ext.parallel.schedule import SCHEDULES, Action, Turns, check
+from moe_ext.parallel.schedule import SCHEDULES, Action, check, following
+from moe_ext.plan.pipeline import Step, simulate
 
 MOST = 5_000_000        # turns of all ranks, steps and schedules that one command simulates: a minute or two
-
-
-# ---- one step --------------------------------------------------------------------------------------------------------
-class Turn(NamedTuple):
-    action: Action
-    begin: float
-    end: float
-
-
-class Step(NamedTuple):
-    """What happened. Times have the unit of the given ones and count from the first turn's beginning."""
-    time: float                         # when the last turn ended
-    turns: list[list[Turn]]             # of each stage, in order
-    live: list[int]                     # of each stage: the most chunks whose activations it held at a time
-
-    @property
-    def bubble(self) -> float:
-        """The share of their time in which the stages do nothing."""
-        return 1 - fmean(sum(turn.end - turn.begin for turn in turns) for turns in self.turns) / self.time
-
-    def complete(self, chunk: int) -> list[float]:
-        """When each stage has all gradients of a chunk."""
-        return [max(end for action, _, end in turns if action[:2] == ("B", chunk)) for turns in self.turns]
-
-
-def simulate(name: str, pp: int, vpp: int, micros: int, work: Callable[[int, Action], float],
-             transit: Callable[[int, Action], float] = lambda stage, action: 0.0, live: int = 0) -> Step:
-    """work(stage, action): how long a turn takes. transit(stage, action): how long the tensor that it takes is on its
-    way to that stage. Errors: ConfigError for what a schedule cannot take."""
-    stages = [Turns(name, pp, vpp, micros, stage, live) for stage in range(pp)]
-    here, busy, done, peak = [set() for _ in stages], [False] * pp, [[] for _ in stages], [0] * pp
-    events, now, changed = [], 0.0, range(pp)       # events: (when, number, stage, action, whether its tensor has come)
-    numbers = iter(range(4 * pp * vpp * micros))    # what is simultaneous comes in order
-    while True:
-        for stage in changed:
-            turns = stages[stage]
-            if not busy[stage] and turns.left and (action := turns.choose(here[stage].__contains__)):
-                turns.ran(action)
-                busy[stage], peak[stage] = True, max(peak[stage], turns.live)
-                done[stage].append(Turn(action, now, now + work(stage, action)))
-                heapq.heappush(events, (done[stage][-1].end, next(numbers), stage, action, False))
-        if not events:
-            assert not any(turns.left for turns in stages), f"{name} has no turn that can begin"
-            return Step(now, done, peak)
-        now, changed = events[0][0], set()
-        while events and events[0][0] <= now * (1 + 1e-12):     # simultaneous but for rounding
-            _, _, stage, action, come = heapq.heappop(events)
-            changed.add(stage)
-            if come:
-                here[stage].add(action)
-                continue
-            busy[stage] = False
-            if receiver := following(action, stage, pp, vpp):
-                heapq.heappush(events, (now + transit(*receiver), next(numbers), *receiver, True))
-
-
-def following(action: Action, stage: int, pp: int, vpp: int) -> tuple[int, Action] | None:
-    """(stage, action) that takes what an action has made; None behind the last piece and before the first."""
-    piece = action.chunk * pp + stage + (1 if action.kind == "F" else -1)
-    return (piece % pp, action._replace(chunk=piece // pp)) if 0 <= piece < pp * vpp else None
 
 
 # ---- times -----------------------------------------------------------------------------------------------------------
@@ -134,16 +73,6 @@ class Times:
     def run(self, name: str, live: int = 0, seed: int = 0) -> Step:
         work, transit = self.draw(seed)
         return simulate(name, self.pp, self.vpp, self.micros, lambda *at: work[at], lambda *at: max(transit[at]), live)
-
-
-def bubble(config: Config) -> tuple[float, list[int]]:
-    """-> the share of a step in which the stages of a run do nothing, and of each the most chunks whose activations it
-    holds at a time, if a backward takes two forwards and a link no time. Errors: ConfigError."""
-    pp, pipeline = config.mesh.pp, config.pipeline
-    if pp == 1:
-        return 0.0, [1]
-    step = Times(pp, pipeline.chunks, config.train.accumulation).run(pipeline.schedule, pipeline.live)
-    return step.bubble, step.live
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------
