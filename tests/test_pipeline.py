@@ -374,9 +374,13 @@ def test_the_command_and_what_it_refuses(tmp_path, monkeypatch, capsys):
     run(made(tmp_path))
     run(tmp_path / "trace.json")
     assert capsys.readouterr().out == 2 * "nothing stands out\n"
-    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": [{"ph": "X"}]}))
-    with pytest.raises(SystemExit, match=r"error: .*trace.json is no trace of a pipeline"):
-        run(tmp_path)
+    whole = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    work = [line for line in whole if line["ph"] == "X" and line["cat"] == "forward"]
+    names = [line for line in whole if line["ph"] == "M"]
+    for lines in [{"ph": "X"}], [], names, work, [*names, work[0] | {"dur": 0}]:
+        (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": lines}))
+        with pytest.raises(SystemExit, match=r"error: .*trace.json is no trace of a pipeline"):
+            run(tmp_path)
     with pytest.raises(SystemExit, match=r"error: no .*none.json: a run writes it with --pipeline\.trace STEPS"):
         run(tmp_path / "none.json")
 

@@ -51,6 +51,10 @@ def read(path: str | Path) -> tuple[list[Event], list[str]]:
         events = [Event(line["pid"], line["cat"], line["args"]["chunk"], line["args"]["micro"], line["ts"] / 1e6,
                         (line["ts"] + line["dur"]) / 1e6, line["args"]["step"]) for line in lines if line["ph"] == "X"]
         names = [line["args"]["name"] for line in lines if line["name"] == "process_name"]
+        if not events or any(e.lane not in range(len(names)) for e in events):
+            raise ValueError("no events, or some of a rank without a name")
+        if any(e.kind in ("forward", "backward") and e.end <= e.begin for e in events):
+            raise ValueError("work that takes no time")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no trace of a pipeline: wanted one as --pipeline.trace STEPS writes it") from error
     return events, names

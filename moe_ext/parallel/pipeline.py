@@ -69,7 +69,8 @@ class Pipeline:
     def step(self, feed: Callable[[int], tuple], micros: int, *, tokens: int, scale: float = 1.0,
              around: Callable = lambda kind: nullcontext()) -> Totals:
         """feed(m): the arguments of GPT.forward for micro-batch m, as a tuple, asked for once. tokens, scale: as for
-        `shard.accumulate`. around(kind): a context for each "forward" and "backward"."""
+        `shard.accumulate`. around(kind): a context for each "forward" and "backward". No parameter has a gradient yet:
+        what is summed over ranks when the step ends would be summed again."""
         name, live = (self.config.schedule, self.config.live) if self.pp > 1 else ("1f1b", 0)
         turns = Turns(name, self.pp, self.vpp, micros, self.mesh.pp_rank, live)
         step, links = Step(self, feed, micros, tokens, scale), self.links

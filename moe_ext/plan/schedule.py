@@ -107,8 +107,8 @@ class Command(Config):
         require(turns <= MOST, f"{pp} stages of {tp} ranks with {vpp} chunks and {micros} micro-batches take {turns:,} "
                 f"turns in all steps and schedules, and at most {MOST:,} are simulated: give fewer --steps, a smaller "
                 "--micros or one --schedule")
-        for name in ("backward", "link", "jitter"):
-            value, least = getattr(self, name), "be positive" if name == "backward" else "not be negative"
+        for name in ("backward", "link", "jitter", "live"):
+            value, least = getattr(self, name), "be positive" if name == "backward" else "be 0 or more"
             require(0 <= value < math.inf and (value or name != "backward"), f"--{name} is {value}; it must {least}")
         forward = numbers("forward", self.forward, ",", "1, or 1,1,1.5,1")
         require(len(forward) in (1, pp, pp * vpp) and min(forward) > 0, f"--forward {self.forward}: wanted one positive"
