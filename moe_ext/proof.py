@@ -79,7 +79,7 @@ FLOOR = 1e-3    # of the largest of its kind, times the tolerance
 MARGIN = 1e-4   # in fp32, between the logits of the last expert chosen and the next
 SEED, STEPS, ROWS, TOKENS, EXPERTS = 7, 3, 16, 16, 8    # ROWS sequences of TOKENS tokens in each step
 AXES = ("pp", "rep", "fsdp", "tp", "ep", "etp")
-PIECES = 16     # the most that a model is cut into
+PIECES = 16     # the most that a model is cut into where options are dealt out
 SCALE = 64.0    # of a mesh's loss
 LIGHT = 100     # a Case's weight: some 10 s of one core
 
@@ -308,6 +308,8 @@ def table() -> list[Case]:
             cases.append(deal(mesh, dense, missing))
             missing -= covered(cases[-1])
     cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True) for sizes in FAMILIES]
+    cases += [Case(MeshConfig(pp=8), chunks=4, accumulation=8, schedule=schedule, links=links)     # 32 pieces
+              for schedule, links in (("interleaved", "torch"), ("bfc", "windows"))]
     return sorted([*cases, *shaken(67)], key=lambda case: case.mesh.world)
 
 
