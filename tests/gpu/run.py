@@ -129,7 +129,7 @@ def conformance(dry):
     program, source = OUT / "conformance", "tests/gpu/conformance.cu"
     if dry:
         command = ["g++", "-std=c++20", "-O2", "-ffp-contract=off", "-Itests/simt", "-x", "c++", source,
-                   "tests/simt/simt.cpp", "tests/simt/twins.cpp", "tests/simt/ipc.cpp", "-o", program, "-lpthread"]  # fmt: skip
+                   *(f"tests/simt/{name}.cpp" for name in ("simt", "twins", "ipc")), "-o", program, "-lpthread"]
     else:
         nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         command = [nvcc, "-std=c++20", "-O3", "--fmad=false", "-gencode", "arch=compute_80,code=[compute_80,sm_80]",
