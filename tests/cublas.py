@@ -28,7 +28,7 @@ class Table(ctypes.Structure):
         ("size", SIZE),
         ("ready", function(ctypes.c_int)),
         ("error", ctypes.CFUNCTYPE(ctypes.c_char_p)),
-        *((name, POINTER) for name in ("verdict", "nccl_id", "nccl_open", "window_open")),
+        *((name, POINTER) for name in ("verdict", "nccl_id", "nccl_open", "window_open", "slots_open")),
         ("gemm", function(ctypes.c_int, *[INT64] * 4, POINTER, Mat, *[POINTER] * 4)),
         ("wgrad", function(ctypes.c_int, *[INT64] * 4, *[POINTER] * 4, Mat, POINTER)),
     ]
