@@ -77,7 +77,7 @@ class Sleeper(nn.Module):
     """In the place of piece number `piece` of a GPT. seconds(action): how long one takes. It is fed its micro-batch."""
 
     def __init__(self, config: ModelConfig, piece: int, chunk: int, pieces: int, seconds: Callable[[Action], float],
-                 spend: Callable[[float], None]):  # fmt: skip
+                 spend: Callable[[float], None] = time.sleep):  # fmt: skip
         super().__init__()
         self.config, self.chunk, self.seconds, self.spend = config, chunk, seconds, spend
         self.first, self.last, self.layers = piece == 0, piece == pieces - 1, []
