@@ -31,7 +31,7 @@ from moe_ext.parallel.links import open_links
 from moe_ext.parallel.record import Recorder
 from moe_ext.parallel.schedule import Action, Turns, following, tensor_id
 from moe_ext.parallel.shard import accumulate
-from moe_ext.parallel.stages import Stage, moe_rows, sum_tied
+from moe_ext.parallel.stages import Stage, add_rows, moe_rows, no_rows, sum_tied
 from moe_ext.parallel.tensor import sum_replicated
 
 WORDS = {"F": "forward", "B": "backward"}
@@ -156,8 +156,7 @@ class Step:
         self.fed, self.live, self.left = {}, {}, [micros] * len(self.pieces)
         c, device = pipeline.model.config, self.mesh.device
         zero = torch.zeros((), device=device)
-        self.totals = Totals(zero, zero, zero, *(torch.zeros(c.moe_layers, *columns, dtype=torch.int32, device=device)
-                                                 for columns in ([c.moe.experts], [], [])))
+        self.totals = Totals(zero, zero, zero, *no_rows(c, device))
 
     def prepare(self, action: Action) -> None:
         """Before an action: reads the micro-batch, if it is new here."""
@@ -170,9 +169,7 @@ class Step:
         piece, last_here = self.pieces[chunk], chunk == len(self.pieces) - 1
         arguments = self.fed.pop(micro) if last_here else self.fed[micro]
         out = piece(*arguments, x_BSD=None if x_BSD is None else x_BSD.requires_grad_())
-        for total, part in zip(self.totals[3:], (out.counts_LE, out.dropped_L, out.bad_L), strict=True):
-            if len(part):
-                total[self.rows[chunk]] += part
+        add_rows(self.totals[3:], self.rows[chunk], out)
         self.add(balance=out.balance / (self.micros * self.mesh.config.stage))
         passed = None
         if not piece.last:

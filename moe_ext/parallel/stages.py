@@ -134,9 +134,7 @@ class Stage(nn.Module):
         c, mesh, (B, S) = self.config, self.mesh, tokens_BS.shape
         group, pp = mesh.pipe.get_group("pp"), mesh.config.pp
         after, before = (dist.get_global_rank(group, (mesh.pp_rank + step) % pp) for step in (1, -1))
-        L, E, x_BSD, parts = c.moe_layers, c.moe.experts, None, []
-        rows = [torch.zeros(L, E, dtype=torch.int32, device=tokens_BS.device),
-                *(torch.zeros(L, dtype=torch.int32, device=tokens_BS.device) for _ in range(2))]
+        rows, x_BSD, parts = no_rows(c, tokens_BS.device), None, []
         for piece in self.pieces:
             if not piece.first:
                 x_BSD = torch.empty(B, S // mesh.config.tp, c.dim, dtype=self.dtype, device=tokens_BS.device)
@@ -145,15 +143,9 @@ class Stage(nn.Module):
             if not piece.last:
                 dist.send(out.x_BSD, after, group=group)
             parts.append((out.token_loss, out.aux_loss, out.balance))
-            for row, own in zip(rows, (out.counts_LE, out.dropped_L, out.bad_L), strict=True):
-                if len(own):
-                    row[moe_rows(piece)] = own
+            add_rows(rows, moe_rows(piece), out)
         token_loss, aux_loss, balance = (sum(column) for column in zip(*parts, strict=True))
         return Losses(token_loss, aux_loss, *rows, balance)
-
-    @property
-    def device(self) -> torch.device:
-        return self.mesh.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,6 +198,19 @@ class Stage(nn.Module):
         """As GPT.update_select_bias, with counts of all layers of the model."""
         for piece in self.pieces:
             piece.update_select_bias(counts_LE[moe_rows(piece)])
+
+
+def no_rows(c: ModelConfig, device) -> list[torch.Tensor]:
+    """counts_LE, dropped_L, bad_L of all MoE layers of the model, before any piece has added its own."""
+    return [torch.zeros(c.moe_layers, *columns, dtype=torch.int32, device=device)
+            for columns in ([c.moe.experts], [], [])]
+
+
+def add_rows(rows, own: slice, out: Losses) -> None:
+    """own: moe_rows of the piece that `out` comes from."""
+    for row, part in zip(rows, (out.counts_LE, out.dropped_L, out.bad_L), strict=True):
+        if len(part):
+            row[own] += part
 
 
 def moe_rows(piece: GPT) -> slice:
