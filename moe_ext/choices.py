@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_ext.config import Config, ModelConfig
+from moe_ext.config import Config, MeshConfig, ModelConfig
 from moe_ext.evaluate import not_finite
 from moe_ext.model import GPT, precision
 from moe_ext.parallel.mesh import Mesh
@@ -143,12 +143,13 @@ def score(model: GPT, config: Config, questions: list[Question], mesh: Mesh | No
 def log_likelihoods(model: GPT, config: Config, endings: list[Ending], mesh: Mesh | None = None) -> torch.Tensor:
     """log p of each ending, fp64, in nats. Endings of like length share a micro-batch, of at most train.micro_batch *
     model.seq_len tokens and pads; the data-parallel ranks share the endings."""
-    device, (dp, tp) = next(model.parameters()).device, (mesh.config.dp, mesh.config.tp) if mesh else (1, 1)
+    device, config_mesh = next(model.parameters()).device, mesh.config if mesh else MeshConfig()
+    dp, tp, shared = config_mesh.dp, config_mesh.tp, config_mesh.sequence
     by_length = sorted(range(len(endings)), key=lambda i: -len(endings[i].tokens))
     training, log_p, bad_L = model.training, torch.zeros(len(endings), dtype=torch.float64, device=device), 0
     model.eval()
     while by_length:
-        length = math.ceil((len(endings[by_length[0]].tokens) - 1) / tp) * tp
+        length = math.ceil((len(endings[by_length[0]].tokens) - 1) / shared) * shared
         most = dp * (config.train.micro_batch * config.model.seq_len // length)
         batch, by_length = by_length[:most], by_length[most:]
         rows = math.ceil(len(batch) / dp)       # on every rank; the last may have rows of pads alone

@@ -295,30 +295,33 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """world = pp * rep * fsdp * sp * tp ranks; the experts divide fsdp * sp * tp of them anew, as efsdp * ep * etp."""
+    """world = pp * rep * fsdp * sp * tp ranks; the experts divide fsdp * sp * tp of them anew, as efsdp * ep * etp, and
+    fsdp * sp of them share all other parameters."""
     pp: int = 1                         # pipeline stages, each of the same number of ranks
     rep: int = 1                        # replicas of the sharded model (HSDP; with fsdp 1: DDP)
     fsdp: int = 1                       # ranks that share the parameters, each with its own sequences
-    sp: int = 1                         # ranks that share a sequence (Ulysses); only 1 yet
+    sp: int = 1                         # ranks that share a sequence, each with a part of its tokens; they share the
+                                        # parameters too, as fsdp's do
     tp: int = 1                         # ranks that share every matrix and, between them, the sequence
     ep: int = 1                         # ranks that share the experts, whole ones each
     etp: int = 1                        # ranks that share every expert: 1 or tp
     transport: Literal["torch", "windows", "nccl"] = "torch"    # of the token exchange (moe_ext.parallel.transport)
+    attention: Literal["ulysses", "gather"] = "ulysses"     # over sp: each rank gets all tokens of some heads; or all
+                                        # keys and values for its own tokens (moe_ext.parallel.sequence)
 
     def __post_init__(self):
         for name, size in self.sizes.items():
             require(size >= 1, f"mesh.{name} is {size}; it must be positive")
-        require(self.sp == 1, f"mesh.sp is {self.sp}: Ulysses is not built yet; set it to 1")
         require(self.etp in (1, self.tp), f"mesh.etp is {self.etp}; it must be 1 or mesh.tp = {self.tp}")
         shared = self.fsdp * self.sp * self.tp
         if shared % (self.ep * self.etp):
-            raise ConfigError(f"mesh.ep * mesh.etp = {self.ep * self.etp} does not divide mesh.fsdp * mesh.tp = "
-                              f"{shared}: the nearest mesh.ep that does is "
+            raise ConfigError(f"mesh.ep * mesh.etp = {self.ep * self.etp} does not divide mesh.fsdp * mesh.sp * "
+                              f"mesh.tp = {shared}: the nearest mesh.ep that does is "
                               f"{nearest(self.ep, divisors(shared // self.etp))}")
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "transport"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
 
     @property
     def world(self) -> int:
@@ -327,8 +330,18 @@ class MeshConfig:
 
     @property
     def dp(self) -> int:
-        """Ranks, or groups of tp ranks, with sequences of their own."""
+        """Ranks, or groups of sp * tp ranks, with sequences of their own."""
         return self.rep * self.fsdp
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share a sequence."""
+        return self.sp * self.tp
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share the parameters outside the experts that tp leaves to them."""
+        return self.fsdp * self.sp
 
     @property
     def stage(self) -> int:
@@ -341,11 +354,16 @@ class MeshConfig:
         return self.fsdp * self.sp * self.tp // (self.ep * self.etp)
 
 
-def meshes(world: int) -> list[MeshConfig]:
-    """Every mesh of a number of ranks."""
-    return [MeshConfig(rep=rep, fsdp=world // rep // tp, tp=tp, ep=ep, etp=etp)
-            for rep in divisors(world) for tp in divisors(world // rep) for etp in sorted({1, tp})
+def meshes(world: int, sp: int = 1) -> list[MeshConfig]:
+    """Every mesh of a number of ranks, sp of which share a sequence; without pipelines."""
+    return [MeshConfig(rep=rep, fsdp=world // rep // sp // tp, sp=sp, tp=tp, ep=ep, etp=etp)
+            for rep in divisors(world // sp) for tp in divisors(world // rep // sp) for etp in sorted({1, tp})
             for ep in divisors(world // rep // etp)]
+
+
+def sequences(world: int) -> list[MeshConfig]:
+    """Every mesh of a number of ranks in which some share a sequence."""
+    return [mesh for sp in divisors(world)[1:] for mesh in meshes(world, sp)]
 
 
 def pipelines(world: int) -> list[MeshConfig]:
@@ -427,12 +445,12 @@ class Config:
             require(mesh.ep == mesh.etp == 1, "mesh.ep and mesh.etp spread experts, but model.moe.experts is 0: set "
                     "both to 1")
         if mesh.tp > 1:
-            shares["fsdp"] = {"model.dim": model.dim}
-        share = model.seq_len // mesh.tp * moe.top_k
+            shares["fsdp * mesh.sp"] = {"model.dim": model.dim}
+        share = model.seq_len // mesh.sequence * moe.top_k
         dealt = moe.balanced and moe.experts and mesh.world > 1
         require(not dealt or share % moe.experts == 0, f"model.moe.balanced deals a rank's copies out from the first "
-                f"expert on, but the {share} of a sequence (model.seq_len / mesh.tp * model.moe.top_k) are no multiple "
-                f"of model.moe.experts {moe.experts}: another mesh would route others")
+                f"expert on, but the {share} of a sequence (model.seq_len / mesh.sp / mesh.tp * model.moe.top_k) are "
+                f"no multiple of model.moe.experts {moe.experts}: another mesh would route others")
         if self.train.batch_ramp:
             start, increment, _ = self.ramp
             whole, at_once = self.sequences_per_step, self.train.micro_batch * mesh.dp
@@ -444,12 +462,23 @@ class Config:
                     f"increments of {increment} do not lead from {start} to the {whole} sequences of a whole step "
                     "(train.accumulation * train.micro_batch * mesh.dp): change one of them")
         for axis, widths in shares.items():
-            size = getattr(mesh, axis)
+            size = math.prod(getattr(mesh, name) for name in axis.split(" * mesh."))
             for name, width in widths.items():
                 if width % size:
                     raise ConfigError(f"mesh.{axis} {size} does not divide {name} {width}: the nearest that does is "
                                       f"{nearest(size, divisors(width))}")
+        self.check_sequence()
         self.check_stages()
+
+    def check_sequence(self) -> None:
+        """ConfigError, with the nearest setting that would do, for sequences or heads that sp ranks cannot share."""
+        model, mesh = self.model, self.mesh
+        heads, groups = model.heads // mesh.tp, model.kv_groups // mesh.tp
+        fits = [sp for sp in divisors(model.seq_len // mesh.tp)
+                if mesh.attention == "gather" or (heads % sp == 0 and (groups % sp == 0 or sp % groups == 0))]
+        require(mesh.sp in fits, f"mesh.sp {mesh.sp} does not divide the {model.seq_len // mesh.tp} tokens "
+                f"(model.seq_len / mesh.tp), {heads} heads and {groups} key/value heads of a rank: the nearest that "
+                f"does is {nearest(mesh.sp, fits)}")
 
     def check_stages(self) -> None:
         """ConfigError, with the nearest setting that would do, for stages that cannot be or cannot take turns so."""

@@ -145,7 +145,7 @@ def evaluate(model: GPT, config: Config, dataset: IndexedDataset | Blend, batche
     model.train(training)
     if mesh:
         total, bad_L = mesh.sum(total / mesh.config.tp, bad_L)
-        total[1] /= mesh.config.pp      # every stage has counted them, the last alone has a loss
+        total[1] /= mesh.config.pp * mesh.config.sp     # every stage has counted them, and every rank of a sequence
     loss = (total[0] / total[1]).item()
     if problem := not_finite(config.model, bad_L, {"the held-out loss": loss}):
         raise FloatingPointError(problem)

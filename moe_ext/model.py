@@ -10,6 +10,7 @@ is a rename. Nothing is kept between calls: losses, counts and the key/value cac
 """
 from __future__ import annotations
 
+import functools
 import math
 import os
 from typing import NamedTuple
@@ -104,18 +105,18 @@ def after_the_last(x):
     return torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[..., :-1, :, :], x], dim=-2)
 
 
-def visible(S, past=0, window=0, real_BL=None, documents_BS=None, *, device=None):
-    """The keys that each of the last S of past + S tokens sees, True or False, as `attend` takes it: those up to it, of
-    its document and of its window, in which real ones count, of which only real ones; and in any case itself, for
-    softmax over nothing is NaN.
+def visible(S, past=0, window=0, real_BL=None, *, device=None):
+    """The keys that each of the last S of past + S tokens sees, True or False, as `attend` takes it: those up to it,
+    of its window, in which real ones count, of which only real ones; and in any case itself, for softmax over nothing
+    is NaN.
 
-    [B or 1, 1, S, L] over the last L tokens; or, of a window without past and pads, [B or 1, r, 1, w, 2w], run by run:
-    S * 2w values instead of S * S. documents_BS goes without a past.
+    [B or 1, 1, S, L] over the last L tokens; or, of a window without past and pads, [1, r, 1, w, 2w], run by run:
+    S * 2w values instead of S * S.
     """
     tokens = torch.arange(past + S, device=device)
-    local, recent = False, window and real_BL is None       # pads may stand between a token and the first of its window
+    recent = window and real_BL is None       # pads may stand between a token and the first of its window
     if recent and not past and window < S:
-        local, queries = True, torch.arange(-(-S // window) * window, device=device).view(-1, window)
+        queries = torch.arange(-(-S // window) * window, device=device).view(-1, window)
         keys = queries[:, :1] + torch.arange(-window, window, device=device)
     else:
         queries, keys = tokens[past:], tokens[max(0, past + 1 - window) if recent else 0:]
@@ -126,24 +127,36 @@ def visible(S, past=0, window=0, real_BL=None, documents_BS=None, *, device=None
     elif window:
         place_BL = real_BL.cumsum(1)
         seen = seen & (place_BL[:, past:, None] - place_BL[:, None] < window)
-    if documents_BS is not None:
-        theirs = mine = documents_BS
-        if local:
-            mine = runs(documents_BS[..., None], window)
-            theirs, mine = after_the_last(mine)[..., 0], mine[..., 0]
-        seen = seen & (mine[..., :, None] == theirs[..., None, :])
     if real_BL is not None:
         seen = seen & real_BL[:, None]
     return (seen | (age == 0)).unsqueeze(-3)
+
+
+class Documents(NamedTuple):
+    """What B rows of S tokens see if a token sees its own document alone: each document is a call of its own."""
+    sizes_B: list[list[int]]            # of each row: how many tokens its documents have, in order
+    order_BS: torch.Tensor | None       # the tokens with those of a document side by side; None: they are already
+    masks: dict[int, torch.Tensor]      # of a window, by the size of a document that is longer, as `attend` takes it
+
+    @classmethod
+    def of(cls, ids_BS):
+        """ids_BS: integers, equal for the tokens of a document. None if each row is one document."""
+        grouped_BS, order_BS = ids_BS.sort(dim=1, stable=True)
+        if ((grouped_BS.diff() != 0).sum(1) == (ids_BS.diff() != 0).sum(1)).all():
+            grouped_BS, order_BS = ids_BS, None
+        sizes_B = [row.unique_consecutive(return_counts=True)[1].tolist() for row in grouped_BS.cpu()]
+        return cls(sizes_B, order_BS, {}) if any(len(sizes) > 1 for sizes in sizes_B) else None
 
 
 def attend(q_BHSd, k_BGLd, v_BGLd, seen=None, sinks_H=None):
     """softmax(q k^T / sqrt(d)) v -> [B,H,S,d], of the keys that are seen; query head h reads key head h // (H/G).
 
     seen: as `visible` gives it, or log of that (0 and -inf) in q's dtype, with a first column for the sinks if there
-    are any; None: query i sees the keys up to i. Run by run the queries of a run meet its own keys and those of the run
-    before: all that their window reaches. sinks_H: the logit of one more key, of value 0.
+    are any; or Documents; None: query i sees the keys up to i. Run by run the queries of a run meet its own keys and
+    those of the run before: all that their window reaches. sinks_H: the logit of one more key, of value 0.
     """
+    if isinstance(seen, Documents):
+        return attend_documents(q_BHSd, k_BGLd, v_BGLd, seen, sinks_H)
     (B, _, S, d), first = q_BHSd.shape, 0
     if seen is not None and seen.ndim == 5:
         w = seen.shape[-2]
@@ -169,6 +182,21 @@ def attend(q_BHSd, k_BGLd, v_BGLd, seen=None, sinks_H=None):
     return y[:, :, first:, :d]
 
 
+def attend_documents(q_BHSd, k_BGSd, v_BGSd, documents: Documents, sinks_H=None):
+    """`attend`, document by document."""
+    order_BS, tensors = documents.order_BS, (q_BHSd, k_BGSd, v_BGSd)
+    if order_BS is not None:
+        tensors = [t.gather(2, order_BS[:, None, :, None].expand_as(t)) for t in tensors]
+    rows = []
+    for sizes, *row in zip(documents.sizes_B, *(t.split(1) for t in tensors), strict=True):
+        each = zip(sizes, *(t.split(sizes, dim=2) for t in row), strict=True)
+        rows.append(torch.cat([attend(*qkv, documents.masks.get(size), sinks_H) for size, *qkv in each], dim=2))
+    y_BHSd = torch.cat(rows)
+    if order_BS is None:
+        return y_BHSd
+    return y_BHSd.gather(2, order_BS.argsort(dim=1)[:, None, :, None].expand_as(y_BHSd))
+
+
 class Attention(nn.Module):
     """Causal self-attention with H query and G key/value heads."""
     def __init__(self, c: ModelConfig, **options):
@@ -185,6 +213,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(k_columns, eps=c.norm_eps, **options) if c.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(c.heads, **options)) if c.sinks else None
         self.recompute = False      # keep what attend takes, not what it saves, and run it again in the backward
+        self.across = None          # ranks that share the sequences (moe_ext.parallel.sequence)
 
     def forward(self, x_BSD, rope, cache: KVCache | None = None, layer: int = 0, seen=None):
         """seen: as `attend` takes it."""
@@ -200,10 +229,10 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
+        core = attend
         if self.recompute and self.training:
-            y = checkpoint(attend, q, k, v, seen, self.sinks, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = attend(q, k, v, seen, self.sinks)
+            core = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        y = core(q, k, v, seen, self.sinks) if self.across is None else self.across(core, q, k, v, seen, self.sinks)
         return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
 
     def normed(self, q, k):
@@ -314,6 +343,7 @@ class GPT(nn.Module):
         if self.last and c.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
+        self.mine = lambda x_BS: x_BS       # of ids, positions or a mask those of this rank's tokens
         if not next(self.parameters()).is_meta:     # shapes alone: whoever gives them memory calls init_weights
             self.init_weights(seed)
 
@@ -362,17 +392,24 @@ class GPT(nn.Module):
             positions = torch.arange(past, past + S, device=tokens_BS.device)
         elif positions is None:
             positions = (real_BL.cumsum(1) - 1).clamp(min=0)[:, past:]
+        positions = self.mine(positions)
         if self.first:
-            x_BSD = self.embed_tokens(tokens_BS)
+            x_BSD = self.embed_tokens(self.mine(tokens_BS))
             if self.embed_positions is not None:
                 x_BSD = x_BSD + self.embed_positions(positions)
             x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         rope = None
         if c.position == "rope":    # the same for all heads
             rope = rope_angles(positions.unsqueeze(-2), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context)
-        seen = {window: self.seen(S, past, window, real_BL, documents_BS, x_BSD)
+        documents = None
+        if cache is None and (documents_BS is not None or token_mask is not None):
+            ids_BS = torch.zeros_like(tokens_BS) if documents_BS is None else documents_BS
+            if token_mask is not None:      # a row's pads are a document of their own
+                ids_BS = ids_BS.masked_fill(~token_mask, ids_BS.min() - 1)
+            documents, real_BL = Documents.of(ids_BS), None
+        seen = {window: self.seen(S, past, window, real_BL, documents, x_BSD)
                 for window in {block.window for block in self.layers}}
-        routings = []
+        token_mask, routings = self.mine(token_mask), []
         for block in self.layers:
             if self.recompute and self.training:
                 # Losses are returned, and draws keyed: there is no state to count twice, and none to save.
@@ -385,12 +422,15 @@ class GPT(nn.Module):
             cache.length += S
         return self.norm(x_BSD) if self.last else x_BSD, routings
 
-    def seen(self, S, past, window, real_BL, documents_BS, x):
+    def seen(self, S, past, window, real_BL, documents, x):
         """What S new tokens see in the blocks of a window, for `attend`; None: all tokens up to themselves. In the
         dtype of x's queries, and once for all blocks, because SDPA makes that of a bool, and keeps it, in each."""
-        if not past and not 0 < window < S and real_BL is None and documents_BS is None:
+        if documents is not None:
+            longer = {size for sizes in documents.sizes_B for size in sizes if 0 < window < size}
+            return documents._replace(masks={size: self.seen(size, 0, window, None, None, x) for size in longer})
+        if not past and not 0 < window < S and real_BL is None:
             return None
-        seen = visible(S, past, window, real_BL, documents_BS, device=x.device)
+        seen = visible(S, past, window, real_BL, device=x.device)
         if self.config.sinks:
             seen = F.pad(seen, (1, 0), value=True)
         dtype = x.dtype
@@ -408,7 +448,7 @@ class GPT(nn.Module):
         if self.last:
             if token_mask is not None:
                 targets_BS = targets_BS.masked_fill(~token_mask, -100)
-            token_loss, rest = self.lm_head(x_BSD, targets_BS), None
+            token_loss, rest = self.lm_head(x_BSD, self.mine(targets_BS)), None
         if not routings:
             none, zero = torch.zeros(0, dtype=torch.int32, device=tokens_BS.device), torch.zeros_like(token_loss)
             return Losses(token_loss, zero, none.view(0, 0), none, none, zero.detach(), rest)

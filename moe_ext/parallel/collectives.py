@@ -2,6 +2,7 @@
 
     gather            the ranks' pieces joined along dim             backward: reduce_scatter
     reduce_scatter    the ranks' sum, this rank's piece along dim    backward: gather
+    all_to_all        piece p of x to rank p                        backward: all_to_all
     scope_sum         the ranks' sum, everywhere                     backward: n times the gradient, no communication
 
 Gradients are those of the sum of the losses that the n ranks backpropagate; for the mean, divide each loss by n. The
@@ -110,6 +111,20 @@ class _ReduceScatter(Function):
         return _Gather.apply(dy, ctx.dim, ctx.group), None, None
 
 
+class _AllToAll(Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        sent = x.contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _AllToAll.apply(dy, ctx.group), None
+
+
 class _ScopeSum(Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -139,6 +154,11 @@ def reduce_scatter(x, dim, group):
             f"reduce_scatter: x has shape {list(x.shape)}, wanted a multiple of the {ranks} ranks in dimension {dim}"
         )
     return x if ranks == 1 else _ReduceScatter.apply(x, dim, group)
+
+
+def all_to_all(x, group):
+    """x [ranks, ..] -> [ranks, ..]: x[p] goes to rank p; what comes from rank p is the result's [p]."""
+    return x if dist.get_world_size(group) == 1 else _AllToAll.apply(x, group)
 
 
 def scope_sum(x, group):

@@ -1,10 +1,13 @@
 """The ranks of a run as meshes: who shares parameters, matrices, experts, sequences and scopes with whom.
 
-    dense   (pp, rep, fsdp, tp)         all parameters but the experts'
-    sparse  (pp, rep, efsdp, ep, etp)   the experts'; efsdp = fsdp*tp / (ep*etp)
+    dense   (pp, rep, fsdp, tp)         all parameters but the experts'; sp ranks count as fsdp ranks here
+    sparse  (pp, rep, efsdp, ep, etp)   the experts'; efsdp = fsdp*sp*tp / (ep*etp)
+    data    (pp, dp, sequence)          the ranks with sequences of their own; those that share a sequence
+    tokens  (replica, sp, tp)           how these share it; only if sp > 1
     pipe    (pp, stage)                 the ranks of one stage of the pipeline; those in the same place of each stage
-Both number the ranks alike, the last axis fastest. tp ranks see the same sequences and hold S/tp consecutive tokens of
-each between the modules; the rep*fsdp groups of tp ranks have sequences of their own. Axes of size 1 carry no traffic.
+All number the ranks alike, as (pp, rep, fsdp, sp, tp), the last axis fastest. sp and tp ranks see the same sequences
+and hold S/(sp*tp) consecutive tokens of each between the modules; the rep*fsdp groups of them have sequences of their
+own. Axes of size 1 carry no traffic.
 """
 import dataclasses
 import math
@@ -13,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_ext.config import Config, ConfigError, MeshConfig, meshes, pipelines
+from moe_ext.config import Config, ConfigError, MeshConfig, meshes, pipelines, sequences
 from moe_ext.layers.fused import Draws
 from moe_ext.parallel.collectives import gather, scope_sum
 from moe_ext.parallel.transport import NcclTransport, TorchTransport, WindowTransport
@@ -36,7 +39,8 @@ class Mesh:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         check_world(config, self.world)
         self.pp_rank, self.stage_rank = divmod(self.rank, config.stage)
-        self.dp_rank, self.tp_rank = divmod(self.stage_rank, config.tp)
+        self.dp_rank, self.sequence_rank = divmod(self.stage_rank, config.sequence)
+        self.sp_rank, self.tp_rank = divmod(self.sequence_rank, config.tp)
         self.transport = None
         if self.world > 1:
             def over(**axes):
@@ -49,9 +53,11 @@ class Mesh:
                 return DeviceMesh.from_group(own, self.device.type, ranks, mesh_dim_names=tuple(axes))
 
             c = config
-            self.dense = over(pp=c.pp, rep=c.rep, fsdp=c.fsdp, tp=c.tp)
+            self.dense = over(pp=c.pp, rep=c.rep, fsdp=c.shards, tp=c.tp)
             self.sparse = over(pp=c.pp, rep=c.rep, efsdp=c.efsdp, ep=c.ep, etp=c.etp)
-            self.data = over(pp=c.pp, dp=c.dp, tp=c.tp)
+            self.data = over(pp=c.pp, dp=c.dp, sequence=c.sequence)
+            if c.sp > 1:
+                self.tokens = over(replica=c.pp * c.dp, sp=c.sp, tp=c.tp)
             self.pipe = over(pp=c.pp, stage=c.stage)
         if config.ep > 1:
             group = self.sparse.get_group("ep")
@@ -72,9 +78,9 @@ class Mesh:
 
     def draws(self, seed: int, step: int, row0: int, seq_len: int) -> Draws:
         """Where this rank's random numbers come from, for sequences row0, row0 + 1, .. of the step."""
-        mine = seq_len // self.config.tp
-        runs = dict(run=mine, stride=seq_len) if self.config.tp > 1 else {}
-        return Draws(seed, step, row0 * seq_len + self.tp_rank * mine, **runs)
+        mine = seq_len // self.config.sequence
+        runs = dict(run=mine, stride=seq_len) if self.config.sequence > 1 else {}
+        return Draws(seed, step, row0 * seq_len + self.sequence_rank * mine, **runs)
 
     def rows(self, micro: int, micro_batch: int) -> tuple[int, int]:
         """This rank's rows [begin, end) of a step's sequences in its micro-batch number `micro`."""
@@ -102,27 +108,27 @@ class Mesh:
 
 
 class ScopePeers:
-    """The `peers` of an MoE layer: the ranks that share a scope's tokens: "sequence", the tp ranks; "micro_batch", all
-    of its stage."""
+    """The `peers` of an MoE layer: the ranks that share a scope's tokens: "sequence", the sp * tp ranks;
+    "micro_batch", all of its stage."""
 
     def __init__(self, mesh: Mesh, scope: str):
         self.whole = scope == "micro_batch"
-        self.tp, self.dp = mesh.data.get_group("tp"), mesh.data.get_group("dp")
-        self.tp_rank, self.dp_rank = mesh.tp_rank, mesh.dp_rank
-        self.group = mesh.pipe.get_group("stage") if self.whole else self.tp
+        self.sequence, self.dp = mesh.data.get_group("sequence"), mesh.data.get_group("dp")
+        self.sequence_rank, self.dp_rank = mesh.sequence_rank, mesh.dp_rank
+        self.group = mesh.pipe.get_group("stage") if self.whole else self.sequence
         self.ranks = dist.get_world_size(self.group)
 
     def sum(self, x):
         return scope_sum(x, self.group)
 
     def gather(self, x_BSn):
-        x_BSn = gather(x_BSn, 1, self.tp)
+        x_BSn = gather(x_BSn, 1, self.sequence)
         return gather(x_BSn, 0, self.dp) if self.whole else x_BSn
 
     def own(self, x_BSn):
         if self.whole:
             x_BSn = x_BSn.chunk(dist.get_world_size(self.dp))[self.dp_rank]
-        return x_BSn.chunk(dist.get_world_size(self.tp), dim=1)[self.tp_rank]
+        return x_BSn.chunk(dist.get_world_size(self.sequence), dim=1)[self.sequence_rank]
 
 
 def check_world(mesh: MeshConfig, world: int, config: Config | None = None) -> None:
@@ -138,9 +144,11 @@ def check_world(mesh: MeshConfig, world: int, config: Config | None = None) -> N
 
     if mesh.world != world:
         hint = f"start {mesh.world}"
-        if best := next(filter(fits, sorted([*meshes(world), *pipelines(world)], key=distance)), None):
+        others = sorted([*meshes(world), *sequences(world), *pipelines(world)], key=distance)
+        if best := next(filter(fits, others), None):
             sizes = " ".join(f"--mesh.{name} {size}" for name, size in best.sizes.items() if size != mesh.sizes[name])
             hint += f", or take the nearest mesh of {world}: {sizes}"
-        stages = f"pp {mesh.pp} * " if mesh.pp > 1 else ""
-        raise ConfigError(f"the mesh has {stages}rep {mesh.rep} * fsdp {mesh.fsdp} * tp {mesh.tp} = {mesh.world} "
-                          f"ranks, but {world} {'process runs' if world == 1 else 'processes run'}: {hint}")
+        stages, shared = (f"{axis} {mesh.sizes[axis]} * " if mesh.sizes[axis] > 1 else "" for axis in ("pp", "sp"))
+        raise ConfigError(f"the mesh has {stages}rep {mesh.rep} * fsdp {mesh.fsdp} * {shared}tp {mesh.tp} = "
+                          f"{mesh.world} ranks, but {world} {'process runs' if world == 1 else 'processes run'}: "
+                          f"{hint}")

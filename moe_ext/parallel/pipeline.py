@@ -62,7 +62,7 @@ class Pipeline:
         if self.pp > 1:
             c = model.config
             self.links = open_links(mesh, self.config.transport, chunks=self.vpp, micros=micros,
-                                    shape=(micro_batch, c.seq_len // mesh.config.tp, c.dim),
+                                    shape=(micro_batch, c.seq_len // mesh.config.sequence, c.dim),
                                     dtype=next(model.parameters()).dtype, delay=delay)
             self.recorder = Recorder(mesh) if self.config.trace else None
 

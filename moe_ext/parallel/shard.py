@@ -1,4 +1,4 @@
-"""A plain model on a mesh, from outside: tensor and expert parallelism, then FSDP2 around what they left to each rank.
+"""A plain model on a mesh, from outside: tensor, sequence and expert parallelism, then FSDP2 around what they leave.
 
     mesh = Mesh(config.mesh, device)
     model = GPT(config.model, device="meta")        # or with values, the same on every rank
@@ -21,6 +21,7 @@ from moe_ext.model import build as plain_build
 from moe_ext.parallel.experts import ExpertExchange, SplitExperts
 from moe_ext.parallel.init import box_normal
 from moe_ext.parallel.mesh import Mesh, ScopePeers
+from moe_ext.parallel.sequence import sequence_parallel
 from moe_ext.parallel.stages import Stage, cut
 from moe_ext.parallel.tensor import ROWS, distribute, sum_replicated, tensor_parallel
 from moe_ext.parallel.trace import TracedExchange
@@ -40,6 +41,8 @@ def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = Non
         expert_parallel(layer, mesh, trace)
     if c.tp > 1:
         tensor_parallel(model, mesh)
+    if c.sp > 1:
+        sequence_parallel(model, mesh)
     policy = {}
     if dtype is not None:
         policy["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -74,7 +77,7 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
             layer.exchange = TracedExchange(layer.exchange, layer.name)
     if c.etp > 1:
         layer.exchange = SplitExperts(mesh.sparse.get_group("etp"), layer.exchange)
-    if (c.dp if layer.scope == "micro_batch" else 1) * c.tp > 1:
+    if (c.dp if layer.scope == "micro_batch" else 1) * c.sequence > 1:
         layer.peers = ScopePeers(mesh, layer.scope)
 
 

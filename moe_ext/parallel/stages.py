@@ -137,7 +137,7 @@ class Stage(nn.Module):
         rows, x_BSD, parts = no_rows(c, tokens_BS.device), None, []
         for piece in self.pieces:
             if not piece.first:
-                x_BSD = torch.empty(B, S // mesh.config.tp, c.dim, dtype=self.dtype, device=tokens_BS.device)
+                x_BSD = torch.empty(B, S // mesh.config.sequence, c.dim, dtype=self.dtype, device=tokens_BS.device)
                 dist.recv(x_BSD, before, group=group)
             out = piece(tokens_BS, targets_BS, draws, token_mask, documents_BS, positions_BS, x_BSD)
             if not piece.last:
