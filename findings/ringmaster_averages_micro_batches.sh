@@ -39,7 +39,7 @@ def gradient(losses):
 
 
 def micro_batches(counted, tokens):
-    """Losses of two micro-batches whose last counted[i] tokens are targets; tokens: what a mean divides by, None for its own."""
+    """Losses of two micro-batches, the last counted[i] tokens of each its targets, divided by tokens or else by their own."""
     for row, n in zip(ids, counted):
         labels = row.masked_fill(torch.arange(LENGTH) < LENGTH - n, -100)
         yield model(input_ids=row, labels=labels, **({"num_items_in_batch": tokens} if tokens else {})).loss
