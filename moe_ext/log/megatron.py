@@ -121,7 +121,7 @@ class Megatron:
             lines += [f"[Rank {rank}] (after {record['step']} iterations) memory (MB) | allocated: {memory.allocated} "
                       f"| max allocated: {memory.max_allocated} | reserved: {memory.reserved} | max reserved: "
                       f"{memory.max_reserved}" for rank, memory in enumerate(record["memory"])
-                      if rank % mesh.stage < mesh.tp]
+                      if rank % mesh.stage < mesh.sequence]
         if "time_ms" in record:
             lines.append(timers({TIMERS[part]: span for part, span in record["time_ms"].items()}))
         return "\n".join(lines)
