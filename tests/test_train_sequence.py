@@ -1,0 +1,93 @@
+"""The driver on ranks that share sequences: the losses of one process, on any other mesh again, and what it says."""
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from ranks import run_ranks
+from test_choices import quiz, write
+from test_train import assert_same_checkpoint, data, flags  # noqa: F401
+from test_train_mesh import ALL, fit, numbers
+
+import moe_ext.train
+from moe_ext import evaluate
+from moe_ext.config import load, parse, plain
+from moe_ext.data import IndexedDataset
+from moe_ext.parallel.mesh import Mesh
+
+MESHES = {
+    "sp2-ep2": dict(mesh__sp=2, mesh__ep=2),
+    "sp2-tp2-ep4": dict(mesh__sp=2, mesh__tp=2, mesh__ep=4),
+    "rep2-sp2": dict(mesh__rep=2, mesh__sp=2, train__micro_batch=2),
+    "pp2-sp2": dict(mesh__pp=2, mesh__sp=2, pipeline__schedule="1f1b"),
+}
+SHORT = dict(train__dtype="fp64", train__steps=4, train__save_every=2, train__keep_last=0, train__eval_every=2,
+             train__eval_batches=10**6, model__layers=2, optim__warmup=2, model__moe__scope="micro_batch")
+APART = "--data.reset-attention", "--data.reset-positions", "--data.mask-end", "--train.keep-best", "--model.tied"
+COLUMNS = "loss", "aux", "grad_norm", "balance", "zeros", "parameter_norm", "tokens", "sequences", "load"
+EVALUATIONS = "valid_loss", "more_loss", "choices_acc", "choices_acc_norm"
+
+
+@pytest.fixture(scope="module")
+def options(data, tmp_path_factory):                                                        # noqa: F811
+    """Dropout, jitter, documents apart; all held-out text, its last row a short one; questions of any length."""
+    recipe = tmp_path_factory.mktemp("recipe") / "debug.toml"
+    return SHORT | dict(data__choices=write(recipe.with_name("quiz.jsonl"), *quiz(5)),
+                        data__tokenizer=data / "tokenizer.json", data__eval_sets=f"more={data / 'valid'}")
+
+
+@pytest.fixture(scope="module")
+def alone(data, options, tmp_path_factory):                                                 # noqa: F811
+    folder = tmp_path_factory.mktemp("alone")
+    return fit(data, folder, folder / "store", "", *APART, **options)
+
+
+def same(folder, alone, begin=0):
+    np.testing.assert_allclose(numbers(folder, *COLUMNS), numbers(alone, *COLUMNS)[begin:], rtol=1e-9)
+    np.testing.assert_allclose(numbers(folder, "loss"), numbers(alone, "loss")[begin:], rtol=1e-12)
+    assert numbers(folder, "counts_LE") == numbers(alone, "counts_LE")[begin:]
+    for name in EVALUATIONS:
+        np.testing.assert_allclose(numbers(folder, name), numbers(alone, name)[begin // 2:], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_step_is_that_of_one_process(data, alone, options, tmp_path, name):           # noqa: F811
+    """Then each continues on another mesh, the last one in one process; the first on its own too, bit for bit."""
+    folder = fit(data, tmp_path / "own", tmp_path / "store", "", *APART, **options, **MESHES[name])
+    same(folder, alone)
+    run, valid = evaluate.load_run(folder), IndexedDataset(data / "valid")      # whole, in this process
+    assert evaluate.evaluate(run.model, run.config, valid) == pytest.approx(numbers(folder, "valid_loss")[-1][0],
+                                                                            rel=1e-9)
+    on = {"other": dict(zip(MESHES, [*list(MESHES.values())[1:], {}], strict=True))[name]}
+    for where, mesh in (on | ({"again": MESHES[name]} if name == "sp2-ep2" else {})).items():
+        shutil.copytree(folder / "ckpt" / "step-000002", tmp_path / where / "debug" / "ckpt" / "step-000002")
+        rest = fit(data, tmp_path / where, tmp_path / f"store-{where}", "auto", *APART, **options, **mesh)
+        same(rest, alone, 2)
+        if where == "again":
+            assert_same_checkpoint(folder, rest, 4)
+        else:
+            assert f"mesh.sp was 2 and is {mesh.get('mesh__sp', 1)}" in (rest / "run.log").read_text() or mesh
+
+
+# ---- 4096 tokens -----------------------------------------------------------------------------------------------------
+LONG = dict(train__dtype="fp64", train__steps=3, train__eval_every=0, train__micro_batch=1, train__accumulation=1,
+            model__seq_len=4096, model__rope_base=5e5, model__window=700, model__window_full_every=2, optim__warmup=1,
+            data__valid="")
+
+
+@pytest.fixture(scope="module")
+def long_alone(data, tmp_path_factory):                                                     # noqa: F811
+    folder = tmp_path_factory.mktemp("long")
+    return numbers(fit(data, folder, folder / "store", **LONG), "loss", "grad_norm")
+
+
+@pytest.mark.parametrize("mesh", [dict(mesh__sp=2, mesh__ep=2), dict(mesh__sp=2, mesh__attention="gather"),
+                                  dict(mesh__sp=2, mesh__tp=2, mesh__ep=4)], ids=str)
+def test_4096_tokens_are_those_of_one_process(data, long_alone, tmp_path, mesh):            # noqa: F811
+    folder = fit(data, tmp_path, tmp_path / "store", log__style="megatron", **LONG, **mesh)
+    np.testing.assert_allclose(numbers(folder, "loss", "grad_norm"), long_alone, rtol=1e-12)
+    said, tp = (folder / "run.log").read_text(), mesh.get("mesh__tp", 1)
+    assert f"using world size: {2 * tp}, data-parallel size: 1, context-parallel size: 2, tensor-model-" in said
+    assert "\n  context_parallel_size ........................... 2\n" in said
+    assert [line[:9] for line in said.splitlines() if "max reserved" in line] == [
+        f"[Rank {rank}]" for rank in range(2 * tp)]
