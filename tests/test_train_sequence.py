@@ -1,24 +1,24 @@
 """The driver on ranks that share sequences: the losses of one process, on any other mesh again, and what it says."""
-import dataclasses
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from test_choices import quiz, write
-from test_train import assert_same_checkpoint, data, flags  # noqa: F401
-from test_train_mesh import ALL, fit, numbers
+from test_train import assert_same_checkpoint, data  # noqa: F401
+from test_train_mesh import fit, numbers
 
-import moe_ext.train
 from moe_ext import evaluate
-from moe_ext.config import load, parse, plain
 from moe_ext.data import IndexedDataset
-from moe_ext.parallel.mesh import Mesh
 
+PAGE = Path(__file__).parent.parent / "docs" / "sequence.md"
 MESHES = {
     "sp2-ep2": dict(mesh__sp=2, mesh__ep=2),
     "sp2-tp2-ep4": dict(mesh__sp=2, mesh__tp=2, mesh__ep=4),
-    "rep2-sp2": dict(mesh__rep=2, mesh__sp=2, train__micro_batch=2),
     "pp2-sp2": dict(mesh__pp=2, mesh__sp=2, pipeline__schedule="1f1b"),
 }
 SHORT = dict(train__dtype="fp64", train__steps=4, train__save_every=2, train__keep_last=0, train__eval_every=2,
@@ -70,7 +70,7 @@ def test_every_step_is_that_of_one_process(data, alone, options, tmp_path, name)
 
 
 # ---- 4096 tokens -----------------------------------------------------------------------------------------------------
-LONG = dict(train__dtype="fp64", train__steps=3, train__eval_every=0, train__micro_batch=1, train__accumulation=1,
+LONG = dict(train__dtype="fp64", train__steps=2, train__eval_every=0, train__micro_batch=1, train__accumulation=1,
             model__seq_len=4096, model__rope_base=5e5, model__window=700, model__window_full_every=2, optim__warmup=1,
             data__valid="")
 
@@ -89,5 +89,32 @@ def test_4096_tokens_are_those_of_one_process(data, long_alone, tmp_path, mesh):
     said, tp = (folder / "run.log").read_text(), mesh.get("mesh__tp", 1)
     assert f"using world size: {2 * tp}, data-parallel size: 1, context-parallel size: 2, tensor-model-" in said
     assert "\n  context_parallel_size ........................... 2\n" in said
-    assert [line[:9] for line in said.splitlines() if "max reserved" in line] == [
+    exchange = "all_gather" if "mesh__attention" in mesh else "a2a"
+    assert f"\n  cp_comm_type .................................... ['{exchange}']\n" in said
+    assert [line[:8] for line in said.splitlines() if "max reserved" in line] == [
         f"[Rank {rank}]" for rank in range(2 * tp)]
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+def test_attention_in_ones_own_model(tmp_path):
+    """docs/sequence.md's, on two ranks: output and summed gradients are those of all tokens in one process."""
+    page = {}
+    exec(re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)[1], page)
+    generator = torch.Generator().manual_seed(0)
+    x_BSD, dy_BSD = torch.randn(2, 2, 24, 32, dtype=torch.float64, generator=generator)
+
+    def found(part):
+        torch.manual_seed(1)
+        attention = page["Attention"](32, heads=4, kv_heads=2).double()
+        (y := attention(part(x_BSD))).backward(part(dy_BSD))
+        return y, [p.grad for p in attention.parameters()]
+
+    def body(rank):
+        y, grads = found(lambda x: x.chunk(2, dim=1)[rank])
+        for grad in grads:
+            dist.all_reduce(grad)
+        return y, grads
+    (first, grads), (second, _) = run_ranks(2, body, tmp_path)
+    (tmp_path / "one").mkdir()
+    (want, want_grads), = run_ranks(1, lambda rank: found(lambda x: x), tmp_path / "one")
+    torch.testing.assert_close([torch.cat([first, second], 1), *grads], [want, *want_grads], rtol=1e-12, atol=1e-12)

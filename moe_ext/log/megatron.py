@@ -185,7 +185,9 @@ def arguments(config: Config) -> dict[str, object]:
         "pipeline_model_parallel_size": mesh.pp, "virtual_pipeline_model_parallel_size": (
             config.pipeline.chunks if config.pipeline.chunks > 1 else None),
         "use_dpp": mesh.pp > 1 and SCHEDULES[config.pipeline.schedule].dynamic,
-        "context_parallel_size": mesh.sp, "expert_model_parallel_size": mesh.ep,
+        "context_parallel_size": mesh.sp, "cp_comm_type": (
+            [{"ulysses": "a2a", "gather": "all_gather"}[mesh.attention]] if mesh.sp > 1 else None),
+        "expert_model_parallel_size": mesh.ep,
         "expert_tensor_parallel_size": mesh.etp, "log_interval": config.log.every,
         "wandb_project": config.log.wandb, "wandb_exp_name": config.log.name, "save": config.run_folder / "ckpt",
         "tensorboard_dir": config.run_folder / "tb" if config.log.tensorboard else None,
