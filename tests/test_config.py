@@ -276,6 +276,10 @@ def test_bad_command_lines(tmp_path, capsys, args, words):
     (["--mesh.pp", "0"], "mesh.pp is 0; it must be positive"),
     (["--mesh.pp", "8"], "mesh.pp 8 * pipeline.chunks 1 cut the model into 8 pieces, and each needs a block, but "
                          "model.layers is 4: mesh.pp can be 4 at most"),
+    (["--mesh.sp", "3"], "mesh.sp 3 * mesh.tp 1 ranks cannot share model.seq_len 256 evenly: the nearest mesh.sp that "
+                         "fits is 2, the nearest model.seq_len 255"),
+    (["--mesh.sp", "8"], "mesh.sp 8 is more than the 4 heads that Ulysses can give out (model.heads 4): the nearest "
+                         "mesh.sp that fits is 4, or set mesh.attention to gather, which takes any number of heads"),
     (["--pipeline.chunks", "2", "--pipeline.lines"], "pipeline.chunks is 2, pipeline.lines is True, but mesh.pp 1 is "
      "no pipeline: set mesh.pp to 2 or more, or pipeline.chunks to 1, pipeline.lines to false"),
 ])
