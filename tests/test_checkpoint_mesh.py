@@ -498,7 +498,7 @@ PIPELINES = {   # name -> mesh, chunks
     "one": (dict(), 1),
     "pp2": (dict(pp=2), 1), "sp2 ep2": (dict(sp=2, ep=2), 1),
     "pp4": (dict(pp=4), 1), "pp2 tp2 ep2": (dict(pp=2, tp=2, ep=2), 2), "pp2 fsdp2": (dict(pp=2, fsdp=2), 2),
-    "rep2 sp2": (dict(rep=2, sp=2), 1), "pp2 sp2": (dict(pp=2, sp=2), 2)}
+    "pp2 sp2": (dict(pp=2, sp=2), 2)}
 DEEP = ModelConfig(vocab_size=50, seq_len=8, layers=4, dim=16, heads=2, hidden=32, tied=True,
                    moe=MoEConfig(experts=4, hidden=16, dense_layers=1, score="sigmoid", select_bias_rate=0.01))
 
