@@ -1,4 +1,5 @@
 """The driver on ranks that share sequences: the losses of one process, on any other mesh again, and what it says."""
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,11 @@ from test_train import assert_same_checkpoint, data  # noqa: F401
 from test_train_mesh import fit, numbers
 
 from moe_ext import evaluate
+from moe_ext.choices import each_row
+from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.data import IndexedDataset
+from moe_ext.parallel.mesh import Mesh
+from moe_ext.parallel.shard import build
 
 PAGE = Path(__file__).parent.parent / "docs" / "sequence.md"
 MESHES = {
@@ -93,6 +98,44 @@ def test_4096_tokens_are_those_of_one_process(data, long_alone, tmp_path, mesh):
     assert f"\n  cp_comm_type .................................... ['{exchange}']\n" in said
     assert [line[:8] for line in said.splitlines() if "max reserved" in line] == [
         f"[Rank {rank}]" for rank in range(2 * tp)]
+
+
+# ---- a needle --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("attention", ["ulysses", "gather"])
+@pytest.mark.parametrize("kind", ["whole", "window", "documents"])
+def test_a_needle_is_found_across_the_borders_of_ranks(tmp_path, kind, attention):
+    """Of 64 tokens on four ranks: the loss at position n changes with the token at i where n sees it, and nowhere else,
+    and is one process's."""
+    model = ModelConfig(vocab_size=61, seq_len=64, layers=1, dim=16, heads=4, kv_heads=2, init_std=0.2,
+                        window=20 if kind == "window" else 0, moe=MoEConfig(experts=4, hidden=12))
+    config = Config(model=model, mesh=MeshConfig(sp=4, attention=attention),
+                    train=TrainConfig(dtype="fp64", device="cpu"))
+    pairs = [(i, n) for n in (0, 15, 16, 17, 31, 32, 63) for i in (None, 0, 12, 15, 16, 31, 32, 47, 63)]
+    documents = (torch.arange(64) >= 14).long() + (torch.arange(64) >= 40).long()
+    tokens = torch.randint(61, (1, 64), generator=torch.Generator().manual_seed(0)).repeat(len(pairs), 1)
+    targets = torch.full_like(tokens, -100)
+    for row, (i, n) in enumerate(pairs):
+        targets[row, n] = 7
+        if i is not None:
+            tokens[row, i] = (tokens[row, i] + 1) % 61
+
+    @torch.no_grad()
+    def losses(mesh):
+        model = build(dataclasses.replace(config, mesh=mesh.config), mesh).eval()
+        with each_row(model.lm_head, len(pairs)):
+            given = documents.expand_as(tokens) if kind == "documents" else None
+            return mesh.sum(model(tokens, targets, documents_BS=given).token_loss)[0]
+
+    want = losses(Mesh(MeshConfig()))
+    for got in run_ranks(4, lambda rank: losses(Mesh(config.mesh)), tmp_path):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
+        found = dict(zip(pairs, got.tolist(), strict=True))
+        for (i, n), loss in found.items():
+            if i is not None:
+                sees = (i <= n and not (kind == "window" and n - i >= 20)
+                        and not (kind == "documents" and documents[i] != documents[n]))
+                assert (abs(loss - found[None, n]) > 1e-7) == sees, (i, n)
+                assert sees or abs(loss - found[None, n]) < 1e-12
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
