@@ -307,7 +307,7 @@ class MeshConfig:
     etp: int = 1                        # ranks that share every expert: 1 or tp
     transport: Literal["torch", "windows", "nccl"] = "torch"    # of the token exchange (moe_ext.parallel.transport)
     attention: Literal["ulysses", "gather"] = "ulysses"     # over sp: each rank gets all tokens of some heads; or all
-                                        # keys and values for its own tokens; with sp 1 there is no choice
+                                        # keys and values for its own tokens; with sp 1 it does nothing
 
     def __post_init__(self):
         for name, size in self.sizes.items():
