@@ -307,7 +307,7 @@ class MeshConfig:
     etp: int = 1                        # ranks that share every expert: 1 or tp
     transport: Literal["torch", "windows", "nccl"] = "torch"    # of the token exchange (moe_ext.parallel.transport)
     attention: Literal["ulysses", "gather"] = "ulysses"     # over sp: each rank gets all tokens of some heads; or all
-                                        # keys and values for its own tokens (moe_ext.parallel.sequence)
+                                        # keys and values for its own tokens; with sp 1 it does nothing
 
     def __post_init__(self):
         for name, size in self.sizes.items():
@@ -472,13 +472,23 @@ class Config:
 
     def check_sequence(self) -> None:
         """ConfigError, with the nearest setting that would do, for sequences or heads that sp ranks cannot share."""
-        model, mesh = self.model, self.mesh
-        heads, groups = model.heads // mesh.tp, model.kv_groups // mesh.tp
-        fits = [sp for sp in divisors(model.seq_len // mesh.tp)
-                if mesh.attention == "gather" or (heads % sp == 0 and (groups % sp == 0 or sp % groups == 0))]
-        require(mesh.sp in fits, f"mesh.sp {mesh.sp} does not divide the {model.seq_len // mesh.tp} tokens "
-                f"(model.seq_len / mesh.tp), {heads} heads and {groups} key/value heads of a rank: the nearest that "
-                f"does is {nearest(mesh.sp, fits)}")
+        model, mesh, (tp, sp) = self.model, self.mesh, (self.mesh.tp, self.mesh.sp)
+        heads, groups = model.heads // tp, model.kv_groups // tp       # of a tp rank
+
+        def shares(sp):
+            return mesh.attention == "gather" or (heads % sp == 0 and (groups % sp == 0 or sp % groups == 0))
+
+        fits = nearest(sp, [sp for sp in divisors(model.seq_len // tp) if shares(sp)])
+        require(model.seq_len % (sp * tp) == 0, f"mesh.sp {sp} * mesh.tp {tp} ranks cannot share model.seq_len "
+                f"{model.seq_len} evenly: the nearest mesh.sp that fits is {fits}, the nearest model.seq_len "
+                f"{max(1, round(model.seq_len / (sp * tp))) * sp * tp}")
+        split = f" / mesh.tp {tp}" if tp > 1 else ""
+        way_out = (f"the nearest mesh.sp that fits is {fits}, or set mesh.attention to gather, which takes any number "
+                   "of heads")
+        require(shares(sp) or heads >= sp, f"mesh.sp {sp} is more than the {heads} heads that Ulysses can give out "
+                f"(model.heads {model.heads}{split}): {way_out}")
+        require(shares(sp), f"mesh.sp {sp} must divide model.heads {model.heads}{split} and divide key/value heads "
+                f"{model.kv_groups}{split} or be a multiple of them: {way_out}")
 
     def check_stages(self) -> None:
         """ConfigError, with the nearest setting that would do, for stages that cannot be or cannot take turns so."""

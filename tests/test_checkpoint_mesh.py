@@ -1,7 +1,6 @@
 """Checkpoints on meshes: saved on any, loaded on any other, bit for bit; an error of one rank is an error of all."""
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -494,11 +493,12 @@ def test_a_rank_that_dies_while_it_saves(tmp_path, killed):
     assert [path.name for path in whole(folder)] == ["step-000001"]
 
 
-# ---- pipelines -------------------------------------------------------------------------------------------------------
+# ---- pipelines, and ranks that share sequences -----------------------------------------------------------------------
 PIPELINES = {   # name -> mesh, chunks
     "one": (dict(), 1),
-    "pp2": (dict(pp=2), 1),
-    "pp4": (dict(pp=4), 1), "pp2 tp2 ep2": (dict(pp=2, tp=2, ep=2), 2), "pp2 fsdp2": (dict(pp=2, fsdp=2), 2)}
+    "pp2": (dict(pp=2), 1), "sp2 ep2": (dict(sp=2, ep=2), 1),
+    "pp4": (dict(pp=4), 1), "pp2 tp2 ep2": (dict(pp=2, tp=2, ep=2), 2), "pp2 fsdp2": (dict(pp=2, fsdp=2), 2),
+    "pp2 sp2": (dict(pp=2, sp=2), 2)}
 DEEP = ModelConfig(vocab_size=50, seq_len=8, layers=4, dim=16, heads=2, hidden=32, tied=True,
                    moe=MoEConfig(experts=4, hidden=16, dense_layers=1, score="sigmoid", select_bias_rate=0.01))
 
@@ -540,7 +540,7 @@ def staged(tmp_path_factory):
     def body(rank):
         results = {}
         for seed, (pipeline, (mesh, _)) in enumerate(PIPELINES.items(), start=1):
-            if math.prod(mesh.get(axis, 1) for axis in ("pp", "fsdp", "tp")) == dist.get_world_size():
+            if MeshConfig(**mesh).world == dist.get_world_size():
                 run = Staged(pipeline, seed)
                 run.step(1)
                 run.step(2)
@@ -560,7 +560,7 @@ def test_any_pipeline_loads_any_other(tmp_path, staged, world):
     bits; and what is saved again is what was saved."""
     def body(rank):
         for pipeline, (mesh, _) in PIPELINES.items():
-            if math.prod(mesh.get(axis, 1) for axis in ("pp", "fsdp", "tp")) != world:
+            if MeshConfig(**mesh).world != world:
                 continue
             run = Staged(pipeline, seed=50)
             for other, (path, then, after) in staged.items():

@@ -225,7 +225,8 @@ MODEL = ModelConfig(vocab_size=61, seq_len=16, layers=2, dim=16, heads=4, hidden
 
 @pytest.mark.c_core
 @pytest.mark.parametrize("sizes", [dict(fsdp=2, ep=2), dict(tp=2, etp=2), dict(rep=2, fsdp=2, tp=1, ep=2),
-                                   dict(fsdp=2, tp=2, ep=4), dict(pp=2, tp=2)], ids=str)
+                                   dict(fsdp=2, tp=2, ep=4), dict(pp=2, tp=2),
+                                   dict(sp=2, tp=2, ep=4), dict(pp=2, sp=2)], ids=str)
 def test_every_mesh_finds_the_same(sizes, tmp_path):
     """Also where the last batch leaves ranks without endings."""
     mesh = MeshConfig(**sizes)

@@ -1,6 +1,7 @@
 """Recipes and the command line: what is accepted, and the sentence for everything else."""
 import dataclasses
 import inspect
+import itertools
 import re
 import typing
 
@@ -100,7 +101,24 @@ def test_command_line_comes_last(tmp_path):
     ("[train]\nbatch_ramp = '16,8,100'\naccumulation = 2\n", ["do not lead from 16 to the 16", "change one"]),
     ("[train]\nbatch_ramp = '8,16,100'\naccumulation = 4\n", ["increments of 16 do not lead from 8 to the 32"]),
     ("[log]\npeak_tflops = -1\n", ["log.peak_tflops is -1.0", "negative"]),
-    ("[mesh]\nsp = 2\n", ["mesh.sp is 2", "not built yet"]),
+    ("[mesh]\nsp = 0\n", ["mesh.sp is 0; it must be positive"]),
+    ("[mesh]\nsp = 3\n", ["mesh.sp 3 * mesh.tp 1", "model.seq_len 256", "nearest mesh.sp that fits is 2",
+                          "model.seq_len 255"]),
+    ("[mesh]\nsp = 2\ntp = 2\n[model]\nseq_len = 6\n", ["mesh.sp 2 * mesh.tp 2", "mesh.sp that fits is 1",
+                                                          "model.seq_len 8"]),
+    ("[mesh]\nsp = 8\n", ["mesh.sp 8 is more than the 4 heads that Ulysses can give out (model.heads 4): ",
+                          "nearest mesh.sp that fits is 4", "or set mesh.attention to gather"]),
+    ("[mesh]\nsp = 4\ntp = 2\n", ["mesh.sp 4 is more than the 2 heads", "(model.heads 4 / mesh.tp 2)", "fits is 2"]),
+    ("[mesh]\nsp = 4\n[model]\nheads = 6\ndim = 192\n", ["mesh.sp 4 must divide model.heads 6", "fits is 2"]),
+    ("[mesh]\nsp = 4\n[model]\nheads = 12\nkv_heads = 6\ndim = 192\n",
+     ["mesh.sp 4 must divide model.heads 12", "divide key/value heads 6 or be a multiple", "fits is 2", "gather"]),
+    ("[mesh]\nsp = 3\nattention = 'gather'\n", ["mesh.sp 3 * mesh.tp 1", "mesh.sp that fits is 2"]),
+    ("[mesh]\nattention = 'ring'\n", ["mesh.attention", "'ring'", "ulysses, gather"]),
+    ("[mesh]\nattention = 'ulyses'\n", ["mesh.attention", "did you mean ulysses?"]),
+    ("[mesh]\nsp = 2\nep = 4\n[model.moe]\nexperts = 8\n",
+     ["mesh.ep * mesh.etp = 4 does not divide mesh.fsdp * mesh.sp * mesh.tp = 2", "does is 2"]),
+    ("[mesh]\nfsdp = 3\nsp = 2\ntp = 2\n", ["mesh.fsdp * mesh.sp 6 does not divide model.dim 256", "does is 4"]),
+    ("[mesh]\nsp = 4\n[model.moe]\nexperts = 192\nbalanced = true\n", ["model.moe.balanced", "the 128 of a sequence"]),
     ("[mesh]\npp = 8\n", ["mesh.pp 8", "model.layers is 4"]),
     ("[mesh]\npp = 2\n[pipeline]\nchunks = 3\n", ["pipeline.chunks 3", "6 pieces", "set pipeline.chunks to 2"]),
     ("[mesh]\npp = 2\n[pipeline]\nlayers = '3,2'\n", ["pipeline.layers 3,2", "2 pieces of 5 blocks", "as in 2,2"]),
@@ -123,7 +141,8 @@ def test_command_line_comes_last(tmp_path):
     ("[train]\nloss_scale_window = 0\n", ["train.loss_scale_window is 0", "positive"]),
     ("[train]\nloss_scale_hysteresis = 0\n", ["train.loss_scale_hysteresis is 0", "positive"]),
     ("[train]\nrecompute = true\nrecompute_attention = true\n", ["leave train.recompute_attention off"]),
-    ("[mesh]\nfsdp = 4\nep = 3\n", ["mesh.ep * mesh.etp = 3 does not divide mesh.fsdp * mesh.tp = 4", "does is 2"]),
+    ("[mesh]\nfsdp = 4\nep = 3\n", ["mesh.ep * mesh.etp = 3 does not divide mesh.fsdp * mesh.sp * mesh.tp = 4",
+                                    "does is 2"]),
     ("[mesh]\ntp = 2\netp = 4\n", ["mesh.etp is 4", "1 or mesh.tp = 2"]),
     ("[mesh]\ntp = 3\n", ["mesh.tp 3 does not divide model.seq_len 256", "nearest that does is 2"]),
     ("[mesh]\nfsdp = 2\n[model.moe]\nexperts = 6\nbalanced = true\n", ["model.moe.balanced", "the 512 of a sequence"]),
@@ -172,6 +191,45 @@ def test_another_world_is_told_the_nearest_mesh():
         check_world(mesh, 3, C.Config(model=model, mesh=mesh))
 
 
+def test_the_nearest_mesh_may_share_sequences():
+    """Also on stages, and with the form of attention that was asked for."""
+    mesh = C.MeshConfig(pp=2, sp=2)
+    with pytest.raises(C.ConfigError, match=r"the mesh has pp 2 \* rep 1 \* fsdp 1 \* sp 2 \* tp 1 = 4 ranks, but 8 "
+                                            r"processes run: start 4, or take the nearest mesh of 8: --mesh.fsdp 2$"):
+        check_world(mesh, 8, C.Config(mesh=mesh))
+    mesh, model = C.MeshConfig(sp=4, attention="gather"), C.ModelConfig(heads=3, dim=192)
+    with pytest.raises(C.ConfigError, match=r"nearest mesh of 2: --mesh.sp 2$"):
+        check_world(mesh, 2, C.Config(mesh=mesh, model=model))
+
+
+@pytest.mark.parametrize("sizes, model", [
+    (dict(sp=8, attention="gather"), dict()),                       # more than heads
+    (dict(sp=4, attention="gather"), dict(heads=6, dim=192)),
+    (dict(sp=4), dict(heads=8, kv_heads=2)),                        # two ranks get each key/value head
+    (dict(sp=2), dict(heads=8, kv_heads=4)),
+    (dict(sp=2, tp=2), dict(heads=8, kv_heads=2)),
+    (dict(attention="gather"), dict(heads=3, dim=192, seq_len=7)),  # nobody shares anything
+], ids=str)
+def test_sequences_that_can_be_shared(sizes, model):
+    config = C.Config(model=C.ModelConfig(**model), mesh=C.MeshConfig(**sizes))
+    assert config.mesh.sequence == sizes.get("sp", 1) * sizes.get("tp", 1)
+
+
+def test_meshes_that_share_sequences():
+    """Every one once, of all that a brute force finds."""
+    every = {C.MeshConfig(rep=rep, fsdp=fsdp, sp=sp, tp=8 // (rep * fsdp * sp), ep=ep, etp=etp)
+             for rep, fsdp, sp in itertools.product(C.divisors(8), repeat=3) if 8 % (rep * fsdp * sp) == 0
+             for etp in {1, 8 // (rep * fsdp * sp)} for ep in C.divisors(8 // rep // etp)}
+    assert set(C.sequences(8)) == {mesh for mesh in every if mesh.sp > 1}
+    assert len(C.sequences(8)) == len(set(C.sequences(8))) and C.sequences(1) == []
+
+
+def test_config_files_from_before_mesh_attention_load(tmp_path):
+    text = C.dumps(C.Config())
+    assert 'attention = "ulysses"\n' in text
+    assert C.load(write(tmp_path, text.replace('attention = "ulysses"\n', ""))).mesh == C.MeshConfig()
+
+
 def test_micro_batches_of_all_steps():
     """Of a whole step, or of each that a ramp leads through; a pipeline must take them all."""
     train = C.TrainConfig(micro_batch=2, accumulation=8)
@@ -218,6 +276,10 @@ def test_bad_command_lines(tmp_path, capsys, args, words):
     (["--mesh.pp", "0"], "mesh.pp is 0; it must be positive"),
     (["--mesh.pp", "8"], "mesh.pp 8 * pipeline.chunks 1 cut the model into 8 pieces, and each needs a block, but "
                          "model.layers is 4: mesh.pp can be 4 at most"),
+    (["--mesh.sp", "3"], "mesh.sp 3 * mesh.tp 1 ranks cannot share model.seq_len 256 evenly: the nearest mesh.sp that "
+                         "fits is 2, the nearest model.seq_len 255"),
+    (["--mesh.sp", "8"], "mesh.sp 8 is more than the 4 heads that Ulysses can give out (model.heads 4): the nearest "
+                         "mesh.sp that fits is 4, or set mesh.attention to gather, which takes any number of heads"),
     (["--pipeline.chunks", "2", "--pipeline.lines"], "pipeline.chunks is 2, pipeline.lines is True, but mesh.pp 1 is "
      "no pipeline: set mesh.pp to 2 or more, or pipeline.chunks to 1, pipeline.lines to false"),
 ])

@@ -97,7 +97,8 @@ def test_a_part_is_the_first_rows_of_the_shuffled_text(tmp_path):
 
 
 @pytest.mark.c_core
-@pytest.mark.parametrize("sizes", [dict(fsdp=2, ep=2), dict(rep=2, tp=2, etp=2), dict(pp=2, rep=2)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, ep=2), dict(rep=2, tp=2, etp=2), dict(pp=2, rep=2),
+                                   dict(sp=4, ep=2)], ids=str)
 def test_every_mesh_finds_the_same(tmp_path, sizes):
     """Also where the last rows leave a rank without any."""
     dataset, mesh = write(tmp_path / "text", torch.randint(61, (16 * 6 + 4,))), MeshConfig(**sizes)

@@ -121,7 +121,7 @@ class Megatron:
             lines += [f"[Rank {rank}] (after {record['step']} iterations) memory (MB) | allocated: {memory.allocated} "
                       f"| max allocated: {memory.max_allocated} | reserved: {memory.reserved} | max reserved: "
                       f"{memory.max_reserved}" for rank, memory in enumerate(record["memory"])
-                      if rank % mesh.stage < mesh.tp]
+                      if rank % mesh.stage < mesh.sequence]
         if "time_ms" in record:
             lines.append(timers({TIMERS[part]: span for part, span in record["time_ms"].items()}))
         return "\n".join(lines)
@@ -185,7 +185,9 @@ def arguments(config: Config) -> dict[str, object]:
         "pipeline_model_parallel_size": mesh.pp, "virtual_pipeline_model_parallel_size": (
             config.pipeline.chunks if config.pipeline.chunks > 1 else None),
         "use_dpp": mesh.pp > 1 and SCHEDULES[config.pipeline.schedule].dynamic,
-        "context_parallel_size": mesh.sp, "expert_model_parallel_size": mesh.ep,
+        "context_parallel_size": mesh.sp, "cp_comm_type": (
+            [{"ulysses": "a2a", "gather": "all_gather"}[mesh.attention]] if mesh.sp > 1 else None),
+        "expert_model_parallel_size": mesh.ep,
         "expert_tensor_parallel_size": mesh.etp, "log_interval": config.log.every,
         "wandb_project": config.log.wandb, "wandb_exp_name": config.log.name, "save": config.run_folder / "ckpt",
         "tensorboard_dir": config.run_folder / "tb" if config.log.tensorboard else None,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_ext.config import Config, ConfigError, MeshConfig, meshes, pipelines, sequences
+from moe_ext.config import Config, ConfigError, MeshConfig, divisors, meshes, sequences
 from moe_ext.layers.fused import Draws
 from moe_ext.parallel.collectives import gather, scope_sum
 from moe_ext.parallel.transport import NcclTransport, TorchTransport, WindowTransport
@@ -144,8 +144,9 @@ def check_world(mesh: MeshConfig, world: int, config: Config | None = None) -> N
 
     if mesh.world != world:
         hint = f"start {mesh.world}"
-        others = sorted([*meshes(world), *sequences(world), *pipelines(world)], key=distance)
-        if best := next(filter(fits, others), None):
+        others = [dataclasses.replace(other, pp=pp, attention=mesh.attention) for pp in divisors(world)
+                  for other in (*meshes(world // pp), *sequences(world // pp))]
+        if best := next(filter(fits, sorted(others, key=distance)), None):
             sizes = " ".join(f"--mesh.{name} {size}" for name, size in best.sizes.items() if size != mesh.sizes[name])
             hint += f", or take the nearest mesh of {world}: {sizes}"
         stages, shared = (f"{axis} {mesh.sizes[axis]} * " if mesh.sizes[axis] > 1 else "" for axis in ("pp", "sp"))

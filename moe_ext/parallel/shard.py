@@ -117,9 +117,10 @@ def accumulate(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumu
     ranks and micro-batches are the step's.
 
     tokens: of the step, on all ranks and in all its `accumulation` micro-batches. last: of these; what is left then is
-    sum_replicated. scale: of the loss, for fp16. The tp ranks have the same token loss, of which each counts its part;
-    of the auxiliary loss every rank has the mean over its own scopes, so that the mean over the ranks is the whole.
-    dx_BSD: of a piece without the head, the gradient of out.x_BSD (which may be a GradientEdge); it has the scale.
+    sum_replicated. scale: of the loss, for fp16. Each sp rank has the token loss of its own tokens, while the tp ranks
+    have the same, of which each counts its part; of the auxiliary loss every rank has the mean over its own scopes, so
+    that the mean over the ranks is the whole. dx_BSD: of a piece without the head, the gradient of out.x_BSD (which may
+    be a GradientEdge); it has the scale.
     """
     if mesh.config.rep > 1:
         model.set_requires_all_reduce(last)

@@ -1,7 +1,8 @@
 """Tensor with sequence parallelism, from outside: tp ranks share every matrix and, between the modules, the tokens.
 
-Between the modules a rank holds S/tp consecutive tokens of each sequence, so norms, router and dropout do a part of the
-work. Attention, MLPs and head compute on whole sequences with a part of the columns (Megatron-LM; Korthikanti et al.):
+Between the modules a rank holds S/tp consecutive tokens of each sequence (of its part, where sp ranks share it), so
+norms, router and dropout do a part of the work. Attention, MLPs and head compute on the whole, with some of the columns
+(Megatron-LM; Korthikanti et al.):
 
     [B,S/tp,D] -> gather -> q, k, v | gate, up: rows of W -> .. o | down: columns of W -> reduce_scatter -> [B,S/tp,D]
     embedding, head: rows of the vocabulary (moe_ext.parallel.vocabulary)
