@@ -5,8 +5,8 @@ the keys that are seen, recomputation included), its memory traffic, and what it
 the network between hosts. What is likely adds the first two up at the shares of the peak that were measured (SHARES),
 and of the traffic what has nothing to hide behind.
 
-Ranks are numbered as in moe_ext.parallel.mesh, tp and etp fastest, so neighbours share a host. A ring of n ranks that
-leaves its host takes the network of all its devices; an exchange sends each pair of ranks the same.
+Ranks are numbered as in moe_ext.parallel.mesh, tp and etp fastest, then sp, so neighbours share a host. A ring of n
+ranks that leaves its host takes the network of all its devices; an exchange sends each pair of ranks the same.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from moe_ext.config import Config, ModelConfig, require
 from moe_ext.plan.memory import saved
 from moe_ext.plan.pipeline import turns
-from moe_ext.plan.shares import Pieces, Share, blocks, ends, kinds, makes, stages, widths
+from moe_ext.plan.shares import Pieces, Share, axes, blocks, ends, kinds, makes, stages, widths
 from moe_ext.plan.traffic import traffic
 
 
@@ -128,12 +128,12 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
     busy = 1 - turns(config)[0]           # the share of a step's forwards and backwards in which a stage computes
     memory = (state + (weights + t.accumulation * 2 * kept) / busy) / device.bandwidth / 1e9
 
-    strides = {"pp": mesh.stage, "rep": mesh.fsdp * mesh.tp, "fsdp": mesh.tp, "tp": 1, "efsdp": mesh.ep * mesh.etp,
-               "ep": mesh.etp, "etp": 1, "dp": mesh.tp, "world": 1}
+    strides = {"pp": mesh.stage, "rep": mesh.shards * mesh.tp, "fsdp": mesh.tp, "efsdp": mesh.ep * mesh.etp,
+               "ep": mesh.etp, "dp": mesh.sequence, "sp": mesh.tp}
+    ranks, exchanges = axes(mesh), ("ep", "sp") if mesh.attention == "ulysses" else ("ep",)
     links = network = hidden = waited = 0.0
     for axis, sent in traffic(config, stage).items():
-        ranks = mesh.stage if axis == "world" else getattr(mesh, axis)
-        on_link, on_network = wires(sent, ranks, strides[axis], per_host, exchange=axis == "ep")
+        on_link, on_network = wires(sent, ranks[axis], strides.get(axis, 1), per_host, exchange=axis in exchanges)
         on_link, on_network = on_link / device.link / 1e9, on_network / device.network / 1e9
         links, network = links + on_link, network + on_network
         time = max(on_link, on_network)

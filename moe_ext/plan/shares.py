@@ -54,6 +54,26 @@ def ends(model: ModelConfig, pieces: Pieces | None) -> tuple[bool, bool]:
     return any(piece.start == 0 for piece in pieces), any(piece.stop == model.layers for piece in pieces)
 
 
+def axes(mesh: MeshConfig) -> dict[str, int]:
+    """How many ranks share something over each axis. sp's are FSDP ranks too, and those of a sequence, like all of a
+    stage, share the statistics of a scope."""
+    return {axis: getattr(mesh, axis) for axis in ("pp", "rep", "efsdp", "sp", "tp", "ep", "etp", "dp", "sequence")} | {
+        "fsdp": mesh.shards, "world": mesh.stage}
+
+
+def heads(config: Config) -> tuple[int, int]:
+    """A rank's (query heads, key/value heads) where each rank of a sequence has its own tokens of them: of key/value
+    heads Ulysses sends every rank one at least, some of them the same."""
+    c, mesh = config.model, config.mesh
+    return c.heads // mesh.tp, max(c.kv_groups // mesh.tp, mesh.sp if mesh.attention == "ulysses" else 1)
+
+
+def tokens(config: Config) -> tuple[int, int]:
+    """A rank's tokens of a micro-batch: (between the modules, inside those whose matrices tp shares)."""
+    inside = config.train.micro_batch * config.model.seq_len // config.mesh.sp
+    return inside // config.mesh.tp, inside
+
+
 class Kind(NamedTuple):
     """Parameters of equal name and shape in layers that are alike."""
     name: str               # in the first of them
@@ -93,7 +113,7 @@ class Box(NamedTuple):
     name: str
     whole: int              # what tp, ep and etp leave to it: what it computes with
     stored: int             # what FSDP leaves of that
-    fsdp: str               # the axis over which FSDP shards it: "fsdp", or "efsdp" for experts
+    fsdp: str               # the axis over which FSDP shards it: "fsdp" with sp, or "efsdp" for experts
     partial: str            # the axis whose ranks each have a part of its gradient: "tp", "etp" or ""
     count: int              # layers that have such a one
 
@@ -119,7 +139,7 @@ def _boxes(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[
         else:
             fsdp, dim, partial = "fsdp", dense_dim(name, mesh.tp), "" if rows or columns else "tp"
             whole = first_piece(shape, {0: mesh.tp} if rows else {1: mesh.tp} if columns else {})
-        stored = first_piece(whole, {dim: getattr(mesh, fsdp)})
+        stored = first_piece(whole, {dim: axes(mesh)[fsdp]})
         result.append(Box(name, math.prod(whole), math.prod(stored), fsdp, partial, count))
     return result
 
