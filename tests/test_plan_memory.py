@@ -56,7 +56,7 @@ CASES = {
     "window beyond the sequence": case(DENSE, window=500),
     "documents": case(DENSE, data=dict(reset_attention=True)),
     "documents, sinks, learned": case(DENSE, data=dict(reset_attention=True), sinks=True, position="learned"),
-    "documents, window": case(DENSE, data=dict(reset_attention=True), window=32, layers=3, seq_len=192),
+    "documents, window": case(DENSE, data=dict(reset_attention=True), window=32, layers=3),
     "documents, positions": case(DENSE, data=dict(reset_attention=True, reset_positions=True), dtype="bf16"),
     "moe": case(),
     "moe bf16": case(dtype="bf16"),
@@ -102,12 +102,13 @@ def forward(config, model, mesh):
     c, generator = config.model, torch.Generator().manual_seed(1)
     tokens = torch.randint(c.vocab_size, (config.train.micro_batch, c.seq_len), generator=generator)
     known = [p.to_local() if hasattr(p, "to_local") else p for p in (*model.parameters(), *model.buffers())]
-    documents, place = {}, torch.arange(c.seq_len)
-    if config.data.reset_attention:     # one in the first row, two in the others
-        documents["documents_BS"] = (place >= 2 * c.seq_len // 3) & (torch.arange(len(tokens))[:, None] > 0)
-        documents["documents_BS"] = documents["documents_BS"].long()
+    documents, place = {}, torch.arange(c.seq_len).expand_as(tokens)
+    if config.data.reset_attention:     # halves, whose windows the plan has; or one in a row, in the others two
+        cut = torch.full((len(tokens), 1), c.seq_len // 2 if c.window else c.seq_len * 3 // 4)
+        cut[0] += 0 if c.window else c.seq_len
+        documents["documents_BS"] = (place >= cut).long()
     if config.data.reset_positions:
-        documents["positions_BS"] = place - documents["documents_BS"] * (2 * c.seq_len // 3)
+        documents["positions_BS"] = torch.where(place < cut, place, place - cut)
     draws = Draws(1, 1) if mesh is None else mesh.draws(1, 1, 0, c.seq_len)
     with Saved([*known, tokens]) as saved, precision(config, torch.device("cpu")):
         out = model(tokens, tokens, draws, **documents)
@@ -161,6 +162,7 @@ def test_state():
     assert held.optimizer == sum(t.nbytes for t in moments)
 
 
+GATHER = dict(sp=2, attention="gather")
 MESHES = {
     "fsdp": case(mesh=dict(fsdp=2)),
     "fsdp bf16": case(mesh=dict(fsdp=2), dtype="bf16"),
@@ -179,12 +181,19 @@ MESHES = {
     "sp, learned": case(DENSE, mesh=dict(sp=2), position="learned", kv_heads=1),
     "sp bf16, MQA": case(DENSE, mesh=dict(sp=2), kv_heads=1, dtype="bf16", qk_norm=True),
     "sp, window, sinks": case(mesh=dict(sp=2), window=32, sinks=True, dtype="bf16"),
-    "sp, documents": case(TURNS, mesh=dict(sp=2), data=dict(reset_attention=True), dtype="fp64"),
-    "sp, documents, window": case(DENSE, mesh=dict(sp=2), data=dict(reset_attention=True), window=32, seq_len=192),
+    "sp, documents, ep": case(TURNS, mesh=dict(sp=2, ep=2), data=dict(reset_attention=True), dtype="fp64"),
+    "sp, documents, window": case(DENSE, mesh=dict(sp=2), data=dict(reset_attention=True), window=32),
     "sp, ep bf16": case(replace(TURNS, shared_hidden=48), mesh=dict(sp=2, ep=2), dtype="bf16"),
     "sp, attention again": case(DENSE, mesh=dict(sp=2), kv_heads=2, recompute_attention=True),
-    "sp of four": case(DENSE, mesh=dict(sp=4), kv_heads=2),
+    "sp of four, documents": case(DENSE, mesh=dict(sp=4), kv_heads=2, data=dict(reset_attention=True)),
     "sp, tp": case(mesh=dict(sp=2, tp=2), kv_heads=2, dtype="bf16", qk_norm=True, qk_norm_over="width"),
+    "gather": case(DENSE, mesh=GATHER, kv_heads=2),
+    "gather, learned, one kv head": case(mesh=GATHER, kv_heads=1, position="learned", dtype="bf16"),
+    "gather, window, sinks": case(DENSE, mesh=GATHER, window=48, window_full_every=2, sinks=True, layers=3),
+    "gather, window of one sequence": case(DENSE, mesh=GATHER, window=32, micro_batch=1),
+    "gather, documents": case(DENSE, mesh=GATHER, data=dict(reset_attention=True), dtype="bf16"),
+    "gather, attention again": case(DENSE, mesh=GATHER, kv_heads=2, recompute_attention=True),
+    "gather, tp": case(DENSE, mesh=dict(sp=2, tp=2, attention="gather"), heads=6, head_dim=16),
 }  # fmt: skip
 
 
@@ -205,7 +214,8 @@ class Messages(TorchDispatchMode):
 
 @functools.cache
 def measured(world):
-    """Per case: (bytes saved on rank 0, bytes of the largest pair of messages of the token exchange, of attention)."""
+    """Per case: (bytes saved on the first sequence's last rank, bytes of the largest pair of messages of the token
+    exchange, of attention)."""
 
     def body(rank):
         result = {}
@@ -221,7 +231,8 @@ def measured(world):
         return result
 
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(world, body, folder)[0]
+        ranks = run_ranks(world, body, folder)
+    return {name: ranks[MESHES[name].mesh.sequence - 1][name] for name in ranks[0]}
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -20,10 +20,10 @@ from moe_ext.plan.shares import (
     blocks,
     boxes,
     ends,
-    heads,
     makes,
     message,
     rows_per_token,
+    sent_columns,
     stages,
     tokens,
     widths,
@@ -84,6 +84,9 @@ def saved(config: Config, device: str, piece: range) -> Saved:
     c, t = config.model, config.train
     real, half = widths(config)
     (T, inside), size = tokens(config), 0
+    if config.data.reset_attention:     # the places of queries, keys and results in batches of documents
+        asking, asked, _, _ = met(config)
+        size += t.micro_batch * 8 * (2 * asking + asked)
     for (sparse, window), count in blocks(c, (piece,)).items():
         shared, own = mask(config, window)
         size += shared
@@ -144,22 +147,33 @@ def places(config: Config) -> int:
 def spans(config: Config, window: int) -> tuple[int, int, int]:
     """(queries, keys, columns of a head) of attention over one sequence, with the keys of the sinks; in a window run by
     run (model.attend)."""
-    c, S = config.model, config.model.seq_len
-    columns = c.head_width + 8 * c.sinks
+    c, (asking, asked, _, _) = config.model, met(config)
+    columns, past = c.head_width + 8 * c.sinks, asked - asking
     if window:
-        runs = -(-S // window)
+        runs = -(-(asking + min(past, window)) // window)
         return runs * window, runs * (2 * window + c.sinks), columns
-    return S + c.sinks, S + c.sinks, columns
+    return asking + (c.sinks and not past), asked + c.sinks, columns
+
+
+def met(config: Config) -> tuple[int, int, int, int]:
+    """What meets in a rank's attention over one sequence: (tokens that ask, tokens that are asked, heads of queries, of
+    keys and values). With "gather" the last rank's, which asks all."""
+    c, mesh = config.model, config.mesh
+    H, G = c.heads // mesh.tp, c.kv_groups // mesh.tp
+    if mesh.attention == "gather":
+        return c.seq_len // mesh.sp, c.seq_len, H, G
+    return c.seq_len, c.seq_len, H // mesh.sp, max(1, G // mesh.sp)
 
 
 def mask(config: Config, window: int) -> tuple[int, int]:
-    """(of all blocks together, of each): that of a window, for each sequence again; for each size of a document that
-    is longer, at most one for each token."""
+    """(of all blocks together, of each): that of a window, for each sequence, and document, again."""
     c, B = config.model, config.train.micro_batch
+    row = widths(config)[1] * (2 * window + c.sinks)
     if not window:
         return 0, 0
-    size = widths(config)[1] * -(-c.seq_len // window) * window * (2 * window + c.sinks)
-    return (B * size, 0) if B == 1 or config.data.reset_attention else (0, B * size)
+    if B == 1 and not config.data.reset_attention:
+        return -(-c.seq_len // window) * window * row, 0
+    return 0, B * spans(config, window)[0] * row
 
 
 def attended(config: Config, window: int, device: str) -> int:
@@ -181,18 +195,18 @@ def core(config: Config, window: int) -> tuple[int, int]:
     """(saved of attention itself, made again in the backward): q, k and v after norm, RoPE and sinks; the output; the
     sums of softmax; the input of o. With train.recompute_attention the first is q, k and v before sinks, and the input
     of o."""
-    c, B, sp = config.model, config.train.micro_batch, config.mesh.sp
+    c, B, mesh, documents = config.model, config.train.micro_batch, config.mesh, config.data.reset_attention
     real, half = widths(config)
-    H, G = (n // sp for n in heads(config))
+    asking, asked, H, G = met(config)
     queries, keys, columns = spans(config, window)
     full = B * (half * 2 * (queries * H + keys * G) * columns + queries * H * real)
-    copied = half * B * c.seq_len * H * c.head_width
+    copied = half * B * asking * H * c.head_width
     if config.train.recompute_attention:
-        given = half * B * c.seq_len * (H + 2 * G) * c.head_width
-        return given + copied, full - (0 if c.sinks or window else given)
-    # RoPE, sinks and windows leave heads outermost, as documents do and an exchange, so that o's input is a copy
-    strided = c.position == "rope" or c.sinks or window or config.data.reset_attention or sp > 1
-    return full + copied * strided, 0
+        given = half * B * (asking * H + 2 * asked * G) * c.head_width
+        return given + copied, full - (0 if c.sinks or window or documents else given)
+    # RoPE, sinks and windows leave heads outermost, and Ulysses and documents another order: o's input is a copy
+    moved = c.position == "rope" or c.sinks or window or documents or (mesh.sp > 1 and mesh.attention == "ulysses")
+    return full + (copied if moved else 0), 0
 
 
 def mlp(config: Config, hidden: int, shared: bool = False) -> int:
@@ -277,9 +291,7 @@ def exchange(config: Config, pieces: Pieces) -> int:
 
 def sequence(config: Config) -> int:
     """Of queries, keys and values together, or of their gradients: the message sent and the one received."""
-    H, G = heads(config)
-    message = widths(config)[1] * tokens(config)[1] * (H + 2 * G) * config.model.head_width
-    return 2 * message if config.mesh.sp > 1 else 0
+    return 2 * widths(config)[1] * tokens(config)[1] * sent_columns(config)[0] if config.mesh.sp > 1 else 0
 
 
 def links(config: Config, device: str, pieces: Pieces) -> int:

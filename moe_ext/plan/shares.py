@@ -61,11 +61,14 @@ def axes(mesh: MeshConfig) -> dict[str, int]:
         "fsdp": mesh.shards, "world": mesh.stage}
 
 
-def heads(config: Config) -> tuple[int, int]:
-    """A rank's (query heads, key/value heads) where each rank of a sequence has its own tokens of them: of key/value
-    heads Ulysses sends every rank one at least, some of them the same."""
+def sent_columns(config: Config) -> tuple[int, int]:
+    """Of each token that a rank has of the sequences that sp ranks share, what attention sends between them: (of
+    queries, keys and values; of outputs). Their gradients come back likewise."""
     c, mesh = config.model, config.mesh
-    return c.heads // mesh.tp, max(c.kv_groups // mesh.tp, mesh.sp if mesh.attention == "ulysses" else 1)
+    H, G = c.heads // mesh.tp, c.kv_groups // mesh.tp
+    if mesh.attention == "gather":      # to each rank all keys and values
+        return 2 * G * mesh.sp * c.head_width, 0
+    return (H + 2 * max(G, mesh.sp)) * c.head_width, H * c.head_width       # to each a head of keys and values at least
 
 
 def tokens(config: Config) -> tuple[int, int]:

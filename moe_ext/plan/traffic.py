@@ -2,7 +2,19 @@
 from __future__ import annotations
 
 from moe_ext.config import Config
-from moe_ext.plan.shares import axes, blocks, boxes, ends, heads, makes, message, rows_per_token, stages, tokens, widths
+from moe_ext.plan.shares import (
+    axes,
+    blocks,
+    boxes,
+    ends,
+    makes,
+    message,
+    rows_per_token,
+    sent_columns,
+    stages,
+    tokens,
+    widths,
+)
 
 
 def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
@@ -50,8 +62,7 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
     pieces("tp", x, micro * layers.total() * (4 + 2 * again))                       # attention: in and out, twice
     if c.qk_norm and c.qk_norm_over == "width":                                     # sums of squares of q and k
         pieces("tp", inside * real, micro * layers.total() * 2 * (2 + again))
-    H, G = heads(config)        # queries, keys and values there, attention's outputs back; their gradients likewise
-    pieces("sp", inside * (2 * H + 2 * G) * c.head_width * half // mesh.sp, micro * layers.total() * (2 + again))
+    pieces("sp", inside * sum(sent_columns(config)) * half // mesh.sp, micro * layers.total() * (2 + again))
     pieces("tp", x, micro * (layers.total() - sparse) * (4 + again))                # dense MLP
     pieces("tp", 2 * x + 2 * inside * real, micro * last)                           # head; every token's loss, logit
     if sparse:
