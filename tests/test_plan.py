@@ -59,12 +59,12 @@ CASES = {
     "sp": case(mesh=dict(sp=2), recompute=True, dtype="bf16", kv_heads=1),
     "sp, attention again": case(DENSE, mesh=dict(sp=2), recompute_attention=True, window=3, sinks=True, accumulation=2),
     "sp, gather": case(DENSE, mesh=dict(sp=2, attention="gather"), kv_heads=2, tied=True, dtype="fp64"),
-    "sp of four, ep": case(replace(MOE, capacity_factor=2.0), mesh=dict(sp=4, ep=2), kv_heads=2),
+    "sp of four, ep": case(replace(MOE, capacity_factor=2.0), mesh=dict(sp=4, ep=2), kv_heads=2, seq_len=16),
     "fsdp, sp, micro-batch": case(replace(MOE, scope="micro_batch", capacity_factor=2.0), mesh=dict(fsdp=2, sp=2, ep=4),
                                   dtype="bf16"),
     "rep, sp, gather": case(mesh=dict(rep=2, sp=2, attention="gather"), recompute=True),
-    "sp, tp, wide norm": case(mesh=dict(sp=2, tp=2, ep=2, etp=2), qk_norm_over="width", kv_heads=2),
-    "sp, tp, gather": case(PLAIN, mesh=dict(sp=2, tp=2, attention="gather"), recompute=True, kv_heads=2, dtype="bf16"),
+    "sp, tp, wide norm": case(mesh=dict(sp=2, tp=2, ep=2, etp=2), qk_norm_over="width", kv_heads=2, seq_len=16),
+    "sp, tp, gather": case(PLAIN, mesh=dict(sp=2, tp=2, attention="gather"), recompute=True, kv_heads=2, dtype="bf16", seq_len=16),
     "a real router": case(replace(MOE, experts=8, top_k=2, balanced=False), mesh=dict(fsdp=4, ep=4), seq_len=256),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_ext.plan.__main__
+import moe_ext.plan.search as search_module
 from moe_ext.config import (
     Config,
     ConfigError,
@@ -20,6 +21,7 @@ from moe_ext.config import (
     MoEConfig,
     PipelineConfig,
     TrainConfig,
+    divisors,
     load,
     meshes,
     parse,
@@ -120,18 +122,28 @@ def test_wires(ranks, stride, exchange, want):
     assert wires(100, ranks, stride, 8, exchange) == pytest.approx(want)
 
 
+def shared(config, devices):
+    """Every mesh, with every form of attention, of which a rank has 32 tokens of a sequence at least."""
+    for sp in divisors(devices):
+        for mesh in meshes(devices, sp):
+            if sp == 1 or config.model.seq_len >= 32 * mesh.sequence:
+                yield from (replace(mesh, attention=way) for way in ("ulysses", "gather")[:1 + (sp > 1)])
+
+
 @pytest.mark.parametrize("config", [
     case(), case(MoEConfig()), case(replace(MOE, scope="micro_batch")), case(replace(MOE, shared_hidden=48), heads=8),
-    case(MoEConfig(), layers=5),
-], ids=["moe", "dense", "micro-batch", "shared", "five blocks"])  # fmt: skip
+    case(MoEConfig(), layers=5), case(MoEConfig(), kv_heads=1, micro_batch=1, accumulation=1, seq_len=192, heads=6,
+                                      head_dim=12),
+], ids=["moe", "dense", "micro-batch", "shared", "five blocks", "one sequence"])  # fmt: skip
 @pytest.mark.parametrize("devices", [1, 2, 4, 6, 8])
-def test_search_is_brute_force(config, devices):
+def test_search_is_brute_force(config, devices, monkeypatch):
     """Every mesh, pipeline, micro-batch and both recomputations, one after the other."""
+    monkeypatch.setattr(search_module, "LEAST", 32)
     possible, best = set(), {}
     ways = [(1, 1)] + [(pp, chunks) for pp in (2, 4) if devices % pp == 0 for chunks in (1, 2, 3, 4)
                        if chunks in (1, min(4, config.model.layers // pp)) and pp * chunks <= config.model.layers]
     for (pp, chunks), micro_batch, recompute in itertools.product(ways, range(1, 17), (False, True)):
-        for mesh in meshes(devices // pp):
+        for mesh in shared(config, devices // pp):
             mesh, pipeline = replace(mesh, pp=pp), PipelineConfig(chunks=chunks)
             if micro_batch not in micro_batches(config, mesh, pipeline):
                 continue

@@ -7,9 +7,10 @@ torch's RMSNorm is made of single ops and saves its input twice, once normalised
 from __future__ import annotations
 
 import collections
+import functools
 from typing import NamedTuple
 
-from moe_ext.config import Config
+from moe_ext.config import Config, MeshConfig, ModelConfig
 from moe_ext.ops.enums import GATED
 from moe_ext.plan.pipeline import alive
 from moe_ext.plan.shares import (
@@ -18,7 +19,7 @@ from moe_ext.plan.shares import (
     Share,
     axes,
     blocks,
-    boxes,
+    boxes_of,
     ends,
     makes,
     message,
@@ -84,9 +85,6 @@ def saved(config: Config, device: str, piece: range) -> Saved:
     c, t = config.model, config.train
     real, half = widths(config)
     (T, inside), size = tokens(config), 0
-    if config.data.reset_attention:     # the places of queries, keys and results in batches of documents
-        asking, asked, _, _ = met(config)
-        size += t.micro_batch * 8 * (2 * asking + asked)
     for (sparse, window), count in blocks(c, (piece,)).items():
         shared, own = mask(config, window)
         size += shared
@@ -204,8 +202,8 @@ def core(config: Config, window: int) -> tuple[int, int]:
     if config.train.recompute_attention:
         given = half * B * (asking * H + 2 * asked * G) * c.head_width
         return given + copied, full - (0 if c.sinks or window or documents else given)
-    # RoPE, sinks and windows leave heads outermost, and Ulysses and documents another order: o's input is a copy
-    moved = c.position == "rope" or c.sinks or window or documents or (mesh.sp > 1 and mesh.attention == "ulysses")
+    # where tokens are not outermost any more, as from sinks and windows, documents and Ulysses, o's input is a copy
+    moved = c.sinks or window or documents or (mesh.sp > 1 and mesh.attention == "ulysses")
     return full + (copied if moved else 0), 0
 
 
@@ -252,11 +250,15 @@ def head(config: Config) -> int:
 
 def whole(config: Config, pieces: Pieces) -> int:
     """Of what FSDP gathers and reduces."""
-    ranks, (real, half) = axes(config.mesh), widths(config)
-    kept, fetched = 0, collections.Counter()
-    for box in boxes(config, pieces):
+    return _whole(config.model, config.mesh, widths(config), pieces)
+
+
+@functools.lru_cache(maxsize=256)
+def _whole(model: ModelConfig, mesh: MeshConfig, of: tuple[int, int], pieces: Pieces) -> int:
+    (real, half), ranks, kept, fetched = of, axes(mesh), 0, collections.Counter()
+    for box in boxes_of(model, mesh, pieces):
         if ranks[box.fsdp] > 1:
-            size = box.whole * (half if mixed(config, box) else real)
+            size = box.whole * (half if mixed(mesh, box) else real)
             if box.block:
                 fetched[box.block] += size
             else:
@@ -264,16 +266,22 @@ def whole(config: Config, pieces: Pieces) -> int:
     return kept + 3 * max(fetched.values(), default=0)
 
 
-def mixed(config: Config, box: Box) -> bool:
+def mixed(mesh: MeshConfig, box: Box) -> bool:
     """FSDP casts the experts, autocast the rest."""
-    return box.fsdp == "efsdp" and config.mesh.rep * config.mesh.efsdp > 1
+    return box.fsdp == "efsdp" and mesh.rep * mesh.efsdp > 1
 
 
 def casts(config: Config, pieces: Pieces) -> list[tuple[int, int]]:
     """Of each kind of block: (what autocast casts of one, how many there are)."""
-    (real, half), sizes, counts = widths(config), collections.Counter(), {}
-    for box in boxes(config, pieces):
-        if half < real and not mixed(config, box) and not box.partial and box.block:
+    real, half = widths(config)
+    return _casts(config.model, config.mesh, half, pieces) if half < real else []
+
+
+@functools.lru_cache(maxsize=256)
+def _casts(model: ModelConfig, mesh: MeshConfig, half: int, pieces: Pieces) -> list[tuple[int, int]]:
+    sizes, counts = collections.Counter(), {}
+    for box in boxes_of(model, mesh, pieces):
+        if not mixed(mesh, box) and not box.partial and box.block:
             sizes[box.block] += box.whole * half
             counts[box.block] = box.count
     return [(sizes[block], counts[block]) for block in sizes]

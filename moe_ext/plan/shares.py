@@ -119,22 +119,19 @@ class Box(NamedTuple):
     fsdp: str               # the axis over which FSDP shards it: "fsdp" with sp, or "efsdp" for experts
     partial: str            # the axis whose ranks each have a part of its gradient: "tp", "etp" or ""
     count: int              # layers that have such a one
-
-    @property
-    def block(self) -> str:
-        """The block whose parameters come and go together; "" for the embedding, the last norm and the head."""
-        return ".".join(self.name.split(".")[:2]) if self.name.startswith("layers.") else ""
+    block: str              # whose parameters come and go together; "" for the embedding, the last norm and the head
 
 
 def boxes(config: Config, pieces: Pieces | None = None) -> list[Box]:
     """One for each kind of parameter."""
-    return _boxes(config.model, config.mesh, pieces)
+    return boxes_of(config.model, config.mesh, pieces)
 
 
 @functools.lru_cache(maxsize=256)
-def _boxes(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[Box]:
-    result = []
+def boxes_of(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[Box]:
+    result, ranks = [], axes(mesh)
     for name, shape, count in kinds(model, pieces):
+        block = ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
         rows, columns, bias = ROWS.search(name), COLUMNS.search(name), "bias" in name
         if ".experts." in name:
             fsdp, dim, partial = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), "etp" if bias else ""
@@ -142,8 +139,8 @@ def _boxes(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[
         else:
             fsdp, dim, partial = "fsdp", dense_dim(name, mesh.tp), "" if rows or columns else "tp"
             whole = first_piece(shape, {0: mesh.tp} if rows else {1: mesh.tp} if columns else {})
-        stored = first_piece(whole, {dim: axes(mesh)[fsdp]})
-        result.append(Box(name, math.prod(whole), math.prod(stored), fsdp, partial, count))
+        stored = first_piece(whole, {dim: ranks[fsdp]})
+        result.append(Box(name, math.prod(whole), math.prod(stored), fsdp, partial, count, block))
     return result
 
 
@@ -159,7 +156,12 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, stage: int = 0) -> Share:
-        held = boxes(config, stages(config)[stage])
+        return cls.sum(config.model, config.mesh, stages(config)[stage])
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def sum(cls, model: ModelConfig, mesh: MeshConfig, pieces: Pieces) -> Share:
+        held = boxes_of(model, mesh, pieces)
         return cls(sum(box.count * box.whole for box in held), sum(box.count * box.stored for box in held))
 
 
