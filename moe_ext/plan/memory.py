@@ -202,8 +202,8 @@ def core(config: Config, window: int) -> tuple[int, int]:
     if config.train.recompute_attention:
         given = half * B * (asking * H + 2 * asked * G) * c.head_width
         return given + copied, full - (0 if c.sinks or window or documents else given)
-    # where tokens are not outermost any more, as from sinks and windows, documents and Ulysses, o's input is a copy
-    moved = c.sinks or window or documents or (mesh.sp > 1 and mesh.attention == "ulysses")
+    # tokens that sinks, fillings of runs, documents or Ulysses have moved come back as a copy, which is o's input
+    moved = c.sinks or queries != asking or documents or (mesh.sp > 1 and mesh.attention == "ulysses")
     return full + (copied if moved else 0), 0
 
 
