@@ -64,7 +64,8 @@ CASES = {
                                   dtype="bf16"),
     "rep, sp, gather": case(mesh=dict(rep=2, sp=2, attention="gather"), recompute=True),
     "sp, tp, wide norm": case(mesh=dict(sp=2, tp=2, ep=2, etp=2), qk_norm_over="width", kv_heads=2, seq_len=16),
-    "sp, tp, gather": case(PLAIN, mesh=dict(sp=2, tp=2, attention="gather"), recompute=True, kv_heads=2, dtype="bf16", seq_len=16),
+    "sp, tp, gather": case(PLAIN, mesh=dict(sp=2, tp=2, attention="gather"), recompute=True, kv_heads=2, dtype="bf16",
+                           seq_len=16),
     "a real router": case(replace(MOE, experts=8, top_k=2, balanced=False), mesh=dict(fsdp=4, ep=4), seq_len=256),
 }  # fmt: skip
 

@@ -27,8 +27,8 @@ from moe_ext.config import (
     parse,
 )
 from moe_ext.model import GPT
-from moe_ext.plan import Share, memory
-from moe_ext.plan.roofline import DEVICES, estimate, forward_flops, wires
+from moe_ext.plan import Share, memory, traffic
+from moe_ext.plan.roofline import DEVICES, estimate, forward_flops, keys_seen, wires
 from moe_ext.plan.search import accepted, fits, flags, micro_batches, on, room, search, smallest
 from moe_ext.plan.shares import kinds
 
@@ -110,6 +110,31 @@ def test_time_is_that_of_a_measured_run():
     assert again.memory == time.memory          # recomputed values are moved as well
     with pytest.raises(ConfigError, match="fp64, which has no CUDA kernels"):
         estimate(replace(config, train=replace(config.train, dtype="fp64")), DEVICES["h200"])
+
+
+def test_time_of_ranks_that_share_a_sequence():
+    """As many FLOPs on each, but with gather the last one's; the exchange leaves the host where the ranks do."""
+    def timed(per_host=8, seq_len=4096, **mesh):
+        config = case(MoEConfig(), mesh=mesh, seq_len=seq_len, heads=8, micro_batch=1, accumulation=1)
+        return config, estimate(config, DEVICES["h100"], per_host)
+
+    (one, alone), (_, shared), (_, gathered) = timed(), timed(sp=8), timed(sp=8, attention="gather")
+    assert shared.compute == pytest.approx(alone.compute / 8)
+    S, n, peak = 4096, 4096 // 8, DEVICES["h100"].tflops * 1e12
+    seen = sum(range(S - n + 1, S + 1)) / n - (S + 1) / 2       # of the last part, more than of all on average
+    more = 3 * n * 4 * one.model.heads * one.model.head_width * one.model.layers * seen / peak
+    assert gathered.compute == pytest.approx(shared.compute + more)
+    for per_host, mesh, there, share in ((4, dict(sp=8), 4 / 7, 1 / 4), (2, dict(sp=2, tp=2), 1, 1)):
+        config, time = timed(per_host, **mesh)      # of tp ranks, neighbours share matrices, the next the sequence
+        away = traffic(config)["sp"] * there + traffic(config)["fsdp"] * share
+        assert time.network == pytest.approx(away / DEVICES["h100"].network / 1e9)
+
+
+@pytest.mark.parametrize("model, window, parts", [(4096, 0, 1), (96, 0, 4), (96, 40, 4), (96, 20, 4), (96, 80, 3)])
+def test_keys_of_the_last_part(model, window, parts):
+    config = replace(MODEL, seq_len=model, window=window, layers=1)
+    last = range(model - model // parts + 1, model + 1)
+    assert keys_seen(config, parts=parts) == sum(min(i, window or model) for i in last) / len(last)
 
 
 @pytest.mark.parametrize("ranks, stride, exchange, want", [
@@ -238,6 +263,8 @@ def test_a_plan_says_all(monkeypatch, capsys):
     ("--efficiency 1.5", r"--efficiency is 1.5; it must lie in \[0, 1\]"),
     ("--pp 3", r"--pp 3 x --vpp 1 does not divide model.layers 4"),
     ("--train.dtype fp64", r"fp64, which has no CUDA kernels"),
+    ("--mesh.sp 256 --mesh.attention gather", r"mesh.sp 256 .*the nearest .* 128"),
+    ("--mesh.sp 16", r"mesh.sp 16 .*the nearest .* 4"),
 ])  # fmt: skip
 def test_wrong_options_are_sentences(args, sentence, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=f"error: .*{sentence}"):

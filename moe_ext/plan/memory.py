@@ -1,8 +1,8 @@
 """Bytes that a rank holds: its state, what autograd saves of a forward, and what comes and goes beside them.
 
 The saved activations are those of model.py and layers/fused.py, module by module; S tokens, B sequences on the rank, T
-tokens between the modules (B S / (sp tp)), `inside` them B S / sp, `real` and `half` bytes as in shares.widths. On a CPU
-torch's RMSNorm is made of single ops and saves its input twice, once normalised; on a GPU it is one op.
+tokens between the modules, B S / (sp tp), and B S / sp `inside` them, `real` and `half` bytes as in shares.widths. On a
+CPU torch's RMSNorm is made of single ops and saves its input twice, once normalised; on a GPU it is one op.
 """
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def memory(config: Config, device: str = "cuda", stage: int | None = None) -> Me
     activations, cast = (sum(n * size for n, size in zip(live, sizes, strict=True)) + more
                          for sizes, more in zip(zip(*each, strict=True), work, strict=True))
     return Memory(stored, stored, 2 * stored, activations, head(config) if ends(config.model, pieces)[1] else 0,
-                  whole(config, pieces), cast, exchange(config, pieces), sequence(config), links(config, device, pieces))
+                  whole(config, pieces), cast, exchange(config, pieces), sequence(config),
+                  links(config, device, pieces))
 
 
 def fullest(config: Config, device: str = "cuda") -> int:

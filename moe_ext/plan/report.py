@@ -44,8 +44,8 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
     lines = [f"{name:10}  {text}" for name, text in rows.items()]
     if mesh.pp > 1:
         lines.append(f"pipeline    {pace(config)}")
-    last = (mesh.sp - 1) * mesh.tp if mesh.attention == "gather" else 0
-    lines += ["", f"memory of rank {fullest(config) * mesh.stage + last} on a GPU, {t.dtype}, each part at its own peak",
+    rank = fullest(config) * mesh.stage + ((mesh.sp - 1) * mesh.tp if mesh.attention == "gather" else 0)
+    lines += ["", f"memory of rank {rank} on a GPU, {t.dtype}, each part at its own peak",
               *(f"  {size(part)}  {PARTS[name]}" for name, part in held._asdict().items() if part),
               f"  {size(held.total)}  in all, of {size(room(device)).strip()}, the {1 - RESERVE:.0%} of {device.name} "
               f"memory that a run can use: it {'fits' if fits(config, device) else 'does not fit'}"]

@@ -2,8 +2,9 @@
 
 The step stays the same: micro_batch * accumulation * the data-parallel ranks are the global batch, and where balance
 and capacity are taken over the micro-batch of all ranks, accumulation stays too. Each mesh is tried with and without
-recomputation. Ranks share a sequence, in both forms of attention, as long as each keeps LEAST tokens of it. Pipelines have 2, 4, 8, .. stages, one chunk on each or four (if there are blocks for them), and the
-order "interleaved"; of their micro-batches, of which smaller ones leave a smaller bubble, it is the likely fastest.
+recomputation. Ranks share a sequence, in both forms of attention, as long as each keeps LEAST tokens of it. Pipelines
+have 2, 4, 8, .. stages, one chunk on each or four (if there are blocks for them), and the order "interleaved"; of their
+micro-batches, of which smaller ones leave a smaller bubble, it is the likely fastest.
 """
 from __future__ import annotations
 
