@@ -199,6 +199,7 @@ def test_every_mesh_has_a_plan(mesh):
     config = Config(model=replace(MODEL, heads=8, moe=replace(MOE, experts=8, balanced=False)), mesh=mesh)
     said = describe(config, planned(config))
     assert mesh.sp == 1 or f"sp {mesh.sp} (ulysses)" in said
+    assert (mesh.sp > 1) == ("messages between the ranks of a sequence" in said)
     assert all(f"{axis} {size}" in said for axis, size in mesh.sizes.items() if size > 1)
     assert "each rank sends per step: " in said
 

@@ -57,8 +57,8 @@ def ends(model: ModelConfig, pieces: Pieces | None) -> tuple[bool, bool]:
 def axes(mesh: MeshConfig) -> dict[str, int]:
     """How many ranks share something over each axis. sp's are FSDP ranks too, and those of a sequence, like all of a
     stage, share the statistics of a scope."""
-    return {axis: getattr(mesh, axis) for axis in ("pp", "rep", "efsdp", "sp", "tp", "ep", "etp", "dp", "sequence")} | {
-        "fsdp": mesh.shards, "world": mesh.stage}
+    return {"pp": mesh.pp, "rep": mesh.rep, "fsdp": mesh.shards, "efsdp": mesh.efsdp, "sp": mesh.sp, "tp": mesh.tp,
+            "ep": mesh.ep, "etp": mesh.etp, "sequence": mesh.sequence, "dp": mesh.dp, "world": mesh.stage}
 
 
 def sent_columns(config: Config) -> tuple[int, int]:
