@@ -252,7 +252,8 @@ def test_a_plan_says_all(monkeypatch, capsys):
     options = "--mesh.fsdp 1 --mesh.sp 4 --mesh.tp 2 --mesh.attention gather"
     said = main(monkeypatch, capsys, "recipes/tiny.toml", *options.split())
     for words in ("8 ranks: sp 4 (gather) x tp 2 x ep 2; 1 host of 8", "memory of rank 6 on a GPU", "MiB  sp",
-                  "MiB  sequence", "MiB  messages between the ranks of a sequence", "(tensor 2, pipeline 1, context 4, data 1;"):
+                  "MiB  sequence", "MiB  messages between the ranks of a sequence",
+                  "(tensor 2, pipeline 1, context 4, data 1;"):
         assert words in said
     said = main(monkeypatch, capsys, "recipes/gpt_0b9.toml", *"--mesh.fsdp 1 --train.accumulation 8 --pp 4".split())
     assert "weight and optimizer=2614.79 MB" in said and "2687.84 MB" in said and "(1, 3): 152387584" in said
