@@ -372,7 +372,8 @@ def pipelines(world: int) -> list[MeshConfig]:
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d < n]
 
 
 def nearest(wanted: int, choices: list[int]) -> int:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ext.train
 from moe_ext import ops
-from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig, load, meshes
+from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig, load, meshes, sequences
 from moe_ext.model import GPT, precision
 from moe_ext.optim import adamw
 from moe_ext.parallel.mesh import Mesh
@@ -28,9 +28,10 @@ MODEL = ModelConfig(vocab_size=51, seq_len=8, layers=3, dim=16, heads=4, hidden=
 PLAIN, DENSE = replace(MOE, shared_hidden=0), MoEConfig()
 
 
-def case(moe=MOE, *, mesh, dtype="fp32", accumulation=1, recompute=False, **model):
+def case(moe=MOE, *, mesh, dtype="fp32", accumulation=1, recompute=False, recompute_attention=False, **model):
     return Config(model=replace(MODEL, moe=moe, **model), mesh=MeshConfig(**mesh),
-                  train=TrainConfig(micro_batch=2, dtype=dtype, accumulation=accumulation, recompute=recompute))
+                  train=TrainConfig(micro_batch=2, dtype=dtype, accumulation=accumulation, recompute=recompute,
+                                    recompute_attention=recompute_attention))
 
 
 CASES = {
@@ -55,6 +56,16 @@ CASES = {
     "fsdp, efsdp, ep": case(mesh=dict(fsdp=4, ep=2)),
     "ep of one expert, top-3": case(replace(MOE, top_k=3), mesh=dict(fsdp=4, ep=4), dtype="fp64"),
     "tp of four": case(mesh=dict(tp=4), dtype="bf16", seq_len=16),
+    "sp": case(mesh=dict(sp=2), recompute=True, dtype="bf16", kv_heads=1),
+    "sp, attention again": case(DENSE, mesh=dict(sp=2), recompute_attention=True, window=3, sinks=True, accumulation=2),
+    "sp, gather": case(DENSE, mesh=dict(sp=2, attention="gather"), kv_heads=2, tied=True, dtype="fp64"),
+    "sp of four, ep": case(replace(MOE, capacity_factor=2.0), mesh=dict(sp=4, ep=2), kv_heads=2, seq_len=16),
+    "fsdp, sp, micro-batch": case(replace(MOE, scope="micro_batch", capacity_factor=2.0), mesh=dict(fsdp=2, sp=2, ep=4),
+                                  dtype="bf16"),
+    "rep, sp, gather": case(mesh=dict(rep=2, sp=2, attention="gather"), recompute=True),
+    "sp, tp, wide norm": case(mesh=dict(sp=2, tp=2, ep=2, etp=2), qk_norm_over="width", kv_heads=2, seq_len=16),
+    "sp, tp, gather": case(PLAIN, mesh=dict(sp=2, tp=2, attention="gather"), recompute=True, kv_heads=2, dtype="bf16",
+                           seq_len=16),
     "a real router": case(replace(MOE, experts=8, top_k=2, balanced=False), mesh=dict(fsdp=4, ep=4), seq_len=256),
 }  # fmt: skip
 
@@ -125,8 +136,9 @@ def measured(world):
                 optimizer.step()
                 groups = {axis: mesh.dense.get_group(axis) for axis in ("rep", "fsdp", "tp")}
                 groups |= {axis: mesh.sparse.get_group(axis) for axis in ("efsdp", "ep", "etp")}
-                groups |= {"dp": mesh.data.get_group("dp"), "world": mesh.pipe.get_group("stage"),
-                           "pp": mesh.pipe.get_group("pp")}
+                groups |= {axis: mesh.data.get_group(axis) for axis in ("pp", "dp", "sequence")}
+                groups |= {"sp": mesh.tokens.get_group("sp")} if config.mesh.sp > 1 else {}
+                groups |= {"world": mesh.pipe.get_group("stage")}
                 groups = {axis: tuple(dist.get_process_group_ranks(group)) for axis, group in groups.items()}
                 result[name] = meter.sent, groups, state(model, optimizer)
         return result
@@ -146,7 +158,8 @@ def test_traffic(name):
     sent, groups, _ = measured(config.mesh.world)[name]
     want = collections.Counter()  # axes with the same ranks together
     for axis, size in traffic(config).items():
-        want[groups[axis]] += size
+        if size:
+            want[groups[axis]] += size
     if config.model.moe.experts and not config.model.moe.balanced:
         assert sent.keys() == {ranks for ranks in want if want[ranks]}
         assert all(abs(want[ranks] / sent[ranks] - 1) < 0.05 for ranks in sent)
@@ -172,10 +185,21 @@ def test_rows_per_token(E, K, P):
     assert abs(rows - rows_per_token(E, K, P)) < (0.01 * rows if 1 < K < E else 1e-12)
 
 
-@pytest.mark.parametrize("mesh", meshes(8), ids=lambda mesh: "-".join(map(str, mesh.sizes.values())))
+def test_traffic_of_a_sequence_is_ulysses():
+    """Of each layer and pass, by the paper's formula."""
+    for sp, kv_heads in ((2, 4), (4, 1), (4, 2)):
+        config = case(DENSE, mesh=dict(sp=sp), kv_heads=kv_heads, dtype="bf16", seq_len=64)
+        c, passes = config.model, 2 * config.model.layers
+        want = 2 * (c.seq_len // sp) * 2 * c.head_width * (2 * c.heads + 2 * max(kv_heads, sp)) * (sp - 1) // sp
+        assert traffic(config)["sp"] == passes * want
+
+
+@pytest.mark.parametrize("mesh", [*meshes(8), *sequences(8)], ids=lambda mesh: "-".join(map(str, mesh.sizes.values())))
 def test_every_mesh_has_a_plan(mesh):
     config = Config(model=replace(MODEL, heads=8, moe=replace(MOE, experts=8, balanced=False)), mesh=mesh)
     said = describe(config, planned(config))
+    assert mesh.sp == 1 or f"sp {mesh.sp} (ulysses)" in said
+    assert (mesh.sp > 1) == ("messages between the ranks of a sequence" in said)
     assert all(f"{axis} {size}" in said for axis, size in mesh.sizes.items() if size > 1)
     assert "each rank sends per step: " in said
 

@@ -119,6 +119,8 @@ CASES = {
     "tp": case(MoEConfig(), mesh=dict(tp=4), bias=True),
     "tp, sinks": case(mesh=dict(tp=2), sinks=True, kv_heads=2),
     "ep": case(mesh=dict(fsdp=4, ep=4), bias=True),
+    "sp": case(mesh=dict(sp=2, ep=2), kv_heads=1),
+    "fsdp, sp, tp": case(MoEConfig(), mesh=dict(fsdp=2, sp=2, tp=2)),
     "tp, ep, etp": case(replace(MOE, shared_hidden=64), mesh=dict(fsdp=4, tp=2, ep=4, etp=2), bias=True),
     "pipeline": case(pp=2, vpp=2),
     "pipeline, tied, tp": case(MoEConfig(), pp=4, mesh=dict(tp=2), tied=True, position="learned"),
@@ -172,8 +174,17 @@ def test_counted_parameters(name):
     assert megatron.counted_parameters(config) == (layers, tables)
     pp = config.mesh.pp
     most = (layers / pp + (tables if pp == 1 else meta(config).embed_tokens.weight.numel())) / config.mesh.tp
-    state = 6 + 12 / config.mesh.dp if config.mesh.fsdp > 1 else 18
+    state = 6 + 12 / config.mesh.dp if config.mesh.shards > 1 else 18
     assert megatron.weight_and_optimizer_memory(config) == pytest.approx(most * state / 2**20, rel=1e-12)
+
+
+def test_ranks_of_the_context_share_the_optimizer():
+    """As data-parallel ones do, and have the same parameters; but release 0.9 prints the latter's share alone."""
+    context = replace(EP8, mesh=MeshConfig(fsdp=2, sp=4, ep=8))
+    assert megatron.exact_memory(context, meta(context)) == megatron.exact_memory(EP8, meta(EP8))
+    assert megatron.parameter_lines(context, meta(context)) == megatron.parameter_lines(EP8, meta(EP8))
+    most, _ = megatron.shards(context)
+    assert megatron.weight_and_optimizer_memory(context) == most * (6 + 12 / 2) / 2**20
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,5 +1,6 @@
 """The plan's memory beside tensors that are there: what autograd saves of a forward, and the exchange's messages."""
 
+import collections
 import contextlib
 import functools
 import tempfile
@@ -7,7 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moe_ext.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.layers.fused import Draws
@@ -15,8 +19,9 @@ from moe_ext.model import GPT, parameter_dtype, precision
 from moe_ext.optim import adamw
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import build
-from moe_ext.parallel.transport import TorchTransport
 from moe_ext.plan import memory
+from moe_ext.plan.memory import again
+from moe_ext.plan.shares import stages
 
 pytestmark = pytest.mark.c_core
 MOE = MoEConfig(experts=8, top_k=2, hidden=64)
@@ -26,9 +31,9 @@ MODEL = ModelConfig(vocab_size=512, seq_len=128, layers=2, dim=64, heads=4, hidd
 DENSE = MoEConfig()
 
 
-def case(moe=MOE, *, dtype="fp32", recompute=False, micro_batch=2, mesh=None, data=None, **model):
+def case(moe=MOE, *, dtype="fp32", micro_batch=2, mesh=None, data=None, recompute_attention=False, **model):
     return Config(model=replace(MODEL, moe=moe, **model), data=DataConfig(**data or {}), mesh=MeshConfig(**mesh or {}),
-                  train=TrainConfig(micro_batch=micro_batch, dtype=dtype, recompute=recompute))
+                  train=TrainConfig(micro_batch=micro_batch, dtype=dtype, recompute_attention=recompute_attention))
 
 
 CASES = {
@@ -49,8 +54,10 @@ CASES = {
     "window, sinks, every other block": case(window=48, window_full_every=2, sinks=True, kv_heads=2),
     "window of one sequence": case(DENSE, window=32, sinks=True, dtype="bf16", micro_batch=1, layers=3),
     "window beyond the sequence": case(DENSE, window=500),
-    "documents": case(DENSE, data=dict(reset_attention=True), sinks=True),
+    "documents": case(DENSE, data=dict(reset_attention=True)),
+    "documents, sinks, learned": case(DENSE, data=dict(reset_attention=True), sinks=True, position="learned"),
     "documents, window": case(DENSE, data=dict(reset_attention=True), window=32, layers=3),
+    "documents, positions": case(DENSE, data=dict(reset_attention=True, reset_positions=True), dtype="bf16"),
     "moe": case(),
     "moe bf16": case(dtype="bf16"),
     "moe top-1": case(replace(MOE, top_k=1)),
@@ -95,9 +102,13 @@ def forward(config, model, mesh):
     c, generator = config.model, torch.Generator().manual_seed(1)
     tokens = torch.randint(c.vocab_size, (config.train.micro_batch, c.seq_len), generator=generator)
     known = [p.to_local() if hasattr(p, "to_local") else p for p in (*model.parameters(), *model.buffers())]
-    documents = {}
-    if config.data.reset_attention:
-        documents["documents_BS"] = torch.zeros_like(tokens)
+    documents, place = {}, torch.arange(c.seq_len).expand_as(tokens)
+    if config.data.reset_attention:     # halves, whose windows the plan has; or one in a row, in the others two
+        cut = torch.full((len(tokens), 1), c.seq_len // 2 if c.window else c.seq_len * 3 // 4)
+        cut[0] += 0 if c.window else c.seq_len
+        documents["documents_BS"] = (place >= cut).long()
+    if config.data.reset_positions:
+        documents["positions_BS"] = torch.where(place < cut, place, place - cut)
     draws = Draws(1, 1) if mesh is None else mesh.draws(1, 1, 0, c.seq_len)
     with Saved([*known, tokens]) as saved, precision(config, torch.device("cpu")):
         out = model(tokens, tokens, draws, **documents)
@@ -151,6 +162,7 @@ def test_state():
     assert held.optimizer == sum(t.nbytes for t in moments)
 
 
+GATHER = dict(sp=2, attention="gather")
 MESHES = {
     "fsdp": case(mesh=dict(fsdp=2)),
     "fsdp bf16": case(mesh=dict(fsdp=2), dtype="bf16"),
@@ -165,35 +177,68 @@ MESHES = {
     "ep bf16": case(replace(TURNS, shared_hidden=48), mesh=dict(fsdp=2, ep=2), dtype="bf16"),
     "ep, jitter": case(replace(TURNS, jitter=0.1), mesh=dict(fsdp=2, ep=2), dtype="fp64"),
     "tp, ep": case(TURNS, mesh=dict(tp=2, ep=2)),
+    "sp": case(DENSE, mesh=dict(sp=2), kv_heads=2),
+    "sp, learned": case(DENSE, mesh=dict(sp=2), position="learned", kv_heads=1),
+    "sp bf16, MQA": case(DENSE, mesh=dict(sp=2), kv_heads=1, dtype="bf16", qk_norm=True),
+    "sp, window, sinks": case(mesh=dict(sp=2), window=32, sinks=True, dtype="bf16"),
+    "sp, documents, ep": case(TURNS, mesh=dict(sp=2, ep=2), data=dict(reset_attention=True), dtype="fp64"),
+    "sp, documents, window": case(DENSE, mesh=dict(sp=2), data=dict(reset_attention=True), window=32),
+    "sp, ep bf16": case(replace(TURNS, shared_hidden=48), mesh=dict(sp=2, ep=2), dtype="bf16"),
+    "sp, attention again": case(DENSE, mesh=dict(sp=2), kv_heads=2, recompute_attention=True),
+    "sp of four, documents": case(DENSE, mesh=dict(sp=4), kv_heads=2, data=dict(reset_attention=True)),
+    "sp, tp": case(mesh=dict(sp=2, tp=2), kv_heads=2, dtype="bf16", qk_norm=True, qk_norm_over="width"),
+    "gather": case(DENSE, mesh=GATHER, kv_heads=2),
+    "gather, learned, one kv head": case(mesh=GATHER, kv_heads=1, position="learned", dtype="bf16"),
+    "gather, window, sinks": case(DENSE, mesh=GATHER, window=48, window_full_every=2, sinks=True, layers=3),
+    "gather, window of one sequence": case(DENSE, mesh=GATHER, window=32, micro_batch=1),
+    "gather, documents": case(DENSE, mesh=GATHER, data=dict(reset_attention=True), dtype="bf16"),
+    "gather, attention again": case(DENSE, mesh=GATHER, kv_heads=2, recompute_attention=True),
+    "gather, tp": case(DENSE, mesh=dict(sp=2, tp=2, attention="gather"), heads=6, head_dim=16),
 }  # fmt: skip
 
 
+class Messages(TorchDispatchMode):
+    """The most bytes that a collective takes and gives, by the name of its group."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = collections.Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d":
+            group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject))).group_name
+            taken = sum(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            self.most[group] = max(self.most[group], taken)
+        return op(*args, **(kwargs or {}))
+
+
 @functools.cache
-def measured():
-    """Per case: (bytes saved on rank 0, bytes of the largest pair of messages)."""
+def measured(world):
+    """Per case: (bytes saved on the first sequence's last rank, bytes of the largest pair of messages of the token
+    exchange, of attention)."""
 
     def body(rank):
-        result, messages, rows = {}, [], TorchTransport.rows
-
-        def metered(self, sent, rows_PP):
-            received = rows(self, sent, rows_PP)
-            messages.append(sent.nbytes + received.nbytes)
-            return received
-
-        TorchTransport.rows = metered
+        result = {}
         for name, config in MESHES.items():
-            messages[:] = [0]
-            mesh = Mesh(config.mesh)
-            _, saved = forward(config, build(config, mesh), mesh)
-            result[name] = saved, max(messages)
+            if config.mesh.world == world:
+                mesh = Mesh(config.mesh)
+                with Messages() as messages:
+                    out, saved = forward(config, build(config, mesh), mesh)
+                    (out.token_loss + out.aux_loss).backward()
+                tokens = messages.most[mesh.sparse.get_group("ep").group_name]
+                heads = messages.most[mesh.tokens.get_group("sp").group_name] if config.mesh.sp > 1 else 0
+                result[name] = saved, tokens, heads
         return result
 
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(2, body, folder)[0]
+        ranks = run_ranks(world, body, folder)
+    return {name: ranks[MESHES[name].mesh.sequence - 1][name] for name in ranks[0]}
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_activations_and_messages_on_two_ranks(name):
-    held, (saved, message) = memory(MESHES[name], "cpu"), measured()[name]
-    assert near(held.activations + held.cast, saved)
-    assert near(held.exchange, message, within=0.05) if message else held.exchange == 0
+def test_activations_and_messages_of_ranks(name):
+    config, (saved, tokens, heads) = MESHES[name], measured(MESHES[name].mesh.world)[name]
+    held = memory(config, "cpu")
+    assert near(held.activations + held.cast - sum(again(config, "cpu", stages(config)[0])), saved)
+    assert near(held.exchange, tokens, within=0.05) if tokens else held.exchange == 0
+    assert held.sequence == heads

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_ext.plan.__main__
+import moe_ext.plan.search as search_module
 from moe_ext.config import (
     Config,
     ConfigError,
@@ -20,13 +21,14 @@ from moe_ext.config import (
     MoEConfig,
     PipelineConfig,
     TrainConfig,
+    divisors,
     load,
     meshes,
     parse,
 )
 from moe_ext.model import GPT
-from moe_ext.plan import Share, memory
-from moe_ext.plan.roofline import DEVICES, estimate, forward_flops, wires
+from moe_ext.plan import Share, memory, traffic
+from moe_ext.plan.roofline import DEVICES, estimate, forward_flops, keys_seen, wires
 from moe_ext.plan.search import accepted, fits, flags, micro_batches, on, room, search, smallest
 from moe_ext.plan.shares import kinds
 
@@ -110,6 +112,31 @@ def test_time_is_that_of_a_measured_run():
         estimate(replace(config, train=replace(config.train, dtype="fp64")), DEVICES["h200"])
 
 
+def test_time_of_ranks_that_share_a_sequence():
+    """As many FLOPs on each, but with gather the last one's; the exchange leaves the host where the ranks do."""
+    def timed(per_host=8, seq_len=4096, **mesh):
+        config = case(MoEConfig(), mesh=mesh, seq_len=seq_len, heads=8, micro_batch=1, accumulation=1)
+        return config, estimate(config, DEVICES["h100"], per_host)
+
+    (one, alone), (_, shared), (_, gathered) = timed(), timed(sp=8), timed(sp=8, attention="gather")
+    assert shared.compute == pytest.approx(alone.compute / 8)
+    S, n, peak = 4096, 4096 // 8, DEVICES["h100"].tflops * 1e12
+    seen = sum(range(S - n + 1, S + 1)) / n - (S + 1) / 2       # of the last part, more than of all on average
+    more = 3 * n * 4 * one.model.heads * one.model.head_width * one.model.layers * seen / peak
+    assert gathered.compute == pytest.approx(shared.compute + more)
+    for per_host, mesh, there, share in ((4, dict(sp=8), 4 / 7, 1 / 4), (2, dict(sp=2, tp=2), 1, 1)):
+        config, time = timed(per_host, **mesh)      # of tp ranks, neighbours share matrices, the next the sequence
+        away = traffic(config)["sp"] * there + traffic(config)["fsdp"] * share
+        assert time.network == pytest.approx(away / DEVICES["h100"].network / 1e9)
+
+
+@pytest.mark.parametrize("model, window, parts", [(4096, 0, 1), (96, 0, 4), (96, 40, 4), (96, 20, 4), (96, 80, 3)])
+def test_keys_of_the_last_part(model, window, parts):
+    config = replace(MODEL, seq_len=model, window=window, layers=1)
+    last = range(model - model // parts + 1, model + 1)
+    assert keys_seen(config, parts=parts) == sum(min(i, window or model) for i in last) / len(last)
+
+
 @pytest.mark.parametrize("ranks, stride, exchange, want", [
     (8, 1, False, (100, 0)), (1, 16, False, (100, 0)), (4, 2, True, (100, 0)),
     (2, 8, False, (0, 100)), (16, 1, False, (100, 12.5)), (8, 2, False, (100, 25)), (4, 16, False, (0, 100)),
@@ -120,18 +147,28 @@ def test_wires(ranks, stride, exchange, want):
     assert wires(100, ranks, stride, 8, exchange) == pytest.approx(want)
 
 
+def shared(config, devices):
+    """Every mesh, with every form of attention, of which a rank has 32 tokens of a sequence at least."""
+    for sp in divisors(devices):
+        for mesh in meshes(devices, sp):
+            if sp == 1 or config.model.seq_len >= 32 * mesh.sequence:
+                yield from (replace(mesh, attention=way) for way in ("ulysses", "gather")[:1 + (sp > 1)])
+
+
 @pytest.mark.parametrize("config", [
     case(), case(MoEConfig()), case(replace(MOE, scope="micro_batch")), case(replace(MOE, shared_hidden=48), heads=8),
-    case(MoEConfig(), layers=5),
-], ids=["moe", "dense", "micro-batch", "shared", "five blocks"])  # fmt: skip
+    case(MoEConfig(), layers=5), case(MoEConfig(), kv_heads=1, micro_batch=1, accumulation=1, seq_len=192, heads=6,
+                                      head_dim=12),
+], ids=["moe", "dense", "micro-batch", "shared", "five blocks", "one sequence"])  # fmt: skip
 @pytest.mark.parametrize("devices", [1, 2, 4, 6, 8])
-def test_search_is_brute_force(config, devices):
+def test_search_is_brute_force(config, devices, monkeypatch):
     """Every mesh, pipeline, micro-batch and both recomputations, one after the other."""
+    monkeypatch.setattr(search_module, "LEAST", 32)
     possible, best = set(), {}
     ways = [(1, 1)] + [(pp, chunks) for pp in (2, 4) if devices % pp == 0 for chunks in (1, 2, 3, 4)
                        if chunks in (1, min(4, config.model.layers // pp)) and pp * chunks <= config.model.layers]
     for (pp, chunks), micro_batch, recompute in itertools.product(ways, range(1, 17), (False, True)):
-        for mesh in meshes(devices // pp):
+        for mesh in shared(config, devices // pp):
             mesh, pipeline = replace(mesh, pp=pp), PipelineConfig(chunks=chunks)
             if micro_batch not in micro_batches(config, mesh, pipeline):
                 continue
@@ -212,6 +249,12 @@ def test_a_plan_says_all(monkeypatch, capsys):
                   "13153.68 MB", "in elements: 65,667,072 + 82,207,232", "in elements: 24 x 44,040,192",
                   "messages of the token exchange", "each rank sends per step", "at least", "likely"):
         assert words in said
+    options = "--mesh.fsdp 1 --mesh.sp 4 --mesh.tp 2 --mesh.attention gather"
+    said = main(monkeypatch, capsys, "recipes/tiny.toml", *options.split())
+    for words in ("8 ranks: sp 4 (gather) x tp 2 x ep 2; 1 host of 8", "memory of rank 6 on a GPU", "MiB  sp",
+                  "MiB  sequence", "MiB  messages between the ranks of a sequence",
+                  "(tensor 2, pipeline 1, context 4, data 1;"):
+        assert words in said
     said = main(monkeypatch, capsys, "recipes/gpt_0b9.toml", *"--mesh.fsdp 1 --train.accumulation 8 --pp 4".split())
     assert "weight and optimizer=2614.79 MB" in said and "2687.84 MB" in said and "(1, 3): 152387584" in said
 
@@ -226,6 +269,8 @@ def test_a_plan_says_all(monkeypatch, capsys):
     ("--efficiency 1.5", r"--efficiency is 1.5; it must lie in \[0, 1\]"),
     ("--pp 3", r"--pp 3 x --vpp 1 does not divide model.layers 4"),
     ("--train.dtype fp64", r"fp64, which has no CUDA kernels"),
+    ("--mesh.sp 256 --mesh.attention gather", r"mesh.sp 256 .*the nearest .* 128"),
+    ("--mesh.sp 16", r"mesh.sp 16 .*the nearest .* 4"),
 ])  # fmt: skip
 def test_wrong_options_are_sentences(args, sentence, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=f"error: .*{sentence}"):

@@ -1,7 +1,8 @@
 """What a run costs, before it starts: parameters, tokens, FLOPs, memory, traffic. `moe_ext.train --dry-run` shows it.
 
 Of a mesh it is rank 0 that is described: where something divides unevenly, it has the largest piece. Of a pipeline it
-is the first rank of the stage that has most.
+is the first rank of the stage that has most; with mesh.attention "gather" the last rank of its first sequence, whose
+tokens see most.
 """
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def describe(config: Config, model: GPT) -> str:
     }
     passing = {"logits and gradient of the head": held.head, "parameters and gradients whole in FSDP": held.fsdp,
                "weights cast by autocast": held.cast, "messages of the exchange": held.exchange,
-               "tensors between the stages": held.links}
+               "messages between the ranks of a sequence": held.sequence, "tensors between the stages": held.links}
     rows["buffers"] = "about " + ", ".join(f"{mib(size)} {what}" for what, size in passing.items() if size)
     rows["checkpoint"] = f"{mib(checkpoint_size(config, total))}, in {config.run_folder}"
     if not importlib.util.find_spec("matplotlib"):
@@ -73,8 +74,10 @@ def sizes(config: Config) -> str:
 
 def ranks(config: Config) -> str:
     """The mesh in a line: its ranks, by axis."""
-    axes = " x ".join(f"{name} {size}" for name, size in config.mesh.sizes.items() if size > 1)
-    return f"{config.mesh.world} ranks: {axes}"
+    mesh = config.mesh
+    axes = " x ".join(f"{name} {size}" + (f" ({mesh.attention})" if name == "sp" else "")
+                      for name, size in mesh.sizes.items() if size > 1)
+    return f"{mesh.world} ranks: {axes}"
 
 
 def local(config: Config) -> str:

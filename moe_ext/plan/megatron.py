@@ -4,7 +4,9 @@ Each function is one formula or one block of text of Megatron-LM (release 0.9, o
 with), on purpose with its approximations: the vocabulary padded to a multiple of 128 tp, attention without the causal
 half, norms counted as if they had biases, no router, no linear biases, and memory that does not know expert
 parallelism. What stands beside them as exact is counted on the model. `pp` and `vpp` are pipeline stages and model
-chunks per stage of a config that has none itself; 0: those that it has.
+chunks per stage of a config that has none itself; 0: those that it has. mesh.sp is its context parallelism (with
+cp_comm_type a2a for mesh.attention "ulysses", all_gather for "gather"): its ranks hold the same parameters, are no
+data-parallel ranks, and share the optimizer's state, which release 0.9 does not print.
 
 The names of Megatron's arguments: L layers, h hidden size, a heads, g query groups, d kv_channels, f ffn_hidden_size,
 s sequence length, B global batch, V padded vocabulary, m = 3/2 for a gated MLP, else 1.
@@ -71,12 +73,13 @@ def shards(config: Config, pp: int = 0) -> tuple[float, float]:
 
 def bytes_per_parameter(config: Config, ranks: int) -> float:
     """bf16 weight, fp32 gradient, master weight and two moments: 18; with the distributed optimizer, which stands for
-    our fsdp, the last twelve over `ranks`."""
-    return 6 + 12 / ranks if config.mesh.fsdp > 1 else 18
+    our fsdp and sp, the last twelve over `ranks`."""
+    return 6 + 12 / ranks if config.mesh.shards > 1 else 18
 
 
 def weight_and_optimizer_memory(config: Config, pp: int = 0) -> float:
-    """Megatron's estimate for the most loaded rank, in MB of 2^20 bytes."""
+    """Megatron's estimate for the most loaded rank, in MB of 2^20 bytes. (Later releases divide by the ranks of the
+    context too.)"""
     return shards(config, pp)[0] * bytes_per_parameter(config, config.mesh.dp) / MB
 
 
@@ -203,7 +206,7 @@ def exact_memory(config: Config, model: GPT, pp: int = 0, vpp: int = 0) -> tuple
     mesh, held = config.mesh, parameters(config, model)
     each = [[sum(p.size for p in held if (p.stage, p.expert) == (stage, expert)) for expert in (False, True)]
             for stage in range(mesh.pp)]
-    dense, experts = bytes_per_parameter(config, mesh.dp), bytes_per_parameter(config, mesh.rep * mesh.efsdp)
+    dense, experts = (bytes_per_parameter(config, ranks) for ranks in (mesh.dp * mesh.sp, mesh.rep * mesh.efsdp))
     return (max(d + e * mesh.ep for d, e in each) * dense / MB,
             max(d * dense + e * experts for d, e in each) / MB)
 

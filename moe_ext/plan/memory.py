@@ -1,18 +1,34 @@
 """Bytes that a rank holds: its state, what autograd saves of a forward, and what comes and goes beside them.
 
 The saved activations are those of model.py and layers/fused.py, module by module; S tokens, B sequences on the rank, T
-tokens between the modules (B S / tp), `whole` tokens inside them (B S), `real` and `half` bytes as in shares.widths. On
-a CPU torch's RMSNorm is made of single ops and saves its input twice, once normalised; on a GPU it is one op.
+tokens between the modules, B S / (sp tp), and B S / sp `inside` them, `real` and `half` bytes as in shares.widths. On a
+CPU torch's RMSNorm is made of single ops and saves its input twice, once normalised; on a GPU it is one op.
 """
 from __future__ import annotations
 
 import collections
+import functools
 from typing import NamedTuple
 
-from moe_ext.config import Config
+from moe_ext.config import Config, MeshConfig, ModelConfig
 from moe_ext.ops.enums import GATED
 from moe_ext.plan.pipeline import alive
-from moe_ext.plan.shares import Box, Pieces, Share, blocks, boxes, ends, makes, message, rows_per_token, stages, widths
+from moe_ext.plan.shares import (
+    Box,
+    Pieces,
+    Share,
+    axes,
+    blocks,
+    boxes_of,
+    ends,
+    makes,
+    message,
+    rows_per_token,
+    sent_columns,
+    stages,
+    tokens,
+    widths,
+)
 
 CHUNK = 1024        # tokens of which the head has logits at a time (ops.linear_cross_entropy)
 
@@ -27,6 +43,7 @@ class Memory(NamedTuple):
     fsdp: int           # parameters and gradients whole in FSDP: the root's, two blocks' parameters, one's gradients
     cast: int           # weights of the blocks cast by autocast, which their backward reads
     exchange: int       # at balance, one message to all ranks and one from all
+    sequence: int       # of attention between the ranks of a sequence: one message to all of them and one from all
     links: int = 0      # tensors between the stages of a pipeline
 
     @property
@@ -49,7 +66,8 @@ def memory(config: Config, device: str = "cuda", stage: int | None = None) -> Me
     activations, cast = (sum(n * size for n, size in zip(live, sizes, strict=True)) + more
                          for sizes, more in zip(zip(*each, strict=True), work, strict=True))
     return Memory(stored, stored, 2 * stored, activations, head(config) if ends(config.model, pieces)[1] else 0,
-                  whole(config, pieces), cast, exchange(config, pieces), links(config, device, pieces))
+                  whole(config, pieces), cast, exchange(config, pieces), sequence(config),
+                  links(config, device, pieces))
 
 
 def fullest(config: Config, device: str = "cuda") -> int:
@@ -67,18 +85,18 @@ def saved(config: Config, device: str, piece: range) -> Saved:
     """What the forward leaves to the backward; with recomputation, what that begins with."""
     c, t = config.model, config.train
     real, half = widths(config)
-    tokens, size = t.micro_batch * c.seq_len, 0
+    (T, inside), size = tokens(config), 0
     for (sparse, window), count in blocks(c, (piece,)).items():
         shared, own = mask(config, window)
         size += shared
         if t.recompute:
-            size += count * tokens // config.mesh.tp * c.dim * real
+            size += count * T * c.dim * real
         else:
             size += count * (block(config, sparse, window, device) + own)
     if c.position == "rope" and (t.recompute or half == 8):     # RoPE's angles in fp64
-        size += 8 * c.seq_len * c.rope_columns
+        size += 8 * places(config) * c.rope_columns
     if ends(c, (piece,))[1]:    # the last norm; the gradients of the head's input and matrix, which its forward makes
-        size += norm(config, device) + half * (tokens + -(-c.vocab_size // config.mesh.tp)) * c.dim
+        size += norm(config, device) + half * (inside + -(-c.vocab_size // config.mesh.tp)) * c.dim
     return Saved(size, 0 if t.recompute else sum(count * size for size, count in casts(config, (piece,))))
 
 
@@ -110,7 +128,7 @@ def normed(config: Config, rows: int, columns: int, rmsnorm: bool, device: str) 
 def norm(config: Config, device: str) -> int:
     """One of a block's two, or the last."""
     c = config.model
-    return normed(config, config.train.micro_batch * c.seq_len // config.mesh.tp, c.dim, c.norm == "rmsnorm", device)
+    return normed(config, tokens(config)[0], c.dim, c.norm == "rmsnorm", device)
 
 
 def copies(config: Config, readers: int) -> int:
@@ -119,39 +137,55 @@ def copies(config: Config, readers: int) -> int:
     return readers if half < real and config.mesh.tp == 1 else 1
 
 
+def places(config: Config) -> int:
+    """Positions that have angles of their own: where they begin anew in each document, those of every sequence."""
+    inside = tokens(config)[1]
+    return inside if config.data.reset_positions else inside // config.train.micro_batch
+
+
 def spans(config: Config, window: int) -> tuple[int, int, int]:
     """(queries, keys, columns of a head) of attention over one sequence, with the keys of the sinks; in a window run by
     run (model.attend)."""
-    c, S = config.model, config.model.seq_len
-    columns = c.head_width + 8 * c.sinks
+    c, (asking, asked, _, _) = config.model, met(config)
+    columns, past = c.head_width + 8 * c.sinks, asked - asking
     if window:
-        runs = -(-S // window)
+        runs = -(-(asking + min(past, window)) // window)
         return runs * window, runs * (2 * window + c.sinks), columns
-    return S + (c.sinks and not config.data.reset_attention), S + c.sinks, columns
+    return asking + (c.sinks and not past), asked + c.sinks, columns
+
+
+def met(config: Config) -> tuple[int, int, int, int]:
+    """What meets in a rank's attention over one sequence: (tokens that ask, tokens that are asked, heads of queries, of
+    keys and values). With "gather" the last rank's, which asks all."""
+    c, mesh = config.model, config.mesh
+    H, G = c.heads // mesh.tp, c.kv_groups // mesh.tp
+    if mesh.attention == "gather":
+        return c.seq_len // mesh.sp, c.seq_len, H, G
+    return c.seq_len, c.seq_len, H // mesh.sp, max(1, G // mesh.sp)
 
 
 def mask(config: Config, window: int) -> tuple[int, int]:
-    """(of all blocks together, of each): the mask of documents; that of a window, for each sequence again."""
+    """(of all blocks together, of each): that of a window, for each sequence, and document, again."""
     c, B = config.model, config.train.micro_batch
-    size = widths(config)[1] * (-(-c.seq_len // window) * window * (2 * window + c.sinks) if window
-                                else c.seq_len * (c.seq_len + c.sinks))
-    if config.data.reset_attention:
-        return B * size, 0
-    return (0, 0) if not window else (size, 0) if B == 1 else (0, B * size)
+    row = widths(config)[1] * (2 * window + c.sinks)
+    if not window:
+        return 0, 0
+    if B == 1 and not config.data.reset_attention:
+        return -(-c.seq_len // window) * window * row, 0
+    return 0, B * spans(config, window)[0] * row
 
 
 def attended(config: Config, window: int, device: str) -> int:
     """The input of q, k and v, their norms and angles, attention itself."""
-    c, tp = config.model, config.mesh.tp
+    c, tp, inside = config.model, config.mesh.tp, tokens(config)[1]
     _, half = widths(config)
-    whole, heads, groups = config.train.micro_batch * c.seq_len, c.heads // tp, c.kv_groups // tp
-    size = half * whole * copies(config, 3) * c.dim + core(config, window)[0]
+    size = half * inside * copies(config, 3) * c.dim + core(config, window)[0]
     if c.position == "rope" and half < 8:               # angles as q and k want them
-        size += half * 2 * c.seq_len * c.rope_columns
+        size += half * 2 * places(config) * c.rope_columns
     if c.qk_norm:
         wide = c.qk_norm_over == "width"
-        for n in (heads, groups):
-            rows, over = (whole, n * c.head_width) if wide else (whole * n, c.head_width)
+        for n in (c.heads // tp, c.kv_groups // tp):
+            rows, over = (inside, n * c.head_width) if wide else (inside * n, c.head_width)
             size += normed(config, rows, over, True, device)
     return size
 
@@ -160,17 +194,18 @@ def core(config: Config, window: int) -> tuple[int, int]:
     """(saved of attention itself, made again in the backward): q, k and v after norm, RoPE and sinks; the output; the
     sums of softmax; the input of o. With train.recompute_attention the first is q, k and v before sinks, and the input
     of o."""
-    c, B, tp = config.model, config.train.micro_batch, config.mesh.tp
+    c, B, mesh, documents = config.model, config.train.micro_batch, config.mesh, config.data.reset_attention
     real, half = widths(config)
-    heads, groups = c.heads // tp, c.kv_groups // tp
+    asking, asked, H, G = met(config)
     queries, keys, columns = spans(config, window)
-    full = B * (half * 2 * (queries * heads + keys * groups) * columns + queries * heads * real)
-    copied = half * B * c.seq_len * heads * c.head_width
+    full = B * (half * 2 * (queries * H + keys * G) * columns + queries * H * real)
+    copied = half * B * asking * H * c.head_width
     if config.train.recompute_attention:
-        given = half * B * c.seq_len * (heads + 2 * groups) * c.head_width
-        return given + copied, full - (0 if c.sinks or window else given)
-    # RoPE, sinks and windows leave heads outermost, so that o's input is a copy
-    return full + (copied if c.position == "rope" or c.sinks or window else 0), 0
+        given = half * B * (asking * H + 2 * asked * G) * c.head_width
+        return given + copied, full - (0 if c.sinks or window or documents else given)
+    # tokens that sinks, fillings of runs, documents or Ulysses have moved come back as a copy, which is o's input
+    moved = c.sinks or queries != asking or documents or (mesh.sp > 1 and mesh.attention == "ulysses")
+    return full + (copied if moved else 0), 0
 
 
 def mlp(config: Config, hidden: int, shared: bool = False) -> int:
@@ -178,9 +213,9 @@ def mlp(config: Config, hidden: int, shared: bool = False) -> int:
     values before the activation and after it."""
     c, tp = config.model, config.mesh.tp
     real, half = widths(config)
-    halves, whole = 2 if c.act in GATED else 1, config.train.micro_batch * c.seq_len
+    halves, inside = 2 if c.act in GATED else 1, tokens(config)[1]
     inputs = 0 if shared and half == real and tp == 1 else copies(config, halves)
-    return half * whole * (inputs * c.dim + (halves + 1) * hidden // tp)
+    return half * inside * (inputs * c.dim + (halves + 1) * hidden // tp)
 
 
 def routed(config: Config) -> int:
@@ -188,7 +223,7 @@ def routed(config: Config) -> int:
     rows that the experts read, the values before the activation of every copy, and where each row goes."""
     c, m, mesh = config.model, config.model.moe, config.mesh
     real, half = widths(config)
-    halves, T, K, E = 2 if c.act in GATED else 1, config.train.micro_batch * c.seq_len // mesh.tp, m.top_k, m.experts
+    halves, T, K, E = 2 if c.act in GATED else 1, tokens(config)[0], m.top_k, m.experts
     kept = min(1.0, m.capacity_factor or 1.0)
     copied = T * K * kept * mesh.etp                        # the ranks of ep have equal shares
     x = T * c.dim * real
@@ -211,16 +246,20 @@ def head(config: Config) -> int:
     real, half = widths(config)
     rows = -(-c.vocab_size // config.mesh.tp)
     width = c.dim * (real + half + (half if half < real else 0))
-    return rows * (half * min(CHUNK, config.train.micro_batch * c.seq_len) + width)
+    return rows * (half * min(CHUNK, tokens(config)[1]) + width)
 
 
 def whole(config: Config, pieces: Pieces) -> int:
     """Of what FSDP gathers and reduces."""
-    mesh, (real, half) = config.mesh, widths(config)
-    kept, fetched = 0, collections.Counter()
-    for box in boxes(config, pieces):
-        if getattr(mesh, box.fsdp) > 1:
-            size = box.whole * (half if mixed(config, box) else real)
+    return _whole(config.model, config.mesh, widths(config), pieces)
+
+
+@functools.lru_cache(maxsize=256)
+def _whole(model: ModelConfig, mesh: MeshConfig, of: tuple[int, int], pieces: Pieces) -> int:
+    (real, half), ranks, kept, fetched = of, axes(mesh), 0, collections.Counter()
+    for box in boxes_of(model, mesh, pieces):
+        if ranks[box.fsdp] > 1:
+            size = box.whole * (half if mixed(mesh, box) else real)
             if box.block:
                 fetched[box.block] += size
             else:
@@ -228,16 +267,22 @@ def whole(config: Config, pieces: Pieces) -> int:
     return kept + 3 * max(fetched.values(), default=0)
 
 
-def mixed(config: Config, box: Box) -> bool:
+def mixed(mesh: MeshConfig, box: Box) -> bool:
     """FSDP casts the experts, autocast the rest."""
-    return box.fsdp == "efsdp" and config.mesh.rep * config.mesh.efsdp > 1
+    return box.fsdp == "efsdp" and mesh.rep * mesh.efsdp > 1
 
 
 def casts(config: Config, pieces: Pieces) -> list[tuple[int, int]]:
     """Of each kind of block: (what autocast casts of one, how many there are)."""
-    (real, half), sizes, counts = widths(config), collections.Counter(), {}
-    for box in boxes(config, pieces):
-        if half < real and not mixed(config, box) and not box.partial and box.block:
+    real, half = widths(config)
+    return _casts(config.model, config.mesh, half, pieces) if half < real else []
+
+
+@functools.lru_cache(maxsize=256)
+def _casts(model: ModelConfig, mesh: MeshConfig, half: int, pieces: Pieces) -> list[tuple[int, int]]:
+    sizes, counts = collections.Counter(), {}
+    for box in boxes_of(model, mesh, pieces):
+        if not mixed(mesh, box) and not box.partial and box.block:
             sizes[box.block] += box.whole * half
             counts[box.block] = box.count
     return [(sizes[block], counts[block]) for block in sizes]
@@ -249,8 +294,13 @@ def exchange(config: Config, pieces: Pieces) -> int:
     real, half = widths(config)
     if mesh.ep == 1 or not any(sparse for sparse, _ in blocks(c, pieces)):
         return 0
-    rows = config.train.micro_batch * c.seq_len // mesh.tp * mesh.etp * rows_per_token(m.experts, m.top_k, mesh.ep)
+    rows = tokens(config)[0] * mesh.etp * rows_per_token(m.experts, m.top_k, mesh.ep)
     return round(2 * rows * message(c.dim * half, 4 * m.top_k, real * m.top_k))
+
+
+def sequence(config: Config) -> int:
+    """Of queries, keys and values together, or of their gradients: the message sent and the one received."""
+    return 2 * widths(config)[1] * tokens(config)[1] * sent_columns(config)[0] if config.mesh.sp > 1 else 0
 
 
 def links(config: Config, device: str, pieces: Pieces) -> int:
@@ -264,4 +314,4 @@ def links(config: Config, device: str, pieces: Pieces) -> int:
         kept += 2 * each
     elif device == "cpu":
         kept += 2 * each - t.accumulation * sum(ends(c, pieces))
-    return kept * t.micro_batch * c.seq_len // mesh.tp * c.dim * widths(config)[0]
+    return kept * tokens(config)[0] * c.dim * widths(config)[0]

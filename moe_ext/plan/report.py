@@ -15,7 +15,8 @@ PARTS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "AdamW's two moments",
     "activations": "activations that the backward reads", "head": "logits and gradient of the head",
     "fsdp": "parameters and gradients whole in FSDP", "cast": "weights cast by autocast",
-    "exchange": "messages of the token exchange", "links": "tensors between the stages",
+    "exchange": "messages of the token exchange", "sequence": "messages between the ranks of a sequence",
+    "links": "tensors between the stages",
 }
 
 
@@ -43,8 +44,8 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
     lines = [f"{name:10}  {text}" for name, text in rows.items()]
     if mesh.pp > 1:
         lines.append(f"pipeline    {pace(config)}")
-    first = fullest(config) * mesh.stage
-    lines += ["", f"memory of rank {first} on a GPU, {t.dtype}, each part at its own peak",
+    rank = fullest(config) * mesh.stage + ((mesh.sp - 1) * mesh.tp if mesh.attention == "gather" else 0)
+    lines += ["", f"memory of rank {rank} on a GPU, {t.dtype}, each part at its own peak",
               *(f"  {size(part)}  {PARTS[name]}" for name, part in held._asdict().items() if part),
               f"  {size(held.total)}  in all, of {size(room(device)).strip()}, the {1 - RESERVE:.0%} of {device.name} "
               f"memory that a run can use: it {'fits' if fits(config, device) else 'does not fit'}"]
@@ -160,8 +161,9 @@ def start(config: Config, base: Config, recipe: str, per_host: int) -> str:
 def figures(config: Config, model: GPT) -> list[str]:
     """What Megatron-LM would print, and the exact figures beside its memory."""
     (exact, aware), mesh = megatron.exact_memory(config, model), config.mesh
-    lines = [f"Megatron's formulas (tensor {mesh.tp}, pipeline {mesh.pp}, data {mesh.dp}; vocabulary padded to "
-             f"{megatron.padded_vocabulary(config)})",
+    context = f", context {mesh.sp}" if mesh.sp > 1 else ""
+    lines = [f"Megatron's formulas (tensor {mesh.tp}, pipeline {mesh.pp}{context}, data {mesh.dp}; vocabulary padded "
+             f"to {megatron.padded_vocabulary(config)})",
              f"FLOPs per iteration: {megatron.num_floating_point_operations(config):,}",
              megatron.parameter_lines(config, model), megatron.footprint(config),
              f"  of the parameters that there are: {exact:.2f} MB"

@@ -5,8 +5,8 @@ the keys that are seen, recomputation included), its memory traffic, and what it
 the network between hosts. What is likely adds the first two up at the shares of the peak that were measured (SHARES),
 and of the traffic what has nothing to hide behind.
 
-Ranks are numbered as in moe_ext.parallel.mesh, tp and etp fastest, so neighbours share a host. A ring of n ranks that
-leaves its host takes the network of all its devices; an exchange sends each pair of ranks the same.
+Ranks are numbered as in moe_ext.parallel.mesh, tp and etp fastest, then sp, so neighbours share a host. A ring of n
+ranks that leaves its host takes the network of all its devices; an exchange sends each pair of ranks the same.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from moe_ext.config import Config, ModelConfig, require
 from moe_ext.plan.memory import saved
 from moe_ext.plan.pipeline import turns
-from moe_ext.plan.shares import Pieces, Share, blocks, ends, kinds, makes, stages, widths
+from moe_ext.plan.shares import Pieces, Share, axes, blocks, ends, kinds, makes, stages, widths
 from moe_ext.plan.traffic import traffic
 
 
@@ -78,30 +78,32 @@ class Estimate(NamedTuple):
         return ("compute", "memory", "links", "network")[self[:4].index(self.at_least)]
 
 
-def keys_seen(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None) -> float:
-    """The keys that a token's attention reads, summed over layers, on average over the tokens of a sequence; if not
-    causal, those that come later too, as GPT.flops_per_token counts them."""
+def keys_seen(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None, parts: int = 1) -> float:
+    """The keys that a token's attention reads, summed over layers, on average over the tokens of the last of so many
+    equal parts of a sequence; if not causal, those that come later too, as GPT.flops_per_token counts them."""
     S, total = model.seq_len, 0.0
     for (_, window), count in blocks(model, pieces).items():
         w = window or S
-        total += count * ((w * (w + 1) / 2 + (S - w) * w) / S if causal else w)
+        growing = max(0, w - S + S // parts)        # of the part's tokens, those that see one more than the one before
+        total += count * (w - growing * (growing - 1) / 2 * parts / S if causal else w)
     return total
 
 
-def forward_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None) -> tuple[float, float]:
-    """Of the matrix products of one token: (in the blocks, in the head)."""
+def forward_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None,
+                  parts: int = 1) -> tuple[float, float]:
+    """Of the matrix products of one token, parts as in keys_seen: (in the blocks, in the head)."""
     weights = 0
     for name, shape, count in kinds(model, pieces):
         if name.startswith("layers.") and name.endswith(("weight", "E2FD", "EDF")) and len(shape) > 1:
             active = model.moe.top_k / model.moe.experts if ".experts." in name else 1
             weights += count * math.prod(shape) * active
     head = 2 * model.vocab_size * model.dim if ends(model, pieces)[1] else 0
-    return 2 * weights + attention_flops(model, causal, pieces), head
+    return 2 * weights + attention_flops(model, causal, pieces, parts), head
 
 
-def attention_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None) -> float:
+def attention_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None, parts: int = 1) -> float:
     """Of them, those of queries with keys and of scores with values."""
-    return 4 * model.heads * model.head_width * keys_seen(model, causal, pieces)
+    return 4 * model.heads * model.head_width * keys_seen(model, causal, pieces, parts)
 
 
 def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares = SHARES) -> Estimate:
@@ -117,8 +119,9 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
     """A step of the ranks of one stage."""
     t, mesh, pieces = config.train, config.mesh, stages(config)[stage]
     real, half = widths(config)
-    inner, head = forward_flops(config.model, pieces=pieces)
-    again = inner * t.recompute + attention_flops(config.model, pieces=pieces) * t.recompute_attention
+    parts = mesh.sp if mesh.attention == "gather" else 1        # whose last rank all wait for
+    inner, head = forward_flops(config.model, pieces=pieces, parts=parts)
+    again = inner * t.recompute + attention_flops(config.model, pieces=pieces, parts=parts) * t.recompute_attention
     flops = config.tokens_per_step / mesh.stage * (3 * (inner + head) + again)
     compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
     share = Share.of(config, stage)
@@ -128,12 +131,12 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
     busy = 1 - turns(config)[0]           # the share of a step's forwards and backwards in which a stage computes
     memory = (state + (weights + t.accumulation * 2 * kept) / busy) / device.bandwidth / 1e9
 
-    strides = {"pp": mesh.stage, "rep": mesh.fsdp * mesh.tp, "fsdp": mesh.tp, "tp": 1, "efsdp": mesh.ep * mesh.etp,
-               "ep": mesh.etp, "etp": 1, "dp": mesh.tp, "world": 1}
+    strides = {"pp": mesh.stage, "rep": mesh.shards * mesh.tp, "fsdp": mesh.tp, "efsdp": mesh.ep * mesh.etp,
+               "ep": mesh.etp, "dp": mesh.sequence, "sp": mesh.tp}
+    ranks, exchanges = axes(mesh), ("ep", "sp") if mesh.attention == "ulysses" else ("ep",)
     links = network = hidden = waited = 0.0
     for axis, sent in traffic(config, stage).items():
-        ranks = mesh.stage if axis == "world" else getattr(mesh, axis)
-        on_link, on_network = wires(sent, ranks, strides[axis], per_host, exchange=axis == "ep")
+        on_link, on_network = wires(sent, ranks[axis], strides.get(axis, 1), per_host, exchange=axis in exchanges)
         on_link, on_network = on_link / device.link / 1e9, on_network / device.network / 1e9
         links, network = links + on_link, network + on_network
         time = max(on_link, on_network)

@@ -2,8 +2,9 @@
 
 The step stays the same: micro_batch * accumulation * the data-parallel ranks are the global batch, and where balance
 and capacity are taken over the micro-batch of all ranks, accumulation stays too. Each mesh is tried with and without
-recomputation. Pipelines have 2, 4, 8, .. stages, one chunk on each or four (if there are blocks for them), and the
-order "interleaved"; of their micro-batches, of which smaller ones leave a smaller bubble, it is the likely fastest.
+recomputation. Ranks share a sequence, in both forms of attention, as long as each keeps LEAST tokens of it. Pipelines
+have 2, 4, 8, .. stages, one chunk on each or four (if there are blocks for them), and the order "interleaved"; of their
+micro-batches, of which smaller ones leave a smaller bubble, it is the likely fastest.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from moe_ext.plan.memory import Memory, memory
 from moe_ext.plan.roofline import RESERVE, SHARES, Device, Estimate, Shares, estimate
 
 MOST = 10_000       # devices
+LEAST = 1024        # tokens of a sequence that a rank has between the modules, if sp ranks share it
 
 
 class Candidate(NamedTuple):
@@ -69,13 +71,24 @@ def stage_meshes(config: Config, pp: int, devices: int) -> Iterator[MeshConfig]:
     parts = [tp for tp in divisors(devices) if not any(width % tp for width in widths)]
     ways = divisors(math.gcd(experts, devices))
     for tp in parts:
-        for fsdp in divisors(devices // tp):
-            for etp in sorted({1, tp}) if moe.experts else [1]:
-                for ep in ways:
-                    efsdp, rest = divmod(fsdp * tp, ep * etp)
-                    if not rest and not (wide and wide % efsdp):
-                        yield MeshConfig(pp=pp, rep=devices // tp // fsdp, fsdp=fsdp, tp=tp, ep=ep, etp=etp,
-                                         transport=config.mesh.transport if ep > 1 else "torch")
+        for sp, attention in sharings(config, tp, devices // tp):
+            for fsdp in divisors(devices // tp // sp):
+                for etp in sorted({1, tp}) if moe.experts else [1]:
+                    for ep in ways:
+                        efsdp, rest = divmod(fsdp * sp * tp, ep * etp)
+                        if not rest and not (wide and wide % efsdp):
+                            yield MeshConfig(pp=pp, rep=devices // tp // sp // fsdp, fsdp=fsdp, sp=sp, tp=tp, ep=ep,
+                                             etp=etp, attention=attention,
+                                             transport=config.mesh.transport if ep > 1 else "torch")
+
+
+def sharings(config: Config, tp: int, most: int) -> Iterator[tuple[int, str]]:
+    """(ranks that share a sequence beside tp, how they attend to it) that are tried, up to so many."""
+    c = config.model
+    yield 1, config.mesh.attention
+    for sp in divisors(math.gcd(most, c.seq_len // tp))[1:]:
+        if c.seq_len >= LEAST * sp * tp:
+            yield from ((sp, attention) for attention in ("ulysses", "gather"))
 
 
 def micro_batches(config: Config, mesh: MeshConfig, pipeline: PipelineConfig | None = None) -> list[int]:

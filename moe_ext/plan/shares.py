@@ -54,6 +54,29 @@ def ends(model: ModelConfig, pieces: Pieces | None) -> tuple[bool, bool]:
     return any(piece.start == 0 for piece in pieces), any(piece.stop == model.layers for piece in pieces)
 
 
+def axes(mesh: MeshConfig) -> dict[str, int]:
+    """How many ranks share something over each axis. sp's are FSDP ranks too, and those of a sequence, like all of a
+    stage, share the statistics of a scope."""
+    return {"pp": mesh.pp, "rep": mesh.rep, "fsdp": mesh.shards, "efsdp": mesh.efsdp, "sp": mesh.sp, "tp": mesh.tp,
+            "ep": mesh.ep, "etp": mesh.etp, "sequence": mesh.sequence, "dp": mesh.dp, "world": mesh.stage}
+
+
+def sent_columns(config: Config) -> tuple[int, int]:
+    """Of each token that a rank has of the sequences that sp ranks share, what attention sends between them: (of
+    queries, keys and values; of outputs). Their gradients come back likewise."""
+    c, mesh = config.model, config.mesh
+    H, G = c.heads // mesh.tp, c.kv_groups // mesh.tp
+    if mesh.attention == "gather":      # to each rank all keys and values
+        return 2 * G * mesh.sp * c.head_width, 0
+    return (H + 2 * max(G, mesh.sp)) * c.head_width, H * c.head_width       # to each a head of keys and values at least
+
+
+def tokens(config: Config) -> tuple[int, int]:
+    """A rank's tokens of a micro-batch: (between the modules, inside those whose matrices tp shares)."""
+    inside = config.train.micro_batch * config.model.seq_len // config.mesh.sp
+    return inside // config.mesh.tp, inside
+
+
 class Kind(NamedTuple):
     """Parameters of equal name and shape in layers that are alike."""
     name: str               # in the first of them
@@ -93,25 +116,22 @@ class Box(NamedTuple):
     name: str
     whole: int              # what tp, ep and etp leave to it: what it computes with
     stored: int             # what FSDP leaves of that
-    fsdp: str               # the axis over which FSDP shards it: "fsdp", or "efsdp" for experts
+    fsdp: str               # the axis over which FSDP shards it: "fsdp" with sp, or "efsdp" for experts
     partial: str            # the axis whose ranks each have a part of its gradient: "tp", "etp" or ""
     count: int              # layers that have such a one
-
-    @property
-    def block(self) -> str:
-        """The block whose parameters come and go together; "" for the embedding, the last norm and the head."""
-        return ".".join(self.name.split(".")[:2]) if self.name.startswith("layers.") else ""
+    block: str              # whose parameters come and go together; "" for the embedding, the last norm and the head
 
 
 def boxes(config: Config, pieces: Pieces | None = None) -> list[Box]:
     """One for each kind of parameter."""
-    return _boxes(config.model, config.mesh, pieces)
+    return boxes_of(config.model, config.mesh, pieces)
 
 
 @functools.lru_cache(maxsize=256)
-def _boxes(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[Box]:
-    result = []
+def boxes_of(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[Box]:
+    result, ranks = [], axes(mesh)
     for name, shape, count in kinds(model, pieces):
+        block = ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
         rows, columns, bias = ROWS.search(name), COLUMNS.search(name), "bias" in name
         if ".experts." in name:
             fsdp, dim, partial = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), "etp" if bias else ""
@@ -119,8 +139,8 @@ def _boxes(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[
         else:
             fsdp, dim, partial = "fsdp", dense_dim(name, mesh.tp), "" if rows or columns else "tp"
             whole = first_piece(shape, {0: mesh.tp} if rows else {1: mesh.tp} if columns else {})
-        stored = first_piece(whole, {dim: getattr(mesh, fsdp)})
-        result.append(Box(name, math.prod(whole), math.prod(stored), fsdp, partial, count))
+        stored = first_piece(whole, {dim: ranks[fsdp]})
+        result.append(Box(name, math.prod(whole), math.prod(stored), fsdp, partial, count, block))
     return result
 
 
@@ -136,7 +156,12 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, stage: int = 0) -> Share:
-        held = boxes(config, stages(config)[stage])
+        return cls.sum(config.model, config.mesh, stages(config)[stage])
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def sum(cls, model: ModelConfig, mesh: MeshConfig, pieces: Pieces) -> Share:
+        held = boxes_of(model, mesh, pieces)
         return cls(sum(box.count * box.whole for box in held), sum(box.count * box.stored for box in held))
 
 

@@ -2,7 +2,19 @@
 from __future__ import annotations
 
 from moe_ext.config import Config
-from moe_ext.plan.shares import blocks, boxes, ends, makes, message, rows_per_token, stages, widths
+from moe_ext.plan.shares import (
+    axes,
+    blocks,
+    boxes,
+    ends,
+    makes,
+    message,
+    rows_per_token,
+    sent_columns,
+    stages,
+    tokens,
+    widths,
+)
 
 
 def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
@@ -10,16 +22,16 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
     forwards, backwards and sum_replicated.
 
     Of n ranks each sends (n-1) * b in an all-gather of pieces of b bytes, or a reduce-scatter into them, and
-    2 (n-1)/n * b in an all-reduce of b bytes, as in a ring. Tokens choose experts uniformly and none is dropped. "dp"
-    and "world", of a pipeline those of a stage, carry the statistics of the scope micro_batch. Not counted: the step's
-    sums of loss, counts and norm.
+    2 (n-1)/n * b in an all-reduce of b bytes, as in a ring. Tokens choose experts uniformly and none is dropped. "fsdp"
+    are the fsdp * sp ranks that share the parameters. "sequence", the sp * tp ranks that share one, carries the
+    statistics of that scope; "dp" and "world", of a pipeline those of a stage, with it those of the scope micro_batch.
+    Not counted: the step's sums of loss, counts and norm.
     """
     if stage is None:
         return max((traffic(config, stage) for stage in makes(config)), key=lambda sent: sum(sent.values()))
     c, m, t, mesh, part = config.model, config.model.moe, config.train, config.mesh, stages(config)[stage]
     real, half = widths(config)
-    ranks = {axis: getattr(mesh, axis) for axis in ("pp", "rep", "fsdp", "efsdp", "tp", "ep", "etp", "dp")}
-    ranks["world"] = mesh.stage
+    ranks = axes(mesh)
     sent = dict.fromkeys(ranks, 0)
 
     def pieces(axis, size, times):          # all-gather, reduce-scatter
@@ -40,7 +52,7 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
 
     # Recomputation repeats a block's forward up to the last tensor that the backward reads: without its last
     # reduce-scatter, and without combine unless the shared expert comes after it.
-    B, T, again = t.micro_batch, t.micro_batch * c.seq_len // mesh.tp, int(t.recompute)
+    (T, inside), B, again = tokens(config), t.micro_batch, int(t.recompute)
     x, layers, (first, last) = T * c.dim * half, blocks(c, part), ends(c, part)
     sparse = sum(count for (sparse, _), count in layers.items() if sparse)
     sent["pp"] = micro * (2 * len(part) - first - last) * T * c.dim * real          # activations, their gradients
@@ -49,9 +61,10 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
     pieces("tp", T * c.dim * real, 2 * micro * first)                               # embedding
     pieces("tp", x, micro * layers.total() * (4 + 2 * again))                       # attention: in and out, twice
     if c.qk_norm and c.qk_norm_over == "width":                                     # sums of squares of q and k
-        pieces("tp", T * mesh.tp * real, micro * layers.total() * 2 * (2 + again))
+        pieces("tp", inside * real, micro * layers.total() * 2 * (2 + again))
+    pieces("sp", inside * sum(sent_columns(config)) * half // mesh.sp, micro * layers.total() * (2 + again))
     pieces("tp", x, micro * (layers.total() - sparse) * (4 + again))                # dense MLP
-    pieces("tp", 2 * x + 2 * T * mesh.tp * real, micro * last)                      # head; every token's loss, logit
+    pieces("tp", 2 * x + 2 * inside * real, micro * last)                           # head; every token's loss, logit
     if sparse:
         backwards, forwards = micro * sparse, micro * sparse * (1 + again)
         combines = forwards if m.shared_hidden else backwards
@@ -68,9 +81,9 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
 
         whole = m.scope == "micro_batch"
         if m.balance_weight:                                                        # scores and counts, int32
-            total("world" if whole else "tp", (1 if whole else B) * m.experts * (real + 4), forwards)
+            total("world" if whole else "sequence", (1 if whole else B) * m.experts * (real + 4), forwards)
         if m.capacity_factor:                                                       # ids, and scores where they decide
             scores = real * m.top_k if m.drop_by == "probability" else 0
-            pieces("tp", T * (ids + scores), forwards)
-            pieces("dp", T * mesh.tp * (ids + scores), forwards if whole else 0)
+            pieces("sequence", T * (ids + scores), forwards)
+            pieces("dp", T * mesh.sequence * (ids + scores), forwards if whole else 0)
     return sent
