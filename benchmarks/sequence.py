@@ -1,5 +1,8 @@
 """Ranks that share a sequence: memory and time of attention and of training; python -m benchmarks.sequence --help.
 
+    memory     live storage (moe_ext.check.live) of attention on 4 ranks at four N, forward and backward: of the program
+               that moe_ext.plan ulysses plans, beside the plan; of documents; and, at the smallest N, with the scores
+               of all queries and keys in memory, which are b (H/P) N^2 bytes
     layer      one layer, x [1,N/P,D] in and out on each of P ranks, in every form that FORMS names
     exchange   what Ulysses moves in it: its all-to-alls alone, and with an attention that does nothing, so that what
                remains are the copies that make messages of heads and heads of messages
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,14 +35,16 @@ import torch.distributed as dist
 from benchmarks.compare import Trainee
 from benchmarks.ops import _ratio, machine, write
 from moe_ext.check.live import Live
+from moe_ext.check.ulysses import Memory, Program
 from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.data.loader import Batch
-from moe_ext.model import Attention, Block, Documents, attend, rope_angles
+from moe_ext.model import Attention, Block, Documents, attend
 from moe_ext.parallel.collectives import all_to_all, gather_rows
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.ranks import run_ranks
 from moe_ext.parallel.sequence import sequence_parallel
 from moe_ext.parallel.tensor import tensor_parallel
+from moe_ext.plan.ulysses import Sizes, steps
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -100,7 +106,7 @@ def cpu(rounds: list[list[Marks]], of=max) -> list[float]:
 # ---- one layer -------------------------------------------------------------------------------------------------------
 class Shape(NamedTuple):
     """Of a layer: P ranks that share it, N tokens, H query and G key/value heads of d columns. what: attention, with
-    its matrices and RoPE; or a block with a dense MLP."""
+    its matrices, without RoPE; or a block of that and a dense MLP."""
 
     P: int
     N: int
@@ -136,19 +142,16 @@ class Layer:
         self.idle, self.threads = self.alone and rank > 0, min(shape.P, CORES) if self.alone else 1
         torch.manual_seed(0)
         self.module = Block(shape.model, 0) if shape.what == "block" else Attention(shape.model)
-        x_BSD, self.dy_BSD, positions = *torch.randn(2, 1, shape.N, shape.H * shape.d), torch.arange(shape.N)
+        x_BSD, self.dy_BSD = torch.randn(2, 1, shape.N, shape.H * shape.d)
         if not self.alone:
             x_BSD, self.dy_BSD = (t.chunk(shape.P, dim=1)[rank].contiguous() for t in (x_BSD, self.dy_BSD))
             mesh = Mesh(FORMS[form](shape.P))
-            if mesh.config.sp > 1:
-                sequence_parallel(self.module, mesh)
-                positions = positions.chunk(shape.P)[rank]
-            else:
-                tensor_parallel(self.module, mesh)
-        self.x_BSD, self.rope = x_BSD.requires_grad_(), rope_angles(positions, shape.d, 10000.0)
+            spread = sequence_parallel if mesh.config.sp > 1 else tensor_parallel
+            spread(self.module, mesh)
+        self.x_BSD = x_BSD.requires_grad_()
 
     def forward(self):
-        y_BSD = self.module(self.x_BSD, self.rope)
+        y_BSD = self.module(self.x_BSD, None)
         return y_BSD[0] if isinstance(self.module, Block) else y_BSD
 
     def step(self) -> tuple | None:
@@ -248,11 +251,24 @@ def all_scores(q_BHSd, k_BHSd, v_BHSd, *_):
     return scores_BHSS.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v_BHSd
 
 
-def most_bytes(rank: int, shape: Shape, form: str, what: str) -> int:
+def sizes_of(shape: Shape, form: str) -> Sizes:
+    P, N, H, G, d, _ = shape
+    return Sizes(n=N, dim=H * d, heads=H, kv_heads=G, hidden=P, layers=1, tp=P, dp=1, dtype="fp32", attention=form)
+
+
+def program_bytes(shape: Shape, form: str) -> int:
+    """The most bytes of live storage of the program that is planned, input and weights included."""
+    program = Program(sizes_of(shape, form), torch.device("cpu"))
+    with Live() as live:
+        program.attention(meter := Memory(live), keep=False)
+    return max(most for _, most in meter.read.values())
+
+
+def core_bytes(shape: Shape, form: str, of: str) -> int:
     """The most bytes of live storage of q, k, v and all that attention makes of them, forward and backward."""
     across = Layer(shape, form).module.across
-    core, seen = all_scores if what == "scores" else attend, None
-    if what == "documents":  # of 1000 tokens on average
+    core, seen = all_scores if of == "scores" else attend, None
+    if of == "documents":  # of 1000 tokens on average
         seen = Documents.of((torch.rand(1, shape.N) < 1e-3).cumsum(1))
     with Live() as live:
         q, k, v = (torch.randn(1, h, shape.N // shape.P, shape.d, requires_grad=True)
@@ -262,15 +278,31 @@ def most_bytes(rank: int, shape: Shape, form: str, what: str) -> int:
     return live.most
 
 
-def memory_line(shape: Shape, form: str, what: str) -> dict:
-    ranks = in_ranks(shape.P, partial(most_bytes, shape=shape, form=form, what=what))
-    return {**shape._asdict(), "form": form, "what": what, "bytes": max(ranks)}
+def memory_lines(shapes: list[Shape]) -> list[dict]:
+    """Bytes are those of the rank that has most."""
+    lines = [(shape, of, form) for of, form in product(("program", "documents"), ("ulysses", "gather"))
+             for shape in shapes] + [(shapes[0], "scores", "ulysses")]  # fmt: skip
+    ranks = in_ranks(shapes[0].P, lambda rank: [program_bytes(shape, form) if of == "program"
+                                                else core_bytes(shape, form, of) for shape, of, form in lines])
+    report = []
+    for (shape, of, form), *bytes in zip(lines, *ranks, strict=True):
+        P, N, H, *_ = shape
+        report.append({**shape._asdict(), "of": of, "form": form, "bytes": max(bytes), "scores": 4 * H // P * N * N})
+        if of == "program":
+            attention = [step for step in steps(sizes_of(shape, form)) if step.phase in ("attention", "backward")]
+            report[-1]["planned"] = max(step.most for step in attention)
+    return report
+
+
+def slope(lines: list[dict], key: str) -> float:
+    """Bytes for each token more."""
+    return statistics.linear_regression([line["N"] for line in lines], [line[key] for line in lines]).slope
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 MODEL = ModelConfig(vocab_size=256, layers=2, dim=64, heads=4, kv_heads=4, moe=MoEConfig(experts=8, hidden=128))
 MESHES = {
-    f"one process of {CORES} threads": MeshConfig(),
+    "one process": MeshConfig(),
     **{f"{axis} {n}": MeshConfig(**{axis: n}) for axis, n in (("sp", 2), ("sp", 4), ("fsdp", 2), ("tp", 2))},
 }
 
@@ -312,6 +344,7 @@ def training_lines(name: str, mesh: MeshConfig, lengths: tuple[int, ...], rounds
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
+MEMORY = [Shape(4, N, 4, 4, 16) for N in (7500, 15000, 30000, 60000)]
 SHAPES = (
     Shape(4, 2048, 8, 8, 64),
     Shape(4, 8192, 8, 8, 64),
@@ -329,6 +362,12 @@ def table(heads: str, rows: list[list[str]]) -> None:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
+def memory_row(line: dict) -> list[str]:
+    got, planned = line["bytes"], line.get("planned")
+    return [line["of"], line["form"], f"{line['N']}", f"{planned / 1e6:.2f}" if planned else "-", f"{got / 1e6:.2f}",
+            f"{got / planned:.3f}" if planned else "-", f"{got / line['scores']:.4f}"]  # fmt: skip
+
+
 def layer_row(line: dict) -> list[str]:
     times = (f"{line[name]['ms']:.0f} | {line[name]['ratio']:.2f}" for name in ("forward", "both", "busiest"))
     return [line["what"], *(f"{line[key]}" for key in ("P", "N", "H", "G", "d", "form")), *times]
@@ -340,6 +379,27 @@ def exchange_row(line: dict) -> list[str]:
             f"{line['copies share']:.1%}"]  # fmt: skip
 
 
+def wanted(report: dict) -> list[dict]:
+    """The bars, and whether they are met."""
+    found = []
+
+    def line(what, value, bar, least=False):
+        found.append({"what": what, "value": value, "bar": bar, "met": value >= bar if least else value <= bar})
+
+    for form in ("ulysses", "gather"):
+        lines = [m for m in report["memory"] if (m["of"], m["form"]) == ("program", form)]
+        far = max(abs(m["bytes"] / m["planned"] - 1) for m in lines)
+        line(f"memory, {form}, beside the plan: the farthest", far, 0.05)
+        far = abs(slope(lines, "bytes") / slope(lines, "planned") - 1)
+        line(f"memory, {form}, beside the plan: its slope in N", far, 0.1)
+        of_token = [m["bytes"] / m["N"] for m in report["memory"] if (m["of"], m["form"]) == ("documents", form)]
+        line(f"memory, {form}, documents: bytes per token, most over least", max(of_token) / min(of_token), 1.1)
+    for kind in ("forward", "both"):
+        ratios = [row[kind]["ratio"] for row in report["layers"] if row["form"] == "gather" and row["P"] == 4]
+        line(f"gather over ulysses on 4 ranks, {kind}, the least", min(ratios), 1.0, least=True)
+    return found
+
+
 def main(rounds: int = 3, quick: bool = False, out: Path = Path("benchmarks/results")):
     """Measure attention and training of ranks that share a sequence.
 
@@ -348,13 +408,17 @@ def main(rounds: int = 3, quick: bool = False, out: Path = Path("benchmarks/resu
         quick: hardly any tokens, fewer lines and one round: to see that it runs.
         out: folder of the JSON file.
     """
-    shapes, meshes, lengths = SHAPES, MESHES, LENGTHS
+    memory, shapes, meshes, lengths = MEMORY, SHAPES, MESHES, LENGTHS
     if quick:
         rounds, lengths = 1, [S // 128 for S in LENGTHS]
+        memory = [shape._replace(N=shape.N // 75) for shape in MEMORY]
         shapes = [shape._replace(N=shape.N // 64) for shape in SHAPES[1:5:3]]
         meshes = {name: mesh for name, mesh in MESHES.items() if mesh.world == 1 or mesh.sp == 2}
     report = {**machine(), "cores": CORES, "layers": [], "exchanges": [], "training": []}
     print(f"{report['cpu']}, {CORES} cores, torch {report['torch']}, commit {report['commit']}")
+    report["memory"] = memory_lines(memory)
+    table("memory of | form | N | planned MB | measured MB of a rank | of it planned | of all scores",
+          map(memory_row, report["memory"]))  # fmt: skip
     for shape in shapes:
         layers, exchanges = layer_lines(shape, rounds)
         report["layers"] += layers
@@ -368,6 +432,9 @@ def main(rounds: int = 3, quick: bool = False, out: Path = Path("benchmarks/resu
     table("mesh | S | tokens/s | peak of a rank, MB",
           ([line["mesh"], f"{line['S']}", f"{line['tokens/s']:.0f}", f"{line['bytes'] / 1e6:.0f}"]
            for line in report["training"]))  # fmt: skip
+    report["wanted"] = wanted(report)
+    table("wanted | value | bar | met", ([line["what"], f"{line['value']:.3f}", f"{line['bar']:.2f}",
+                                          "yes" if line["met"] else "NO"] for line in report["wanted"]))  # fmt: skip
     write(report, out, "sequence-{cpu}.json")
 
 
