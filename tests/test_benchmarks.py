@@ -72,9 +72,9 @@ def test_ranks_that_share_a_sequence(tmp_path, monkeypatch, capsys):
     report = json.loads(file.read_text())
     met = {line["what"]: line["met"] for line in report["wanted"]}
     assert all(met[what] for what in met if what.startswith("memory, ") and "documents" not in what), said
-    assert [line["bytes"] > 3 * line["scores"] for line in report["memory"] if line["of"] == "scores"] == [True]
+    assert [line["bytes"] > line["all scores"] for line in report["memory"] if line["of"] == "scores"] == [True]
     assert {line["what"] for line in report["layers"]} == {"attention", "block"}
     assert {line["form"] for line in report["layers"]} == {"ulysses", "gather", "tp", "one"}
     assert [line["bytes"] for line in report["exchanges"]] == [2 * 4 * 32 * 64 * (2 * 8 + 2 * 8) * 3 // 4]
-    assert [line["mesh"] for line in report["training"]] == 3 * ["one process"] + 3 * ["sp 2"]
+    assert [line["mesh"] for line in report["training"]] == 2 * ["one process"] + 2 * ["sp 2"]
     assert all(line["tokens/s"] > 0 and line["bytes"] > 0 for line in report["training"])
