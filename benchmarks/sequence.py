@@ -351,11 +351,10 @@ def training_lines(name: str, mesh: MeshConfig, lengths: tuple[int, ...], rounds
 MEMORY = [Shape(4, N, 4, 4, 16) for N in (7500, 15000, 30000, 60000)]
 SHAPES = (
     Shape(4, 2048, 8, 8, 64),
-    Shape(4, 8192, 8, 8, 64),
     Shape(4, 8192, 8, 2, 64),
     Shape(4, 16384, 4, 4, 32),
     Shape(4, 4096, 8, 8, 64, "block"),
-    Shape(2, 8192, 8, 2, 64),
+    Shape(2, 8192, 4, 2, 64),
 )
 LENGTHS = (8192, 16384, 32768)
 
@@ -416,7 +415,7 @@ def main(rounds: int = 3, quick: bool = False, out: Path = Path("benchmarks/resu
     if quick:
         rounds, lengths = 1, [S // 128 for S in LENGTHS[:2]]
         memory = [shape._replace(N=shape.N // 75) for shape in MEMORY[::3]]
-        shapes = [shape._replace(N=shape.N // 64) for shape in SHAPES[1:5:3]]
+        shapes = [shape._replace(N=shape.N // 16) for shape in (SHAPES[0], SHAPES[3])]
         meshes = {name: mesh for name, mesh in MESHES.items() if mesh.world == 1 or mesh.sp == 2}
     report = {**machine(), "cores": CORES, "layers": [], "exchanges": [], "training": []}
     print(f"{report['cpu']}, {CORES} cores, torch {report['torch']}, commit {report['commit']}")
