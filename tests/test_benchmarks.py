@@ -1,10 +1,13 @@
-"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card."""
+"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and ranks that share a
+sequence, with few tokens."""
 
 import json
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+
+from benchmarks import sequence
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,3 +61,20 @@ def test_a_limit_leaves_out_and_says_what(tmp_path):
     report = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert not report["gemm"] and len(report["left out"]) == 8
     assert "left out: movement, other, gemm dry balanced, layer dry balanced" in done.stdout
+
+
+def test_ranks_that_share_a_sequence(tmp_path, monkeypatch, capsys):
+    """Every section, small; and of what it reports that which no clock changes."""
+    monkeypatch.setattr(sequence, "CORES", 1)  # no threads, which a fork from here would lose
+    sequence.main(quick=True, out=tmp_path)
+    said = capsys.readouterr().out
+    (file,) = tmp_path.glob("sequence-*.json")
+    report = json.loads(file.read_text())
+    met = {line["what"]: line["met"] for line in report["wanted"]}
+    assert all(met[what] for what in met if what.startswith("memory, ") and "documents" not in what), said
+    assert [line["bytes"] > line["all scores"] for line in report["memory"] if line["of"] == "scores"] == [True]
+    assert {line["what"] for line in report["layers"]} == {"attention", "block"}
+    assert {line["form"] for line in report["layers"]} == {"ulysses", "gather", "tp", "one"}
+    assert [line["bytes"] for line in report["exchanges"]] == [2 * 4 * 32 * 64 * (2 * 8 + 2 * 8) * 3 // 4]
+    assert [line["mesh"] for line in report["training"]] == 2 * ["one process"] + 2 * ["sp 2"]
+    assert all(line["tokens/s"] > 0 and line["bytes"] > 0 for line in report["training"])
