@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from moe_ext.config import divisors, nearest, require
+from moe_ext.plan.roofline import Device, wires
 
 WIDTHS = {"bf16": 2, "fp32": 4, "fp64": 8}
 NAMES = {"bf16": "torch.bfloat16", "fp32": "torch.float32", "fp64": "torch.float64"}
@@ -54,8 +55,8 @@ class Sizes:
         if self.attention == "gather":
             return
         fit = [r for r in divisors(self.heads) if self.kv % r == 0 or r % self.kv == 0]
-        require(P <= self.heads, f"--heads {self.heads} are fewer than {shared}, and Ulysses gives each a head: take at "
-                f"most {fit[-1]} ranks, or --attention gather, which shares no heads")
+        require(P <= self.heads, f"--heads {self.heads} are fewer than {shared}, and Ulysses gives each a head: take "
+                f"at most {fit[-1]} ranks, or --attention gather, which shares no heads")
         require(P in fit, f"{shared} do not share --heads {self.heads} and {self.kv} key/value heads evenly: the "
                 f"nearest number that does is {nearest(P, fit)}; --attention gather shares no heads")
 
@@ -81,6 +82,42 @@ class Sizes:
     def width(self) -> int:
         """Bytes of a number."""
         return WIDTHS[self.dtype]
+
+    @property
+    def kv_letter(self) -> str:
+        """For the number of key and value heads, beside h."""
+        return "h" if self.kv == self.heads else "g"
+
+    @property
+    def message(self) -> tuple:
+        """q, k and v of all tokens of a rank for each rank, or of some tokens of each: label, *shape."""
+        shared = self.local_heads + 2 * self.local_kv
+        return f"P, N/P, (h + 2{self.kv_letter})/P, d/h", self.ranks, self.mine, shared, self.head
+
+    @property
+    def mlp_flops(self) -> int:
+        """Of one of the two products in all layers."""
+        return 2 * self.n * self.dim * self.hidden * self.layers
+
+    @property
+    def project_flops(self) -> int:
+        """Of the products that make queries, keys and values."""
+        return 2 * self.n * self.dim * (self.heads + 2 * self.kv) * self.head
+
+    @property
+    def score_flops(self) -> int:
+        """Of queries with keys and scores with values, each token with those up to itself."""
+        return 2 * self.n * (self.n + 1) * self.dim
+
+    def exchange(self, heads: int) -> Collective | None:
+        """Of all tokens of a rank, so many heads for each rank."""
+        P = self.ranks
+        return Collective("all-to-all", P, (P - 1) * self.mine * heads * self.head * self.width) if P > 1 else None
+
+    def shared(self, kind: str, times: int = 1) -> Collective | None:
+        """Of the tokens of a group's ranks."""
+        sent = (self.tp - 1) * self.mine * self.dim * self.width * times
+        return Collective(kind, self.tp, sent) if self.tp > 1 else None
 
     @property
     def mine(self) -> int:
@@ -115,20 +152,20 @@ class Tensor(NamedTuple):
 
 class Collective(NamedTuple):
     kind: str                   # all-to-all, all-gather, reduce-scatter, all-reduce
-    ranks: int                  # neighbours
+    ranks: int                  # that take part, neighbours
     sent: int                   # bytes that each of them sends to the others
 
 
 class Step(NamedTuple):
     """A part of the program, with what is alive on a rank."""
-    phase: str                  # attention, backward, MLP
+    phase: str
     name: str                   # within it
     title: str                  # of the report
     tensors: tuple[Tensor, ...]     # what it makes
     flops: int                  # of all ranks
     rank_flops: int             # of the one that has most to do
     remark: str                 # on the FLOPs
-    collectives: tuple[Collective, ...]
+    sent: Collective | None
     held: int                   # bytes alive at its end
     most: int                   # and at most, until then
     alive: tuple[Tensor, ...]   # at that moment
@@ -189,7 +226,7 @@ def block(size: int) -> int:
 def seed(s: Sizes) -> list[str]:
     """The log of that program, every line but its rank's and NCCL's; lines that begin with # are ours."""
     P, n, H, d, f, N_DP = s.ranks, s.n // s.ranks, s.heads, s.head, s.hidden // s.tp, s.n // s.dp
-    h, weights, scores = H // P, ("Q", "K", "V", "O"), Ledger(block)
+    h, scores = H // P, Ledger(block)
     said = [f"seq length: {s.n}", f"hidden dim: {s.dim}", f"num heads: {H}", f"type: {NAMES[s.dtype]}", f"TP: {s.tp}",
             f"DP: {s.dp}", f"P: {P}", f"head per GPU: {h} tokens per GPU: {n}", "", "Ulysses attention"]
 
@@ -268,21 +305,27 @@ def seed(s: Sizes) -> list[str]:
 
 
 # ---- our program -----------------------------------------------------------------------------------------------------
-class Program:
+class Program(Ledger):
     """What a rank holds, step by step."""
 
     def __init__(self, sizes: Sizes):
-        self.sizes, self.ledger, self.steps = sizes, Ledger(), []
+        super().__init__()
+        self.sizes, self.steps = sizes, []
 
-    def make(self, name: str, label: str, *shape: int, width: int = 0) -> Tensor:
-        return self.ledger.make(Tensor(name, label, shape, width or self.sizes.width))
+    def new(self, name: str, label: str, *shape: int, width: int = 0) -> Tensor:
+        return self.make(Tensor(name, label, shape, width or self.sizes.width))
 
     def step(self, phase: str, name: str, title: str, *tensors: Tensor, flops=0, rank_flops=0, remark="", sent=None):
-        """All that was made and freed since the last one."""
-        ledger = self.ledger
-        self.steps.append(Step(phase, name, title, tensors, flops, rank_flops or flops // self.sizes.ranks, remark, sent,
-                               ledger.now, ledger.most, ledger.then))
-        ledger.restart()
+        """All that was made and freed since the last one. Of a step of the same phase and name it is another part."""
+        step = Step(phase, name, title, tensors, flops, rank_flops or flops // self.sizes.ranks, remark, sent, self.now,
+                    self.most, self.then)
+        self.restart()
+        for i, before in enumerate(self.steps):
+            if (before.phase, before.name) == (phase, name):
+                most = max(before, step, key=lambda part: part.most)
+                self.steps[i] = before._replace(held=step.held, most=most.most, alive=most.alive)
+                return
+        self.steps.append(step)
 
 
 def steps(sizes: Sizes) -> list[Step]:
@@ -296,132 +339,272 @@ def steps(sizes: Sizes) -> list[Step]:
     attention(program)
     if sizes.backward:
         backward(program)
-    for name in set(program.ledger.alive) - {"output"}:
-        program.ledger.free(name)
-    program.ledger.restart()
+    program.free(*(set(program.alive) - {"output"}))
+    program.restart()
     stack(program)
     if sizes.mlp_backward:
         stack_backward(program)
     return program.steps
 
 
-def attention(program: Program) -> None:
+def attention(m: Program) -> None:
     """x [n,D] -> output [n,D] of n = N/P tokens, as moe_ext.parallel.sequence and torch's flash kernel do it."""
-    s, make, free, step = program.sizes, program.make, program.ledger.free, program.step
-    P, n, H, G, d, D = s.ranks, s.mine, s.heads, s.kv, s.head, s.dim
-    h, g, letter = s.local_heads, s.local_kv, s.letter
-    step("attention", "input", "input and weights", make("input", "N/P, d", n, D), make("Q", "d, d", D, D),
-         *(make(name, f"d, {letter} d/h", D, G * d) for name in "KV"), make("O", "d, d", D, D))
-    step("attention", "qkv", "q = input x Q, k = input x K, v = input x V", make("q", "N/P, h, d/h", n, H, d),
-         *(make(name, f"N/P, {letter}, d/h", n, G, d) for name in "kv"), flops=s.project_flops)
+    s = m.sizes
+    P, n, H, G, d, D, h, g = s.ranks, s.mine, s.heads, s.kv, s.head, s.dim, s.local_heads, s.local_kv
+    m.step("attention", "input", "input and weights", m.new("input", "N/P, d", n, D), m.new("Q", "d, d", D, D),
+           *(m.new(name, f"d, {s.kv_letter} d/h", D, G * d) for name in "KV"), m.new("O", "d, d", D, D))
+    m.step("attention", "qkv", "q = input x Q, k = input x K, v = input x V", m.new("q", "N/P, h, d/h", n, H, d),
+           *(m.new(name, f"N/P, {s.kv_letter}, d/h", n, G, d) for name in "kv"), flops=s.project_flops)
 
-    make("message", s.all_label, P, n, h + 2 * g, d)
+    m.new("message", *s.message)
     if P > 1:
-        make("q_ k_ v_", s.all_label, P, n, h + 2 * g, d)
-        free("message")
+        m.new("q_ k_ v_", *s.message)
+        m.free("message")
     else:
-        program.ledger.rename("message", "q_ k_ v_")
-    step("attention", "exchange", "q_, k_, v_ = all-to-all q, k, v, in one message",
-         program.ledger.alive["q_ k_ v_"], sent=s.exchange(h + 2 * g))
+        m.rename("message", "q_ k_ v_")
+    m.step("attention", "exchange", "q_, k_, v_ = all-to-all q, k, v, in one message", m.alive["q_ k_ v_"],
+           sent=s.exchange(h + 2 * g))
 
-    c, lse = make("c", "N, h/P, d/h", s.n, h, d), make("logsumexp", "N, h/P", s.n, h, width=max(4, s.width))
+    c, lse = m.new("c", "N, h/P, d/h", s.n, h, d), m.new("logsumexp", "N, h/P", s.n, h, width=max(4, s.width))
     if not s.backward:
-        free("logsumexp")
-    step("attention", "attend", "c = softmax(q_ x k_t / sqrt(d/h), causal) x v_", c, lse, flops=s.score_flops,
-         remark=f"causal; {amount(4 * s.n ** 2 * D, 'T')}FLOPs if all tokens saw all")
+        m.free("logsumexp")
+    m.step("attention", "attend", "c = softmax(q_ x k_t / sqrt(d/h), causal) x v_", c, lse, flops=s.score_flops,
+           remark=f"causal; {amount(4 * s.n ** 2 * D, 'T')}FLOPs if every token saw all")
 
-    made = [make("c_", "P, N/P, h/P, d/h", P, n, h, d), make("c_", "N/P, d", n, D)] if P > 1 else []
-    free("q", "k", "v")
+    made = [m.new("c_", "P, N/P, h/P, d/h", P, n, h, d), m.new("c_", "N/P, d", n, D)] if P > 1 else []
+    m.free("q", "k", "v")
     if not s.backward:
-        free("q_ k_ v_", *["c"] * (P > 1))
-    step("attention", "back", "c_ = all-to-all c; transpose(0, 1) & reshape", *made, sent=s.exchange(h))
-    output = make("output", "N/P, d", n, D)
+        m.free("q_ k_ v_", *["c"] * (P > 1))
+    m.step("attention", "back", "c_ = all-to-all c; transpose & reshape", *made, sent=s.exchange(h))
+    output = m.new("output", "N/P, d", n, D)
+    m.step("attention", "output", "output = c_ x O", output, flops=2 * s.n * D ** 2)
     if not s.backward:
-        free("c_" if P > 1 else "c")
-    step("attention", "output", "output = c_ x O", output, flops=2 * s.n * D ** 2)
+        m.free("c_" if P > 1 else "c")
 
 
-def backward(program: Program) -> None:
-    """Its gradients, in the order in which autograd makes them and frees what it has kept."""
-    s, make, free, step = program.sizes, program.make, program.ledger.free, program.step
-    P, n, H, G, d, D = s.ranks, s.mine, s.heads, s.kv, s.head, s.dim
-    h, g, letter = s.local_heads, s.local_kv, s.letter
-    step("backward", "output", "dO = c_t x doutput, dc_ = doutput x O_t", make("doutput", "N/P, d", n, D),
-         make("dO", "d, d", D, D), make("dc_", "N/P, d", n, D), flops=4 * s.n * D ** 2)
+def backward(m: Program) -> None:
+    """Gradients of attention, in the order in which autograd makes them and frees what it has kept."""
+    s = m.sizes
+    P, n, H, G, d, D, h, g = s.ranks, s.mine, s.heads, s.kv, s.head, s.dim, s.local_heads, s.local_kv
+    m.step("backward", "output", "dO = c_t x doutput, dc_ = doutput x O_t", m.new("doutput", "N/P, d", n, D),
+           m.new("dO", "d, d", D, D), m.new("dc_", "N/P, d", n, D), flops=4 * s.n * D ** 2)
     if P > 1:
-        free("c_")
-        make("message", "P, N/P, h/P, d/h", P, n, h, d)
-        make("dc", "N, h/P, d/h", s.n, h, d)
-        free("message", "dc_")
+        m.free("c_")
+        m.new("message", "P, N/P, h/P, d/h", P, n, h, d)
+        m.new("dc", "N, h/P, d/h", s.n, h, d)
+        m.free("message", "dc_")
     else:
-        program.ledger.rename("dc_", "dc")
-    step("backward", "back", "dc = all-to-all dc_", program.ledger.alive["dc"], sent=s.exchange(h))
+        m.rename("dc_", "dc")
+    m.step("backward", "back", "dc = all-to-all dc_", m.alive["dc"], sent=s.exchange(h))
 
-    each = [make(f"d{name}_", f"N, {one}/P, d/h", s.n, heads, d) for name, one, heads in
-            (("q", "h", h), ("k", letter, g), ("v", letter, g))]
-    free("dc", "q_ k_ v_", "c", "logsumexp")
-    step("backward", "attend", "dq_, dk_, dv_ of it, the scores made again", *each, flops=5 * s.score_flops // 2,
-         remark="causal")
+    each = [m.new(name, f"N, {letter}/P, d/h", s.n, heads, d) for name, letter, heads in
+            (("dq_", "h", h), ("dk_", s.kv_letter, g), ("dv_", s.kv_letter, g))]
+    m.free("dc", "q_ k_ v_", "c", "logsumexp")
+    m.step("backward", "attend", "dq_, dk_, dv_ of it, the scores made again", *each, flops=5 * s.score_flops // 2,
+           remark="causal")
 
-    make("message", s.all_label, P, n, h + 2 * g, d)
-    free("dq_", "dk_", "dv_")
+    m.new("message", *s.message)
+    m.free("dq_", "dk_", "dv_")
     if P > 1:
-        make("dq dk dv", s.all_label, P, n, h + 2 * g, d)
-        free("message")
+        m.new("dq dk dv", *s.message)
+        m.free("message")
     else:
-        program.ledger.rename("message", "dq dk dv")
-    step("backward", "exchange", "dq, dk, dv = all-to-all dq_, dk_, dv_, in one message",
-         program.ledger.alive["dq dk dv"], sent=s.exchange(h + 2 * g))
-
-    own = []        # gradients that are no view of the message: of several heads, or a sum over ranks with the same
+        m.rename("message", "dq dk dv")
+    received, own = m.alive["dq dk dv"], []
     for name, heads, local in (("dq", H, h), ("dk", G, g), ("dv", G, g)):
-        if P > 1 and (local > 1 or heads < P):
-            make(name, "h, N/P, d/h", heads, n, d)
-            own.append(name)
+        if P > 1 and (local > 1 or heads < P):      # else it is a view of the message
+            own.append(m.new(name, "h, N/P, d/h", heads, n, d).name)
     if len(own) == 3:
-        free("dq dk dv")
-    weights, before = [], None
+        m.free("dq dk dv")
+    m.step("backward", "exchange", "dq, dk, dv = all-to-all dq_, dk_, dv_, in one message", received,
+           sent=s.exchange(h + 2 * g))
+
+    made = []
     for name, heads in (("dv", G), ("dk", G), ("dq", H)):
         if P > 1:
-            make("turned", f"N/P, {letter}, d/h", n, heads, d)
-            if name in own:
-                free(name)
-        if "dq dk dv" in program.ledger.alive and (name == "dq" or (name == "dk" and "dq" in own)) and P > 1:
-            free("dq dk dv")
-        weights.append(make(f"d{name[1].upper()}", f"d, {letter} d/h", D, heads * d))
-        make("dinput" if before is None else "another", "N/P, d", n, D)
+            m.new("turned", "N/P, h, d/h", n, heads, d)
+        if name in own:
+            m.free(name)
+        if "dq dk dv" in m.alive and P > 1 and (name == "dq" or (name == "dk" and "dq" in own)):
+            m.free("dq dk dv")
+        made.append(m.new(f"d{name[1].upper()}", f"d, {'h' if heads == H else 'g'} d/h", D, heads * d))
+        m.new("dinput" if name == "dv" else "its part", "N/P, d", n, D)
         if P > 1:
-            free("turned")
-        if before is not None:
-            make("dinput", "N/P, d", n, D)
-            free("another")
-        before = name
+            m.free("turned")
+        if name != "dv":
+            m.new("dinput", "N/P, d", n, D)
+            m.free("its part")
     if P == 1:
-        free("dq dk dv")
-    step("backward", "qkv", "dV, dK, dQ = input_t x dv, dk, dq; dinput = dv x V_t + dk x K_t + dq x Q_t", *weights,
-         program.ledger.alive["dinput"], flops=2 * s.project_flops)
+        m.free("dq dk dv")
+    m.step("backward", "qkv", "dV, dK, dQ = input_t x dv, dk, dq; dinput = dv x V_t + dk x K_t + dq x Q_t", *made,
+           m.alive["dinput"], flops=2 * s.project_flops)
 
 
-def stack(program: Program) -> None:
-    """MLPs as moe_ext.parallel.mlp does them, of N/DP tokens on each rank."""
-    s, make, free, rename, alive = program.sizes, program.make, program.ledger.free, program.ledger.rename, {}
-    tp, D, f, T, reduced = s.tp, s.dim, s.hidden // s.tp, s.n // s.dp, s.mlp == "all-reduce"
-    made = [make("input_", "N/DP, d", T, D)] if reduced and tp > 1 else []
-    made += [make("W1", "L, d, d'/TP", s.layers, D, f), make("W2", "L, d'/TP, d", s.layers, f, D)]
-    program.step("MLP", "input", "input_ = all-gather output; weights" if len(made) > 2 else "weights", *made,
-                 sent=s.shared("all-gather", 1) if len(made) > 2 else None)
-    parts = Parts(program, "MLP")
-    for layer in range(s.layers):
-        kept = f" {layer}" if s.mlp_backward else ""
+def stack(m: Program) -> None:
+    """L MLPs as moe_ext.parallel.mlp does them, of N/DP tokens on each rank of a group."""
+    s, flops = m.sizes, m.sizes.mlp_flops
+    tp, D, f, T, L, reduced = s.tp, s.dim, s.hidden // s.tp, s.n // s.dp, s.layers, s.mlp == "all-reduce"
+    made = [m.new("input_", "N/DP, d", T, D)] if reduced and tp > 1 else []
+    m.step("MLP", "input", "input_ = all-gather output; weights" if made else "weights", *made,
+           m.new("W1", "L, d, d'/TP", L, D, f), m.new("W2", "L, d'/TP, d", L, f, D),
+           sent=s.shared("all-gather") if made else None)
+    for layer in range(L):
+        kept = f" {layer}" if s.mlp_backward else ""        # for the backward, of each layer
         if not reduced and tp > 1:
-            parts.end("gather", make("x" + kept, "N/DP, d", T, D))
-        parts.end("inter", make("inter" + kept, "N/DP, d'/TP", T, f))
-        parts.end("activation", make("f(inter)" + kept, "N/DP, d'/TP", T, f))
-        y = make("product", "N/DP, d", T, D)
-        parts.end("output", y)
+            whole = m.new(f"input_{kept}", "N/DP, d", T, D)
+            m.step("MLP", "gather", "input_ = all-gather x", whole, sent=s.shared("all-gather", L))
+            if layer:
+                m.free("x")
+        m.step("MLP", "inter", "inter = input_ x W1", m.new(f"inter{kept}", "N/DP, d'/TP", T, f), flops=flops)
+        m.step("MLP", "activation", "activation f(inter)", m.new(f"f(inter){kept}", "N/DP, d'/TP", T, f))
+        m.step("MLP", "output", "output = f(inter) x W2", m.new("product", "N/DP, d", T, D), flops=flops)
+        if tp == 1:
+            m.rename("product", f"x{kept}")
+            continue
+        m.new("received", "TP, N/DP/TP, d", tp, T // tp, D)
+        m.new("piece", "N/DP/TP, d", T // tp, D)
+        m.free("received")
+        if reduced:
+            x = m.new("sum", "N/DP, d", T, D)
+            m.free("piece")
+            m.step("MLP", "sum", "x = all-reduce output", x._replace(name="x"), sent=s.shared("all-reduce", 2 * L))
+            m.rename("sum", f"x{kept}")
+        else:
+            x = m.rename("piece", "x")
+            m.step("MLP", "sum", "x = reduce-scatter output", x, sent=s.shared("reduce-scatter", L))
+            if not kept:
+                m.free("input_")
 
 
+def stack_backward(m: Program) -> None:
+    """Their gradients, from the last layer to the first."""
+    s, flops = m.sizes, 2 * m.sizes.mlp_flops
+    tp, D, f, T, L, reduced = s.tp, s.dim, s.hidden // s.tp, s.n // s.dp, s.layers, s.mlp == "all-reduce"
+    tokens = T if reduced else T // tp
+    if tp > 1:
+        m.free("product")
+    if not reduced:
+        m.rename("x", "y")
+    incoming = m.new("dy", "N/DP, d" if reduced else "N/DP/TP, d", tokens, D).name
+    for layer in reversed(range(L)):
+        if tp > 1 and reduced:
+            m.new("received", "TP, N/DP/TP, d", tp, T // tp, D)
+            m.new("piece", "N/DP/TP, d", T // tp, D)
+            m.free("received")
+        product = m.new("dproduct", "N/DP, d", T, D) if tp > 1 else m.alive[incoming]
+        if tp > 1 and reduced:
+            m.free("piece")
+        if tp > 1 and incoming != "dy":
+            m.free(incoming)
+        if tp > 1:
+            title, kind, times = (("dproduct = all-reduce dx", "all-reduce", 2 * L) if reduced else
+                                  ("dproduct = all-gather dx", "all-gather", L))
+            m.step("MLP backward", "sum", title, product, sent=s.shared(kind, times))
+        m.new(f"dW2 {layer}", "d'/TP, d", f, D)
+        inner = m.new("df(inter)", "N/DP, d'/TP", T, f)
+        m.free(f"f(inter) {layer}", *["dproduct"] * (tp > 1), *[incoming] * (tp == 1 and incoming != "dy"))
+        m.step("MLP backward", "output", "dW2 = f(inter)_t x dproduct, df(inter) = dproduct x W2_t",
+               m.alive[f"dW2 {layer}"], inner, flops=flops)
+        inner = m.new("dinter", "N/DP, d'/TP", T, f)
+        m.free("df(inter)", f"inter {layer}")
+        m.step("MLP backward", "activation", "dinter = df(inter) x f'(inter)", inner)
+        made = m.new(f"dW1 {layer}", "d, d'/TP", D, f), m.new("dx", "N/DP, d", T, D)
+        m.free("dinter")
+        if not reduced and tp > 1:
+            m.free(f"input_ {layer}")
+        elif layer:
+            m.free(f"x {layer - 1}")
+        m.step("MLP backward", "inter", "dW1 = input_t x dinter, dx = dinter x W1_t", *made, flops=flops)
+        incoming = "dx"
+        if not reduced and tp > 1:
+            m.new("received", "TP, N/DP/TP, d", tp, T // tp, D)
+            m.new("piece", "N/DP/TP, d", T // tp, D)
+            m.free("received")
+            m.rename("piece", "dx")
+            m.step("MLP backward", "gather", "dx = reduce-scatter dx", m.alive["dx"],
+                   sent=s.shared("reduce-scatter", L))
+    if reduced and tp > 1:
+        m.new("received", "TP, N/DP/TP, d", tp, T // tp, D)
+        m.new("doutput", "N/P, d", T // tp, D)
+        m.free("received", "dx")
+        m.step("MLP backward", "input", "doutput = reduce-scatter dinput_", m.alive["doutput"],
+               sent=s.shared("reduce-scatter"))
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+PHASES = {"attention": "Attention", "backward": "Attention, backward", "MLP": "MLPs", "MLP backward": "MLPs, backward"}
 UNITS = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
+
+
+def lines(sizes: Sizes, steps: list[Step], measured: list[Measured] | None = None, device: Device | None = None,
+          per_host: int = 8) -> list[str]:
+    """The report of the steps, a title and what it is made of for each; with what was measured of them, or with the
+    time that a device needs at least."""
+    s, said, phase = sizes, [], ""
+    said.append(f"{s.n} tokens, {s.n // s.ranks} of each of {s.ranks} ranks (TP {s.tp}, DP {s.dp}); {s.dtype}; heads: "
+                f"{s.heads} of {s.head} columns, {s.kv} of keys and values")
+    for i, step in enumerate(steps):
+        if step.phase != phase:
+            phase = step.phase
+            said += ["", f"{PHASES[phase]}{f' ({s.attention})' if phase == 'attention' else ''}"
+                         f"{f' ({s.layers} layers, {s.mlp})' if phase == 'MLP' else ''}"]
+        seconds = measured[i].seconds if measured else ideal(step, s, device, per_host) if device else None
+        said.append(step.title)
+        said += [f"  {t.name} [{t.label}]: {list(t.shape)}, elements: {t.elements}, size: {amount(t.bytes, 'GB')}"
+                 for t in step.tensors]
+        if step.flops:
+            said.append(f"  flops: {amount(step.flops, 'T')}FLOPs, {amount(step.rank_flops, 'T')}FLOPs of a rank"
+                        f"{f' ({step.remark})' if step.remark else ''}{pace(seconds, step.rank_flops, 'T', 'FLOP/s')}")
+        if step.sent:
+            said.append(f"  {step.sent.kind} among {step.sent.ranks}: {step.sent.sent} bytes sent by a rank"
+                        f"{pace(seconds, step.sent.sent, 'GB', '/s')}")
+        planned = f"{amount(step.held, 'GB')}, at most {amount(step.most, 'GB')}"
+        if measured:
+            now, most = measured[i][:2]
+            said.append(f"  memory: {amount(now, 'GB')}, at most {amount(most, 'GB')} (planned {planned}: "
+                        f"{now / step.held - 1:+.1%}, {most / step.most - 1:+.1%})")
+        else:
+            said.append(f"  memory: {planned}")
+    return said + totals(s, steps)
+
+
+def totals(s: Sizes, steps: list[Step]) -> list[str]:
+    """Of each phase: the most that is held, and by what; the bytes that a rank sends."""
+    said = [""]
+    for phase, name in PHASES.items():
+        own = [step for step in steps if step.phase == phase]
+        if not own:
+            continue
+        fullest = max(own, key=lambda step: step.most)
+        held = {}
+        for tensor in fullest.alive:
+            each = tensor.name.rstrip("0123456789 ")
+            count, size = held.get(each, (0, 0))
+            held[each] = count + 1, size + tensor.bytes
+        inventory = ", ".join(f"{f'{count} x ' if count > 1 else ''}{each} {amount(size, 'GB')}"
+                              for each, (count, size) in held.items())
+        sent = sum(step.sent.sent for step in own if step.sent)
+        said.append(f"{name}: at most {amount(fullest.most, 'GB')} alive, in \"{fullest.title}\": {inventory}")
+        said.append(f"{name}: {amount(sum(step.flops for step in own), 'T')}FLOPs, "
+                    f"{amount(sum(step.rank_flops for step in own), 'T')}FLOPs of a rank, which sends {sent} bytes")
+    return said
+
+
+def pace(seconds: float | None, size: float, unit: str, per: str) -> str:
+    """In so many seconds."""
+    if not seconds:
+        return ""
+    return f"; {seconds * 1e3:.4g} ms, {amount(size / seconds, unit).strip()}{per}"
+
+
+def ideal(step: Step, s: Sizes, device: Device, per_host: int) -> float | None:
+    """Seconds of a step at the peaks of its products and links; None in fp64, of which no peak is known."""
+    if step.sent:
+        kind, ranks, sent = step.sent
+        on_link, on_network = wires(sent, ranks, 1, per_host, exchange=kind == "all-to-all")
+        return max(on_link / device.link, on_network / device.network) / 1e9
+    peak = {"bf16": device.tflops, "fp32": device.tflops_fp32}.get(s.dtype)
+    return step.rank_flops / peak / 1e12 if peak else None
 
 
 def amount(size: float, unit: str) -> str:
