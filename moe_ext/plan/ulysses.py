@@ -14,6 +14,7 @@ Bytes are of tensors; GB and MB are decimal. FLOPs are those of matrix products,
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -230,13 +231,13 @@ def seed(s: Sizes) -> list[str]:
     said = [f"seq length: {s.n}", f"hidden dim: {s.dim}", f"num heads: {H}", f"type: {NAMES[s.dtype]}", f"TP: {s.tp}",
             f"DP: {s.dp}", f"P: {P}", f"head per GPU: {h} tokens per GPU: {n}", "", "Ulysses attention"]
 
-    def make(names, label, shape, colon="", unit="MB", made=True):
+    def make(names, label, shape, colon="", letter="M", made=True):
         for name in names.split():
             tensor = Tensor(name, label, shape, s.width)
             if made:
                 scores.make(tensor)
             said.append(f"{name} [{label}]: torch.Size({list(shape)}), elements: {tensor.elements}, size{colon} "
-                        f"{amount(tensor.bytes, unit)}")
+                        f"{amount(tensor.bytes, 'B', letter)}")
 
     def turned(title, names, label, shape):
         """Each is copied in another order."""
@@ -246,10 +247,10 @@ def seed(s: Sizes) -> list[str]:
         said.append("is_contiguous: True")
 
     def flops(count):
-        said.append(f"flops: {amount(count, 'T')}FLOPs")
+        said.append(f"flops: {amount(count, 'FLOPs', 'T')}")
 
     def peak():
-        said.append(f"Peak memory allocation: {amount(scores.most, 'GB')}")
+        said.append(f"Peak memory allocation: {amount(scores.most, 'B', 'G')}")
 
     make("input", "N/P, d", (n, s.dim), ":")
     make("Q K V", "h, d, d/h", (H, s.dim, d), ":")
@@ -267,7 +268,7 @@ def seed(s: Sizes) -> list[str]:
     peak()
     said += ["compute attention", "A = q_ x k_t"]
     flops(2 * s.n ** 2 * s.dim)
-    make("A", "h/P, N, N", (h, s.n, s.n), unit="GB")
+    make("A", "h/P, N, N", (h, s.n, s.n), letter="G")
     said.append("is_contiguous: True")
     peak()
     said += ["compute c", "c = A x v_"]
@@ -290,16 +291,16 @@ def seed(s: Sizes) -> list[str]:
     for name in set(scores.alive) - {"output", "workspace"}:
         scores.free(name)
     said += [f"TP ranks: {list(range(s.tp))}", "", "2D Model parallel"]
-    make("input_", "N/DP/TP, d", (N_DP, s.dim), ":", "GB")
+    make("input_", "N/DP/TP, d", (N_DP, s.dim), ":", "G")
     said.append("# the label is wrong: it is [N/DP, d], gathered by the TP ranks, and its next version says so")
-    make("W1", "L, d, d'/TP", (s.layers, s.dim, f), ":", "GB")
-    make("W2", "L, d'/TP, d", (s.layers, f, s.dim), ":", "GB")
+    make("W1", "L, d, d'/TP", (s.layers, s.dim, f), ":", "G")
+    make("W2", "L, d'/TP, d", (s.layers, f, s.dim), ":", "G")
     said.append("inter = input x W1")
-    said.append(f"# its next version goes on: flops: {amount(2 * s.layers * N_DP * s.dim * s.hidden, 'T')}FLOPs")
+    said.append(f"# its next version goes on: flops: {amount(2 * s.layers * N_DP * s.dim * s.hidden, 'FLOPs', 'T')}")
     make("inter", "N/DP, d'/TP", (N_DP, f), ":")
     said += ["# activation f(inter)", "# output = inter x W2",
-             f"# flops: {amount(2 * s.layers * N_DP * s.dim * s.hidden, 'T')}FLOPs",
-             f"Current memory allocation: {amount(scores.now, 'GB')}"]
+             f"# flops: {amount(2 * s.layers * N_DP * s.dim * s.hidden, 'FLOPs', 'T')}",
+             f"Current memory allocation: {amount(scores.now, 'B', 'G')}"]
     peak()
     return said
 
@@ -369,15 +370,25 @@ def attention(m: Program) -> None:
     if not s.backward:
         m.free("logsumexp")
     m.step("attention", "attend", "c = softmax(q_ x k_t / sqrt(d/h), causal) x v_", c, lse, flops=s.score_flops,
-           remark=f"causal; {amount(4 * s.n ** 2 * D, 'T')}FLOPs if every token saw all")
+           remark=f"causal; {amount(4 * s.n ** 2 * D, 'FLOPs')} if every token saw all")
 
-    made = [m.new("c_", "P, N/P, h/P, d/h", P, n, h, d), m.new("c_", "N/P, d", n, D)] if P > 1 else []
+    def arrange():
+        """c_ so that a token's heads are side by side, which is a view until there are several of each rank."""
+        return [m.new("c_", "N/P, d", n, D)] if P > 1 else []
+
+    made = [m.new("c_", "P, N/P, h/P, d/h", P, n, h, d)] if P > 1 else []
+    made += arrange() if h > 1 else []
     m.free("q", "k", "v")
     if not s.backward:
         m.free("q_ k_ v_", *["c"] * (P > 1))
     m.step("attention", "back", "c_ = all-to-all c; transpose & reshape", *made, sent=s.exchange(h))
+    if P > 1 and h == 1:
+        m.rename("c_", "received")
+        arrange()
     output = m.new("output", "N/P, d", n, D)
     m.step("attention", "output", "output = c_ x O", output, flops=2 * s.n * D ** 2)
+    if P > 1 and h == 1:
+        m.free("received")
     if not s.backward:
         m.free("c_" if P > 1 else "c")
 
@@ -386,10 +397,11 @@ def backward(m: Program) -> None:
     """Gradients of attention, in the order in which autograd makes them and frees what it has kept."""
     s = m.sizes
     P, n, H, G, d, D, h, g = s.ranks, s.mine, s.heads, s.kv, s.head, s.dim, s.local_heads, s.local_kv
-    m.step("backward", "output", "dO = c_t x doutput, dc_ = doutput x O_t", m.new("doutput", "N/P, d", n, D),
-           m.new("dO", "d, d", D, D), m.new("dc_", "N/P, d", n, D), flops=4 * s.n * D ** 2)
+    made = m.new("doutput", "N/P, d", n, D), m.new("dO", "d, d", D, D), m.new("dc_", "N/P, d", n, D)
     if P > 1:
         m.free("c_")
+    m.step("backward", "output", "dO = c_t x doutput, dc_ = doutput x O_t", *made, flops=4 * s.n * D ** 2)
+    if P > 1:
         m.new("message", "P, N/P, h/P, d/h", P, n, h, d)
         m.new("dc", "N, h/P, d/h", s.n, h, d)
         m.free("message", "dc_")
@@ -450,30 +462,35 @@ def stack(m: Program) -> None:
            sent=s.shared("all-gather") if made else None)
     for layer in range(L):
         kept = f" {layer}" if s.mlp_backward else ""        # for the backward, of each layer
+        own = [] if layer == 0 else ["x"]                   # what this layer takes, if no one else holds it
         if not reduced and tp > 1:
-            whole = m.new(f"input_{kept}", "N/DP, d", T, D)
-            m.step("MLP", "gather", "input_ = all-gather x", whole, sent=s.shared("all-gather", L))
-            if layer:
-                m.free("x")
+            m.step("MLP", "gather", "input_ = all-gather x", m.new(f"input_{kept}", "N/DP, d", T, D),
+                   sent=s.shared("all-gather", L))
+            m.free(*own)
+            own = ["input_"]
         m.step("MLP", "inter", "inter = input_ x W1", m.new(f"inter{kept}", "N/DP, d'/TP", T, f), flops=flops)
+        if not kept:
+            m.free(*own)
         m.step("MLP", "activation", "activation f(inter)", m.new(f"f(inter){kept}", "N/DP, d'/TP", T, f))
-        m.step("MLP", "output", "output = f(inter) x W2", m.new("product", "N/DP, d", T, D), flops=flops)
+        if not kept:
+            m.free("inter")
+        product = m.new("product" if tp > 1 else f"x{kept}", "N/DP, d", T, D)
+        m.step("MLP", "output", "output = f(inter) x W2", product, flops=flops)
+        if not kept:
+            m.free("f(inter)")
         if tp == 1:
-            m.rename("product", f"x{kept}")
             continue
         m.new("received", "TP, N/DP/TP, d", tp, T // tp, D)
-        m.new("piece", "N/DP/TP, d", T // tp, D)
+        x = m.new("piece", "N/DP/TP, d", T // tp, D)
         m.free("received")
         if reduced:
-            x = m.new("sum", "N/DP, d", T, D)
+            x = m.new(f"x{kept}", "N/DP, d", T, D)
             m.free("piece")
-            m.step("MLP", "sum", "x = all-reduce output", x._replace(name="x"), sent=s.shared("all-reduce", 2 * L))
-            m.rename("sum", f"x{kept}")
+            m.step("MLP", "sum", "x = all-reduce output", x, sent=s.shared("all-reduce", 2 * L))
         else:
-            x = m.rename("piece", "x")
-            m.step("MLP", "sum", "x = reduce-scatter output", x, sent=s.shared("reduce-scatter", L))
-            if not kept:
-                m.free("input_")
+            m.step("MLP", "sum", "x = reduce-scatter output", m.rename("piece", "x"),
+                   sent=s.shared("reduce-scatter", L))
+        m.free("product")
 
 
 def stack_backward(m: Program) -> None:
@@ -481,10 +498,6 @@ def stack_backward(m: Program) -> None:
     s, flops = m.sizes, 2 * m.sizes.mlp_flops
     tp, D, f, T, L, reduced = s.tp, s.dim, s.hidden // s.tp, s.n // s.dp, s.layers, s.mlp == "all-reduce"
     tokens = T if reduced else T // tp
-    if tp > 1:
-        m.free("product")
-    if not reduced:
-        m.rename("x", "y")
     incoming = m.new("dy", "N/DP, d" if reduced else "N/DP/TP, d", tokens, D).name
     for layer in reversed(range(L)):
         if tp > 1 and reduced:
@@ -550,18 +563,18 @@ def lines(sizes: Sizes, steps: list[Step], measured: list[Measured] | None = Non
                          f"{f' ({s.layers} layers, {s.mlp})' if phase == 'MLP' else ''}"]
         seconds = measured[i].seconds if measured else ideal(step, s, device, per_host) if device else None
         said.append(step.title)
-        said += [f"  {t.name} [{t.label}]: {list(t.shape)}, elements: {t.elements}, size: {amount(t.bytes, 'GB')}"
+        said += [f"  {t.name} [{t.label}]: {list(t.shape)}, elements: {t.elements}, size: {amount(t.bytes, 'B')}"
                  for t in step.tensors]
         if step.flops:
-            said.append(f"  flops: {amount(step.flops, 'T')}FLOPs, {amount(step.rank_flops, 'T')}FLOPs of a rank"
-                        f"{f' ({step.remark})' if step.remark else ''}{pace(seconds, step.rank_flops, 'T', 'FLOP/s')}")
+            said.append(f"  flops: {amount(step.flops, 'FLOPs')}, {amount(step.rank_flops, 'FLOPs')} of a rank"
+                        f"{f' ({step.remark})' if step.remark else ''}{pace(seconds, step.rank_flops, 'FLOP/s')}")
         if step.sent:
             said.append(f"  {step.sent.kind} among {step.sent.ranks}: {step.sent.sent} bytes sent by a rank"
-                        f"{pace(seconds, step.sent.sent, 'GB', '/s')}")
-        planned = f"{amount(step.held, 'GB')}, at most {amount(step.most, 'GB')}"
+                        f"{pace(seconds, step.sent.sent, 'B/s')}")
+        planned = f"{amount(step.held, 'B')}, at most {amount(step.most, 'B')}"
         if measured:
             now, most = measured[i][:2]
-            said.append(f"  memory: {amount(now, 'GB')}, at most {amount(most, 'GB')} (planned {planned}: "
+            said.append(f"  memory: {amount(now, 'B')}, at most {amount(most, 'B')} (planned {planned}: "
                         f"{now / step.held - 1:+.1%}, {most / step.most - 1:+.1%})")
         else:
             said.append(f"  memory: {planned}")
@@ -578,23 +591,21 @@ def totals(s: Sizes, steps: list[Step]) -> list[str]:
         fullest = max(own, key=lambda step: step.most)
         held = {}
         for tensor in fullest.alive:
-            each = tensor.name.rstrip("0123456789 ")
+            each = re.sub(r" \d+$", "", tensor.name)
             count, size = held.get(each, (0, 0))
             held[each] = count + 1, size + tensor.bytes
-        inventory = ", ".join(f"{f'{count} x ' if count > 1 else ''}{each} {amount(size, 'GB')}"
+        inventory = ", ".join(f"{f'{count} x ' if count > 1 else ''}{each} {amount(size, 'B')}"
                               for each, (count, size) in held.items())
         sent = sum(step.sent.sent for step in own if step.sent)
-        said.append(f"{name}: at most {amount(fullest.most, 'GB')} alive, in \"{fullest.title}\": {inventory}")
-        said.append(f"{name}: {amount(sum(step.flops for step in own), 'T')}FLOPs, "
-                    f"{amount(sum(step.rank_flops for step in own), 'T')}FLOPs of a rank, which sends {sent} bytes")
+        said.append(f"{name}: at most {amount(fullest.most, 'B')} alive, in \"{fullest.title}\": {inventory}")
+        said.append(f"{name}: {amount(sum(step.flops for step in own), 'FLOPs')}, "
+                    f"{amount(sum(step.rank_flops for step in own), 'FLOPs')} of a rank, which sends {sent} bytes")
     return said
 
 
-def pace(seconds: float | None, size: float, unit: str, per: str) -> str:
+def pace(seconds: float | None, size: float, unit: str) -> str:
     """In so many seconds."""
-    if not seconds:
-        return ""
-    return f"; {seconds * 1e3:.4g} ms, {amount(size / seconds, unit).strip()}{per}"
+    return f"; {seconds * 1e3:.4g} ms, {amount(size / seconds, unit)}" if seconds else ""
 
 
 def ideal(step: Step, s: Sizes, device: Device, per_host: int) -> float | None:
@@ -607,9 +618,9 @@ def ideal(step: Step, s: Sizes, device: Device, per_host: int) -> float | None:
     return step.rank_flops / peak / 1e12 if peak else None
 
 
-def amount(size: float, unit: str) -> str:
-    """Two decimals in the unit, or in a smaller one of which there are more: (57.6e9, "GB") -> "57.60 GB"; of FLOPs
-    the letter alone: (96.64e12, "T") -> "96.64 T"."""
-    letters = [letter for letter, each in UNITS.items() if each <= UNITS[unit[0]]]
-    letter = next((letter for letter in letters if size >= 0.095 * UNITS[letter]), "")
-    return f"{size / UNITS[letter]:.{2 * bool(letter)}f} {letter}{unit[1:]}"
+def amount(size: float, unit: str, letter: str = "") -> str:
+    """Two decimals, in the largest unit of which there is one: (122_880_000, "B") -> "122.88 MB"; or in a given one, if
+    that shows anything: (983_040_000, "B", "G") -> "0.98 GB"."""
+    if not letter or size < 0.095 * UNITS[letter]:
+        letter = next((letter for letter, each in UNITS.items() if size >= each), "")
+    return f"{size / UNITS[letter]:.{2 * bool(letter)}f} {letter}{unit}"
