@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
-from moe_ext.config import divisors, nearest, require
-from moe_ext.plan.roofline import Device, wires
+from moe_ext.config import ConfigError, cli, divisors, nearest, require
+from moe_ext.plan.roofline import DEVICES, RESERVE, Device, wires
 
 WIDTHS = {"bf16": 2, "fp32": 4, "fp64": 8}
 NAMES = {"bf16": "torch.bfloat16", "fp32": "torch.float32", "fp64": "torch.float64"}
@@ -96,6 +96,15 @@ class Sizes:
         return f"P, N/P, (h + 2{self.kv_letter})/P, d/h", self.ranks, self.mine, shared, self.head
 
     @property
+    def sum_width(self) -> int:
+        """Bytes of a number in which softmax is summed."""
+        return max(4, self.width)
+
+    @property
+    def causal(self) -> str:
+        return f"causal; {amount(4 * self.n ** 2 * self.dim, 'FLOPs')} if every token saw all"
+
+    @property
     def mlp_flops(self) -> int:
         """Of one of the two products in all layers."""
         return 2 * self.n * self.dim * self.hidden * self.layers
@@ -115,6 +124,11 @@ class Sizes:
         P = self.ranks
         return Collective("all-to-all", P, (P - 1) * self.mine * heads * self.head * self.width) if P > 1 else None
 
+    def gathered(self, kind: str) -> Collective | None:
+        """Of all ranks' keys and values."""
+        P = self.ranks
+        return Collective(kind, P, (P - 1) * 2 * self.mine * self.kv * self.head * self.width) if P > 1 else None
+
     def shared(self, kind: str, times: int = 1) -> Collective | None:
         """Of the tokens of a group's ranks."""
         sent = (self.tp - 1) * self.mine * self.dim * self.width * times
@@ -128,7 +142,7 @@ class Sizes:
     @property
     def local_heads(self) -> int:
         """Of each rank in attention, for all tokens."""
-        return self.heads // self.ranks
+        return max(1, self.heads // self.ranks)
 
     @property
     def local_kv(self) -> int:
@@ -224,8 +238,9 @@ def block(size: int) -> int:
     return piece if size >= 10 * 2**20 and piece - size <= 2**20 else size
 
 
-def seed(s: Sizes) -> list[str]:
-    """The log of that program, every line but its rank's and NCCL's; lines that begin with # are ours."""
+def seed(s: Sizes) -> tuple[list[str], int]:
+    """The log of that program, every line but its rank's and NCCL's, in which lines that begin with # are ours; and the
+    most bytes that its attention holds. It knows no fewer key and value heads, and no other exchange."""
     P, n, H, d, f, N_DP = s.ranks, s.n // s.ranks, s.heads, s.head, s.hidden // s.tp, s.n // s.dp
     h, scores = H // P, Ledger(block)
     said = [f"seq length: {s.n}", f"hidden dim: {s.dim}", f"num heads: {H}", f"type: {NAMES[s.dtype]}", f"TP: {s.tp}",
@@ -288,8 +303,8 @@ def seed(s: Sizes) -> list[str]:
     flops(2 * s.n * s.dim ** 2)
     make("output", "N/P, d", (n, s.dim))
     peak()
-    for name in set(scores.alive) - {"output", "workspace"}:
-        scores.free(name)
+    attention_most = scores.most
+    scores.free(*(set(scores.alive) - {"output", "workspace"}))
     said += [f"TP ranks: {list(range(s.tp))}", "", "2D Model parallel"]
     make("input_", "N/DP/TP, d", (N_DP, s.dim), ":", "G")
     said.append("# the label is wrong: it is [N/DP, d], gathered by the TP ranks, and its next version says so")
@@ -302,10 +317,14 @@ def seed(s: Sizes) -> list[str]:
              f"# flops: {amount(2 * s.layers * N_DP * s.dim * s.hidden, 'FLOPs', 'T')}",
              f"Current memory allocation: {amount(scores.now, 'B', 'G')}"]
     peak()
-    return said
+    return said, attention_most
 
 
 # ---- our program -----------------------------------------------------------------------------------------------------
+ATTEND, AGAIN = "c = softmax(q_ x k_t / sqrt(d/h), causal) x v_", "dq_, dk_, dv_ of it, the scores made again"
+OUTPUT = "output = c_ x O"
+
+
 class Program(Ledger):
     """What a rank holds, step by step."""
 
@@ -351,12 +370,18 @@ def steps(sizes: Sizes) -> list[Step]:
 def attention(m: Program) -> None:
     """x [n,D] -> output [n,D] of n = N/P tokens, as moe_ext.parallel.sequence and torch's flash kernel do it."""
     s = m.sizes
-    P, n, H, G, d, D, h, g = s.ranks, s.mine, s.heads, s.kv, s.head, s.dim, s.local_heads, s.local_kv
+    n, H, G, d, D, g = s.mine, s.heads, s.kv, s.head, s.dim, s.kv_letter
     m.step("attention", "input", "input and weights", m.new("input", "N/P, d", n, D), m.new("Q", "d, d", D, D),
-           *(m.new(name, f"d, {s.kv_letter} d/h", D, G * d) for name in "KV"), m.new("O", "d, d", D, D))
+           *(m.new(name, "d, d" if g == "h" else "d, g d/h", D, G * d) for name in "KV"), m.new("O", "d, d", D, D))
     m.step("attention", "qkv", "q = input x Q, k = input x K, v = input x V", m.new("q", "N/P, h, d/h", n, H, d),
-           *(m.new(name, f"N/P, {s.kv_letter}, d/h", n, G, d) for name in "kv"), flops=s.project_flops)
+           *(m.new(name, f"N/P, {g}, d/h", n, G, d) for name in "kv"), flops=s.project_flops)
+    (heads_for_tokens if s.attention == "ulysses" else keys_of_all)(m)
 
+
+def heads_for_tokens(m: Program) -> None:
+    """Attention of all tokens with some heads."""
+    s = m.sizes
+    P, n, D, h, d = s.ranks, s.mine, s.dim, s.local_heads, s.head
     m.new("message", *s.message)
     if P > 1:
         m.new("q_ k_ v_", *s.message)
@@ -364,43 +389,113 @@ def attention(m: Program) -> None:
     else:
         m.rename("message", "q_ k_ v_")
     m.step("attention", "exchange", "q_, k_, v_ = all-to-all q, k, v, in one message", m.alive["q_ k_ v_"],
-           sent=s.exchange(h + 2 * g))
+           sent=s.exchange(h + 2 * s.local_kv))
 
-    c, lse = m.new("c", "N, h/P, d/h", s.n, h, d), m.new("logsumexp", "N, h/P", s.n, h, width=max(4, s.width))
+    made = m.new("c", "N, h/P, d/h", s.n, h, d), m.new("logsumexp", "N, h/P", s.n, h, width=s.sum_width)
     if not s.backward:
         m.free("logsumexp")
-    m.step("attention", "attend", "c = softmax(q_ x k_t / sqrt(d/h), causal) x v_", c, lse, flops=s.score_flops,
-           remark=f"causal; {amount(4 * s.n ** 2 * D, 'FLOPs')} if every token saw all")
+    m.step("attention", "attend", ATTEND, *made, flops=s.score_flops, remark=s.causal)
 
-    def arrange():
-        """c_ so that a token's heads are side by side, which is a view until there are several of each rank."""
-        return [m.new("c_", "N/P, d", n, D)] if P > 1 else []
-
-    made = [m.new("c_", "P, N/P, h/P, d/h", P, n, h, d)] if P > 1 else []
-    made += arrange() if h > 1 else []
+    made, turned = [], False        # a token's heads are not side by side, unless each rank has one
+    if P > 1:
+        made.append(m.new("c_", "P, N/P, h/P, d/h", P, n, h, d))
+        turned = h > 1
+        if turned:
+            made.append(m.new("c_", "N/P, d", n, D))
     m.free("q", "k", "v")
     if not s.backward:
         m.free("q_ k_ v_", *["c"] * (P > 1))
-    m.step("attention", "back", "c_ = all-to-all c; transpose & reshape", *made, sent=s.exchange(h))
-    if P > 1 and h == 1:
+    m.step("attention", "back", "c_ = all-to-all c" + "; transpose & reshape" * turned, *made, sent=s.exchange(h))
+    if P > 1 and not turned:
         m.rename("c_", "received")
-        arrange()
-    output = m.new("output", "N/P, d", n, D)
-    m.step("attention", "output", "output = c_ x O", output, flops=2 * s.n * D ** 2)
-    if P > 1 and h == 1:
-        m.free("received")
+        m.new("c_", "N/P, d", n, D)
+    output, used = m.new("output", "N/P, d", n, D), "c_" if P > 1 else "c"
+    if not s.backward and "received" in m.alive:
+        m.free(used)
+        used = "received"
+    m.step("attention", "output", OUTPUT, output, flops=2 * s.n * D ** 2)
     if not s.backward:
-        m.free("c_" if P > 1 else "c")
+        m.free(used)
+    elif "received" in m.alive:
+        m.free("received")
+
+
+def keys_of_all(m: Program) -> None:
+    """Attention of a rank's tokens with all heads; of the last one, which sees all keys. Its tokens before the others'
+    and among themselves are two calls of the kernel, joined in at least fp32."""
+    s = m.sizes
+    P, n, H, G, d = s.ranks, s.mine, s.heads, s.kv, s.head
+    m.new("k v", f"2, {s.kv_letter}, N/P, d/h", 2, G, n, d)
+    if P > 1:
+        m.new("received", f"P, 2, {s.kv_letter}, N/P, d/h", P, 2, G, n, d)
+        m.new("k_ v_", f"2, {s.kv_letter}, N, d/h", 2, G, s.n, d)
+        m.free("k v", "received")
+    else:
+        m.rename("k v", "k_ v_")
+    m.step("attention", "exchange", "k_, v_ = all-gather k, v", m.alive["k_ v_"], sent=s.gathered("all-gather"))
+
+    if P == 1:
+        made = m.new("c", "N/P, h, d/h", n, H, d), m.new("logsumexp", "N/P, h", n, H, width=s.sum_width)
+    else:
+        for part in " 1", " 2":
+            m.new("c" + part, "N/P, h, d/h", n, H, d)
+            m.new("logsumexp" + part, "N/P, h", n, H, width=s.sum_width)
+        made = [m.new("logsumexp", "N/P, h", n, H, width=s.sum_width)]
+        wide = [m.new(f"c {part} wide", "N/P, h, d/h", n, H, d, width=4).name for part in "12" if s.width < 4]
+        m.new("share", "N/P, h", n, H, width=s.sum_width)
+        made.insert(0, m.new("c", "N/P, h, d/h", n, H, d, width=s.sum_width))
+        m.free(*wide, "share")
+        if wide:
+            made[0] = m.new("c", "N/P, h, d/h", n, H, d)
+        m.free("c 1", "logsumexp 1", "c 2", "logsumexp 2")
+    if not s.backward:
+        m.free("logsumexp")
+    m.step("attention", "attend", ATTEND, *made, flops=s.score_flops, remark=s.causal,
+           rank_flops=4 * s.dim * (n * (s.n - n) + n * (n + 1) // 2))
+    m.free("k", "v", *[] if s.backward else ["q", "k_ v_"])
+    m.step("attention", "output", OUTPUT, m.new("output", "N/P, d", n, s.dim), flops=2 * s.n * s.dim ** 2)
+    if not s.backward:
+        m.free("c")
 
 
 def backward(m: Program) -> None:
     """Gradients of attention, in the order in which autograd makes them and frees what it has kept."""
     s = m.sizes
-    P, n, H, G, d, D, h, g = s.ranks, s.mine, s.heads, s.kv, s.head, s.dim, s.local_heads, s.local_kv
+    P, n, H, G, d, D, ulysses = s.ranks, s.mine, s.heads, s.kv, s.head, s.dim, s.attention == "ulysses"
     made = m.new("doutput", "N/P, d", n, D), m.new("dO", "d, d", D, D), m.new("dc_", "N/P, d", n, D)
-    if P > 1:
+    if P > 1 and ulysses:
         m.free("c_")
     m.step("backward", "output", "dO = c_t x doutput, dc_ = doutput x O_t", *made, flops=4 * s.n * D ** 2)
+    own = (tokens_for_heads if ulysses else keys_back)(m)
+
+    made, message = [], "dq dk dv" if ulysses else "dk dv"
+    for name, heads in (("dv", G), ("dk", G), ("dq", H)):
+        turned = P > 1 if ulysses else name != "dq"
+        if turned:
+            m.new("turned", "N/P, h, d/h", n, heads, d)
+            if name in own:
+                m.free(name)
+        if message in m.alive and turned and (name == "dq" or (name == "dk" and "dq" in own)):
+            m.free(message)
+        made.append(m.new(f"d{name[1].upper()}", "d, d" if heads == H else "d, g d/h", D, heads * d))
+        m.new("dinput" if name == "dv" else "its part", "N/P, d", n, D)
+        if turned:
+            m.free("turned")
+        elif name in own:
+            m.free(name)
+        if name != "dv":
+            m.new("dinput", "N/P, d", n, D)
+            m.free("its part")
+    if message in m.alive:
+        m.free(message)
+    m.step("backward", "qkv", "dV, dK, dQ = input_t x dv, dk, dq; dinput = dv x V_t + dk x K_t + dq x Q_t", *made,
+           m.alive["dinput"], flops=2 * s.project_flops)
+
+
+def tokens_for_heads(m: Program) -> list[str]:
+    """-> which of dq, dk and dv are no views of the message."""
+    s = m.sizes
+    P, n, h, g, d, letter = s.ranks, s.mine, s.local_heads, s.local_kv, s.head, s.kv_letter
     if P > 1:
         m.new("message", "P, N/P, h/P, d/h", P, n, h, d)
         m.new("dc", "N, h/P, d/h", s.n, h, d)
@@ -408,12 +503,10 @@ def backward(m: Program) -> None:
     else:
         m.rename("dc_", "dc")
     m.step("backward", "back", "dc = all-to-all dc_", m.alive["dc"], sent=s.exchange(h))
-
-    each = [m.new(name, f"N, {letter}/P, d/h", s.n, heads, d) for name, letter, heads in
-            (("dq_", "h", h), ("dk_", s.kv_letter, g), ("dv_", s.kv_letter, g))]
+    made = [m.new(name, f"N, {one}/P, d/h", s.n, heads, d) for name, one, heads in
+            (("dq_", "h", h), ("dk_", letter, g), ("dv_", letter, g))]
     m.free("dc", "q_ k_ v_", "c", "logsumexp")
-    m.step("backward", "attend", "dq_, dk_, dv_ of it, the scores made again", *each, flops=5 * s.score_flops // 2,
-           remark="causal")
+    m.step("backward", "attend", AGAIN, *made, flops=5 * s.score_flops // 2, remark="causal")
 
     m.new("message", *s.message)
     m.free("dq_", "dk_", "dv_")
@@ -423,33 +516,45 @@ def backward(m: Program) -> None:
     else:
         m.rename("message", "dq dk dv")
     received, own = m.alive["dq dk dv"], []
-    for name, heads, local in (("dq", H, h), ("dk", G, g), ("dv", G, g)):
-        if P > 1 and (local > 1 or heads < P):      # else it is a view of the message
+    for name, heads, local in (("dq", s.heads, h), ("dk", s.kv, g), ("dv", s.kv, g)):
+        if P > 1 and (local > 1 or heads < P):
             own.append(m.new(name, "h, N/P, d/h", heads, n, d).name)
     if len(own) == 3:
         m.free("dq dk dv")
     m.step("backward", "exchange", "dq, dk, dv = all-to-all dq_, dk_, dv_, in one message", received,
            sent=s.exchange(h + 2 * g))
+    return own
 
-    made = []
-    for name, heads in (("dv", G), ("dk", G), ("dq", H)):
-        if P > 1:
-            m.new("turned", "N/P, h, d/h", n, heads, d)
-        if name in own:
-            m.free(name)
-        if "dq dk dv" in m.alive and P > 1 and (name == "dq" or (name == "dk" and "dq" in own)):
-            m.free("dq dk dv")
-        made.append(m.new(f"d{name[1].upper()}", f"d, {'h' if heads == H else 'g'} d/h", D, heads * d))
-        m.new("dinput" if name == "dv" else "its part", "N/P, d", n, D)
-        if P > 1:
-            m.free("turned")
-        if name != "dv":
-            m.new("dinput", "N/P, d", n, D)
-            m.free("its part")
-    if P == 1:
-        m.free("dq dk dv")
-    m.step("backward", "qkv", "dV, dK, dQ = input_t x dv, dk, dq; dinput = dv x V_t + dk x K_t + dq x Q_t", *made,
-           m.alive["dinput"], flops=2 * s.project_flops)
+
+def keys_back(m: Program) -> list[str]:
+    """-> the same, of the gathered form."""
+    s = m.sizes
+    P, n, H, G, d, g = s.ranks, s.mine, s.heads, s.kv, s.head, s.kv_letter
+    sizes = [(" 1", s.n - n), (" 2", n)] if P > 1 else [("", n)]
+    for part, keys in sizes:
+        m.new("dq" + part, "N/P, h, d/h", n, H, d)
+        m.new("dk_" + part, f"N, {g}, d/h", keys, G, d)
+        m.new("dv_" + part, f"N, {g}, d/h", keys, G, d)
+    if P > 1:
+        m.new("dq", "N/P, h, d/h", n, H, d)
+        m.new("dk_", f"N, {g}, d/h", s.n, G, d)
+        m.new("dv_", f"N, {g}, d/h", s.n, G, d)
+        m.free(*(name + part for name in ("dq", "dk_", "dv_") for part in (" 1", " 2")))
+    m.free("dc_", "q", "k_ v_", "c", "logsumexp")
+    rank_flops = 10 * s.dim * (n * (s.n - n) + n * (n + 1) // 2)
+    m.step("backward", "attend", AGAIN, *(m.alive[name] for name in ("dq", "dk_", "dv_")),
+           flops=5 * s.score_flops // 2, rank_flops=rank_flops, remark="causal")
+    m.new("dk dv", f"2, {g}, N, d/h", 2, G, s.n, d)
+    m.free("dk_", "dv_")
+    if P > 1:
+        m.new("message", f"P, 2, {g}, N/P, d/h", P, 2, G, n, d)
+        m.new("received", f"P, 2, {g}, N/P, d/h", P, 2, G, n, d)
+        m.new("sum", f"2, {g}, N/P, d/h", 2, G, n, d)
+        m.free("dk dv", "message", "received")
+        m.rename("sum", "dk dv")
+    m.step("backward", "exchange", "dk, dv = reduce-scatter dk_, dv_", m.alive["dk dv"],
+           sent=s.gathered("reduce-scatter"))
+    return ["dq"]
 
 
 def stack(m: Program) -> None:
@@ -624,3 +729,85 @@ def amount(size: float, unit: str, letter: str = "") -> str:
     if not letter or size < 0.095 * UNITS[letter]:
         letter = next((letter for letter, each in UNITS.items() if size >= each), "")
     return f"{size / UNITS[letter]:.{2 * bool(letter)}f} {letter}{unit}"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Command(Sizes):
+    """Plan attention over a long sequence that ranks share, and a stack of MLPs."""
+    device: str = "h100"        # whose memory and peaks: a100, a100-40gb, h100, h100-pcie, h200, b200, l40s, rtx4090
+    per_host: int = 8           # devices of a host
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.device in DEVICES, f"--device: got {self.device!r}, wanted one of {', '.join(DEVICES)}")
+        require(self.per_host > 0, f"--per-host is {self.per_host}; it must be positive")
+
+
+def main(args: list[str]) -> None:
+    """Errors: ConfigError for sizes that ranks cannot share or that the device cannot hold."""
+    print(report(cli(Command, args, Command(), "moe_ext.plan ulysses")))
+
+
+def report(c: Command) -> str:
+    s, device = Sizes(**{f.name: getattr(c, f.name) for f in fields(Sizes)}), DEVICES[c.device]
+    planned = steps(s)
+    fit(s, planned, device)
+    said, theirs = [], 0
+    if s.heads % s.ranks == 0:
+        text, theirs = seed(s)
+        said += ["# What a program that keeps all scores prints; lines with # are not its own", *text, ""]
+    said += ["# Ours", *lines(s, planned, device=device, per_host=c.per_host), ""]
+
+    forward = most(planned if not s.backward else steps(replace(s, backward=False)), "attention")
+    with_cublas = amount(forward + WORKSPACE, "B")
+    said.append(f"attention forward: {amount(forward, 'B')} at most, {with_cublas} with the workspace of cuBLAS"
+                + (f"; that program: {amount(theirs, 'B')}, without softmax" if theirs else ""))
+    if s.backward:
+        kernel = s.n * s.local_heads * s.head * 4 if s.attention == "ulysses" else s.mine * s.dim * 4
+        both = max(most(planned, "attention"), most(planned, "backward"))
+        said.append(f"attention with backward: {amount(both, 'B')} at most; on a GPU flash adds {amount(kernel, 'B')}, "
+                    "in which it sums dq in fp32, while it runs")
+    for form in ("all-reduce", "reduce-scatter"):
+        own = [step for step in steps(replace(s, mlp=form)) if step.phase == "MLP"]
+        name = "all-reduce" if form == "all-reduce" else "reduce-scatter and all-gather"
+        said.append(f"MLPs with {name}: {amount(most(own, 'MLP'), 'B')} at most, a rank sends "
+                    f"{sum(step.sent.sent for step in own if step.sent)} bytes")
+    for phase, name in PHASES.items():
+        times = [ideal(step, s, device, c.per_host) for step in planned if step.phase == phase]
+        if times and s.dtype != "fp64":
+            said.append(f"{name} on {s.ranks} x {c.device}: at least {sum(times) * 1e3:.4g} ms, a step at a time")
+    return "\n".join(said)
+
+
+def most(steps: list[Step], phase: str) -> int:
+    return max(step.most for step in steps if step.phase == phase)
+
+
+def fit(s: Sizes, planned: list[Step], device: Device) -> None:
+    """ConfigError, with what would fit, if the device cannot hold the steps."""
+    room = device.memory * 1e9 * (1 - RESERVE)
+
+    def fits(**changes) -> bool:
+        try:
+            return max(step.most for step in steps(replace(s, **changes))) <= room
+        except ConfigError:
+            return False
+
+    fullest = max(planned, key=lambda step: step.most)
+    if fullest.most <= room:
+        return
+    low, high = 0, s.mine           # tokens of a rank, of which low fit and high do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(n=middle * s.ranks) else (low, middle)
+    longest = f"--n {low * s.ranks} is the longest sequence that does" if low else "no --n does"
+    choices = ((ranks, tp) for ranks in divisors(s.n) if ranks >= s.ranks
+               for tp in sorted(divisors(ranks), key=lambda tp: abs(tp - s.tp)) if s.hidden % tp == 0)
+    ranks, tp = next((pair for pair in choices if fits(tp=pair[1], dp=pair[0] // pair[1])), (0, 0))
+    fewest = (f"for --n {s.n} {ranks} ranks are the fewest: --tp {tp} --dp {ranks // tp}" if ranks else
+              f"for --n {s.n} no number of ranks does")
+    raise ConfigError(f"--n {s.n} on {s.ranks} ranks does not fit {device.name}: a rank holds "
+                      f"{amount(fullest.most, 'B')} in {PHASES[fullest.phase]}, \"{fullest.title}\", and of its "
+                      f"{device.memory:g} GB {amount(room, 'B')} are to be had. On these ranks {longest}; {fewest}. "
+                      "--no-backward, --mlp reduce-scatter and fewer --layers need less")
