@@ -483,11 +483,11 @@ def backward(m: Program) -> None:
             m.free("turned")
         elif name in own:
             m.free(name)
+        elif name == "dq":
+            m.free(message)
         if name != "dv":
             m.new("dinput", "N/P, d", n, D)
             m.free("its part")
-    if message in m.alive:
-        m.free(message)
     m.step("backward", "qkv", "dV, dK, dQ = input_t x dv, dk, dq; dinput = dv x V_t + dk x K_t + dq x Q_t", *made,
            m.alive["dinput"], flops=2 * s.project_flops)
 
@@ -683,10 +683,10 @@ def lines(sizes: Sizes, steps: list[Step], measured: list[Measured] | None = Non
                         f"{now / step.held - 1:+.1%}, {most / step.most - 1:+.1%})")
         else:
             said.append(f"  memory: {planned}")
-    return said + totals(s, steps)
+    return said + totals(steps)
 
 
-def totals(s: Sizes, steps: list[Step]) -> list[str]:
+def totals(steps: list[Step]) -> list[str]:
     """Of each phase: the most that is held, and by what; the bytes that a rank sends."""
     said = [""]
     for phase, name in PHASES.items():
