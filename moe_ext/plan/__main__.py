@@ -1,5 +1,6 @@
 """`python -m moe_ext.plan RECIPE.toml [--mesh.fsdp 8 ..] [--device h100] [--type dense] [--search N]`: a run's cost.
 `python -m moe_ext.plan schedule [RECIPE.toml] [--pp 4 --chunks 4 --micros 8 ..]`: a pipeline's step (plan.schedule).
+`python -m moe_ext.plan ulysses [--n 60000 --tp 8 --dp 2 ..]`: a long sequence that ranks share (plan.ulysses).
 
 It needs no GPU, no ranks and no data: the model lies on the meta device. Every field of a recipe is an option, as with
 moe_ext.train.
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from moe_ext.config import Config, parse, plain, require
 from moe_ext.model import GPT, parameter_dtype
-from moe_ext.plan import schedule
+from moe_ext.plan import schedule, ulysses
 from moe_ext.plan.report import found, plan
 from moe_ext.plan.roofline import DEVICES, SHARES, Device
 from moe_ext.plan.search import MOST
@@ -62,6 +63,8 @@ def main() -> None:
         args = sys.argv[1:]
         if args[:1] == ["schedule"]:
             return schedule.main(args[1:])
+        if args[:1] == ["ulysses"]:
+            return ulysses.main(args[1:])
         command = parse(args, Command, "moe_ext.plan")
         command.check()
         config, device = plain(command), command.peaks
