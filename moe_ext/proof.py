@@ -420,7 +420,7 @@ def skew(model: GPT | Stage, case: Case) -> None:
     numbers = [i for piece in pieces(model) for i in range(case.model.moe_layers)[moe_rows(piece)]]
     for i, layer in zip(numbers, model.moe_layers(), strict=True):
         if case.routing == "skewed":
-            layer.select_bias_E.copy_(0.6 / (1 + torch.arange(EXPERTS)))
+            layer.select_bias_E.copy_(1.0 / (1 + torch.arange(EXPERTS)))
         elif case.routing == "starving":
             first = 0 if i % 2 == 0 else EXPERTS - case.top_k
             layer.select_bias_E[first:first + case.top_k] = 4.0
