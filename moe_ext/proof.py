@@ -16,7 +16,9 @@ Every mesh is a cell with a MoE model, and with a dense one where the experts ha
 (Case's options) is dealt out to the cells so that any two options, at any of their levels, meet on some mesh with
 rep > 1, on one with fsdp > 1, tp > 1, ep > 1 and etp > 1: a covering array, built greedily and always the same. Of
 pipelines there is another: any two options meet on some mesh with pp > 1, any two of the pipeline's own (schedule,
-chunks, ..) with 2, with 4 and with 8 stages, and every one meets every other axis.
+chunks, ..) with 2, with 4 and with 8 stages, and every one meets every other axis. Where ranks share a sequence there
+is a third: any two options meet beside sp > 1 on every axis, any two of its own (the form of attention, key/value
+heads) with 2, with 4 and with 8 such ranks; and every one meets pipelines of such ranks.
 
 In `shaken` cells ranks and links dawdle at random, and each step is computed many times before it is taken: then too
 all ranks of a stage do the same in the same order, and the numbers stay what they are.
@@ -61,6 +63,7 @@ from moe_ext.config import (
     TrainConfig,
     meshes,
     pipelines,
+    sequences,
 )
 from moe_ext.layers.fused import site
 from moe_ext.model import GPT, set_recomputation
@@ -78,7 +81,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FLOOR = 1e-3    # of the largest of its kind, times the tolerance
 MARGIN = 1e-4   # in fp32, between the logits of the last expert chosen and the next
 SEED, STEPS, ROWS, TOKENS, EXPERTS = 7, 3, 16, 16, 8    # ROWS sequences of TOKENS tokens in each step
-AXES = ("pp", "rep", "fsdp", "tp", "ep", "etp")
+AXES = ("pp", "rep", "fsdp", "sp", "tp", "ep", "etp")
+SPECIAL = ((), ("pp",), ("sp",), ("pp", "sp"))     # which axes with options of their own a mesh may have
 PIECES = 16     # the most that a model is cut into where options are dealt out
 SCALE = 64.0    # of a mesh's loss
 LIGHT = 100     # a Case's weight: some 10 s of one core
@@ -86,10 +90,10 @@ LIGHT = 100     # a Case's weight: some 10 s of one core
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
-def option(*levels, moe=False, pipe=False):
+def option(*levels, moe=False, axis="", shared=()):
     """A choice that the covering array makes; the first level is the plain one. moe: means nothing to a dense model.
-    pipe: to one stage."""
-    return field(default=levels[0], metadata={"levels": levels, "moe": moe, "pipe": pipe})
+    axis: nor without this axis, whose own it is. shared: levels that come in addition where ranks share a sequence."""
+    return field(default=levels[0], metadata={"levels": levels, "moe": moe, "axis": axis, "shared": shared})
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,13 @@ class Case:
     layers: int = 0     # 0: one for each piece of the pipeline, one more if they are uneven, and at least two
     repeats: int = 1    # forwards and backwards of each step; if several, with random delays
     # the pipeline
-    schedule: str = option(*SCHEDULES, pipe=True)
-    chunks: int = option(1, 2, 4, pipe=True)
-    uneven: bool = option(False, True, pipe=True)           # the last piece has two layers
-    links: str = option("torch", "windows", pipe=True)      # the transport between stages
-    capped: bool = option(False, True, pipe=True)           # no more live chunks than one micro-batch needs
+    schedule: str = option(*SCHEDULES, axis="pp")
+    chunks: int = option(1, 2, 4, axis="pp")
+    uneven: bool = option(False, True, axis="pp")           # the last piece has two layers
+    links: str = option("torch", "windows", axis="pp")      # the transport between stages
+    capped: bool = option(False, True, axis="pp")           # no more live chunks than one micro-batch needs
+    # ranks that share a sequence
+    attention: str = option("ulysses", "gather", axis="sp")
     # how it is trained: what one process does not do
     start: str = option("meta", "values")
     accumulation: int = option(1, 2, 4, 8)      # micro-batches of a step; more than 2 in pipelines only
@@ -121,7 +127,7 @@ class Case:
     position: str = option("rope", "learned")
     documents: bool = option(False, True)       # several in a sequence, each with its own attention and positions
     sinks: bool = option(False, True)           # and a window in the first block, q, k and v with biases, YaRN
-    kv_heads: int = option(0, 8)                # 8: of 16 heads
+    kv_heads: int = option(0, 8, shared=(2,))   # 8: of 16 heads; 2: of 8, fewer than most sp * tp
     qk_norm: str = option("none", "head", "width")
     act: str = option("swiglu_oai", "gelu")
     dropout: float = option(0.0, 0.2)
@@ -145,9 +151,9 @@ class Case:
         return STEPS if self.dtype == torch.float64 else 1
 
     @property
-    def kind(self) -> tuple[bool, bool]:
-        """Whether it is dense, and a pipeline."""
-        return self.dense, self.mesh.pp > 1
+    def kind(self) -> tuple[bool, tuple[str, ...]]:
+        """Whether it is dense, and which axes that have options of their own its mesh has."""
+        return self.dense, special(self.mesh)
 
     @property
     def options(self) -> dict:
@@ -175,7 +181,8 @@ class Case:
     @property
     def config(self) -> Config:
         """What the driver would be told, so far as the model's cut depends on it."""
-        return Config(model=self.model, mesh=self.mesh, pipeline=self.pipeline, train=TrainConfig(
+        mesh = replace(self.mesh, transport=self.transport, attention=self.attention)
+        return Config(model=self.model, mesh=mesh, pipeline=self.pipeline, train=TrainConfig(
             dtype="fp64", device="cpu", micro_batch=self.micro_batch, accumulation=self.accumulation,
             recompute=self.recompute == "blocks", recompute_attention=self.recompute == "attention"))
 
@@ -195,7 +202,7 @@ class Case:
                 more |= dict(rope_fraction=0.5, rope_scale=4.0, rope_context=TOKENS // 2)
         return ModelConfig(
             vocab_size=self.vocab_size, seq_len=TOKENS, dim=32,
-            layers=self.layers or max(2, self.mesh.pp * self.chunks + self.uneven), heads=2 * self.kv_heads or 8,
+            layers=self.layers or max(2, self.mesh.pp * self.chunks + self.uneven), heads=max(8, 2 * self.kv_heads),
             kv_heads=self.kv_heads, head_dim=8, hidden=48, act=self.act, norm=self.norm, bias=self.bias,
             position=self.position, qk_norm=self.qk_norm != "none", qk_norm_over=self.qk_norm.replace("none", "head"),
             tied=self.tied, dropout=self.dropout, init_std=0.2, moe=moe, **more)
@@ -203,14 +210,18 @@ class Case:
     @property
     def alone(self) -> Case:
         """What one process does in its stead."""
-        plain = {f.name: f.default for f in options(self.dense, True) if f.metadata["pipe"]}
+        plain = {f.name: f.default for f in options(self.dense, ("pp", "sp")) if f.metadata["axis"]}
         return replace(self, mesh=MeshConfig(), layers=self.model.layers, repeats=1, accumulation=1, evaluate=True,
                        recompute="nothing", start="values", transport="torch", **plain)
 
 
-def options(dense: bool, pipe: bool) -> list[dataclasses.Field]:
+def special(mesh: MeshConfig) -> tuple[str, ...]:
+    return tuple(axis for axis in SPECIAL[-1] if getattr(mesh, axis) > 1)
+
+
+def options(dense: bool, axes: tuple[str, ...]) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(Case)
-            if f.metadata and (pipe or not f.metadata["pipe"]) and not (dense and f.metadata["moe"])]
+            if f.metadata and f.metadata["axis"] in ("", *axes) and not (dense and f.metadata["moe"])]
 
 
 # ---- the covering array ----------------------------------------------------------------------------------------------
@@ -229,6 +240,7 @@ def fits(mesh: MeshConfig, chosen: dict) -> bool:
         accumulation * mesh.dp > ROWS or pp * chunks > PIECES
         or (pp == 1 and accumulation > 2)
         or (chosen.get("transport") == "windows" and mesh.ep == 1)
+        or chosen.get("kv_heads", 0) % mesh.tp
         or (chosen.get("scope") == "micro_batch" and chosen.get("accumulation", 1) > 1)     # alone it is the whole step
         or (chosen.get("score") == "topk_softmax" and biased)                               # it chooses by logits
         or (chosen.get("score") == "topk_softmax" and chosen.get("top_k") == 1))    # a weight that no router can change
@@ -236,35 +248,46 @@ def fits(mesh: MeshConfig, chosen: dict) -> bool:
 
 @functools.cache
 def places(mesh: MeshConfig) -> tuple[str, ...]:
-    """Where options meet: on every axis > 1, and on a pipeline of so many stages."""
-    return tuple(axis for axis in AXES if getattr(mesh, axis) > 1) + (f"pp={mesh.pp}",) * (mesh.pp > 1)
+    """Where options meet: on every axis > 1, and on a pipeline of so many stages or a sequence of so many ranks."""
+    return (*(axis for axis in AXES if getattr(mesh, axis) > 1),
+            *(f"{axis}={getattr(mesh, axis)}" for axis in special(mesh)))
 
 
-def levels(dense: bool, pipe: bool) -> list[list[tuple]]:
-    return [[(f.name, level) for level in f.metadata["levels"]] for f in options(dense, pipe)]
-
-
-@functools.cache
-def grids(dense: bool, pipe: bool) -> list[MeshConfig]:
-    """The meshes of a kind: of 1, 2, 4 and 8 ranks, and of 16 one that has every axis."""
-    found = [mesh for world in (1, 2, 4, 8) for mesh in (pipelines if pipe else meshes)(world)
-             if not (dense and mesh.ep * mesh.etp > 1)]
-    return found + [MeshConfig(pp=2, rep=2, fsdp=2, tp=2, ep=2, etp=2)] * (pipe and not dense)
+def levels(dense: bool, axes: tuple[str, ...]) -> list[list[tuple]]:
+    return [[(f.name, level) for level in (*f.metadata["levels"], *f.metadata["shared"] * ("sp" in axes))]
+            for f in options(dense, axes)]
 
 
 @functools.cache
-def meetings(dense: bool, pipe: bool) -> frozenset:
+def grids(dense: bool, axes: tuple[str, ...]) -> list[MeshConfig]:
+    """The meshes of a kind: all of 1, 2, 4 and 8 ranks, and of 16 one that has every axis; with pp and sp, a choice."""
+    if axes == ("pp", "sp"):
+        return [MeshConfig(**sizes) for sizes in (SHARED_STAGES[:1] if dense else SHARED_STAGES)]
+    every = {(): meshes, ("pp",): pipelines, ("sp",): sequences}[axes]
+    found = [mesh for world in (1, 2, 4, 8) for mesh in every(world) if not (dense and mesh.ep * mesh.etp > 1)]
+    return found + [MeshConfig(pp=2, rep=2, fsdp=2, tp=2, ep=2, etp=2)] * (axes == ("pp",) and not dense)
+
+
+SHARED_STAGES = (
+    dict(pp=2, sp=2), dict(pp=2, sp=2, ep=2), dict(pp=4, sp=2), dict(pp=2, sp=4, ep=2), dict(pp=2, rep=2, sp=2, ep=2),
+    dict(pp=2, fsdp=2, sp=2, ep=4), dict(pp=2, sp=2, tp=2, ep=2, etp=2), dict(pp=2, fsdp=2, sp=2, tp=2, ep=2, etp=2))
+
+
+@functools.cache
+def meetings(dense: bool, axes: tuple[str, ...]) -> frozenset:
     """All that is to be covered, (level, level, place), in both orders; of a level alone (level, level, place)."""
-    own = {f.name for f in options(dense, pipe) if f.metadata["pipe"]}
-    columns, found = levels(dense, pipe), set()
+    own = {f.name for f in options(dense, axes) if f.metadata["axis"] or ("sp" in axes and f.metadata["shared"])}
+    columns, found = levels(dense, axes), set()
     alone = [(level, level) for column in columns for level in column]
     pairs = [pair for one, other in itertools.permutations(columns, 2) for pair in itertools.product(one, other)]
     inner = [(a, b) for a, b in pairs if a[0] in own and b[0] in own]
-    for mesh in grids(dense, pipe):
+    for mesh in grids(dense, axes):
         for place in places(mesh):
-            wanted = alone if pipe else pairs
-            if place.startswith("pp") and not dense:
-                wanted = pairs if place == "pp" else inner
+            wanted = alone if axes else pairs
+            if axes == ("pp", "sp"):
+                wanted = alone if place == "sp" and not dense else []
+            elif axes and not dense:
+                wanted = inner if "=" in place else pairs if place == "pp" or axes == ("sp",) else alone
             found |= {(a, b, place) for a, b in wanted if (a, b, place) not in found and fits(mesh, dict((a, b)))}
     return frozenset(found)
 
@@ -281,7 +304,7 @@ def deal(mesh: MeshConfig, dense: bool, missing: set, tries: int = 4) -> Case:
     for attempt in range(tries):
         shuffled = random.Random(attempt)
         chosen = dict(shuffled.choice(here)[:2]) if here else {}
-        columns = [column for column in levels(dense, mesh.pp > 1) if column[0][0] not in chosen]
+        columns = [column for column in levels(dense, special(mesh)) if column[0][0] not in chosen]
         shuffled.shuffle(columns)
         for column in columns:
             free = [level for level in column if fits(mesh, chosen | dict([level]))]
@@ -297,14 +320,14 @@ def deal(mesh: MeshConfig, dense: bool, missing: set, tries: int = 4) -> Case:
 def table() -> list[Case]:
     """The proof's cells: every mesh, some again, on few ranks, until all has met; fp32; and the shaken ones."""
     cases = []
-    for pipe, dense in itertools.product((False, True), repeat=2):
-        missing = set(meetings(dense, pipe))
-        for mesh in grids(dense, pipe):
+    for axes, dense in itertools.product(SPECIAL, (False, True)):
+        missing = set(meetings(dense, axes))
+        for mesh in grids(dense, axes):
             cases.append(deal(mesh, dense, missing))
             missing -= covered(cases[-1])
         while missing:
             a, b, place = min(missing, key=repr)
-            mesh = next(mesh for mesh in grids(dense, pipe) if place in places(mesh) and fits(mesh, dict((a, b))))
+            mesh = next(mesh for mesh in grids(dense, axes) if place in places(mesh) and fits(mesh, dict((a, b))))
             cases.append(deal(mesh, dense, missing))
             missing -= covered(cases[-1])
     cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True) for sizes in FAMILIES]
@@ -314,7 +337,8 @@ def table() -> list[Case]:
 
 
 FAMILIES = (dict(rep=2), dict(fsdp=2), dict(tp=2), dict(fsdp=2, ep=2), dict(tp=2, ep=2), dict(tp=2, etp=2),
-            dict(rep=2, fsdp=2), dict(fsdp=2, tp=2, ep=2, etp=2), dict(pp=2), dict(pp=2, fsdp=2, ep=2))
+            dict(rep=2, fsdp=2), dict(fsdp=2, tp=2, ep=2, etp=2), dict(pp=2), dict(pp=2, fsdp=2, ep=2),
+            dict(sp=2), dict(sp=2, tp=2), dict(fsdp=2, sp=2, ep=4))
 
 
 def shaken(repeats: int) -> list[Case]:
@@ -329,21 +353,28 @@ def shaken(repeats: int) -> list[Case]:
 @functools.cache
 def part() -> list[Case]:
     """A part of the table in which every two options that one stage has still meet on some mesh, and each of them every
-    axis, every option a pipeline, and every schedule every axis that a LIGHT cell has; all of fp32, and of the rest
-    whatever adds most for its time; and some shaken ones."""
-    met, wanted = {}, set()
+    axis, every option a pipeline, and every schedule every axis that a LIGHT cell has; both forms of attention every
+    option, every axis, 2, 4 and 8 ranks that share a sequence, and more of them than key/value heads; all of fp32, and
+    of the rest whatever adds most for its time; and some shaken ones."""
+    cells, wanted = [], set()
     for case in filter(lambda case: not case.shaken, table()):
-        (dense, pipe), axes = case.kind, set(AXES).intersection(places(case.mesh))
-        staged = {("pp", level) for level in case.options.items()} | {(case.schedule, axis) for axis in axes}
-        pairs = {(dense, a, b) for a, b, _ in covered(case)} | {(dense, a, place) for a, _, place in covered(case)}
-        met[case] = pairs | staged if pipe else pairs
-        wanted |= pairs if not pipe else staged if case.weight <= LIGHT else set()
-    chosen = [case for case in met if case.dtype == torch.float32]
-    missing = wanted - set().union(*(met[case] for case in chosen))
+        dense, axes = case.kind
+        met = {(dense, a, b) for a, b, _ in covered(case)} | {(dense, a, place) for a, _, place in covered(case)}
+        more = {(axis, level) for axis in axes for level in case.options.items()}
+        if "pp" in axes:
+            more |= {(case.schedule, place) for place in set(AXES).intersection(places(case.mesh))}
+        if "sp" in axes:
+            replicated = 0 < case.kv_heads < case.mesh.sequence
+            more |= {(case.attention, it) for it in (*places(case.mesh), *case.options.items(), replicated)}
+        if not axes or case.weight <= LIGHT:
+            wanted |= more if axes else met
+        cells.append((case, met | more, case.weight))
+    chosen = [cell for cell in cells if cell[0].dtype == torch.float32]
+    missing = wanted.difference(*(met for _, met, _ in chosen))
     while missing:
-        chosen.append(max(met, key=lambda case: len(met[case] & missing) / case.weight))
-        missing -= met[chosen[-1]]
-    return chosen + shaken(7)[:2]
+        chosen.append(max(cells, key=lambda cell: len(cell[1] & missing) / cell[2]))
+        missing -= chosen[-1][1]
+    return [case for case, _, _ in chosen] + shaken(7)[:2]
 
 
 # ---- a cell's training -----------------------------------------------------------------------------------------------
@@ -389,7 +420,7 @@ def skew(model: GPT | Stage, case: Case) -> None:
     numbers = [i for piece in pieces(model) for i in range(case.model.moe_layers)[moe_rows(piece)]]
     for i, layer in zip(numbers, model.moe_layers(), strict=True):
         if case.routing == "skewed":
-            layer.select_bias_E.copy_(0.6 / (1 + torch.arange(EXPERTS)))
+            layer.select_bias_E.copy_(1.0 / (1 + torch.arange(EXPERTS)))
         elif case.routing == "starving":
             first = 0 if i % 2 == 0 else EXPERTS - case.top_k
             layer.select_bias_E[first:first + case.top_k] = 4.0
@@ -546,7 +577,7 @@ def held(record: Record) -> list[str]:
 
 def rank_of(case: Case, folder: str, bug: Callable[[], None] | None) -> dict:
     """What a rank has to say of its part, to be merged in `verdict`."""
-    mesh = Mesh(replace(case.mesh, transport=case.transport), seconds=60.0, timeout=timedelta(seconds=60),
+    mesh = Mesh(case.config.mesh, seconds=60.0, timeout=timedelta(seconds=60),
                 store=dist.FileStore(f"{folder}/windows", case.mesh.world))
     if bug is not None:     # when all have met: a rank that fails earlier leaves the others waiting for it
         bug()
@@ -704,11 +735,12 @@ def summary(results: list[Result]) -> list[str]:
         if errors:
             worst = ", ".join(f"{kind} {max(e[kind] for e in errors):.1e}" for kind in KINDS)
             lines.append(f"{str(dtype).removeprefix('torch.')}: worst relative errors {worst}; allowed {tolerance:.0e}")
-    for pipe, dense in itertools.product((False, True), repeat=2):
-        wanted, cases = meetings(dense, pipe), [r.case for r in results if r.case.kind == (dense, pipe)]
+    for axes, dense in itertools.product(SPECIAL, (False, True)):
+        wanted, cases = meetings(dense, axes), [r.case for r in results if r.case.kind == (dense, axes)]
         met = wanted.intersection(*[set().union(*map(covered, cases))])
         pairs, wanted_pairs = ({frozenset((a, b)) for a, b, _ in some if a != b} for some in (met, wanted))
-        lines.append(f"{'dense' if dense else 'MoE'}{', pipelines' * pipe}: {len(cases)} cells, {len(pairs)} of "
+        names = "".join(f", {name}" for axis, name in (("pp", "pipelines"), ("sp", "shared sequences")) if axis in axes)
+        lines.append(f"{'dense' if dense else 'MoE'}{names}: {len(cases)} cells, {len(pairs)} of "
                      f"{len(wanted_pairs)} pairs of options met, {len(met)} of {len(wanted)} of them by axis")
     return lines
 

@@ -174,6 +174,7 @@ def test_losses_do_not_depend_on_the_mesh(tmp_path):
         (2, dict(tp=2, loss_parallel=False)),
         (2, dict(pp=2, shard=1)),
         (4, dict(pp=2, shard=1, tp=2, loss_parallel=False)),
+        (4, dict(shard=1, sp=2, tp=2)),
         (4, dict(shard=2, tp=2)),
     ):
         folder = tmp_path / str(more)
@@ -183,6 +184,12 @@ def test_losses_do_not_depend_on_the_mesh(tmp_path):
     for line in ("mesh_3d: DeviceMesh('cpu', [[[0, 1], [2, 3]]], ", "fsdp_mesh: DeviceMesh('cpu', [[0, 2]], ",
                  "tp_mesh: DeviceMesh('cpu', [0, 1], "):
         assert line in text
+
+
+def test_mesh_refuses_ranks_that_sp_does_not_divide():
+    world = World(dist.HashStore(), rank=0, size=1, local_rank=0, device="cpu")
+    with pytest.raises(ConfigError, match="SP is 2, which does not divide the number of ranks of a stage, 1"):
+        OneSentence(**TINY, sp=2).run(world)
 
 
 def test_mesh_leaves_a_trace_of_each_rank(tmp_path):

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from moe_ext import ops, proof
 from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from moe_ext.layers.fused import Draws, Experts
-from moe_ext.model import GPT
-from moe_ext.parallel import pipeline, shard, tensor
+from moe_ext.model import GPT, Attention
+from moe_ext.parallel import pipeline, sequence, shard, tensor
 from moe_ext.parallel.mesh import Mesh, ScopePeers
 from moe_ext.parallel.pipeline import Pipeline, Step
 from moe_ext.parallel.schedule import SCHEDULES
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.c_core
 
 def name_of(case):
     sizes = [f"{axis}{size}" for axis in AXES if (size := getattr(case.mesh, axis)) > 1]
-    sizes += [case.schedule] * (case.mesh.pp > 1) + ["shaken"] * case.shaken
+    sizes += [case.schedule] * (case.mesh.pp > 1) + [case.attention] * (case.mesh.sp > 1) + ["shaken"] * case.shaken
     return f"{'_'.join(sizes) or 'alone'}-{'dense' if case.dense else 'moe'}-{proof.part().index(case)}"
 
 
@@ -42,7 +42,7 @@ def test_mesh_equals_one_process(case, results):
 
 
 def test_every_two_options_meet_on_every_axis():
-    for kind in itertools.product((False, True), repeat=2):     # dense, pipeline
+    for kind in itertools.product((False, True), proof.SPECIAL):
         met = set().union(*(proof.covered(case) for case in proof.table() if case.kind == kind))
         assert met >= proof.meetings(*kind)
 
@@ -263,6 +263,109 @@ def gradient_of_a_micro_batch_is_lost():
     while_stages_send(lambda action, x: (action, x * (action != ("B", 0, 1))))
 
 
+def while_ranks_share(change, kind=GPT):
+    """`change(module, mesh)` once a model's tokens are spread over the sp ranks, for each module of a kind."""
+    spread = shard.sequence_parallel
+
+    def other(model, mesh):
+        spread(model, mesh)
+        for module in model.modules():
+            if isinstance(module, kind):
+                change(module, mesh)
+
+    shard.sequence_parallel = other
+
+
+def first_part_of(chosen):
+    """Of the whole sequences that `chosen` says, the first rank's tokens come to every rank."""
+    def change(piece, mesh):
+        mine, ranks = piece.mine, mesh.config.sp
+        piece.mine = lambda x: mine(x) if x is None or not chosen(x) else x.chunk(ranks, dim=-1)[0]
+
+    while_ranks_share(change)
+
+
+def positions_begin_anew_on_every_rank():
+    first_part_of(lambda x: x.ndim == 1)
+
+
+def targets_of_the_first_rank():
+    first_part_of(lambda x: (x < 0).any())
+
+
+def documents_end_at_the_ranks_borders():
+    documents = proof.documents
+
+    def cut(case):
+        ids, positions = documents(case)
+        return ids * proof.TOKENS + torch.arange(proof.TOKENS) * case.mesh.sp // proof.TOKENS, positions
+
+    proof.documents = cut
+
+
+def while_heads_travel(change):
+    """`change(across, core, q, k, v, seen, sinks)` in place of across(core, ..)."""
+    def instead(attention, mesh):
+        attention.across = functools.partial(change, attention.across)
+
+    while_ranks_share(instead, Attention)
+
+
+def heads_come_back_in_another_order():
+    def other(across, *args):
+        y_BHnd = across(*args)
+        return y_BHnd.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+    while_heads_travel(other)
+
+
+def gradients_of_copied_heads_are_averaged():
+    def other(across, core, q, k, v, *more):
+        if k.requires_grad:
+            k.register_hook(lambda dk: dk / 2)
+        return across(core, q, k, v, *more)
+
+    while_heads_travel(other)
+
+
+def sinks_of_heads_that_are_elsewhere():
+    while_heads_travel(lambda across, core, q, k, v, seen, sinks: across(core, q, k, v, seen, sinks.flip(0)))
+
+
+def gradients_of_gathered_keys_stay_parts():
+    gather = sequence.gather
+
+    def own_alone(x, dim, group):
+        parts = list(gather(x, dim, group).detach().chunk(dist.get_world_size(group), dim))
+        parts[dist.get_rank(group)] = x
+        return torch.cat(parts, dim)
+
+    sequence.gather = own_alone
+
+
+def loss_is_a_mean_over_the_ranks_of_a_sequence():
+    accumulate = pipeline.accumulate
+    pipeline.accumulate = lambda piece, out, mesh, tokens, **more: accumulate(
+        piece, out, mesh, tokens=tokens * mesh.config.sp, **more)
+
+
+def aux_loss_counts_on_every_rank_of_a_sequence():
+    aux_loss_counts_on_every_rank()
+
+
+def scope_ends_at_a_ranks_tokens():
+    balance_loss_of_a_rank()
+
+
+def draws_repeat_on_the_ranks_of_a_sequence():
+    draws = Mesh.draws
+
+    def first(self, seed, step, row0, seq_len):
+        return draws(self, seed, step, row0, seq_len)._replace(row0=row0 * seq_len)
+
+    Mesh.draws = first
+
+
 def on(dense=False, **options):
     sizes = {axis: options.pop(axis) for axis in AXES if axis in options}
     return Case(MeshConfig(**sizes), dense, **options)
@@ -301,6 +404,17 @@ BUGS = {
     random_numbers_by_stage: piped(True, dropout=0.2),
     activations_of_another_micro_batch: piped(True),
     gradient_of_a_micro_batch_is_lost: piped(True),
+    positions_begin_anew_on_every_rank: on(True, sp=2),
+    targets_of_the_first_rank: on(True, sp=2, ignored=True),
+    documents_end_at_the_ranks_borders: on(True, sp=2, documents=True),
+    heads_come_back_in_another_order: on(True, sp=2),
+    gradients_of_copied_heads_are_averaged: on(True, sp=4, kv_heads=2),
+    sinks_of_heads_that_are_elsewhere: on(True, sp=2, sinks=True),
+    gradients_of_gathered_keys_stay_parts: on(True, sp=2, attention="gather"),
+    loss_is_a_mean_over_the_ranks_of_a_sequence: on(True, sp=2),
+    aux_loss_counts_on_every_rank_of_a_sequence: on(sp=2),
+    scope_ends_at_a_ranks_tokens: on(sp=2),
+    draws_repeat_on_the_ranks_of_a_sequence: on(True, sp=2, dropout=0.2),
 }
 
 

@@ -3,6 +3,7 @@
     DP=1 SHARD=2 TP=1 torchrun --standalone --nproc-per-node 2 -m moe_ext.check mesh
     DP=2 SHARD=2 TP=2 torchrun --standalone --nproc-per-node 8 -m moe_ext.check mesh --dtype fp64
     PP=2 TP=2 torchrun --standalone --nproc-per-node 4 -m moe_ext.check mesh --chunks 2     # two stages of a pipeline
+    SP=2 torchrun --standalone --nproc-per-node 4 -m moe_ext.check mesh --attention gather  # two ranks share a sequence
     python -m moe_ext.check mesh --all          # the proof, moe_ext.proof: every mesh, forked from one process
 
 Every rank gets the same sentence, so all meshes see the same batch. The learning rate is far too high, on purpose: what
@@ -33,15 +34,17 @@ from moe_ext.parallel.shard import build
 from moe_ext.parallel.stages import Stage
 
 SENTENCE = "i love lingua and 3d parallelism :)"
-LENGTH = 48  # of the padded sentence: a multiple of every small tp
+LENGTH = 48  # of the padded sentence: a multiple of every small sp * tp
 
 
 @dataclass(frozen=True)
 class OneSentence(OnMesh):
     """Six steps of a GPT on one sentence, on any mesh."""
 
-    pp: int = from_environment("PP", 1)  # stages of a pipeline, each of dp * shard * tp ranks; $PP
+    pp: int = from_environment("PP", 1)  # stages of a pipeline, each of dp * shard * sp * tp ranks; $PP
     chunks: int = 1  # pieces of the model on each stage
+    sp: int = from_environment("SP", 1)  # ranks that share the sentence, and the parameters as shard's do; $SP
+    attention: Literal["ulysses", "gather"] = "ulysses"  # over sp: all tokens of some heads, or all keys and values
     dtype: Literal["fp32", "fp64"] = "fp32"  # of parameters and activations; fp64 runs on the CPU
     loss_parallel: bool = True  # each tp rank holds the logits of its part of the vocabulary; else all of them
     vocab: int = 4096  # rows of embedding and head, at least 256; GPT-2 has 50257
@@ -60,11 +63,15 @@ class OneSentence(OnMesh):
             return prove_all(out=world.say)
         require(self.pp > 0 and world.size % self.pp == 0, f"PP is {self.pp}, which does not divide the {world.size} "
                 "ranks: change --nproc-per-node or PP")
-        dp, fsdp, tp, ep = self.sizes(world.size // self.pp)
+        stage = world.size // self.pp
+        require(self.sp > 0 and stage % self.sp == 0, f"SP is {self.sp}, which does not divide the number of ranks "
+                f"of a stage, {stage}: change --nproc-per-node or SP")
+        dp, fsdp, tp, ep = self.sizes(stage // self.sp)
         require(ep == 1, f"EP is {ep}, but this model is dense: unset it, or see `check dmoe` and `check mesh --all`")
         model = ModelConfig(vocab_size=self.vocab, seq_len=LENGTH, layers=self.layers, dim=self.dim, heads=self.heads,
                             hidden=4 * self.dim, act="gelu", norm="layernorm", norm_eps=1e-5)
-        config = Config(model=model, mesh=MeshConfig(pp=self.pp, rep=dp, fsdp=fsdp, tp=tp),
+        sizes = dict(pp=self.pp, rep=dp, fsdp=fsdp, sp=self.sp, tp=tp)
+        config = Config(model=model, mesh=MeshConfig(**sizes, attention=self.attention),
                         pipeline=PipelineConfig(chunks=self.chunks),
                         train=TrainConfig(seed=1234, dtype=self.dtype, device=world.device.type))
         with world.joined():
@@ -75,17 +82,18 @@ class OneSentence(OnMesh):
                                                               group=mesh.dense.get_group("tp"))
             dense = mesh.dense["rep", "fsdp", "tp"] if mesh.world > 1 else one_rank(world)
             world.say_each(f"rank: {world.rank}, world size: {world.size}, device: {world.device}")
+            shared = f"sp_mesh: {describe(mesh.tokens['sp'])}\n    " if self.sp > 1 else ""
             world.say(f"""
     mesh_3d: {describe(dense)}
     fsdp_mesh: {describe(dense["rep", "fsdp"])}
-    tp_mesh: {describe(dense["tp"])}
+    {shared}tp_mesh: {describe(dense["tp"])}
 
     model: {gpt}
 
 tokens are bytes, not GPT-2's: losses are not those of a run with GPT-2's tokenizer""")
             parallel = tp > 1 and self.loss_parallel
-            stages = f"PP_{self.pp}_" if self.pp > 1 else ""
-            with self.profiled(world, f"{stages}DP_{dp}_SHARD_{fsdp}_TP_{tp}_USE_LOSS_PARALLEL_{parallel}"):
+            more = "".join(f"{axis}_{size}_" for axis, size in (("PP", self.pp), ("SP", self.sp)) if size > 1)
+            with self.profiled(world, f"{more}DP_{dp}_SHARD_{fsdp}_TP_{tp}_USE_LOSS_PARALLEL_{parallel}"):
                 self.train(world, gpt, mesh, config.pipeline)
         return True
 
