@@ -1,44 +1,68 @@
-"""Sequence parallelism, from outside: sp ranks share every sequence; attention alone needs all of it.
+"""Sequence parallelism, from outside: P ranks share every sequence; attention alone needs all of it.
 
-Rank r of P holds the tokens [r S/P, (r+1) S/P) of each sequence, in everything but attention. There (Ulysses: Jacobs et
-al., 2023) an all-to-all gives every rank all tokens of some heads, another gives it back its own tokens of all heads:
+Rank r holds the tokens [r n, (r+1) n) of each sequence of S = P n, in everything but attention. There, in two forms:
 
-    q, k, v [B,h,S/P,d] -> all_to_all -> [B,h/P,S,d] -> attend -> y [B,H/P,S,d] -> all_to_all -> [B,H,S/P,d]
+    Ulysses     an all-to-all gives every rank all tokens of some heads, another gives it back its own tokens of all
+                heads (Jacobs et al., 2023):
+                q, k, v [B,h,n,d] -> all_to_all -> [B,h/P,S,d] -> attend -> [B,H/P,S,d] -> all_to_all -> y [B,H,n,d]
+    AllGather   every rank gets the keys and values of all: k, v [B,G,n,d] -> all_gather -> [B,G,S,d]; its queries stay,
+                so that no number of heads must be divisible, but the last rank does most of the work
 
-q, k and v go in one message. Fewer key and value heads than ranks are sent to several: P/G of them get the same.
+q, k and v (k and v) go in one message. RoPE comes before it, so that positions are global.
 """
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_ext.model import GPT, Attention
-from moe_ext.parallel.collectives import all_to_all
+from moe_ext import private
+from moe_ext.model import GPT, Attention, Documents
+from moe_ext.parallel.collectives import all_to_all, gather
 
 
 def sequence_parallel(model: nn.Module, mesh) -> None:
-    """Spread the tokens of a GPT, or a part of it, over mesh.tokens' sp ranks. In place."""
-    group = mesh.tokens.get_group("sp")
+    """Spread the tokens of a GPT, or a part of it, over mesh.tokens' sp ranks, in the form that mesh.config.attention
+    names. In place."""
+    across = {"ulysses": Ulysses, "gather": AllGather}[mesh.config.attention](mesh.tokens.get_group("sp"))
     for module in model.modules():
         if isinstance(module, GPT):
-            module.mine = lambda x: x if x is None else x.chunk(mesh.config.sp, dim=-1)[mesh.sp_rank]
+            module.mine = across.mine
         elif isinstance(module, Attention):
-            module.across = Ulysses(group)
+            module.across = across
 
 
-class Ulysses:
-    """The `across` of an Attention: heads exchanged for tokens between the ranks of a group, which share sequences."""
+class Shared:
+    """What both forms are: the `across` of an Attention, over the ranks of a group that share its sequences."""
 
-    def __init__(self, group):
+    def __init__(self, group=None):
         self.group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
+    def mine(self, x):
+        """Of whole sequences [.., S] this rank's tokens [.., n]; None of None. Errors: ValueError if P does not divide
+        S."""
+        if x is None:
+            return None
+        S, P = x.shape[-1], self.ranks
+        if S % P:
+            raise ValueError(f"{P} ranks share sequences of {S} tokens, which {P} does not divide: cut them to "
+                             f"{S // P * P}, or fill them up to {-(-S // P) * P} with pads (token_mask)")
+        return x.unflatten(-1, (P, -1))[..., self.rank, :]
+
+
+class Ulysses(Shared):
     def __call__(self, attend, q_BHnd, k_BGnd, v_BGnd, seen=None, sinks_H=None):
-        """n = S/P tokens in, n tokens out; attend and seen as for whole sequences."""
         P, G = self.ranks, k_BGnd.shape[1]
-        copies = max(1, P // G)
-        parts = q_BHnd, k_BGnd.repeat_interleave(copies, dim=1), v_BGnd.repeat_interleave(copies, dim=1)
-        sent_PnBhd = torch.cat([t.unflatten(1, (P, -1)).permute(1, 3, 0, 2, 4) for t in parts], dim=3)
-        whole_BhSd = all_to_all(sent_PnBhd, self.group).flatten(0, 1).permute(1, 2, 0, 3)
-        q, k, v = whole_BhSd.split([t.shape[1] // P for t in parts], dim=1)
+        # c ranks get the same key and value heads: that is an axis of its own, along which k and v are expanded
+        c = max(1, P // G)
+        parts = [t.unflatten(1, (P // c, -1, t.shape[1] * c // P)).expand(-1, -1, c, -1, -1, -1).permute(1, 2, 4, 0, 3, 5)
+                 for t in (k_BGnd, v_BGnd)]
+        parts = [q_BHnd.unflatten(1, (P // c, c, -1)).permute(1, 2, 4, 0, 3, 5), *parts]
+        whole_SBhd = all_to_all(torch.cat(parts, dim=4).flatten(0, 1), self.group).flatten(0, 1)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in whole_SBhd.split([t.shape[4] for t in parts], dim=2))
         y_BhSd = attend(q, k, v, seen, None if sinks_H is None else sinks_H.chunk(P)[self.rank])
         y_PnBhd = all_to_all(y_BhSd.permute(2, 0, 1, 3).unflatten(0, (P, -1)), self.group)
-        return y_PnBhd.permute(2, 0, 3, 1, 4).flatten(1, 2)
+        return y_PnBhd.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+
+
+class AllGather(Shared):
+    def __call__(self, attend, q_BHnd, k_BGnd, v_BGnd, seen=None, sinks_H=None):
+        raise NotImplementedError
