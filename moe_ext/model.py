@@ -136,11 +136,10 @@ def visible(S, past=0, window=0, real_BL=None, *, device=None):
 
 class Documents:
     """Rows of tokens of which each sees its own document alone, as `attend` takes it. Documents of like sizes are one
-    batch, filled up to the longest of them, so that many small ones cost no call each and none a mask.
+    batch, filled up to the longest of them: many small ones cost no call each, and none a mask.
 
-    ids_BS: integers, equal for the tokens of a document, wherever in their row they stand; a window counts those that
-    are of the document. real_BS: bool; the others,
-    pads, are of no document: they see nothing, no one sees them, and their result is 0.
+    ids_BS: integers, equal for the tokens of a document, wherever in their row they stand; a window counts the tokens
+    of the document. real_BS: bool; the others, pads, see nothing, no one sees them, and their result is 0.
     """
     def __init__(self, ids_BS, real_BS=None):
         self.shape, self.device = ids_BS.shape, ids_BS.device
@@ -171,9 +170,9 @@ class Documents:
         return other
 
     def batches(self):
-        """-> list of (documents n, queries s, keys L) of a batch, in which the queries are the last s of L; how the
-        queries of this part, [T, ..], are laid out for it, all batches one behind the other, and how they come back;
-        the same of the keys of the whole rows."""
+        """-> of each batch (documents n, queries s, keys L), the queries being those of the last s of L tokens; the
+        Rows that lay this part's tokens out as queries, all batches behind one another, and those that put them
+        back; the same two of whole rows as keys."""
         if self.part_of not in self.made:
             (rank, ranks), (B, S) = self.part_of, self.shape
             mine = S // ranks
