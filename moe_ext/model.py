@@ -10,6 +10,7 @@ is a rename. Nothing is kept between calls: losses, counts and the key/value cac
 """
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -18,13 +19,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 from moe_ext import ops
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, check_mask, site
-from moe_ext.ops.define import real
+from moe_ext.ops.define import Function, once_differentiable, real
 
 
 class Losses(NamedTuple):
@@ -132,39 +134,126 @@ def visible(S, past=0, window=0, real_BL=None, *, device=None):
     return (seen | (age == 0)).unsqueeze(-3)
 
 
-class Documents(NamedTuple):
-    """What B rows of S tokens see if a token sees its own document alone: each document is a call of its own."""
-    sizes_B: list[list[int]]            # of each row: how many tokens its documents have, in order
-    order_BS: torch.Tensor | None       # the tokens with those of a document side by side; None: they are already
-    masks: dict[int, torch.Tensor]      # of a window, by the size of a document that is longer, as `attend` takes it
+class Documents:
+    """Rows of tokens of which each sees its own document alone, as `attend` takes it. Documents of like sizes are one
+    batch, filled up to the longest of them: many small ones cost no call each, and none a mask.
+
+    ids_BS: integers, equal for the tokens of a document, wherever in their row they stand; a window counts the tokens
+    of the document. real_BS: bool; the others, pads, see nothing, no one sees them, and their result is 0.
+    """
+    def __init__(self, ids_BS, real_BS=None):
+        self.shape, self.device = ids_BS.shape, ids_BS.device
+        self.mask = None            # of a window, as `visible` gives it, of as many tokens as the longest document
+        self.part_of = 0, 1         # all tokens are queries; of P parts of the rows, those of part r
+        self.made = {}              # batches, by part
+        B, S = self.shape
+        ids, order = ids_BS.cpu().sort(dim=1, stable=True)
+        row, ids = torch.arange(B).repeat_interleave(S), ids.flatten()
+        self.order = row * S + order.flatten()      # tokens of all rows, those of a document side by side
+        if real_BS is not None:
+            kept = real_BS.cpu().flatten()[self.order]
+            row, ids, self.order = row[kept], ids[kept], self.order[kept]
+        same = (ids[1:] == ids[:-1]) & (row[1:] == row[:-1])
+        self.starts = F.pad(~same, (1, 0), value=True)[:len(ids)].nonzero().flatten()
+        self.sizes = torch.cat([self.starts[1:], torch.tensor([len(ids)])])[:len(self.starts)] - self.starts
 
     @classmethod
-    def of(cls, ids_BS):
-        """ids_BS: integers, equal for the tokens of a document. None if each row is one document."""
-        grouped_BS, order_BS = ids_BS.sort(dim=1, stable=True)
-        if ((grouped_BS.diff() != 0).sum(1) == (ids_BS.diff() != 0).sum(1)).all():
-            grouped_BS, order_BS = ids_BS, None
-        sizes_B = [row.unique_consecutive(return_counts=True)[1].tolist() for row in grouped_BS.cpu()]
-        return cls(sizes_B, order_BS, {}) if any(len(sizes) > 1 for sizes in sizes_B) else None
+    def of(cls, ids_BS, real_BS=None):
+        """None if each row is one document without pads: then `attend` needs to know nothing."""
+        documents = cls(ids_BS, real_BS)
+        return None if documents.sizes.tolist() == [ids_BS.shape[1]] * len(ids_BS) else documents
+
+    def but(self, **changes):
+        """The same with another mask or part."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
+    def batches(self):
+        """-> of each batch (documents n, queries s, keys L), the queries being those of the last s of L tokens; the
+        Rows that lay this part's tokens out as queries, all batches behind one another, and those that put them
+        back; the same two of whole rows as keys."""
+        if self.part_of not in self.made:
+            (rank, ranks), (B, S) = self.part_of, self.shape
+            mine = S // ranks
+            place = self.order % S - rank * mine
+            before, until = (F.pad((place < end).cumsum(0), (1, 0)) for end in (0, mine))
+            before, until = (n[self.starts + self.sizes] - n[self.starts] for n in (before, until))
+            starts, past, size = (t[until > before] for t in (self.starts, before, until - before))
+            # four batches between two powers of two: a seventh is filling on average, not a third
+            step = 2 ** ((size.clamp(min=16) - 1).log2().floor().long() - 2)
+            alike = torch.stack([past, -(-size // step) * step], dim=1)
+            shapes, queries, keys = [], [], []
+            for key in alike.unique(dim=0):
+                chosen = (alike == key).all(1)
+                L = past[chosen] + size[chosen]
+                at = starts[chosen][:, None] + torch.arange(L.max())
+                real = at < (starts[chosen] + L)[:, None]
+                keys.append(torch.where(real, self.order[at.clamp(max=len(self.order) - 1)], -1))
+                queries.append(keys[-1][:, key[0]:])
+                shapes.append((*queries[-1].shape, keys[-1].shape[1]))
+            queries, keys = (torch.cat([t.flatten() for t in x]) if x else torch.empty(0, dtype=torch.long)
+                             for x in (queries, keys))
+            queries = torch.where(queries < 0, -1, queries // S * mine + queries % S - rank * mine)
+            self.made[self.part_of] = (shapes, *Rows.both(queries, B * mine, self.device),
+                                       *Rows.both(keys, B * S, self.device))
+        return self.made[self.part_of]
+
+
+class Rows(NamedTuple):
+    """Which rows of a tensor make another, and which of that are zeros."""
+    at: torch.Tensor
+    empty: torch.Tensor
+
+    @classmethod
+    def both(cls, at, size, device):
+        """-> Rows that take from `size` rows those of number `at`, nothing for -1; and Rows that put them back."""
+        back = torch.full((size,), -1)
+        back[at[at >= 0]] = (at >= 0).nonzero().flatten()
+        return [cls(x.clamp(min=0).to(device), (x < 0).nonzero().flatten().to(device)) for x in (at, back)]
+
+    def of(self, x):
+        if not len(x):
+            return x.new_zeros(len(self.at), *x.shape[1:])
+        return x.index_select(0, self.at).index_fill_(0, self.empty, 0)
+
+
+class _Move(Function):
+    """Rows to other places, each at most to one: backward as forward, by index, without an addition."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.there, ctx.back = there, back
+        return there.of(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _Move.apply(dy, ctx.back, ctx.there), None, None
 
 
 def attend(q_BHSd, k_BGLd, v_BGLd, seen=None, sinks_H=None):
-    """softmax(q k^T / sqrt(d)) v -> [B,H,S,d], of the keys that are seen; query head h reads key head h // (H/G).
+    """softmax(q k^T / sqrt(d)) v -> [B,H,S,d], of the keys that are seen by the last S of L tokens; query head h reads
+    key head h // (H/G).
 
     seen: as `visible` gives it, or log of that (0 and -inf) in q's dtype, with a first column for the sinks if there
-    are any; or Documents; None: query i sees the keys up to i. Run by run the queries of a run meet its own keys and
-    those of the run before: all that their window reaches. sinks_H: the logit of one more key, of value 0.
+    are any; or Documents; None: every query sees the keys up to its own. Run by run the queries of a run meet its own
+    keys and those of the run before: all that their window reaches. sinks_H: the logit of one more key, of value 0.
     """
     if isinstance(seen, Documents):
         return attend_documents(q_BHSd, k_BGLd, v_BGLd, seen, sinks_H)
-    (B, _, S, d), first = q_BHSd.shape, 0
+    (B, _, S, d), past, first = q_BHSd.shape, k_BGLd.shape[2] - q_BHSd.shape[2], 0
     if seen is not None and seen.ndim == 5:
         w = seen.shape[-2]
+        if past:        # what the first queries see begins among tokens that ask nothing: they are asked for no result
+            past = min(past, w)
+            q_BHSd = F.pad(q_BHSd, (0, 0, past, 0))
+            k_BGLd, v_BGLd = (t[:, :, -q_BHSd.shape[2]:] for t in (k_BGLd, v_BGLd))
         q_BrHwd = runs(q_BHSd, w).transpose(1, 2)
         k, v = (after_the_last(runs(t, w)).transpose(1, 2).flatten(0, 1) for t in (k_BGLd, v_BGLd))
+        seen = seen[:, :q_BrHwd.shape[1]]       # those of a longer text begin with those of this
         seen = seen.expand(B, *seen.shape[1:]).flatten(0, 1)
         y = attend(q_BrHwd.flatten(0, 1), k, v, seen, sinks_H)
-        return y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :S]
+        return y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, past:past + S]
     q, k, v = q_BHSd, k_BGLd, v_BGLd
     if seen is not None:
         keys = seen.shape[-1] - (sinks_H is not None)
@@ -173,28 +262,73 @@ def attend(q_BHSd, k_BGLd, v_BGLd, seen=None, sinks_H=None):
         # One more key in front, which has a column to itself: there every query has its head's logit, every other key
         # 0. So any kernel of SDPA computes it, with its memory, and gives the sinks their gradient. (Eight columns,
         # because kernels want multiples of that.) That causal queries see it too, all come one place later.
-        first = int(seen is None)
+        first = int(seen is None and not past)
         q, k, v = F.pad(q, (0, 8, first, 0)), F.pad(k, (0, 8, 1, 0)), F.pad(v, (0, 8, 1, 0))
         q[..., d] = sinks_H[:, None] * math.sqrt(d)
         k[:, :, 0, d] = 1
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=1 / math.sqrt(d),
-                                       enable_gqa=q.shape[1] != k.shape[1])
+    if seen is None and past:
+        y = attend_after(q, k, v, 1 / math.sqrt(d))
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=1 / math.sqrt(d),
+                                           enable_gqa=q.shape[1] != k.shape[1])
     return y[:, :, first:, :d]
 
 
-def attend_documents(q_BHSd, k_BGSd, v_BGSd, documents: Documents, sinks_H=None):
-    """`attend`, document by document."""
-    order_BS, tensors = documents.order_BS, (q_BHSd, k_BGSd, v_BGSd)
-    if order_BS is not None:
-        tensors = [t.gather(2, order_BS[:, None, :, None].expand_as(t)) for t in tensors]
-    rows = []
-    for sizes, *row in zip(documents.sizes_B, *(t.split(1) for t in tensors), strict=True):
-        each = zip(sizes, *(t.split(sizes, dim=2) for t in row), strict=True)
-        rows.append(torch.cat([attend(*qkv, documents.masks.get(size), sinks_H) for size, *qkv in each], dim=2))
-    y_BHSd = torch.cat(rows)
-    if order_BS is None:
+def attend_documents(q_BHSd, k_BGLd, v_BGLd, documents: Documents, sinks_H=None):
+    """`attend`, batch by batch of documents."""
+    shapes, to_queries, from_queries, to_keys, from_keys = documents.batches()
+    q_NHd, k_MGd, v_MGd = (
+        _Move.apply(t.transpose(1, 2).flatten(0, 1), there, back)
+        for t, there, back in ((q_BHSd, to_queries, from_queries), (k_BGLd, to_keys, from_keys),
+                               (v_BGLd, to_keys, from_keys)))
+    window = documents.mask.shape[-2] if documents.mask is not None else math.inf
+    q_sizes, k_sizes = [n * s for n, s, _ in shapes], [n * L for n, _, L in shapes]
+    results = []
+    for (n, _, L), *qkv in zip(shapes, q_NHd.split(q_sizes), k_MGd.split(k_sizes), v_MGd.split(k_sizes), strict=True):
+        q, k, v = (t.unflatten(0, (n, -1)).transpose(1, 2) for t in qkv)
+        results.append(attend(q, k, v, documents.mask if L > window else None, sinks_H).transpose(1, 2).flatten(0, 1))
+    # of pads alone too, the result is one of keys and values: other ranks wait for their gradients (AllGather)
+    y_NHd = torch.cat(results) if results else q_NHd + k_MGd.sum() + v_MGd.sum()
+    return _Move.apply(y_NHd, from_queries, to_queries).unflatten(0, (len(q_BHSd), -1)).transpose(1, 2)
+
+
+def attend_after(q_BHSd, k_BGLd, v_BGLd, scale):
+    """Causal attention of the last S of L > S tokens, without a mask."""
+    if q_BHSd.device.type == "cpu":
+        return _After.apply(q_BHSd, k_BGLd, v_BGLd, scale)
+    if q_BHSd.dtype == torch.float32:       # for which CUDA has a kernel, but none that knows groups
+        k_BGLd, v_BGLd = (t.repeat_interleave(q_BHSd.shape[1] // t.shape[1], dim=1) for t in (k_BGLd, v_BGLd))
+    seen = causal_lower_right(q_BHSd.shape[2], k_BGLd.shape[2])
+    return F.scaled_dot_product_attention(q_BHSd, k_BGLd, v_BGLd, attn_mask=seen, scale=scale,
+                                          enable_gqa=q_BHSd.shape[1] != k_BGLd.shape[1])
+
+
+class _After(Function):
+    """With p = L - S: attention to the p keys before all queries, which all see, and to their own, causal, joined by
+    the logarithms l of their sums. Softmax is exp(score - l) whatever keys it is over, so that the gradients of both
+    are those that the kernel gives for the joint result and the joint l (as in ring attention, Liu et al., 2023)."""
+
+    @staticmethod
+    def forward(ctx, q_BHSd, k_BGLd, v_BGLd, scale):
+        ctx.scale, ctx.past = scale, k_BGLd.shape[2] - q_BHSd.shape[2]
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        y1, l1 = attention(q_BHSd, k_BGLd[:, :, :ctx.past], v_BGLd[:, :, :ctx.past], 0.0, False, scale=scale)
+        y2, l2 = attention(q_BHSd, k_BGLd[:, :, ctx.past:], v_BGLd[:, :, ctx.past:], 0.0, True, scale=scale)
+        l_BHS = torch.logaddexp(l1, l2)
+        y_BHSd = torch.lerp(y1.to(l1.dtype), y2.to(l1.dtype), (l2 - l_BHS).exp()[..., None]).to(y1.dtype)
+        ctx.save_for_backward(q_BHSd, k_BGLd, v_BGLd, y_BHSd, l_BHS)
         return y_BHSd
-    return y_BHSd.gather(2, order_BS.argsort(dim=1)[:, None, :, None].expand_as(y_BHSd))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BHSd):
+        q_BHSd, k_BGLd, v_BGLd, y_BHSd, l_BHS = ctx.saved_tensors
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        (dq1, dk1, dv1), (dq2, dk2, dv2) = (
+            gradients(dy_BHSd, q_BHSd, k_BGLd[:, :, part], v_BGLd[:, :, part], y_BHSd, l_BHS, 0.0, causal,
+                      scale=ctx.scale)
+            for part, causal in ((slice(0, ctx.past), False), (slice(ctx.past, None), True)))
+        return dq1 + dq2, torch.cat([dk1, dk2], dim=2), torch.cat([dv1, dv2], dim=2), None
 
 
 class Attention(nn.Module):
@@ -374,7 +508,8 @@ class GPT(nn.Module):
         a real token. No other token sees a pad, and positions count real tokens alone, so that these get what they get
         without pads, on whichever side; a pad's own output means nothing. documents_BS: integers [B,S]; a token sees
         only tokens with its own number. None: all of its sequence; with a cache there is no other. positions_BS:
-        integers [B,S] from 0 to seq_len - 1, of RoPE or of the table; None: as they come.
+        integers [B,S] from 0 to seq_len - 1, of RoPE or of the table; None: as they come. If ranks share the sequences
+        (`mine`), each gives all of these whole, the same, and gets the output of its own tokens, as x_BSD is of them.
         """
         c, S = self.config, tokens_BS.shape[1]
         past = 0 if cache is None else cache.length
@@ -384,6 +519,9 @@ class GPT(nn.Module):
             check_mask("GPT", token_mask, tokens_BS)
         check_integers("documents_BS", documents_BS, tokens_BS)
         check_integers("positions_BS", positions_BS, tokens_BS)
+        if cache is not None and any(block.self_attn.across is not None for block in self.layers):
+            raise ValueError("GPT: got a cache, but ranks share this model's sequences, and each would hold a part: "
+                             "generate on a mesh with mesh.sp 1")
         if cache is not None and documents_BS is not None:
             raise ValueError("GPT: got documents_BS and a cache, which holds one document per sequence: leave one out")
         real_BL = token_mask if cache is None else cache.mark(token_mask, tokens_BS)
@@ -404,9 +542,7 @@ class GPT(nn.Module):
         documents = None
         if cache is None and (documents_BS is not None or token_mask is not None):
             ids_BS = torch.zeros_like(tokens_BS) if documents_BS is None else documents_BS
-            if token_mask is not None:      # a row's pads are a document of their own
-                ids_BS = ids_BS.masked_fill(~token_mask, ids_BS.min() - 1)
-            documents, real_BL = Documents.of(ids_BS), None
+            documents, real_BL = Documents.of(ids_BS, token_mask), None
         seen = {window: self.seen(S, past, window, real_BL, documents, x_BSD)
                 for window in {block.window for block in self.layers}}
         token_mask, routings = self.mine(token_mask), []
@@ -426,8 +562,7 @@ class GPT(nn.Module):
         """What S new tokens see in the blocks of a window, for `attend`; None: all tokens up to themselves. In the
         dtype of x's queries, and once for all blocks, because SDPA makes that of a bool, and keeps it, in each."""
         if documents is not None:
-            longer = {size for sizes in documents.sizes_B for size in sizes if 0 < window < size}
-            return documents._replace(masks={size: self.seen(size, 0, window, None, None, x) for size in longer})
+            return documents.but(mask=self.seen(max(documents.sizes.tolist(), default=0), 0, window, None, None, x))
         if not past and not 0 < window < S and real_BL is None:
             return None
         seen = visible(S, past, window, real_BL, device=x.device)

@@ -31,6 +31,10 @@ NAMES = {
     "moe_ext.optim": ("torch._foreach_mul_",),
     "train.memory_snapshot": ("torch.cuda.memory._dump_snapshot", "torch.cuda.memory._record_memory_history"),
     "moe_ext.proof": ("torch._dynamo",),
+    "mesh.attention gather": (
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
 }
 
 

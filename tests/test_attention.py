@@ -8,7 +8,7 @@ from test_model import VARIANTS, losses_and_grads, make, text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_ext.config import ModelConfig, TrainConfig
-from moe_ext.model import GPT, KVCache, attend, rope_angles, set_recomputation, visible
+from moe_ext.model import GPT, Documents, KVCache, attend, rope_angles, set_recomputation, visible
 
 pytestmark = pytest.mark.c_core
 
@@ -27,18 +27,20 @@ def literal_attention(q, k, v, seen, sinks_H=None):
 
 
 def literal_seen(S, window, documents_BS=None, real_BS=None):
+    """What a window reaches is counted in real tokens of the document."""
     i = torch.arange(S)
-    place = i[None] if real_BS is None else real_BS.cumsum(1)       # a window counts real tokens
-    seen = ((i[:, None] >= i) & (place[:, :, None] - place[:, None] < (window or S)))[:, None]
+    seen = (i[:, None] >= i)[None]
     if documents_BS is not None:
-        seen = seen & (documents_BS[:, None, :, None] == documents_BS[:, None, None])
+        seen = seen & (documents_BS[:, :, None] == documents_BS[:, None])
     if real_BS is not None:
-        seen = (seen & real_BS[:, None, None]) | torch.eye(S, dtype=torch.bool)
-    return seen
+        seen = seen & real_BS[:, None]
+    if window:
+        seen = seen & (seen.flip(-1).cumsum(-1).flip(-1) <= window)
+    return (seen | torch.eye(S, dtype=torch.bool))[:, None]
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("rows", ["whole", "documents", "pads", "both"])
+@pytest.mark.parametrize("rows", ["whole", "documents", "mixed", "pads", "both"])
 @pytest.mark.parametrize("window", [0, 1, 3, 5, 20])
 def test_attention_is_softmax_over_what_is_seen(window, rows, sinks):
     torch.manual_seed(window)
@@ -46,14 +48,21 @@ def test_attention_is_softmax_over_what_is_seen(window, rows, sinks):
     for S in (1, 5, 13):
         inputs = [torch.randn(B, n, S, d, dtype=torch.float64, requires_grad=True) for n in (H, G, G)]
         inputs += [torch.randn(H, dtype=torch.float64, requires_grad=True)] if sinks else []
-        documents = torch.randint(3, (B, S)).sort().values if rows in ("documents", "both") else None
-        real = torch.rand(B, S) < 0.7 if rows in ("pads", "both") else None
-        seen = None
-        if rows != "whole" or 0 < window < S:
-            seen = visible(S, 0, window, real, documents)
-            seen = F.pad(seen, (1, 0), value=True) if sinks else seen
+        documents = torch.randint(3, (B, S)) if rows in ("documents", "mixed", "both") else torch.zeros(B, S).long()
+        documents = documents if rows == "mixed" else documents.sort().values
+        real = torch.rand(B, S) < 0.7 if rows in ("pads", "both") else torch.ones(B, S, dtype=torch.bool)
+
+        def mask(size, window=window, sinks=sinks):
+            return F.pad(visible(size, 0, window), (int(sinks), 0), value=True) if 0 < window < size else None
+
+        seen = mask(S)
+        if rows != "whole":
+            seen = Documents(documents, real)
+            seen = seen.but(mask=mask(max(seen.sizes.tolist(), default=0)))
+        pads = ~real[:, None, :, None]
         got = attend(*inputs[:3], seen, *inputs[3:])
-        want = literal_attention(*inputs[:3], literal_seen(S, window, documents, real), *inputs[3:])
+        assert (got * pads == 0).all()
+        want = literal_attention(*inputs[:3], literal_seen(S, window, documents, real), *inputs[3:]) * ~pads
         close(got, want)
         upstream = torch.randn_like(got)
         for a, b in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, want)), strict=True):
@@ -90,6 +99,35 @@ def test_no_scores_are_kept(window):
         seen = F.pad(visible(S, 0, window), (1, 0), value=True) if window else None
         attend(q, k, v, seen, sinks_H).sum().backward()
     assert 0 < largest.elements <= S * 2 * 24 < S * S
+
+
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("sizes", [[1000, 24], [3] * 341, [1, 1023], list(range(1, 45))], ids=["2", "341", "1", "44"])
+def test_documents_are_no_mask(sizes, window):
+    """Of documents of any sizes nothing is larger than the tokens' own values, but for a quarter of filling."""
+    S, d = sum(sizes), 8
+    q, k, v = (torch.randn(1, 1, S, d, requires_grad=True) for _ in range(3))
+    with Largest() as largest:
+        documents = Documents.of(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[None])
+        mask = visible(max(sizes), 0, window) if 0 < window < max(sizes) else None
+        attend(q, k, v, documents.but(mask=mask)).sum().backward()
+    assert S <= largest.elements <= 2 * 1.34 * max(d, window) * S + 64 < S * S / 20
+
+
+@pytest.mark.parametrize("window", [0, 3, 9])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("S, L", [(1, 5), (4, 5), (5, 13)])
+def test_queries_of_the_last_tokens(S, L, sinks, window):
+    """Of fewer queries than keys what all would give, in values and gradients."""
+    inputs = [torch.randn(2, n, L, 6, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
+    inputs += [torch.randn(4, dtype=torch.float64, requires_grad=True)] if sinks else []
+    seen = F.pad(visible(L, 0, window), (int(sinks), 0), value=True) if 0 < window < L else None
+    want = literal_attention(*inputs[:3], literal_seen(L, window), *inputs[3:])[:, :, -S:]
+    got = attend(inputs[0][:, :, -S:], *inputs[1:3], seen, *inputs[3:])
+    close(got, want)
+    upstream = torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, want)), strict=True):
+        close(a, b, "a gradient")
 
 
 def test_yarn_is_that_of_gpt_oss():

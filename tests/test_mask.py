@@ -213,6 +213,8 @@ def test_a_cache_remembers_its_pads(name, device):
     (dict(tp=2, ep=2), dict(position="learned", scope="sequence", drop_by="position", z_weight=1e-2)),
     (dict(fsdp=2, ep=2), dict(scope="micro_batch", drop_by="probability", z_weight=1e-2, bias=True)),
     (dict(tp=2, etp=2), dict(score="sigmoid", scope="micro_batch", balance_form="mse", z_weight=1e-2, recompute=True)),
+    (dict(sp=2, tp=2), dict(position="learned", scope="sequence", drop_by="position", z_weight=1e-2)),
+    (dict(sp=2, ep=2, attention="gather"), dict(scope="micro_batch", recompute=True)),
 ], ids=str)
 def test_a_mesh_masks_as_one_process(sizes, options, tmp_path):
     case = proof.Case(MeshConfig(**sizes), start="values", **options)
@@ -240,4 +242,4 @@ def test_a_mesh_masks_as_one_process(sizes, options, tmp_path):
         for name, (whole, mine) in grads.items():
             close(mine, proof.own(want[name][1], whole), name, 1e-11)
 
-    run_ranks(math.prod(v for k, v in sizes.items() if k in ("tp", "fsdp")), body, tmp_path)
+    run_ranks(case.mesh.world, body, tmp_path)

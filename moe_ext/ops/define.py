@@ -4,6 +4,8 @@ The kernel of an op is the function of the same name in csrc/ops.cpp, unless `ke
 (but for a trailing underscore), return no views, and take a size that depends on data as a SymInt.
 """
 
+import functools
+
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -64,6 +66,37 @@ class Function(torch.autograd.Function):
     @classmethod
     def jvp(cls, *_):
         raise NotImplementedError(_no_forward_mode(f"{cls.__module__}.{cls.__name__}", "torch.autograd.grad"))
+
+
+class _Once(Function):
+    """Gradients, made of what came in, that may not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, name, results, *sources):
+        ctx.name = name
+        return results
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"{ctx.name} has no gradient, so that there is no second derivative. "
+            "Hint: one process has it, with moe_ext.reference for the ops"
+        )
+
+
+def once_differentiable(backward):
+    """For the backward of a linear autograd.Function. torch's own of this name hangs its error on copies of the
+    results: torch.autograd.grad finds no way from there to its inputs, and with allow_unused that counts as zeros."""
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        return _Once.apply(f"{backward.__module__}.{backward.__qualname__}", results, *grads)
+
+    return once
 
 
 def _autograd_kernel(op, save, backward):

@@ -15,12 +15,10 @@ Dtypes: floating, int32, int64. Sums of bf16 and fp16 are fp32, rounded once. Ba
 reduce_scatter moves the pieces in x's dtype, as many bytes as a ring would, and adds them here.
 """
 
-import functools
-
 import torch
 import torch.distributed as dist
 
-from moe_ext.ops.define import Function
+from moe_ext.ops.define import Function, once_differentiable
 
 # Its name since torch 2.13; 2.13 and 2.14 warn at every call of the old one, 2.11 has no other.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -56,37 +54,6 @@ def _axis(x, dim):
     if not -x.ndim <= dim < x.ndim:
         raise IndexError(f"collectives: dim is {dim}, wanted one of x's {x.ndim} dimensions")
     return dim % x.ndim
-
-
-class _Once(Function):
-    """Gradients, made of what came in, that may not be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, name, results, *sources):
-        ctx.name = name
-        return results
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(
-            f"{ctx.name} has no gradient, so that there is no second derivative. "
-            "Hint: one process has it, with moe_ext.reference for the ops"
-        )
-
-
-def once_differentiable(backward):
-    """For the backward of a linear autograd.Function. torch's own of this name hangs its error on copies of the
-    results: torch.autograd.grad finds no way from there to its inputs, and with allow_unused that counts as zeros."""
-
-    @functools.wraps(backward)
-    def once(ctx, *grads):
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        return _Once.apply(f"{backward.__module__}.{backward.__qualname__}", results, *grads)
-
-    return once
 
 
 class _Gather(Function):
