@@ -1,4 +1,4 @@
-"""A stack of MLPs whose matrices tp ranks share: W1 by columns, W2 by rows, so that an MLP needs one sum over the ranks.
+"""A stack of MLPs whose matrices tp ranks share: W1 by columns, W2 by rows, so that each needs one sum over the ranks.
 
     x = act(x W1[i]) W2[i]        i = 0, 1, .., L-1
 
@@ -41,12 +41,12 @@ def mlps(x_TD, w1_LDf, w2_LfD, group=None, *, act="gelu", form: Form = "all-redu
     Errors: ValueError for another form."""
     if form not in get_args(Form):
         raise ValueError(f"mlp: form is {form!r}, wanted one of {', '.join(get_args(Form))}")
-    between = form == "reduce-scatter"
-    for w1_Df, w2_fD in zip(w1_LDf, w2_LfD, strict=True):
+    x, between = x_TD, form == "reduce-scatter"
+    for w1_Df, w2_fD in zip(w1_LDf, w2_LfD, strict=True):       # under one name, so that nothing outlives its use
         if between:
-            x_TD = mark(gather(x_TD, 0, group), "gather")
-        h_Tf = mark(x_TD @ w1_Df, "inter")
-        a_Tf = mark(ops.activation(h_Tf, act), "activation")
-        y_TD = mark(a_Tf @ w2_fD, "output")
-        x_TD = mark(reduce_scatter(y_TD, 0, group) if between else all_reduce(y_TD, group), "sum")
-    return x_TD
+            x = mark(gather(x, 0, group), "gather")
+        x = mark(x @ w1_Df, "inter")
+        x = mark(ops.activation(x, act), "activation")
+        x = mark(x @ w2_fD, "output")
+        x = mark(reduce_scatter(x, 0, group) if between else all_reduce(x, group), "sum")
+    return x
