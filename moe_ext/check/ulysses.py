@@ -1,7 +1,9 @@
-"""Attention over one long sequence that all ranks share, then a stack of MLPs on their tokens, forward and backward: what
-`python -m moe_ext.plan ulysses` plans, run.
+"""Attention over one long sequence that all ranks share, then a stack of MLPs on their tokens, forward and backward: the
+program that `python -m moe_ext.plan ulysses` plans.
 
-    torchrun --standalone --nproc-per-node 4 -m moe_ext.check ulysses --n 16384 --dim 64 --heads 8 --tp 2
+    torchrun --standalone --nproc-per-node 4 -m moe_ext.check ulysses --tokens 16384 --dim 64 --heads 8 --tp 2
+
+(--tokens is --n, which torchrun takes for an option of its own before Python 3.12.)
 
 It prints the plan's lines, and beside each step what was measured: the bytes that tensors held at its end and at most
 (moe_ext.check.live), FLOP/s, and bytes/s of each collective. Then it compares results and gradients with those of one
@@ -19,11 +21,12 @@ import json
 import time
 import zlib
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ext.check.live import Live
@@ -43,9 +46,9 @@ NEAR = 0.05         # of the planned bytes
 
 @dataclass(frozen=True)
 class Long(Command):
-    """Attention over a long sequence and a stack of MLPs, shared by all ranks, beside its plan and beside one process."""
+    """Attention over a long sequence and a stack of MLPs, shared by all ranks, beside the plan and one process."""
 
-    n: int = 4096  # tokens of the sequence
+    n: Annotated[int, tyro.conf.arg(aliases=["--tokens"])] = 4096  # tokens of the sequence
     dim: int = 64  # of the model: heads of dim / heads columns
     heads: int = 8
     kv_heads: int = 0  # of keys and values; 0: as many as heads
@@ -147,7 +150,7 @@ class Program:
         del q, k, v
         if self.sizes.attention == "ulysses":
             c = meter.mark("back", c)
-        output = meter.mark("output", c.transpose(1, 2).flatten(2)[0] @ O)
+        output = meter.mark("output", c.transpose(1, 2).flatten(2).squeeze(0) @ O)
         del c
         told = {"output": output.detach()}
         if self.sizes.backward:
@@ -247,10 +250,13 @@ class Memory(Meter):
         super().__init__()
         self.live = live
 
+    def begin(self):
+        self.live.restart()
+
     def __call__(self, name):
         _, most = self.read.get((self.phase, name), (0, 0))
         self.read[self.phase, name] = self.live.now, max(most, self.live.most)
-        self.live.restart()
+        self.begin()
 
 
 class Clock(Meter):
