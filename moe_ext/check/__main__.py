@@ -10,10 +10,11 @@ from moe_ext.check.dmoe import Dmoe
 from moe_ext.check.env import Env
 from moe_ext.check.mesh import OneSentence
 from moe_ext.check.pdb import Pdb
+from moe_ext.check.ulysses import Long
 from moe_ext.check.world import World, WorldError
 from moe_ext.config import ConfigError
 
-COMMANDS = {"env": Env, "all-to-all": AllToAll, "mesh": OneSentence, "dmoe": Dmoe, "pdb": Pdb}
+COMMANDS = {"env": Env, "all-to-all": AllToAll, "mesh": OneSentence, "dmoe": Dmoe, "ulysses": Long, "pdb": Pdb}
 
 
 def main() -> None:

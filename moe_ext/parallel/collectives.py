@@ -3,20 +3,25 @@
     gather            the ranks' pieces joined along dim             backward: reduce_scatter
     reduce_scatter    the ranks' sum, this rank's piece along dim    backward: gather
     all_to_all        piece p of x to rank p                        backward: all_to_all
+    all_reduce        the ranks' sum, everywhere                     backward: all_reduce
     scope_sum         the ranks' sum, everywhere                     backward: n times the gradient, no communication
 
 Gradients are those of the sum of the losses that the n ranks backpropagate; for the mean, divide each loss by n. The
 adjoint of an all-reduce is an all-reduce. scope_sum spares it where the gradients that come in are equal on all ranks,
-and that is its precondition: every rank uses the sum in the same way.
+and that is its precondition: every rank uses the sum in the same way. (Megatron's pair, g that sums forward and f that
+sums backward, shifts it by one: here the gradient of what all ranks have is each rank's part of it, and the next
+all_reduce, or gather, on the way back adds up the parts.)
 
 `group`: a process group, None for all ranks. Its ranks call in the same order with the same shape, dtype and dim; torch
 does not always notice when they do not. A group of one rank gets x itself back.
 Dtypes: floating, int32, int64. Sums of bf16 and fp16 are fp32, rounded once. Backends round every addition, so
-reduce_scatter moves the pieces in x's dtype, as many bytes as a ring would, and adds them here.
+reduce_scatter moves the pieces in x's dtype, as many bytes as a ring would, and adds them here; all_reduce gathers the
+sums after it.
 """
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from moe_ext.ops.define import Function, once_differentiable
 
@@ -92,6 +97,20 @@ class _AllToAll(Function):
         return _AllToAll.apply(dy, ctx.group), None
 
 
+class _AllReduce(Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        flat = x.reshape(-1)
+        rest = -len(flat) % dist.get_world_size(group)
+        sums = gather_rows(_sum_pieces(F.pad(flat, (0, rest)) if rest else flat, 0, group), 0, group)
+        return sums[:len(flat)].view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _AllReduce.apply(dy, ctx.group), None
+
+
 class _ScopeSum(Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -126,6 +145,11 @@ def reduce_scatter(x, dim, group):
 def all_to_all(x, group):
     """x [ranks, ..] -> [ranks, ..]: x[p] goes to rank p; what comes from rank p is the result's [p]."""
     return x if dist.get_world_size(group) == 1 else _AllToAll.apply(x, group)
+
+
+def all_reduce(x, group):
+    """x of any shape -> the sum over ranks, on every rank."""
+    return x if dist.get_world_size(group) == 1 else _AllReduce.apply(x, group)
 
 
 def scope_sum(x, group):
