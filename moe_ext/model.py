@@ -89,12 +89,12 @@ def rope_angles(positions, columns, base, scale=1.0, context=0):
     return angle.cos() * length, angle.sin() * length
 
 
-def rotate(x_BHSd, rope):
+def rotate(x_BSHd, rope):
     """Turns the pairs (x[i], x[i + n/2]) of the first n columns by their position's angles, of which there are n/2."""
-    cos, sin = (t.to(x_BHSd.dtype) for t in rope)
+    cos, sin = (t.to(x_BSHd.dtype) for t in rope)
     n = 2 * cos.shape[-1]
-    a, b = x_BHSd[..., :n].chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, x_BHSd[..., n:]], dim=-1)
+    a, b = x_BSHd[..., :n].chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x_BSHd[..., n:]], dim=-1)
 
 
 def runs(x, w):
@@ -358,9 +358,9 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, S, -1, self.head_width) for t in (q, k, v))
         if not self.wide_norm:
             q, k = self.normed(q, k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # [B, H or G, S, d]
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # [B, H or G, S, d]
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         core = attend
@@ -538,7 +538,7 @@ class GPT(nn.Module):
             x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         rope = None
         if c.position == "rope":    # the same for all heads
-            rope = rope_angles(positions.unsqueeze(-2), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context)
+            rope = rope_angles(positions.unsqueeze(-1), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context)
         documents = None
         if cache is None and (documents_BS is not None or token_mask is not None):
             ids_BS = torch.zeros_like(tokens_BS) if documents_BS is None else documents_BS
