@@ -290,13 +290,13 @@ def measurements(world: World, memory: Memory, clock: Clock) -> dict[tuple[str, 
 def as_planned(world: World, planned: list[Step], measured: dict[tuple[str, str], Measured]) -> bool:
     """Says which steps held more or less than 5 % off the plan."""
     steps = [(step, measured[step.phase, step.name]) for step in planned]
-    off = [(step, what, got, want) for step, m in steps
-           for what, got, want in (("at its end", m.held, step.held), ("at most", m.most, step.most))
-           if abs(got - want) > NEAR * want]
+    pairs = [(step, what, got, want) for step, m in steps
+             for what, got, want in (("at its end", m.held, step.held), ("at most", m.most, step.most))]
+    off = [(step, what, got, want) for step, what, got, want in pairs if abs(got - want) > NEAR * want]
     for step, what, got, want in off:
         world.say(f"memory of {step.phase}, {step.name}, {what}: {got:,} bytes, planned {want:,}: WRONG")
     if not off:
-        worst = max(abs(got / want - 1) for step, m in steps for got, want in ((m.held, step.held), (m.most, step.most)))
+        worst = max(abs(got / want - 1) for *_, got, want in pairs)
         world.say(f"memory: within {worst:.2%} of the plan: ok")
     return not off
 
