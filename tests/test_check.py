@@ -294,3 +294,9 @@ def test_by_torchrun():
                              cwd=Path(__file__).parent.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == "ok: 2 ranks on 1 host"
+
+
+def test_no_gpu_for_a_rank():
+    world = World(dist.HashStore(), 0, 1, torch.cuda.device_count(), device="cuda", seconds=5)
+    with pytest.raises(WorldError, match=r"has no GPU of its own: .* take --device cpu"), world.joined():
+        pass

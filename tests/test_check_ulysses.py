@@ -20,6 +20,7 @@ COMPARED = 10       # two results and eight gradients
 
 @pytest.mark.parametrize("world, more", [
     (1, dict()),
+    (1, dict(n=1)),
     (2, dict(attention="gather", mlp="reduce-scatter")),
     (4, dict(tp=2)),
     (4, dict(tp=4, kv_heads=2, mlp="reduce-scatter")),

@@ -132,6 +132,11 @@ def test_the_gathered_form_takes_fewer_heads_than_ranks():
     assert "torch.Size" not in report(Ulysses(heads=8, attention="gather"))
 
 
+def test_flash_is_of_16_bits():
+    small = Ulysses(n=1600, layers=1)
+    assert "on a GPU flash adds" in report(small) and "flash" not in report(replace(small, dtype="fp32"))
+
+
 def test_too_many_tokens_for_the_device():
     long = replace(THEIRS, n=600000)
     with pytest.raises(ConfigError, match="does not fit h100: a rank holds") as refused:
@@ -144,6 +149,9 @@ def test_too_many_tokens_for_the_device():
     longer = replace(long, n=n + 16)
     with pytest.raises(ConfigError, match=f"--n {n} is the longest"):
         fit(longer, steps(longer), DEVICES["h100"])
+    whole = replace(THEIRS, tp=1, dp=16)        # half as many ranks hold less, if they share the weights
+    with pytest.raises(ConfigError, match=r"8 ranks are the fewest: --tp 8 --dp 1\. Less is .* fewer --layers$"):
+        fit(whole, steps(whole), DEVICES["h100"])
     halved = replace(THEIRS, n=1000, tp=4)      # two ranks in the place of one have twice the weights
     with pytest.raises(ConfigError, match="no --n does; for --n 1000 8 ranks are the fewest: --tp 8 --dp 1"):
         fit(halved, steps(halved), DEVICES["h100"])
@@ -155,9 +163,13 @@ def test_lines_say_what_was_measured_instead():
     plan, run = lines(SMALL, planned), lines(SMALL, planned, measured)
     assert len(plan) == len(run)
     for before, after in zip(plan, run, strict=True):
-        assert before == after or before.startswith(("  memory: ", "  flops: ", "  all-", "  reduce-scatter"))
+        assert before == after or ": at most " in before or before.startswith(("  memory: ", "  flops: ", "  all-",
+                                                                               "  reduce-scatter"))
     memory = [line for line in run if line.startswith("  memory: ")]
     assert len(memory) == len(planned) and all("planned" in line and "+1.0%, +0.0%" in line for line in memory)
+    twice = [each._replace(most=2 * each.most) for each in measured]
+    totals = [line for line in lines(SMALL, planned, twice) if ": at most " in line]
+    assert len(totals) == 4 and totals[0].startswith("Attention: at most 3.54 MB alive; planned 1.77 MB, in ")
     attend, = (step for step in planned if (step.phase, step.name) == ("attention", "attend"))
     assert any(f"500 ms, {attend.rank_flops / 0.5e6:.2f} MFLOP/s" in line for line in run)
 

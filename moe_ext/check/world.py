@@ -209,6 +209,10 @@ class World:
             yield
             return
         if self.device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise WorldError(f"rank {self.rank} on {socket.gethostname()} has no GPU of its own: torch sees "
+                                 f"{torch.cuda.device_count()} for local rank {self.local_rank}: take --device cpu, or "
+                                 "no more ranks than GPUs")
             torch.cuda.set_device(self.device)
         limit = timedelta(seconds=self.seconds)
         try:

@@ -683,10 +683,10 @@ def lines(sizes: Sizes, steps: list[Step], measured: list[Measured] | None = Non
                         f"{now / step.held - 1:+.1%}, {most / step.most - 1:+.1%})")
         else:
             said.append(f"  memory: {planned}")
-    return said + totals(steps)
+    return said + totals(steps, measured)
 
 
-def totals(steps: list[Step]) -> list[str]:
+def totals(steps: list[Step], measured: list[Measured] | None) -> list[str]:
     """Of each phase: the most that is held, and by what; the bytes that a rank sends."""
     said = [""]
     for phase, name in PHASES.items():
@@ -702,7 +702,11 @@ def totals(steps: list[Step]) -> list[str]:
         inventory = ", ".join(f"{f'{count} x ' if count > 1 else ''}{each} {amount(size, 'B')}"
                               for each, (count, size) in held.items())
         sent = sum(step.sent.sent for step in own if step.sent)
-        said.append(f"{name}: at most {amount(fullest.most, 'B')} alive, in \"{fullest.title}\": {inventory}")
+        held_most = f"{amount(fullest.most, 'B')} alive"
+        if measured:
+            got = max(each.most for step, each in zip(steps, measured, strict=True) if step.phase == phase)
+            held_most = f"{amount(got, 'B')} alive; planned {amount(fullest.most, 'B')}"
+        said.append(f"{name}: at most {held_most}, in \"{fullest.title}\": {inventory}")
         said.append(f"{name}: {amount(sum(step.flops for step in own), 'FLOPs')}, "
                     f"{amount(sum(step.rank_flops for step in own), 'FLOPs')} of a rank, which sends {sent} bytes")
     return said
@@ -766,8 +770,9 @@ def report(c: Command) -> str:
     if s.backward:
         kernel = s.n * s.local_heads * s.head * 4 if s.attention == "ulysses" else s.mine * s.dim * 4
         both = max(most(planned, "attention"), most(planned, "backward"))
-        said.append(f"attention with backward: {amount(both, 'B')} at most; on a GPU flash adds {amount(kernel, 'B')}, "
-                    "in which it sums dq in fp32, while it runs")
+        said.append(f"attention with backward: {amount(both, 'B')} at most"
+                    + (f"; on a GPU flash adds {amount(kernel, 'B')}, in which it sums dq in fp32, while it runs"
+                       if s.dtype == "bf16" else ""))
     for form in ("all-reduce", "reduce-scatter"):
         own = [step for step in steps(replace(s, mlp=form)) if step.phase == "MLP"]
         name = "all-reduce" if form == "all-reduce" else "reduce-scatter and all-gather"
@@ -802,12 +807,17 @@ def fit(s: Sizes, planned: list[Step], device: Device) -> None:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(n=middle * s.ranks) else (low, middle)
     longest = f"--n {low * s.ranks} is the longest sequence that does" if low else "no --n does"
-    choices = ((ranks, tp) for ranks in divisors(s.n) if ranks >= s.ranks
+    choices = ((ranks, tp) for ranks in divisors(s.n)
                for tp in sorted(divisors(ranks), key=lambda tp: abs(tp - s.tp)) if s.hidden % tp == 0)
     ranks, tp = next((pair for pair in choices if fits(tp=pair[1], dp=pair[0] // pair[1])), (0, 0))
     fewest = (f"for --n {s.n} {ranks} ranks are the fewest: --tp {tp} --dp {ranks // tp}" if ranks else
               f"for --n {s.n} no number of ranks does")
+    attention = fullest.phase in ("attention", "backward")
+    less = [option for option, helps in (
+        ("--no-backward", attention and s.backward), ("--no-mlp-backward", not attention and s.mlp_backward),
+        ("--mlp reduce-scatter", not attention and s.tp > 1 and s.mlp == "all-reduce"),
+        ("fewer --layers", not attention and s.layers > 1)) if helps]
     raise ConfigError(f"--n {s.n} on {s.ranks} ranks does not fit {device.name}: a rank holds "
                       f"{amount(fullest.most, 'B')} in {PHASES[fullest.phase]}, \"{fullest.title}\", and of its "
-                      f"{device.memory:g} GB {amount(room, 'B')} are to be had. On these ranks {longest}; {fewest}. "
-                      "--no-backward, --mlp reduce-scatter and fewer --layers need less")
+                      f"{device.memory:g} GB {amount(room, 'B')} are to be had. On these ranks {longest}; {fewest}"
+                      + (f". Less is needed with {', or '.join(less)}" if less else ""))
