@@ -287,8 +287,8 @@ def attend_documents(q_BHSd, k_BGLd, v_BGLd, documents: Documents, sinks_H=None)
     for (n, _, L), *qkv in zip(shapes, q_NHd.split(q_sizes), k_MGd.split(k_sizes), v_MGd.split(k_sizes), strict=True):
         q, k, v = (t.unflatten(0, (n, -1)).transpose(1, 2) for t in qkv)
         results.append(attend(q, k, v, documents.mask if L > window else None, sinks_H).transpose(1, 2).flatten(0, 1))
-    # of pads alone too, the result is one of keys and values: other ranks wait for their gradients (AllGather)
-    y_NHd = torch.cat(results) if results else q_NHd + k_MGd.sum() + v_MGd.sum()
+    # of pads alone too, all have a gradient: other ranks wait for that of keys and values (AllGather) and sinks (FSDP)
+    y_NHd = torch.cat(results) if results else q_NHd + sum(t.sum() for t in (k_MGd, v_MGd, sinks_H) if t is not None)
     return _Move.apply(y_NHd, from_queries, to_queries).unflatten(0, (len(q_BHSd), -1)).transpose(1, 2)
 
 
@@ -320,15 +320,18 @@ class _After(Function):
         return y_BHSd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy_BHSd):
-        q_BHSd, k_BGLd, v_BGLd, y_BHSd, l_BHS = ctx.saved_tensors
+        return *_After.gradients(ctx, dy_BHSd, *ctx.saved_tensors), None
+
+    @staticmethod
+    @once_differentiable    # by q, k and v too, of which they are made
+    def gradients(ctx, dy_BHSd, q_BHSd, k_BGLd, v_BGLd, y_BHSd, l_BHS):
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         (dq1, dk1, dv1), (dq2, dk2, dv2) = (
             gradients(dy_BHSd, q_BHSd, k_BGLd[:, :, part], v_BGLd[:, :, part], y_BHSd, l_BHS, 0.0, causal,
                       scale=ctx.scale)
             for part, causal in ((slice(0, ctx.past), False), (slice(ctx.past, None), True)))
-        return dq1 + dq2, torch.cat([dk1, dk2], dim=2), torch.cat([dv1, dv2], dim=2), None
+        return dq1 + dq2, torch.cat([dk1, dk2], dim=2), torch.cat([dv1, dv2], dim=2)
 
 
 class Attention(nn.Module):

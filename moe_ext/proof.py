@@ -160,6 +160,11 @@ class Case:
         return {f.name: getattr(self, f.name) for f in options(*self.kind)}
 
     @property
+    def pairs(self) -> list[tuple]:
+        """Of options that meet, each with itself too, in both orders."""
+        return list(itertools.product(self.options.items(), repeat=2))
+
+    @property
     def weight(self) -> int:
         """Of its time, about."""
         return 4 * self.mesh.world + self.mesh.stage * self.accumulation * self.model.layers
@@ -281,39 +286,40 @@ def meetings(dense: bool, axes: tuple[str, ...]) -> frozenset:
     alone = [(level, level) for column in columns for level in column]
     pairs = [pair for one, other in itertools.permutations(columns, 2) for pair in itertools.product(one, other)]
     inner = [(a, b) for a, b in pairs if a[0] in own and b[0] in own]
-    for mesh in grids(dense, axes):
-        for place in places(mesh):
-            wanted = alone if axes else pairs
-            if axes == ("pp", "sp"):
-                wanted = alone if place == "sp" and not dense else []
-            elif axes and not dense:
-                wanted = inner if "=" in place else pairs if place == "pp" or axes == ("sp",) else alone
-            found |= {(a, b, place) for a, b in wanted if (a, b, place) not in found and fits(mesh, dict((a, b)))}
+    for place in dict.fromkeys(itertools.chain(*map(places, grids(dense, axes)))):
+        wanted = alone if axes else pairs
+        if axes == ("pp", "sp"):
+            wanted = alone if place == "sp" and not dense else []
+        elif axes and not dense:
+            wanted = inner if "=" in place else pairs if place == "pp" or axes == ("sp",) else alone
+        there = [mesh for mesh in grids(dense, axes) if place in places(mesh)]
+        found |= {(a, b, place) for a, b in wanted if any(fits(mesh, dict((a, b))) for mesh in there)}
     return frozenset(found)
 
 
 def covered(case: Case) -> set:
-    return {(a, b, place) for a, b in itertools.product(case.options.items(), repeat=2) for place in places(case.mesh)}
+    return {(a, b, place) for a, b in case.pairs for place in places(case.mesh)}
 
 
-def deal(mesh: MeshConfig, dense: bool, missing: set, tries: int = 4) -> Case:
-    """The case of a mesh whose options meet most of what is missing: the best of a few greedy ones."""
-    here = sorted(((a, b, place) for a, b, place in missing if place in places(mesh) and fits(mesh, dict((a, b)))),
-                  key=repr)
+def deal(mesh: MeshConfig, dense: bool, missing: dict[tuple, set], tries: int = 4) -> Case:
+    """The case of a mesh whose options meet most of what is missing, the best of a few greedy ones. missing: the places
+    where two options have yet to meet."""
+    at = set(places(mesh))
+    gains = {pair: n for pair, left in missing.items() if (n := len(left & at))}
+    here = [pair for pair, n in gains.items() if fits(mesh, dict(pair)) for _ in range(n)]
     cases = []
     for attempt in range(tries):
         shuffled = random.Random(attempt)
-        chosen = dict(shuffled.choice(here)[:2]) if here else {}
+        chosen = dict(shuffled.choice(here)) if here else {}
         columns = [column for column in levels(dense, special(mesh)) if column[0][0] not in chosen]
         shuffled.shuffle(columns)
         for column in columns:
             free = [level for level in column if fits(mesh, chosen | dict([level]))]
             shuffled.shuffle(free)
-            gain = {level: sum((level, other, place) in missing for other in [level, *chosen.items()]
-                               for place in places(mesh)) for level in free}
-            chosen |= [max(free, key=gain.get)]
+            chosen |= [max(free, key=lambda level: sum(gains.get((level, other), 0)
+                                                          for other in [level, *chosen.items()]))]
         cases.append(Case(mesh, dense, **chosen))
-    return max(cases, key=lambda case: len(covered(case) & missing))
+    return max(cases, key=lambda case: sum(gains.get(pair, 0) for pair in case.pairs))
 
 
 @functools.cache
@@ -321,15 +327,22 @@ def table() -> list[Case]:
     """The proof's cells: every mesh, some again, on few ranks, until all has met; fp32; and the shaken ones."""
     cases = []
     for axes, dense in itertools.product(SPECIAL, (False, True)):
-        missing = set(meetings(dense, axes))
+        missing = {}
+        for a, b, place in sorted(meetings(dense, axes), key=repr):     # an order that is always the same
+            missing.setdefault((a, b), set()).add(place)
+
+        def add(mesh, dense=dense, missing=missing):
+            cases.append(deal(mesh, dense, missing))
+            for pair in missing.keys() & cases[-1].pairs:
+                missing[pair].difference_update(places(mesh))
+                if not missing[pair]:
+                    del missing[pair]
+
         for mesh in grids(dense, axes):
-            cases.append(deal(mesh, dense, missing))
-            missing -= covered(cases[-1])
+            add(mesh)
         while missing:
-            a, b, place = min(missing, key=repr)
-            mesh = next(mesh for mesh in grids(dense, axes) if place in places(mesh) and fits(mesh, dict((a, b))))
-            cases.append(deal(mesh, dense, missing))
-            missing -= covered(cases[-1])
+            pair, left = next(iter(missing.items()))
+            add(next(mesh for mesh in grids(dense, axes) if min(left) in places(mesh) and fits(mesh, dict(pair))))
     cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True) for sizes in FAMILIES]
     cases += [Case(MeshConfig(pp=8), chunks=4, accumulation=8, schedule=schedule, links=links)     # 32 pieces
               for schedule, links in (("interleaved", "torch"), ("bfc", "windows"))]
@@ -358,23 +371,26 @@ def part() -> list[Case]:
     of the rest whatever adds most for its time; and some shaken ones."""
     cells, wanted = [], set()
     for case in filter(lambda case: not case.shaken, table()):
-        dense, axes = case.kind
-        met = {(dense, a, b) for a, b, _ in covered(case)} | {(dense, a, place) for a, _, place in covered(case)}
-        more = {(axis, level) for axis in axes for level in case.options.items()}
+        (dense, axes), chosen, at = case.kind, case.options.items(), places(case.mesh)
+        met = {(dense, a, b) for a in chosen for b in (*chosen, *at) if at}     # one process is no mesh
+        more = {(axis, level) for axis in axes for level in chosen}
         if "pp" in axes:
-            more |= {(case.schedule, place) for place in set(AXES).intersection(places(case.mesh))}
+            more |= {(case.schedule, place) for place in set(AXES).intersection(at)}
         if "sp" in axes:
             replicated = 0 < case.kv_heads < case.mesh.sequence
-            more |= {(case.attention, it) for it in (*places(case.mesh), *case.options.items(), replicated)}
+            more |= {(case.attention, it) for it in (*at, *chosen, replicated)}
         if not axes or case.weight <= LIGHT:
             wanted |= more if axes else met
         cells.append((case, met | more, case.weight))
-    chosen = [cell for cell in cells if cell[0].dtype == torch.float32]
-    missing = wanted.difference(*(met for _, met, _ in chosen))
+    taken = [case for case, _, _ in cells if case.dtype == torch.float32]
+    missing = wanted.difference(*(met for case, met, _ in cells if case in taken))
     while missing:
-        chosen.append(max(cells, key=lambda cell: len(cell[1] & missing) / cell[2]))
-        missing -= chosen[-1][1]
-    return [case for case, _, _ in chosen] + shaken(7)[:2]
+        for _, met, _ in cells:
+            met &= missing
+        case, met, _ = max(cells, key=lambda cell: len(cell[1]) / cell[2])
+        taken.append(case)
+        missing -= met
+    return taken + shaken(7)[:2]
 
 
 # ---- a cell's training -----------------------------------------------------------------------------------------------

@@ -111,6 +111,32 @@ def test_rounding_is_that_of_one_process(dtype, tmp_path):
                 assert e <= 2 * most, (FORMS[f], text.window, got, errors(one, want))
 
 
+def test_autocast_makes_the_same_dtype_on_every_rank(tmp_path):
+    """Also of what RoPE in fp32 has made fp32."""
+    def body(rank):
+        q, k, v = (torch.randn(1, n, 6, D) for n in (H, 2, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            return [str(form()(attend, q, k, v.bfloat16()).dtype) for form in FORMS]
+
+    assert run_ranks(2, body, tmp_path) == [["torch.bfloat16"] * 2] * 2
+
+
+def test_of_pads_alone_all_have_a_gradient():
+    """Zeros, and not none: other ranks wait for them."""
+    q, k, v, sinks = (torch.ones(shape, requires_grad=True) for shape in ((1, H, 6, D), (1, 2, 6, D), (1, 2, 6, D), H))
+    documents = Documents.of(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 6, dtype=torch.bool))
+    for gradient in torch.autograd.grad(attend(q, k, v, documents, sinks).sum(), (q, k, v, sinks)):
+        assert gradient.count_nonzero() == 0
+
+
+def test_a_second_derivative_is_refused():
+    """By q, k and v too, when the gradient that comes in is a constant."""
+    q, k, v = (torch.randn(1, 2, n, D, requires_grad=True) for n in (3, 6, 6))
+    dq, = torch.autograd.grad(attend(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        dq.sum().backward()
+
+
 def test_a_query_sees_just_what_it_may(tmp_path):
     """Every pair of tokens of two rows of documents, by the gradient: of query i to key j it is there if i sees j."""
     cases = [Text(window, rows, sinks, 4, 2, seed=1) for window, rows, sinks in

@@ -23,7 +23,7 @@ from torch import nn
 from moe_ext import private
 from moe_ext.config import divisors
 from moe_ext.model import GPT, Attention, Documents
-from moe_ext.parallel.collectives import all_to_all, gather
+from moe_ext.parallel.collectives import all_to_all, as_autocast, gather
 
 
 def sequence_parallel(model: nn.Module, mesh) -> None:
@@ -84,6 +84,7 @@ class Across:
             raise ValueError(f"{name}: `seen` is {type(seen).__name__} over {list(got)}, wanted {list(wanted)}: what "
                              f"the whole sequences see, of {S} tokens, {n} on each of {P} ranks")
 
+
 class Ulysses(Across):
     """Heads exchanged for tokens. Errors: ValueError, on all ranks, unless P divides H, and G divides P or P divides
     G, and for shapes that do not match."""
@@ -91,9 +92,11 @@ class Ulysses(Across):
     def __call__(self, attend, q_BHnd, k_BGnd, v_BGnd, seen=None, sinks_H=None):
         """-> y_BHnd: what attend(q, k, v, seen, sinks) -> y gives of all S tokens, for this rank's n.
 
-        q, k, v: floating, of one dtype; attend gets them, and sinks, of H/P and G/P (at least 1) heads. seen: handed
-        on as it is; None, Documents or a mask, of the whole sequences.
+        q, k, v: floating, of one dtype; in autocast any, for they travel as it hands them to attention. attend gets
+        them, and sinks, of H/P and G/P (at least 1) heads. seen: handed on as it is; None, Documents or a mask, of the
+        whole sequences.
         """
+        q_BHnd, k_BGnd, v_BGnd = map(as_autocast, (q_BHnd, k_BGnd, v_BGnd))
         self.check(q_BHnd, k_BGnd, v_BGnd, seen, sinks_H)
         P, H, G = self.ranks, q_BHnd.shape[1], k_BGnd.shape[1]
         if H % P or (G % P and P % G):
@@ -122,10 +125,11 @@ class AllGather(Across):
     def __call__(self, attend, q_BHnd, k_BGnd, v_BGnd, seen=None, sinks_H=None):
         """-> y_BHnd: what attend(q, k, v, seen, sinks) -> y gives of all S tokens, for this rank's n.
 
-        q, k, v: floating, of one dtype. seen: None, Documents or a mask, of the whole sequences. attend gets keys and
-        values of L >= n tokens, and takes the queries as those of the last n, as moe_ext.model.attend does; or, of
-        Documents, all S, and the part of them that is this rank's.
+        q, k, v: as in Ulysses. seen: None, Documents or a mask, of the whole sequences. attend gets keys and values of
+        L >= n tokens, and takes the queries as those of the last n, as moe_ext.model.attend does; or, of Documents, all
+        S, and the part of them that is this rank's.
         """
+        q_BHnd, k_BGnd, v_BGnd = map(as_autocast, (q_BHnd, k_BGnd, v_BGnd))
         self.check(q_BHnd, k_BGnd, v_BGnd, seen, sinks_H)
         n, end = q_BHnd.shape[2], (self.rank + 1) * q_BHnd.shape[2]
         k, v = gather(torch.stack([k_BGnd, v_BGnd]), 3, self.group)
