@@ -139,8 +139,9 @@ def test_a_needle_is_found_across_the_borders_of_ranks(tmp_path, kind, attention
 
 
 def test_a_rank_may_have_one_token(tmp_path):
-    """Of each of three sequences of four tokens, in both forms."""
-    model = ModelConfig(vocab_size=61, seq_len=4, layers=1, dim=16, heads=4, moe=MoEConfig(experts=4, hidden=12))
+    """Of each of three sequences of four tokens, in both forms, with a capacity."""
+    model = ModelConfig(vocab_size=61, seq_len=4, layers=1, dim=16, heads=4,
+                        moe=MoEConfig(experts=4, hidden=12, capacity_factor=1.0))
     config = Config(model=model, train=TrainConfig(dtype="fp64", device="cpu"))
     tokens, targets = torch.randint(61, (2, 3, 4), generator=torch.Generator().manual_seed(0))
 
