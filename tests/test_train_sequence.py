@@ -138,6 +138,24 @@ def test_a_needle_is_found_across_the_borders_of_ranks(tmp_path, kind, attention
                 assert sees or abs(loss - found[None, n]) < 1e-12
 
 
+def test_a_rank_may_have_one_token(tmp_path):
+    """Of each of three sequences of four tokens, in both forms, with a capacity."""
+    model = ModelConfig(vocab_size=61, seq_len=4, layers=1, dim=16, heads=4,
+                        moe=MoEConfig(experts=4, hidden=12, capacity_factor=1.0))
+    config = Config(model=model, train=TrainConfig(dtype="fp64", device="cpu"))
+    tokens, targets = torch.randint(61, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def losses(*meshes):
+        return [mesh.sum(build(dataclasses.replace(config, mesh=mesh.config), mesh)(tokens, targets).token_loss)[0]
+                for mesh in map(Mesh, meshes)]
+
+    want = losses(MeshConfig())
+    for got in run_ranks(4, lambda rank: losses(*(MeshConfig(sp=4, attention=a) for a in ("ulysses", "gather"))),
+                         tmp_path):
+        torch.testing.assert_close(got, 2 * want, rtol=1e-13, atol=0)
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 def test_attention_in_ones_own_model(tmp_path):
     """docs/sequence.md's, on two ranks: output and summed gradients are those of all tokens in one process."""

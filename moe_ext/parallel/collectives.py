@@ -44,7 +44,7 @@ def gather_rows(x, dim, group):
         return x
     pieces = x.new_empty(ranks, *x.shape)
     _all_gather(pieces.view(-1), x.detach().contiguous().view(-1), group=group)
-    return pieces.movedim(0, dim).flatten(dim, dim + 1)
+    return pieces.movedim(0, dim).flatten(dim, dim + 1).contiguous()    # of pieces of size 1 it would be a view
 
 
 def _sum_pieces(x, dim, group):

@@ -61,7 +61,7 @@ class Across:
             raise ValueError(f"{type(self).__name__}: got sequences of {S} tokens, which the {P} ranks that share them "
                              f"do not divide: cut them to {S // P * P}, or fill them up to {-(-S // P) * P} with pads "
                              "(token_mask)")
-        return x.unflatten(-1, (P, -1))[..., self.rank, :]
+        return x.unflatten(-1, (P, -1))[..., self.rank, :].contiguous()     # a column of single tokens is not
 
     def check(self, q, k, v, seen, sinks):
         """ValueError for what `__call__` does not take: by shapes, which are the same on all ranks."""
