@@ -34,11 +34,12 @@ import torch.distributed as dist
 
 from benchmarks.compare import Trainee
 from benchmarks.ops import _ratio, machine, write
+from moe_ext.attention import Documents, attend
 from moe_ext.check.live import Live
 from moe_ext.check.ulysses import Memory, Program
 from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.data.loader import Batch
-from moe_ext.model import Attention, Block, Documents, attend
+from moe_ext.model import Attention, Block
 from moe_ext.parallel.collectives import all_to_all, gather_rows
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.ranks import run_ranks

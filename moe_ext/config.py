@@ -468,7 +468,8 @@ class Config:
                 if width % size:
                     raise ConfigError(f"mesh.{axis} {size} does not divide {name} {width}: the nearest that does is "
                                       f"{nearest(size, divisors(width))}")
-        self.check_sequence()
+            if axis == "tp":        # the others follow from sp
+                self.check_sequence()
         self.check_stages()
 
     def check_sequence(self) -> None:

@@ -35,6 +35,11 @@ NAMES = {
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
     ),
+    "moe_ext.check.live": (
+        "torch.UntypedStorage._cdata",
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        "torch.utils._pytree.tree_leaves",
+    ),
 }
 
 

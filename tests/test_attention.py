@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from test_model import VARIANTS, losses_and_grads, make, text
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_ext.attention import Documents, attend, visible
 from moe_ext.config import ModelConfig, TrainConfig
-from moe_ext.model import GPT, Documents, KVCache, attend, rope_angles, set_recomputation, visible
+from moe_ext.model import GPT, KVCache, rope_angles, set_recomputation
 
 pytestmark = pytest.mark.c_core
 

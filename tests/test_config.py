@@ -112,6 +112,7 @@ def test_command_line_comes_last(tmp_path):
     ("[mesh]\nsp = 4\n[model]\nheads = 6\ndim = 192\n", ["mesh.sp 4 must divide model.heads 6", "fits is 2"]),
     ("[mesh]\nsp = 4\n[model]\nheads = 12\nkv_heads = 6\ndim = 192\n",
      ["mesh.sp 4 must divide model.heads 12", "divide key/value heads 6 or be a multiple", "fits is 2", "gather"]),
+    ("[mesh]\nsp = 3\n[model.moe]\nexperts = 8\n", ["mesh.sp 3 * mesh.tp 1", "mesh.sp that fits is 2"]),
     ("[mesh]\nsp = 3\nattention = 'gather'\n", ["mesh.sp 3 * mesh.tp 1", "mesh.sp that fits is 2"]),
     ("[mesh]\nattention = 'ring'\n", ["mesh.attention", "'ring'", "ulysses, gather"]),
     ("[mesh]\nattention = 'ulyses'\n", ["mesh.attention", "did you mean ulysses?"]),

@@ -12,9 +12,10 @@ from ranks import run_ranks
 from test_attention import Largest, literal_attention, literal_seen
 from torch.utils.checkpoint import checkpoint
 
-from moe_ext import model as gpt
+from moe_ext import attention
+from moe_ext.attention import Documents, attend, visible
 from moe_ext.config import ModelConfig
-from moe_ext.model import GPT, Documents, KVCache, attend, visible
+from moe_ext.model import GPT, KVCache
 from moe_ext.parallel.sequence import AllGather, Ulysses
 
 pytestmark = pytest.mark.c_core
@@ -296,12 +297,12 @@ def rank_0_everywhere(across, core, q, k, v, *rest):
 
 def unmerged(across, core, *args):
     """The gradients of earlier keys by the own keys' sum of exponentials."""
-    gpt.torch = type("Torch", (), {"__getattr__": lambda _, name: getattr(torch, name),
+    attention.torch = type("Torch", (), {"__getattr__": lambda _, name: getattr(torch, name),
                                    "logaddexp": staticmethod(lambda a, b: b)})()
     try:
         return AllGather()(core, *args)
     finally:
-        gpt.torch = torch
+        attention.torch = torch
 
 
 @pytest.mark.parametrize("mutant", [heads_in_turn, replicas_not_summed, rank_0_everywhere, unmerged])

@@ -19,6 +19,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moe_ext import private
+
+private.require("moe_ext.check.live")
 SECONDS = 2e-3      # until a thread of gloo's has let go of the tensors of a collective that is over; it needs the GIL
 
 

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 import tyro
 from torch.distributed.device_mesh import init_device_mesh
 
+from moe_ext.attention import attend
 from moe_ext.check.live import Live
 from moe_ext.check.world import Command, World
 from moe_ext.config import divisors, nearest, require
-from moe_ext.model import attend
 from moe_ext.ops.define import Function
 from moe_ext.parallel.collectives import gather, gather_rows
 from moe_ext.parallel.mlp import mlps

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_ext import private
+from moe_ext.attention import Documents
 from moe_ext.config import divisors
-from moe_ext.model import GPT, Attention, Documents
+from moe_ext.model import GPT, Attention
 from moe_ext.parallel.collectives import all_to_all, as_autocast, gather
 
 
@@ -42,7 +43,7 @@ class Across:
 
         across = Ulysses(group)                     # or AllGather(group)
         x_BnD, positions_n = across.mine(x_BS..)    # this rank's tokens of whole rows of ids, positions, masks
-        y_BHnd = across(moe_ext.model.attend, q_BHnd, k_BGnd, v_BGnd)       # after RoPE by these positions
+        y_BHnd = across(moe_ext.attention.attend, q_BHnd, k_BGnd, v_BGnd)       # after RoPE by these positions
 
     group: a process group, None for all ranks. As with any collective, its ranks call in the same order with the same
     shapes and dtype. Parameters that all ranks have get on each rank the part of their gradient that its tokens give:
@@ -126,8 +127,8 @@ class AllGather(Across):
         """-> y_BHnd: what attend(q, k, v, seen, sinks) -> y gives of all S tokens, for this rank's n.
 
         q, k, v: as in Ulysses. seen: None, Documents or a mask, of the whole sequences. attend gets keys and values of
-        L >= n tokens, and takes the queries as those of the last n, as moe_ext.model.attend does; or, of Documents, all
-        S, and the part of them that is this rank's.
+        L >= n tokens, and takes the queries as those of the last n, as moe_ext.attention.attend does; or, of Documents,
+        all S, and the part of them that is this rank's.
         """
         q_BHnd, k_BGnd, v_BGnd = map(as_autocast, (q_BHnd, k_BGnd, v_BGnd))
         self.check(q_BHnd, k_BGnd, v_BGnd, seen, sinks_H)

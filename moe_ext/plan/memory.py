@@ -145,7 +145,7 @@ def places(config: Config) -> int:
 
 def spans(config: Config, window: int) -> tuple[int, int, int]:
     """(queries, keys, columns of a head) of attention over one sequence, with the keys of the sinks; in a window run by
-    run (model.attend)."""
+    run (attention.attend)."""
     c, (asking, asked, _, _) = config.model, met(config)
     columns, past = c.head_width + 8 * c.sinks, asked - asking
     if window:
