@@ -158,6 +158,25 @@ def test_all_name_the_stage_that_is_lost(transport, how, tmp_path):
     assert "take the gradient of chunk 0, micro-batch 0, step 2" in said[0]
 
 
+def test_a_stage_that_takes_nothing_any_more_is_named(tmp_path):
+    """It has not died, nor has the one that cannot send to it."""
+    shape = 8, 1024, 1024       # more than the system keeps on the way
+
+    def body(mesh, rank):
+        links = open_links(mesh, "torch", chunks=1, micros=1, shape=shape, dtype=torch.float32)
+        links.begin(1)
+        if rank == 0:
+            links.send(Action("F", 0, 0), torch.zeros(shape))
+            links.works[-1][1].wait()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        links.take(Action("F", 0, 0))
+        links.send(Action("B", 0, 0), torch.zeros(shape))
+        links.end()
+
+    said = sentences(MeshConfig(pp=2), 0, tmp_path, body, 2)
+    assert said == {1: "rank 0 has sent nothing of what the others wait for within 2 s; rank 1 was to end step 1"}
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("lost", [0, 3])
 def test_all_name_a_rank_that_dies_in_an_agreement(transport, lost, tmp_path):

@@ -284,11 +284,9 @@ class TorchLinks(Links):
                 ends += [(member, DECISIONS) for member in self.members[1:]]
             for to, tag in ends:
                 self.tell(to, tag, END)
-        for to, work in self.works:
-            try:
-                work.wait(timedelta(seconds=self.mesh.seconds))
-            except RuntimeError as error:
-                self.fail(self.failure or self.lost(to, error), what)
+            leaving = deque(self.works)
+            threading.Thread(target=self.leave, args=[leaving], name="links, leaving", daemon=True).start()
+            self.wait(lambda: not leaving, lambda: [to for to, _ in leaving], what)
         self.works, self.inside = [], False
 
     def close(self):
@@ -300,6 +298,20 @@ class TorchLinks(Links):
             dist.destroy_process_group(group)
 
     # ---- messages ----------------------------------------------------------------------------------------------------
+    def leave(self, leaving):
+        """A thread: takes out of `leaving` what has gone. Without a deadline of its own, at which gloo would close all
+        connections, so that this rank seemed to have died to the others, and they to it."""
+        try:
+            while leaving:
+                leaving[0][1].wait(FOREVER)
+                with self.changed:
+                    leaving.popleft()
+                    self.changed.notify_all()
+        except RuntimeError as error:
+            with self.changed:
+                self.failure = self.failure or self.lost(leaving[0][0], error)
+                self.changed.notify_all()
+
     def tell(self, to, tag, slot, delay=0.0):
         message = torch.tensor([slot, int(1e9 * delay)])
         self.works.append((to, dist.isend(message, to, group=self.group, tag=tag)))
