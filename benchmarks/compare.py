@@ -22,7 +22,6 @@ import importlib.util
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -175,12 +174,6 @@ def loader_of(config: Config, data: IndexedDataset) -> Loader:
     return Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step, seed=config.train.seed)
 
 
-def in_ranks(ranks: int, body: Callable[[int], object]):
-    """What the first of so many forked ranks returns; each has one thread."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(ranks, body, folder)[0]
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +208,7 @@ def memory(config: Config, data: IndexedDataset, steps: int = 2) -> dict[str, in
                 "moments": sum(moment.nbytes for moment in moments), "kept": sum(kept.values()),
                 "peak RSS": peak_rss() - before}  # fmt: skip
 
-    return in_ranks(1, body)
+    return run_ranks(1, body)[0]
 
 
 # ---- the mesh --------------------------------------------------------------------------------------------------------
@@ -238,7 +231,7 @@ def losses_on(config: Config, data: IndexedDataset, ranks: int, dtype: str, step
         trainee.mesh.close()
         return losses
 
-    return in_ranks(ranks, body)
+    return run_ranks(ranks, body)[0]
 
 
 def beside_one(config: Config, data: IndexedDataset, ranks: tuple[int, ...], dtype: str, steps: int) -> list[dict]:

@@ -25,7 +25,6 @@ Prints Markdown and what was wanted of it; writes benchmarks/results/pipeline-<c
 
 import dataclasses
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -230,11 +229,6 @@ def overhead(rank: int, stages: int, ranks: int, F: float, transport: str, spend
     return [] if rank else lines
 
 
-def in_ranks(world: int, body: Callable[[int], list[dict]]) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(world, body, folder)[0]
-
-
 def wanted(report: dict) -> list[dict]:
     """The bars, and whether they are met."""
     def line(what, value, bar, met):
@@ -264,7 +258,8 @@ def main(F: float = 0.012, rounds: int = 3, transport: str = "windows", out: Pat
         transport: of the races: windows, or torch.
         out: folder of the JSON file.
     """
-    report = {**machine(), "F": F, "races": in_ranks(STAGES, lambda rank: run(rank, SCENES, F, rounds, transport))}
+    report = {**machine(), "F": F}
+    report["races"] = run_ranks(STAGES, lambda rank: run(rank, SCENES, F, rounds, transport))[0]
     print(f"{report['cpu']}, torch {report['torch']}, commit {report['commit']}, F {1e3 * F:g} ms\n")
     print("| scene | schedule | micro-batches | ms | x interleaved | simulated | real / simulated | whole at |\n"
           + "|---" * 8 + "|")  # fmt: skip
@@ -274,8 +269,8 @@ def main(F: float = 0.012, rounds: int = 3, transport: str = "windows", out: Pat
     report["overhead"] = [
         line for stages, ranks, spend in ((2, 1, spin), (STAGES, 1, time.sleep), (STAGES, 2, time.sleep))
         for kind in ("windows", "torch")
-        for line in in_ranks(stages * ranks, partial(overhead, stages=stages, ranks=ranks, F=F / 4, transport=kind,
-                                                     spend=spend))
+        for line in run_ranks(stages * ranks, partial(overhead, stages=stages, ranks=ranks, F=F / 4, transport=kind,
+                                                      spend=spend))[0]
     ]  # fmt: skip
     print("\n| schedule | stages, ranks of each | work | transport | us | lowest decile |\n" + "|---" * 6 + "|")
     for row in report["overhead"]:

@@ -21,7 +21,6 @@ import dataclasses
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -48,12 +47,6 @@ from moe_ext.parallel.tensor import tensor_parallel
 from moe_ext.plan.ulysses import Sizes, steps
 
 CORES = len(os.sched_getaffinity(0))
-
-
-def in_ranks(world: int, body: Callable[[int], object]) -> list:
-    """What each of so many forked ranks returns."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(world, body, folder)
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
@@ -224,7 +217,7 @@ def time_layer(rank: int, shape: Shape, rounds: int) -> dict[str, list]:
 
 def layer_lines(shape: Shape, rounds: int) -> tuple[list[dict], list[dict]]:
     """-> lines of the tables of layers and of exchanges."""
-    ranks = in_ranks(shape.P, partial(time_layer, shape=shape, rounds=rounds))
+    ranks = run_ranks(shape.P, partial(time_layer, shape=shape, rounds=rounds))
     marks = {name: rounds_of(ranks, name) for name in ranks[0]}
     lines = []
     for form in shape.forms:
@@ -283,7 +276,7 @@ def memory_lines(shapes: list[Shape]) -> list[dict]:
     """Bytes are those of the rank that has most."""
     lines = [(shape, of, form) for of, form in product(("program", "documents"), ("ulysses", "gather"))
              for shape in shapes] + [(shapes[0], "scores", "ulysses")]  # fmt: skip
-    ranks = in_ranks(shapes[0].P, lambda rank: [program_bytes(shape, form) if of == "program"
+    ranks = run_ranks(shapes[0].P, lambda rank: [program_bytes(shape, form) if of == "program"
                                                 else core_bytes(shape, form, of) for shape, of, form in lines])
     report = []
     for (shape, of, form), *bytes in zip(lines, *ranks, strict=True):
@@ -343,7 +336,7 @@ def training_step(trainee: Trainee, batch: Batch, step: int) -> tuple:
 
 
 def training_lines(name: str, mesh: MeshConfig, lengths: tuple[int, ...], rounds: int) -> list[dict]:
-    ranks = in_ranks(mesh.world, partial(train, mesh=mesh, lengths=lengths, rounds=rounds))
+    ranks = run_ranks(mesh.world, partial(train, mesh=mesh, lengths=lengths, rounds=rounds))
     return [{"mesh": name, "S": S, "tokens/s": mesh.dp * S / statistics.median(wall(rounds_of(ranks, f"{S}"))),
              "bytes": max(rank[f"bytes {S}"] for rank in ranks)} for S in lengths]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 import traceback
 from datetime import timedelta
 
@@ -18,9 +19,13 @@ def fork() -> int:
     return pid
 
 
-def run_ranks(world, body, folder):
+def run_ranks(world, body, folder=None):
     """Call body(rank) in `world` forked gloo ranks and return what they returned, in rank order. `folder`: a new one
-    for each call, for the meeting and the results. RuntimeError if a rank fails; its traceback is on stderr."""
+    for each call, for the meeting and the results; None: a temporary one. RuntimeError if a rank fails; its traceback
+    is on stderr."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_ranks(world, body, folder)
     children = []
     for rank in range(world):
         child = fork()
