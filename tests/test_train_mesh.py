@@ -26,6 +26,8 @@ MESHES = {
     "tp2-etp2": dict(mesh__tp=2, mesh__etp=2),
     "fsdp2-tp2-ep4": dict(mesh__fsdp=2, mesh__tp=2, mesh__ep=4, train__micro_batch=2),
 }
+COLUMNS = "loss", "aux", "grad_norm", "balance", "zeros", "parameter_norm", "tokens", "sequences", "load"
+EVALUATIONS = "valid_loss", "choices_acc", "choices_acc_norm"
 ALL = dict(log__every=1, data__tokenizer="", train__device="cpu")
 
 
@@ -42,6 +44,14 @@ def fit(data, folder, store, resume="", *more, **options):                      
 
 def numbers(folder, *names):
     return [[r[name] for name in names] for r in records(folder) if names[0] in r]
+
+
+def same(folder, alone, begin=0):
+    """Steps from `begin` on, and evaluations, are those of a run of one process in fp64."""
+    np.testing.assert_allclose(numbers(folder, *COLUMNS), numbers(alone, *COLUMNS)[begin:], rtol=1e-9)
+    assert numbers(folder, "counts_LE") == numbers(alone, "counts_LE")[begin:]
+    for name in EVALUATIONS:
+        np.testing.assert_allclose(numbers(folder, name), numbers(alone, name), rtol=1e-9)
 
 
 @pytest.fixture(scope="module")

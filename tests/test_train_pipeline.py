@@ -9,7 +9,6 @@ import threading
 import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from ranks import fork, run_ranks
@@ -17,7 +16,7 @@ from test_choices import quiz, write
 from test_failure import server  # noqa: F401
 from test_log_megatron import shape
 from test_train import data, flags  # noqa: F401
-from test_train_mesh import ALL, fit, numbers
+from test_train_mesh import ALL, fit, numbers, same
 
 import moe_ext.train
 from moe_ext import checkpoint, evaluate
@@ -37,7 +36,6 @@ PIPELINES = {
                 pipeline__transport="windows"),
     "1f1b": dict(mesh__pp=4, pipeline__schedule="1f1b"),
 }
-COLUMNS = "loss", "aux", "grad_norm", "balance", "zeros", "parameter_norm", "tokens", "sequences", "load"
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +50,6 @@ def options(data, tmp_path_factory):                                            
 def alone(data, options, tmp_path_factory):                                                 # noqa: F811
     folder = tmp_path_factory.mktemp("alone")
     return fit(data, folder, folder / "store", "", "--model.tied", **options)
-
-
-def same(folder, alone, begin=0):
-    np.testing.assert_allclose(numbers(folder, *COLUMNS), numbers(alone, *COLUMNS)[begin:], rtol=1e-9)
-    assert numbers(folder, "counts_LE") == numbers(alone, "counts_LE")[begin:]
-    for name in ("valid_loss", "choices_acc", "choices_acc_norm"):
-        np.testing.assert_allclose(numbers(folder, name), numbers(alone, name), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
