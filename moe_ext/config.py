@@ -32,6 +32,7 @@ else:
     import tomli as tomllib
 
 Act = Literal["swiglu", "geglu", "geglu_tanh", "swiglu_oai", "silu", "gelu", "gelu_tanh", "relu"]
+Sharing = Literal["ulysses", "gather"]      # of a sequence: heads for tokens, or all keys and values
 Order = Literal["gpipe", "1f1b", "interleaved", "breadth_first", "depth_first", "dfc", "bfc"]
 
 
@@ -306,14 +307,14 @@ class MeshConfig:
     ep: int = 1                         # ranks that share the experts, whole ones each
     etp: int = 1                        # ranks that share every expert: 1 or tp
     transport: Literal["torch", "windows", "nccl"] = "torch"    # of the token exchange (moe_ext.parallel.transport)
-    attention: Literal["ulysses", "gather"] = "ulysses"     # over sp: each rank gets all tokens of some heads; or all
-                                        # keys and values for its own tokens; with sp 1 it does nothing
+    attention: Sharing = "ulysses"      # over sp: each rank gets all tokens of some heads; or all keys and values for
+                                        # its own tokens; with sp 1 it does nothing
 
     def __post_init__(self):
         for name, size in self.sizes.items():
             require(size >= 1, f"mesh.{name} is {size}; it must be positive")
         require(self.etp in (1, self.tp), f"mesh.etp is {self.etp}; it must be 1 or mesh.tp = {self.tp}")
-        shared = self.fsdp * self.sp * self.tp
+        shared = self.shards * self.tp
         if shared % (self.ep * self.etp):
             raise ConfigError(f"mesh.ep * mesh.etp = {self.ep * self.etp} does not divide mesh.fsdp * mesh.sp * "
                               f"mesh.tp = {shared}: the nearest mesh.ep that does is "
@@ -351,7 +352,7 @@ class MeshConfig:
     @property
     def efsdp(self) -> int:
         """Ranks that share the parameters of one rank's experts."""
-        return self.fsdp * self.sp * self.tp // (self.ep * self.etp)
+        return self.shards * self.tp // (self.ep * self.etp)
 
 
 def meshes(world: int, sp: int = 1) -> list[MeshConfig]:
@@ -374,6 +375,12 @@ def pipelines(world: int) -> list[MeshConfig]:
 def divisors(n: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return small + [n // d for d in reversed(small) if d * d < n]
+
+
+def ulysses_ranks(heads: int, groups: int) -> list[int]:
+    """The numbers of ranks that can each have as many of the query heads, and their key/value heads: those that divide
+    the query heads, and divide the key/value heads or are a multiple of them."""
+    return [ranks for ranks in divisors(heads) if groups % ranks == 0 or ranks % groups == 0]
 
 
 def nearest(wanted: int, choices: list[int]) -> int:
@@ -478,7 +485,7 @@ class Config:
         heads, groups = model.heads // tp, model.kv_groups // tp       # of a tp rank
 
         def shares(sp):
-            return mesh.attention == "gather" or (heads % sp == 0 and (groups % sp == 0 or sp % groups == 0))
+            return mesh.attention == "gather" or sp in ulysses_ranks(heads, groups)
 
         fits = nearest(sp, [sp for sp in divisors(model.seq_len // tp) if shares(sp)])
         require(model.seq_len % (sp * tp) == 0, f"mesh.sp {sp} * mesh.tp {tp} ranks cannot share model.seq_len "

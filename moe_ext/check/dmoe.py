@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_ext.check.world import OnMesh, World, describe
+from moe_ext.check.world import DTYPES, OnMesh, World, describe
 from moe_ext.config import MeshConfig, require
 from moe_ext.layers.fused import FusedMoE
 from moe_ext.parallel.collectives import gather_rows
@@ -38,7 +38,6 @@ from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import parallelize, shard
 from moe_ext.parallel.transport import TorchTransport
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 TOLERANCES = {"bf16": 1.6e-2, "fp32": 1e-5, "fp64": 1e-12}  # of a tensor's largest value
 LEARNING_RATE = 0.1
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ext.check.world import OnMesh, World, describe, from_environment
-from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig, TrainConfig, require
+from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig, Sharing, TrainConfig, require
 from moe_ext.model import GPT
 from moe_ext.parallel.collectives import gather
 from moe_ext.parallel.mesh import Mesh
@@ -44,7 +44,7 @@ class OneSentence(OnMesh):
     pp: int = from_environment("PP", 1)  # stages of a pipeline, each of dp * shard * sp * tp ranks; $PP
     chunks: int = 1  # pieces of the model on each stage
     sp: int = from_environment("SP", 1)  # ranks that share the sentence, and the parameters as shard's do; $SP
-    attention: Literal["ulysses", "gather"] = "ulysses"  # over sp: all tokens of some heads, or all keys and values
+    attention: Sharing = "ulysses"  # over sp: all tokens of some heads, or all keys and values
     dtype: Literal["fp32", "fp64"] = "fp32"  # of parameters and activations; fp64 runs on the CPU
     loss_parallel: bool = True  # each tp rank holds the logits of its part of the vocabulary; else all of them
     vocab: int = 4096  # rows of embedding and head, at least 256; GPT-2 has 50257

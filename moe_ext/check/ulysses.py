@@ -31,15 +31,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ext.attention import attend
 from moe_ext.check.live import Live
-from moe_ext.check.world import Command, World
-from moe_ext.config import divisors, nearest, require
+from moe_ext.check.world import DTYPES, Command, World
+from moe_ext.config import Sharing, divisors, nearest, require
 from moe_ext.ops.define import Function
 from moe_ext.parallel.collectives import gather, gather_rows
-from moe_ext.parallel.mlp import mlps
-from moe_ext.parallel.sequence import AllGather, Ulysses
+from moe_ext.parallel.mlp import Form, mlps
+from moe_ext.parallel.sequence import FORMS
 from moe_ext.plan.ulysses import Measured, Sizes, Step, lines, steps
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 ATTENTION = "d input", "d Q", "d K", "d V", "d O"       # its gradients
 NEAR = 0.05         # of the planned bytes
 
@@ -55,8 +54,8 @@ class Long(Command):
     hidden: int = 256  # of an MLP
     layers: int = 3  # MLPs, one after the other
     tp: int = 0  # ranks that share an MLP's weights; 0: all
-    attention: Literal["ulysses", "gather"] = "ulysses"  # exchange heads for tokens; or gather keys and values
-    mlp: Literal["all-reduce", "reduce-scatter"] = "all-reduce"  # of what the ranks of a group add up
+    attention: Sharing = "ulysses"  # exchange heads for tokens; or gather keys and values
+    mlp: Form = "all-reduce"  # of what the ranks of a group add up; or reduce-scatter
     backward: bool = True  # of attention
     mlp_backward: bool = True  # of the MLPs
     dtype: Literal["bf16", "fp32", "fp64"] = "fp32"
@@ -100,7 +99,7 @@ class Program:
         self.sizes, self.device, self.dtype = sizes, device, DTYPES[sizes.dtype]
         self.tp = init_device_mesh(device.type, (sizes.dp, sizes.tp), mesh_dim_names=("dp", "tp")).get_group("tp")
         self.rank, self.tp_rank = dist.get_rank(), dist.get_rank(self.tp)
-        self.across = {"ulysses": Ulysses, "gather": AllGather}[sizes.attention]()
+        self.across = FORMS[sizes.attention]()
 
     def draw(self, name: str, pieces: range, shape: tuple[int, ...], std=1.0):
         """[len(pieces) * rows, columns]"""

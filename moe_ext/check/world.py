@@ -28,6 +28,7 @@ import torch.distributed as dist
 import moe_ext
 from moe_ext.config import require
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 
 

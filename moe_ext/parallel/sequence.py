@@ -22,7 +22,7 @@ from torch import nn
 
 from moe_ext import private
 from moe_ext.attention import Documents
-from moe_ext.config import divisors
+from moe_ext.config import ulysses_ranks
 from moe_ext.model import GPT, Attention
 from moe_ext.parallel.collectives import all_to_all, as_autocast, gather
 
@@ -30,7 +30,7 @@ from moe_ext.parallel.collectives import all_to_all, as_autocast, gather
 def sequence_parallel(model: nn.Module, mesh) -> None:
     """Spread the tokens of a GPT, or a part of it, over mesh.tokens' sp ranks, in the form that mesh.config.attention
     names. In place."""
-    across = {"ulysses": Ulysses, "gather": AllGather}[mesh.config.attention](mesh.tokens.get_group("sp"))
+    across = FORMS[mesh.config.attention](mesh.tokens.get_group("sp"))
     for module in model.modules():
         if isinstance(module, GPT):
             module.mine = across.mine
@@ -100,11 +100,11 @@ class Ulysses(Across):
         q_BHnd, k_BGnd, v_BGnd = map(as_autocast, (q_BHnd, k_BGnd, v_BGnd))
         self.check(q_BHnd, k_BGnd, v_BGnd, seen, sinks_H)
         P, H, G = self.ranks, q_BHnd.shape[1], k_BGnd.shape[1]
-        if H % P or (G % P and P % G):
-            fits = [str(p) for p in divisors(H) if G % p == 0 or p % G == 0]
+        if P not in (fits := ulysses_ranks(H, G)):
+            choice = ", ".join(map(str, fits))
             raise ValueError(f"Ulysses: {P} ranks cannot share {H} query and {G} key/value heads: it wants ranks that "
-                             f"divide the query heads, and divide the key/value heads or are a multiple of them: take "
-                             f"{', '.join(fits)}, or AllGather (mesh.attention gather), which divides no heads")
+                             "divide the query heads, and divide the key/value heads or are a multiple of them: take "
+                             f"{choice}, or AllGather (mesh.attention gather), which divides no heads")
         c = max(1, P // G)      # ranks get the same heads of k and v: of an axis of its own, so that none is copied
         parts = [t.unflatten(1, (P // c, -1, each)).expand(-1, -1, c, -1, -1, -1).permute(1, 2, 4, 0, 3, 5)
                  for t, each in ((q_BHnd, H // P), (k_BGnd, c * G // P), (v_BGnd, c * G // P))]
@@ -139,3 +139,6 @@ class AllGather(Across):
         if seen is not None and seen.ndim == 4:
             seen = seen[:, :, end - n:end, :end + (sinks_H is not None)]
         return attend(q_BHnd, k[:, :, :end], v[:, :, :end], seen, sinks_H)
+
+
+FORMS = {"ulysses": Ulysses, "gather": AllGather}     # mesh.attention

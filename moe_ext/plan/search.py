@@ -13,9 +13,9 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from moe_ext.config import Config, ConfigError, MeshConfig, PipelineConfig, divisors
+from moe_ext.config import Config, ConfigError, MeshConfig, PipelineConfig, Sharing, divisors
 from moe_ext.parallel.schedule import check
 from moe_ext.plan.memory import Memory, memory
 from moe_ext.plan.roofline import RESERVE, SHARES, Device, Estimate, Shares, estimate
@@ -88,7 +88,7 @@ def sharings(config: Config, tp: int, most: int) -> Iterator[tuple[int, str]]:
     yield 1, config.mesh.attention
     for sp in divisors(math.gcd(most, c.seq_len // tp))[1:]:
         if c.seq_len >= LEAST * sp * tp:
-            yield from ((sp, attention) for attention in ("ulysses", "gather"))
+            yield from ((sp, attention) for attention in get_args(Sharing))
 
 
 def micro_batches(config: Config, mesh: MeshConfig, pipeline: PipelineConfig | None = None) -> list[int]:

@@ -18,7 +18,8 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
-from moe_ext.config import ConfigError, cli, divisors, nearest, require
+from moe_ext.config import ConfigError, Sharing, cli, divisors, nearest, require, ulysses_ranks
+from moe_ext.parallel.mlp import Form
 from moe_ext.plan.roofline import DEVICES, RESERVE, Device, wires
 
 WIDTHS = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -37,8 +38,8 @@ class Sizes:
     tp: int = 8                 # ranks that share an MLP's weights
     dp: int = 2                 # groups of tp ranks
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
-    attention: Literal["ulysses", "gather"] = "ulysses"     # exchange heads for tokens; or gather keys and values
-    mlp: Literal["all-reduce", "reduce-scatter"] = "all-reduce"     # of what the ranks of a group add up
+    attention: Sharing = "ulysses"      # exchange heads for tokens; or gather keys and values
+    mlp: Form = "all-reduce"    # of what the ranks of a group add up; or reduce-scatter
     backward: bool = True       # of attention
     mlp_backward: bool = False  # of the MLPs
 
@@ -55,7 +56,7 @@ class Sizes:
                 + (f"are {below} and {below + P}" if below else f"is {P}"))
         if self.attention == "gather":
             return
-        fit = [r for r in divisors(self.heads) if self.kv % r == 0 or r % self.kv == 0]
+        fit = ulysses_ranks(self.heads, self.kv)
         require(P <= self.heads, f"--heads {self.heads} are fewer than {shared}, and Ulysses gives each a head: take "
                 f"at most {fit[-1]} ranks, or --attention gather, which shares no heads")
         require(P in fit, f"{shared} do not share --heads {self.heads} and {self.kv} key/value heads evenly: the "
@@ -118,6 +119,12 @@ class Sizes:
     def score_flops(self) -> int:
         """Of queries with keys and scores with values, each token with those up to itself."""
         return 2 * self.n * (self.n + 1) * self.dim
+
+    @property
+    def last_score_flops(self) -> int:
+        """The same of the last rank's tokens, where each rank has its own."""
+        n = self.mine
+        return 4 * self.dim * (n * (self.n - n) + n * (n + 1) // 2)
 
     def exchange(self, heads: int) -> Collective | None:
         """Of all tokens of a rank, so many heads for each rank."""
@@ -451,7 +458,7 @@ def keys_of_all(m: Program) -> None:
     if not s.backward:
         m.free("logsumexp")
     m.step("attention", "attend", ATTEND, *made, flops=s.score_flops, remark=s.causal,
-           rank_flops=4 * s.dim * (n * (s.n - n) + n * (n + 1) // 2))
+           rank_flops=s.last_score_flops)
     m.free("k", "v", *[] if s.backward else ["q", "k_ v_"])
     m.step("attention", "output", OUTPUT, m.new("output", "N/P, d", n, s.dim), flops=2 * s.n * s.dim ** 2)
     if not s.backward:
@@ -541,9 +548,8 @@ def keys_back(m: Program) -> list[str]:
         m.new("dv_", f"N, {g}, d/h", s.n, G, d)
         m.free(*(name + part for name in ("dq", "dk_", "dv_") for part in (" 1", " 2")))
     m.free("dc_", "q", "k_ v_", "c", "logsumexp")
-    rank_flops = 10 * s.dim * (n * (s.n - n) + n * (n + 1) // 2)
     m.step("backward", "attend", AGAIN, *(m.alive[name] for name in ("dq", "dk_", "dv_")),
-           flops=5 * s.score_flops // 2, rank_flops=rank_flops, remark="causal")
+           flops=5 * s.score_flops // 2, rank_flops=5 * s.last_score_flops // 2, remark="causal")
     m.new("dk dv", f"2, {g}, N, d/h", 2, G, s.n, d)
     m.free("dk_", "dv_")
     if P > 1:
