@@ -41,7 +41,7 @@ from moe_ext.evaluate import evaluate
 from moe_ext.layers.fused import MLP
 from moe_ext.log.draw import centred_mean, draw_load_map
 from moe_ext.model import GPT, precision
-from moe_ext.optim import adamw, clip_grad_norm, learning_rate, set_learning_rate
+from moe_ext.optim import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.ranks import run_ranks
 from moe_ext.parallel.shard import backward, build
@@ -149,7 +149,7 @@ class Trainee:
     def __init__(self, config: Config):
         self.config, self.mesh = config, Mesh(config.mesh)
         self.model = build(config, self.mesh)
-        self.optimizer = adamw(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim)
 
     def gradients(self, batch, step: int) -> dict[str, torch.Tensor]:
         """Forward and backward -> this rank's parts of the loss per token and of the balance loss (1: balanced), its

@@ -272,8 +272,32 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MuonConfig:
+    momentum: float = 0.95              # of the gradient's mean
+    nesterov: bool = True               # look ahead by one step
+    ns_steps: int = 5                   # of Newton-Schulz
+    ns_dtype: Literal["fp64", "fp32", "bf16"] = "bf16"  # in which it computes, and matrices travel
+    adjust_lr: Literal["original", "match_rms_adamw", "spectral", "none"] = "match_rms_adamw"  # by a matrix's shape
+
+
+@dataclass(frozen=True)
+class ShampooConfig:
+    precondition_frequency: int = 20    # steps between two inverse roots
+    start_preconditioning_step: int = 0 # until then grafting alone; 0: precondition_frequency
+    max_preconditioner_dim: int = 2048  # matrices with more rows or columns are cut into blocks
+    grafting: Literal["adam", "sgd", "none"] = "adam"   # whose step has the length of each block's
+    graft_eps: float = 1e-8             # of grafting's Adam
+    root_dtype: Literal["fp64", "fp32"] = "fp64"        # of the eigendecomposition
+
+
+@dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw"] = "adamw"    # decoupled weight decay, torch's fused step
+    name: Literal["adamw", "muon", "shampoo"] = "adamw"     # of matrices and experts; the others have AdamW
+    rule: str = ""                      # which parameters have which, "PATTERN or KIND: OPTIMIZER [LR FACTOR], ..",
+                                        # the first that fits; kinds: matrices, experts, embeddings, norms; "": by name
+    state: Literal["full", "bf16", "host"] = "full"     # as the parameters; rounded; in the host's memory
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    shampoo: ShampooConfig = field(default_factory=ShampooConfig)
     lr: float = 1e-3                    # peak learning rate
     min_lr: float = 1e-4                # learning rate of the last step
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"   # after the warm-up

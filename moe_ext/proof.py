@@ -67,7 +67,7 @@ from moe_ext.config import (
 )
 from moe_ext.layers.fused import site
 from moe_ext.model import GPT, set_recomputation
-from moe_ext.optim import adamw, clip_grad_norm
+from moe_ext.optim import build_optimizer, clip_grad_norm
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.ranks import fork, run_ranks
@@ -503,7 +503,7 @@ def train(case: Case, mesh: Mesh) -> Record:
         layer.experts.register_forward_pre_hook(note_rows)
         layer.gate.register_forward_hook(note_margin)
     optim = OptimConfig(lr=1e-2, min_lr=0.0, eps=1e-4, clip=case.clip)
-    optimizer = adamw(model, optim)
+    optimizer = build_optimizer(model, optim)
     step_text = (*text(case), *documents(case))
     dice, scale = random.Random(mesh.rank), SCALE if mesh.world > 1 else 1.0
     pipeline = Pipeline(model, mesh, case.pipeline, micro_batch=case.micro_batch, micros=case.accumulation,

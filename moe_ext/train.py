@@ -37,7 +37,7 @@ from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
 from moe_ext.generate import complete, load_tokenizer
 from moe_ext.log import Log, Memory, Silence, Timers, peak_flops, plot
 from moe_ext.model import GPT, parameter_dtype, precision
-from moe_ext.optim import LossScaler, adamw, count_zeros, learning_rate, parameter_norm, set_learning_rate
+from moe_ext.optim import LossScaler, build_optimizer, count_zeros, learning_rate, parameter_norm, set_learning_rate
 from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
@@ -98,7 +98,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)
-    optimizer = adamw(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, mesh.timeout)
     scaler = LossScaler(t.loss_scale, window=t.loss_scale_window, hysteresis=t.loss_scale_hysteresis,
                         enabled=t.dtype == "fp16")
     state, done, best, best_step, seconds = None, 0, None, None, 0.0

@@ -35,7 +35,7 @@ from moe_ext import checkpoint
 from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, build, dumps, parse, plain, require
 from moe_ext.layers.fused import MLP, FusedMoE, norm_power, site
 from moe_ext.model import GPT, normal_, parameter_dtype
-from moe_ext.optim import adamw
+from moe_ext.optim import build_optimizer
 from moe_ext.run import absolute, write
 
 
@@ -173,7 +173,7 @@ def convert(source: Path, config: Config, out: Path, **options) -> str:
         upcycle(dense, moe, seed=config.train.seed, **options)
         folder, name = os.path.split(os.path.abspath(out))
         config = absolute(replace(config, log=replace(config.log, folder=folder, name=name)))
-        checkpoint.save(work / "ckpt", model=moe, optimizer=adamw(moe, config.optim), step=0,
+        checkpoint.save(work / "ckpt", model=moe, optimizer=build_optimizer(moe, config.optim), step=0,
                         loader=SimpleNamespace(state_dict=dict), config=asdict(config))
         write(work, "config.toml", dumps(config).encode())
         tokenizer = source.absolute().parents[1] / "tokenizer.json"

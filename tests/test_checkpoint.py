@@ -13,7 +13,7 @@ from torch import nn
 
 from moe_ext.checkpoint import CheckpointError, latest, load, read_state, save, whole
 from moe_ext.config import OptimConfig
-from moe_ext.optim import adamw
+from moe_ext.optim import build_optimizer
 
 CONFIG = {"model": {"dim": 8, "moe": {"experts": 4, "top_k": 2}}, "train": {"steps": 100}}
 
@@ -59,7 +59,7 @@ class Run:
     def __init__(self, seed=0, **options):
         torch.manual_seed(seed)
         self.model = Model(**options)
-        self.optimizer = adamw(self.model, OptimConfig(lr=0.01))
+        self.optimizer = build_optimizer(self.model, OptimConfig(lr=0.01))
         self.loader = Stream()
 
     def train(self, steps):
@@ -331,7 +331,7 @@ def test_other_parameters_or_another_optimizer_are_refused(tmp_path, run):
         wider.load(path, config=None)
     other = Run()
     other.model.scale.requires_grad_(False)
-    other.optimizer = adamw(other.model, OptimConfig())
+    other.optimizer = build_optimizer(other.model, OptimConfig())
     with pytest.raises(CheckpointError, match="parameter scale: the checkpoint's optimizer moved it, this run's "):
         other.load(path)
     with pytest.raises(CheckpointError, match=r"parameter scale: .* did not move it, this run's does"):

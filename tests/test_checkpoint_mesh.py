@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from moe_ext.checkpoint import CheckpointError, latest, load, on_rank_0, save, whole
 from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimConfig, PipelineConfig, TrainConfig
 from moe_ext.model import GPT
-from moe_ext.optim import adamw
+from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import build
 from moe_ext.parallel.stages import Stage
@@ -511,7 +511,7 @@ class Staged(Run):
         config = Config(model=model, mesh=MeshConfig(**mesh), pipeline=PipelineConfig(chunks=chunks),
                         train=TrainConfig(seed=seed))
         self.model = build(config, Mesh(config.mesh))
-        self.optimizer = adamw(self.model, OptimConfig(lr=0.01))
+        self.optimizer = build_optimizer(self.model, OptimConfig(lr=0.01))
         self.loader = Stream(row=seed)
 
     def step(self, number):

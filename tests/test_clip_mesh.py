@@ -16,7 +16,7 @@ from moe_ext.config import OptimConfig
 from moe_ext.optim import (
     LossScaler,
     NonFiniteGradient,
-    adamw,
+    build_optimizer,
     clip,
     clip_grad_norm,
     count_zeros,
@@ -274,7 +274,7 @@ def test_one_rank_overflows_and_all_skip(tmp_path):
 
 # ---- AdamW -----------------------------------------------------------------------------------------------------------
 def three_steps(model, put, dtype):
-    optimizer = adamw(model, OptimConfig(lr=0.1, weight_decay=0.1))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.1))
     for step in range(1, 4):
         set_gradients(model, put, step, dtype)
         clip_grad_norm(model.named_parameters(), 1.0)

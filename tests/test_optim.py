@@ -10,7 +10,7 @@ from moe_ext.config import OptimConfig
 from moe_ext.optim import (
     LossScaler,
     NonFiniteGradient,
-    adamw,
+    build_optimizer,
     clip_grad_norm,
     cosine,
     learning_rate,
@@ -66,7 +66,7 @@ def test_adamw_decays_what_it_should():
     """With zero gradients a decaying parameter shrinks by lr * weight_decay and another does not move."""
     model = Tiny()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = adamw(model, OptimConfig(lr=0.5, weight_decay=0.1))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.5, weight_decay=0.1))
     set_learning_rate(optimizer, 0.25)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -77,7 +77,7 @@ def test_adamw_decays_what_it_should():
 
 
 def test_adamw_takes_its_settings():
-    optimizer = adamw(Tiny(), OptimConfig(lr=0.5, beta1=0.8, beta2=0.7, eps=1e-3))
+    optimizer = build_optimizer(Tiny(), OptimConfig(lr=0.5, beta1=0.8, beta2=0.7, eps=1e-3))
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.5, (0.8, 0.7), 1e-3, True)
 

@@ -17,7 +17,7 @@ import moe_ext.train
 from moe_ext import ops
 from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig, load, meshes, sequences
 from moe_ext.model import GPT, precision
-from moe_ext.optim import adamw
+from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import backward, build
 from moe_ext.plan import describe, memory, rows_per_token, traffic
@@ -130,7 +130,7 @@ def measured(world):
             if config.mesh.world == world:
                 mesh = Mesh(config.mesh)
                 model = build(config, mesh)
-                optimizer = adamw(model, config.optim)
+                optimizer = build_optimizer(model, config.optim)
                 with Meter() as meter:
                     step(config, mesh, model)
                 optimizer.step()

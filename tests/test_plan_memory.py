@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from moe_ext.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.layers.fused import Draws
 from moe_ext.model import GPT, parameter_dtype, precision
-from moe_ext.optim import adamw
+from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import build
 from moe_ext.plan import memory
@@ -151,7 +151,7 @@ def test_state():
     """Weights, gradients and moments of one process, to the byte."""
     config = case(bias=True, tied=True)
     model = GPT(config.model)
-    optimizer = adamw(model, config.optim)
+    optimizer = build_optimizer(model, config.optim)
     out, _ = forward(config, model, None)
     (out.token_loss + out.aux_loss).backward()
     optimizer.step()

@@ -15,7 +15,7 @@ from test_plan_memory import MODEL as WIDE
 
 from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig, TrainConfig
 from moe_ext.model import GPT, precision
-from moe_ext.optim import adamw
+from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.schedule import SCHEDULES
@@ -97,7 +97,7 @@ def measured(world):
                 continue
             c, t, mesh = config.model, config.train, Mesh(config.mesh)
             model = build(config, mesh)
-            optimizer = adamw(model, config.optim)
+            optimizer = build_optimizer(model, config.optim)
             pipeline = Pipeline(model, mesh, config.pipeline, micro_batch=t.micro_batch, micros=t.accumulation)
             text = torch.randint(c.vocab_size, (config.sequences_per_step, c.seq_len + 1),
                                  generator=torch.Generator().manual_seed(1))

@@ -16,7 +16,7 @@ from moe_ext.model import GPT
 from moe_ext.optim import (
     LossScaler,
     NonFiniteGradient,
-    adamw,
+    build_optimizer,
     clip_grad_norm,
     count_zeros,
     param_groups,
@@ -162,7 +162,7 @@ def life(config):
     """What stages do, in numbers that one process has too."""
     mesh = Mesh(config.mesh)
     model = build(config, mesh)
-    optimizer = adamw(model, config.optim)
+    optimizer = build_optimizer(model, config.optim)
     found = dict(initial=everything(model, lambda p: p), parameters=model.num_parameters(),
                  flops=model.flops_per_token(),
                  decays=sorted({name for g in param_groups(model, 0.1, decay_embeddings=False)
