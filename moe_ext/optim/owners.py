@@ -137,18 +137,24 @@ def parts(matrix: Matrix, team: Iterable[Place]) -> Iterator[tuple[Place, Box]]:
 
 
 def traffic(held: list[list[Place]], owned: list[tuple[Matrix, int]], itemsize: int) -> dict[int, int]:
-    """rank -> bytes that it sends in a trip, to owners and as one."""
-    sent, known = Counter(), {}
+    """rank -> bytes that it sends to others in a trip: shards to owners, results as one."""
+    found, alike, sent = {}, {}, {}
     for matrix, owner in owned:
         here = held[matrix.index]
-        if id(here) not in known:
-            known[id(here)] = {place.rank: (place, team) for team in teams(here).values() for place in team}
-        copy, team = known[id(here)][owner][0].copy, known[id(here)][owner][1]
-        for place, (_, size) in parts(matrix, team):
-            if place.rank != owner:
-                sent[owner] += math.prod(size) * itemsize
-                sent[place.rank] += (place.copy == copy) * math.prod(size) * itemsize
-    return dict(sent)
+        if id(here) not in found:
+            found[id(here)] = {place.rank: team for team in teams(here).values() for place in team}
+        team = found[id(here)][owner]
+        _, _, owners = alike.setdefault((id(team), matrix.start[-2:], matrix.shape), (matrix, team, Counter()))
+        owners[owner] += 1
+    for matrix, team, owners in alike.values():     # the first of those of which each rank has as much
+        volume = Counter({place.rank: math.prod(size) for place, (_, size) in parts(matrix, team)})
+        gathered = Counter()                        # from each copy
+        for place in team:
+            gathered[place.copy] += owners[place.rank]
+        for rank, copy in ((place.rank, place.copy) for place in team):
+            elements = volume[rank] * (gathered[copy] - owners[rank]) + owners[rank] * (volume.total() - volume[rank])
+            sent[rank] = sent.get(rank, 0) + elements * itemsize
+    return sent
 
 
 def meet(a: Box, b: Box) -> Box | None:
@@ -211,16 +217,21 @@ class Owners:
         self.owned = assign(held, [p.shape for p in parameters], cost, most)
         self.mine = [matrix for matrix, owner in self.owned if owner == self.rank]
 
-        here = {id(places): next({place.rank: place for place in team} for team in teams(places).values()
-                                 if any(place.rank == self.rank for place in team)) for places in held}
-        own = [here[id(places)] for places in held]         # of each parameter: rank -> place, of this rank's team
+        own = {}        # rank -> place, of this rank's team
+        for here in {id(here): here for here in held}.values():
+            group = next(place.group for place in here if place.rank == self.rank)
+            own[id(here)] = {place.rank: place for place in teams(here)[group]}
+        own = [own[id(here)] for here in held]
         self.boxes = [team[self.rank].box for team in own]
-        shared = {}
+        shared = {}     # ranks of a team -> (matrix, owner)
+        tasks = [shared.setdefault(tuple(team), []) for team in own]
         for matrix, owner in self.owned:
             if owner in own[matrix.index]:
-                shared.setdefault(tuple(own[matrix.index]), []).append((matrix, owner))
+                tasks[matrix.index].append((matrix, owner))
         self.teams, self.buckets = [], []
-        for ranks, theirs in shared.items():    # on all ranks in the same order: so are groups made and used
+        for ranks, theirs in shared.items():     # in the order of parameters, so on all ranks in the same
+            if not theirs:
+                continue
             first = theirs[0][0].index
             group = process_group(parameters[first], list(ranks), timeout)
             if group is not None:
@@ -271,11 +282,12 @@ class Owners:
             moved: Collection[int] | None = None) -> None:
         """One trip. All ranks of the parameters' meshes call it.
 
-        source(i, slices) -> those values of this rank's part of the tensor of parameter i, at the latest when its
-        bucket goes. compute(matrices, wholes) -> a result of the same shape for each whole, which is not to be written.
-        sink(i, slices, piece) takes a part of a result. dtype: of all that travels, also from here to here. moved: the
-        parameters that take part, None: all; without a gradient one is left alone, as in torch. Errors: ValueError, on
-        all ranks of a team before anything travels, if one moves a parameter that another one does not.
+        source(i, slices) -> those values of this rank's part of the tensor of parameter i. compute(matrices, wholes) ->
+        a result of its shape for each whole. sink(i, slices, piece) takes a part of a result; of other matrices than
+        those still to be asked for. dtype: of all wholes and pieces. moved: the parameters that take part, None: all;
+        one without a gradient is left alone, as in torch. Errors: ValueError on all ranks of a team, before anything
+        travels, if one moves a parameter that another one does not. What compute raises ends the trip here, and the
+        others when their collectives do (moe_ext.parallel.failure names this rank).
         """
         everything = range(len(self.names))
         moved = everything if moved is None else set(moved)
@@ -352,7 +364,7 @@ class Owners:
         work = dist.all_to_all_single(got, message, here, there, group=bucket.group, async_op=True)
 
         def arrived():
-            work.wait()         # on CUDA the stream's; until then torch holds the message, which is in flight
+            work.wait()         # on CUDA the stream does; until then torch keeps the message
             return [(piece, part.view(piece.size)) for piece, part in split(got, into)]
         return arrived
 

@@ -57,7 +57,8 @@ from moe_ext.config import Config, ConfigError
 PATIENCE = 6            # beats of silence that convict a rank once another one has had a RuntimeError
 LINGER = 20             # seconds within which a process that has lost another rank must have ended
 LEFT = "left"           # the last heartbeat of a rank that ended well
-EXCHANGE = re.compile(r"/torch/distributed/(?!tensor/)|/moe_ext/parallel/(links|transport)\.py$")   # files that wait
+EXCHANGE = re.compile(r"/torch/distributed/(?!tensor/)|/moe_ext/parallel/(links|transport)\.py:"
+                      r"|/moe_ext/optim/owners\.py:arrived$")       # files and functions that wait
 LATE = re.compile(r"timed? ?out|within [\d.]+ s", re.I)      # in the words of one that has waited long enough
 
 
@@ -188,7 +189,7 @@ class Watch:
     def _waits(self) -> bool:
         """Whether this rank is not who keeps the others waiting: it has raised or left, or is in an exchange."""
         frame = sys._current_frames().get(threading.main_thread().ident)
-        while frame and not EXCHANGE.search(frame.f_code.co_filename):
+        while frame and not EXCHANGE.search(f"{frame.f_code.co_filename}:{frame.f_code.co_name}"):
             frame = frame.f_back
         return self.leaving.is_set() or frame is not None
 
