@@ -11,8 +11,8 @@ them with least to do so far, the costliest matrices first (LPT, Graham 1969). O
 the owner; all get the result from it, so they stay equal.
 
 Matrices go in buckets, in the order in which they were assigned, so that in each the owners have about the same to do:
-while one is computed the next one comes and the last one's results go. So a rank holds, in wholes, results and messages,
-at most seven times `bucket` elements, or as much as if a bucket were one matrix of each owner.
+while one is computed the next one comes and the last one's results go. So a rank holds, in wholes, results and
+messages, at most seven times `bucket` elements; more only where one matrix of each owner is more.
 """
 from __future__ import annotations
 
