@@ -34,13 +34,21 @@ SIZES = dict(vocab_size=VOCABULARY, seq_len=LENGTH, layers=1, dim=16, heads=4, h
 EXPERTS = MoEConfig(experts=4, top_k=2, hidden=24)
 MODELS = {"dense": ModelConfig(**SIZES), "moe": ModelConfig(**SIZES, moe=EXPERTS),
           "stages": ModelConfig(**SIZES | dict(layers=2, tied=True), moe=EXPERTS)}
-CASES = [(name, model, mesh) for model, mesh in [
-    ("moe", dict(fsdp=2)), ("moe", dict(rep=2)), ("moe", dict(tp=2)), ("moe", dict(fsdp=2, ep=2)),
-    ("moe", dict(tp=2, etp=2)), ("dense", dict(sp=2)), ("stages", dict(pp=2)),
-    ("dense", dict(fsdp=4)), ("moe", dict(rep=2, fsdp=2, ep=2)), ("moe", dict(rep=4)), ("stages", dict(pp=2, fsdp=2)),
-    ("moe", dict(fsdp=2, tp=2, ep=2, etp=2)),
-    ("moe", dict(fsdp=8)), ("moe", dict(rep=2, fsdp=2, tp=2, ep=2)), ("moe", dict(fsdp=4, sp=2, ep=2)),
-] for name in ("muon", "shampoo")]
+BOTH = "muon", "shampoo"
+CASES = [(name, model, mesh) for names, model, mesh in [
+    (BOTH, "moe", dict(fsdp=2)), (BOTH, "moe", dict(rep=2)), (BOTH, "moe", dict(tp=2)),
+    (BOTH, "moe", dict(fsdp=2, ep=2)), (BOTH, "moe", dict(tp=2, etp=2)), (BOTH, "dense", dict(sp=2)),
+    (BOTH, "stages", dict(pp=2)),
+    (BOTH, "dense", dict(fsdp=4)), (BOTH, "moe", dict(rep=2, fsdp=2, ep=2)), (["muon"], "moe", dict(rep=4)),
+    (["shampoo"], "stages", dict(pp=2, fsdp=2)), (["muon"], "moe", dict(fsdp=2, tp=2, ep=2, etp=2)),
+    (BOTH, "moe", dict(fsdp=8)), (["shampoo"], "moe", dict(rep=2, fsdp=2, tp=2, ep=2)),
+    (["muon"], "moe", dict(fsdp=4, sp=2, ep=2)),
+] for name in names]
+
+
+@functools.cache
+def mesh_of(config):
+    return Mesh(config, "cpu")
 
 
 def ten_steps(name, model, mesh):
@@ -51,7 +59,7 @@ def ten_steps(name, model, mesh):
         optim=OptimConfig(name=name, lr=1e-2, eps=1e-6, muon=MuonConfig(ns_dtype="fp64"),
                           rule=f"matrices: {name}, experts: {name}, embeddings: {name}, norms: adamw",
                           shampoo=ShampooConfig(precondition_frequency=3, max_preconditioner_dim=10)))
-    mesh = Mesh(config.mesh, "cpu")
+    mesh = mesh_of(config.mesh)
     model = build(config, mesh)
     optimizer = build_optimizer(model, config.optim)
     pipeline = Pipeline(model, mesh, config.pipeline, micro_batch=config.train.micro_batch, micros=1)
@@ -66,7 +74,6 @@ def ten_steps(name, model, mesh):
         optimizer.step()
         optimizer.zero_grad()
     pipeline.close()
-    mesh.close()
     return {key: (*box_of(p), p.to_local().detach().clone()) if isinstance(p, DTensor)
             else ([0] * p.ndim, list(p.shape), p.detach().clone()) for key, p in model.named_parameters()}
 
