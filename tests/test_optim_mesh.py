@@ -41,8 +41,8 @@ CASES = [(name, model, mesh) for names, model, mesh in [
     (BOTH, "stages", dict(pp=2)),
     (BOTH, "dense", dict(fsdp=4)), (BOTH, "moe", dict(rep=2, fsdp=2, ep=2)), (["muon"], "moe", dict(rep=4)),
     (["shampoo"], "stages", dict(pp=2, fsdp=2)), (["muon"], "moe", dict(fsdp=2, tp=2, ep=2, etp=2)),
-    (BOTH, "moe", dict(fsdp=8)), (["shampoo"], "moe", dict(rep=2, fsdp=2, tp=2, ep=2)),
-    (["muon"], "moe", dict(fsdp=4, sp=2, ep=2)),
+    (["muon"], "moe", dict(fsdp=2, sp=2, ep=2)),
+    (BOTH, "dense", dict(fsdp=8)), (["shampoo"], "moe", dict(rep=2, fsdp=2, tp=2, ep=2)),
 ] for name in names]
 
 
