@@ -13,6 +13,9 @@
 A copy from or to pinned memory is one more piece of work of the current stream, for which the host does not wait: who
 reads what is kept on the host by other means than `get` synchronises first. Optimizers get and put one bucket after
 another, so what is fetched or widened at a time is bounded.
+
+An optimizer that is Keeping says with `place` which tensors its state has, and where: checkpoints and load_state_dict
+read into them what was kept in another way, or on another mesh, and refuse what another optimizer kept.
 """
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ SLOWEST = 0.99      # the greatest decay of a mean in bf16
 
 
 class Kept:
+    """How one optimizer keeps its state. ValueError for another word."""
+
     def __init__(self, how: str = "full"):
         if how not in KINDS:
             raise ValueError(f"state: got {how!r}, wanted \"full\", \"bf16\" or \"host\"")
@@ -54,6 +59,36 @@ class Kept:
         if self.how == "bf16" and beta > SLOWEST:
             raise ValueError(f"{name}: got {beta}, wanted at most {SLOWEST} with state \"bf16\", which would round away "
                              f"what a step adds: set {name} lower, or state to \"host\" or \"full\"")
+
+
+class Keeping(torch.optim.Optimizer):
+    """Mixed in before an optimizer, with a Kept as `keep`, made before Optimizer.__init__; `place` is the optimizer's.
+    """
+
+    keep: Kept
+
+    def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor | None:
+        """Room for the state `key` of parameter p, which was saved with this shape and dtype: a tensor as this
+        optimizer keeps it, to be filled; None if it is another rank's. ValueError if it keeps no such state."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "keep": self.keep}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but each tensor is kept as this optimizer keeps it, and what another one kept is an error. Of
+        state_dict() on the same mesh: for another there are checkpoints. Errors: ValueError, and nothing is loaded."""
+        states = {}
+        moved = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(indices, moved, strict=False):          # super() refuses other numbers of parameters
+            states[p] = {}
+            for key, value in state_dict["state"].get(i, {}).items():
+                room = self.place(p, key, list(value.shape), value.dtype)
+                if room is not None:
+                    states[p][key] = room.copy_(value)
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update({p: state for p, state in states.items() if state})
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
