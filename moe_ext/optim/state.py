@@ -35,7 +35,7 @@ class Kept:
         self.how = how
 
     def zeros(self, like: torch.Tensor, shape=None) -> torch.Tensor:
-        """Zeros as they are kept, of the shape of `like`, sharded as it is; or of another, plain, on this rank alone."""
+        """Zeros as they are kept, shaped and sharded as `like` is; of another shape, plain, on this rank alone."""
         dtype = torch.bfloat16 if self.how == "bf16" else like.dtype
         where = dict(device=like.device)
         if self.how == "host":
@@ -57,8 +57,8 @@ class Kept:
         """ValueError if a mean of squares with this decay would stand still: of bf16 a change of less than 2^-9 is
         lost, and with beta .999 no step changes the mean by more until a square is thrice as large."""
         if self.how == "bf16" and beta > SLOWEST:
-            raise ValueError(f"{name}: got {beta}, wanted at most {SLOWEST} with state \"bf16\", which would round away "
-                             f"what a step adds: set {name} lower, or state to \"host\" or \"full\"")
+            raise ValueError(f"{name}: got {beta}, wanted at most {SLOWEST} with state \"bf16\", which rounds away "
+                             f"what a step changes: set {name} lower, or state to \"host\" or \"full\"")
 
 
 class Keeping(torch.optim.Optimizer):
