@@ -45,7 +45,7 @@ class AdamW(Keeping, torch.optim.AdamW):
             return torch.zeros((), dtype=torch.float32, device=p.device)
         if key in MOMENTS and list(shape) == list(p.shape):
             return self.keep.zeros(p)
-        raise ValueError(f"got {list(shape)}, wanted the state of AdamW: step [], exp_avg and exp_avg_sq "
+        raise ValueError(f"got {key} {list(shape)}, wanted the state of AdamW: step [], exp_avg and exp_avg_sq "
                          f"{list(p.shape)}")
 
     @torch.no_grad()
