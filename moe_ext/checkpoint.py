@@ -87,7 +87,6 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     folder and all that is not a tensor are those of rank 0. Errors: CheckpointError, OSError, on every rank the same.
     """
     work, final = on_rank_0(lambda: begin(Path(folder), f"step-{step:06d}"))
-
     kind = class_of(optimizer)
 
     def content():

@@ -1,5 +1,6 @@
 """Checkpoints on meshes: saved on any, loaded on any other, bit for bit; an error of one rank is an error of all."""
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -647,9 +648,9 @@ def optimizer_of(model, which, state="full", most=24):
 class Owned(Staged):
     """fp64, several optimizers; the first step leaves two parameters alone, which have no state until the second."""
 
-    def __init__(self, which, seed, *, mesh=None, **options):
-        config = Config(model=SMALL, mesh=MeshConfig(**mesh or {}), train=TrainConfig(seed=seed, dtype="fp64"))
-        self.model = build(config, Mesh(config.mesh))
+    def __init__(self, which, seed, mesh, **options):
+        config = Config(model=SMALL, mesh=mesh.config, train=TrainConfig(seed=seed, dtype="fp64"))
+        self.model = build(config, mesh)
         self.optimizer = optimizer_of(self.model, which, **options)
         self.loader = Stream(row=seed)
 
@@ -668,65 +669,74 @@ class Owned(Staged):
         dist.all_gather_object(found, full(self.tensors()))
         return {name: t for own in reversed(found) for name, t in own.items()}
 
+    def apart(self, whole):
+        """The largest difference of this rank's parts from those of the whole tensors."""
+        return max(float((local(t).double() - own(whole[name], t).double()).abs().amax()) if local(t).numel() else 0.0
+                   for name, t in self.tensors().items() if name != "row")
 
-def apart(a, b):
-    """The largest difference of two Owned.values()."""
-    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a if name != "row")
+
+MIXTURES = {"shampoo muon": "full", "muon shampoo": "bf16"}     # -> optim.state
+ROUTE = [   # ranks, meshes that save, whose checkpoints they load before
+    (2, {"fsdp2": dict(fsdp=2), "rep2": dict(rep=2)}, []),
+    (4, {"fsdp2 tp2 ep2": dict(fsdp=2, tp=2, ep=2), "pp2 fsdp2": dict(pp=2, fsdp=2)}, ["fsdp2"]),
+    (1, {"one": {}}, ["rep2", "fsdp2 tp2 ep2", "pp2 fsdp2"]),
+    (2, {"pp2": dict(pp=2)}, ["one"])]
 
 
-@pytest.mark.parametrize("which, state", [("shampoo", "full"), ("muon", "host"), ("muon shampoo", "bf16")])
-def test_owners_states_on_any_mesh(tmp_path, which, state):
+def test_owners_states_on_any_mesh(tmp_path):
     """From mesh to mesh, saved before there are roots and after: the same bits come back, the next step is the same to
     the last digits on another mesh, and the same bits on the same."""
-    saved = {}      # name of a folder -> path, values, values after the next step, that step's number
+    saved = {}      # mesh, mixture -> path, values, values after the next step, that step's number
 
-    def body(rank, meshes, sources, begin):
-        found = {}
-        for name, mesh in meshes.items():
-            run = Owned(which, 1, mesh=mesh, state=state)
-            if begin:
-                run.step(1)
-            for path, then, after, number in (saved[source] for source in sources):
-                run.load(path)
-                assert not differing(run.values(), then), f"{path} -> {name}"
-                run.step(number)
-                assert apart(run.values(), after) < 1e-12, f"{path} -> {name}"
-            number = 2 if begin else number + 1
-            path, then = run.save(tmp_path / name, number), run.values()
+    def stage(mesh, which, sources):
+        """Load, step, save."""
+        run, number = Owned(which, 1, mesh, state=MIXTURES[which]), 1
+        if not sources:
+            run.step(1)
+        for source in sources:
+            path, then, after, number = saved[source, which]
+            run.load(path)
+            assert not run.differing(then), path
             run.step(number)
-            after = run.values()
-            again = Owned(which, 2, mesh=mesh, state=state)
-            again.step(3)
-            again.load(path)
-            again.step(number)
-            assert not differing(again.values(), after), name
-            found[name] = str(path), then, after, number
-        return found
+            assert run.apart(after) < 1e-12, path
+        path, then = run.save(tmp_path / str(len(saved)) / f"{mesh.config.sizes}" / which, number), run.values()
+        run.step(number + 1)
+        after = run.values()
+        again = Owned(which, 2, mesh, state=MIXTURES[which])
+        again.step(3)
+        again.load(path)
+        again.step(number + 1)
+        assert not again.differing(after), path
+        return str(path), then, after, number + 1
 
-    for world, meshes, sources in (
-            (2, {"fsdp2": dict(fsdp=2), "rep2": dict(rep=2)}, []),
-            (4, {"fsdp2 tp2 ep2": dict(fsdp=2, tp=2, ep=2), "pp2 fsdp2": dict(pp=2, fsdp=2)}, ["fsdp2"]),
-            (1, {"one": {}}, ["rep2", "fsdp2 tp2 ep2", "pp2 fsdp2"]),
-            (2, {"pp2": dict(pp=2)}, ["one"])):
-        (tmp_path / str(len(saved))).mkdir()
-        saved |= run_ranks(world, lambda rank, *args: body(rank, meshes, sources, not sources),  # noqa: B023
-                           tmp_path / str(len(saved)))[0]
-    states = json.loads((Path(saved["pp2 fsdp2"][0]) / "state.json").read_text())["optimizer"]
-    names = {f"optim.{name}.{key}" for name, of in states["states"].items() for key in of}
-    assert names == {name for name in boxes(saved["pp2 fsdp2"][0]) if name.startswith("optim.")}
-    assert ("optim.layers.0.mlp.gate_proj.weight.factor0.24,0" in names) == (which != "muon")
-    assert states["movers"]["layers.1.input_layernorm.weight"] == "AdamW" and states["class"].startswith("AdamW + ")
+    def body(rank, meshes, sources):
+        found = {}
+        for name, sizes in meshes.items():
+            mesh = Mesh(MeshConfig(**sizes))
+            found |= {(name, which): stage(mesh, which, sources) for which in MIXTURES}
+        return found
+    for world, meshes, sources in ROUTE:
+        saved |= run_ranks(world, functools.partial(body, meshes=meshes, sources=sources))[0]
+    for which in MIXTURES:
+        assert saved["pp2 fsdp2", which][1].keys() <= saved["one", which][1].keys() <= saved["pp2", which][1].keys()
+        path = saved["pp2 fsdp2", which][0]
+        listed = json.loads((Path(path) / "state.json").read_text())["optimizer"]
+        names = {f"optim.{name}.{key}" for name, of in listed["states"].items() for key in of}
+        assert names == {name for name in boxes(path) if name.startswith("optim.")}
+        assert ("optim.layers.0.mlp.gate_proj.weight.factor0.24,0" in names) == (which == "muon shampoo")
+        assert ("optim.layers.1.mlp.experts.w2_EDF.factor1.1,0,0" in names) == (which == "shampoo muon")
+        assert listed["movers"]["layers.1.input_layernorm.weight"] == "AdamW" in listed["class"].split(" + ")
 
 
 def test_owners_states_that_do_not_fit(tmp_path):
     """Another optimizer, rule or size of blocks, a part missing: one sentence on every rank, and nothing is touched."""
     def body(rank):
-        said, run = {}, Owned("shampoo", 1, mesh=dict(fsdp=2))
+        mesh, said = Mesh(MeshConfig(fsdp=2)), {}
+        run = Owned("shampoo", 1, mesh)
         run.step(1)
         run.step(2)
         path = run.save(tmp_path / "ckpt", 2)
-        mixed = Owned("muon shampoo", 1, mesh=dict(fsdp=2))
+        mixed = Owned("muon shampoo", 1, mesh)
         mixed.step(2)
         other = mixed.save(tmp_path / "other", 2)
 
@@ -735,18 +745,18 @@ def test_owners_states_that_do_not_fit(tmp_path):
             said[name] = raised(lambda: run.load(path))[1].partition(": ")[2]
             assert not differing(run.values(), before), name
 
-        try_to("class", path, Owned("muon", 2, mesh=dict(fsdp=2)))
-        try_to("rule", other, Owned("shampoo muon", 2, mesh=dict(fsdp=2)))
-        try_to("blocks", path, Owned("shampoo", 2, mesh=dict(fsdp=2), most=8))
+        try_to("class", path, Owned("muon", 2, mesh))
+        try_to("rule", other, Owned("shampoo muon", 2, mesh))
+        try_to("blocks", path, Owned("shampoo", 2, mesh, most=8))
 
         def spoil(of):      # an owner's tensor that is not where state.json says
             listed = json.loads((path / "state.json").read_text())
             of(listed["optimizer"]["states"]["layers.1.mlp.experts.w2_EDF"])
             (path / "state.json").write_text(json.dumps(listed))
         on_rank_0(lambda: spoil(lambda shapes: shapes.update({"factor0.1,0,8": shapes.pop("factor0.1,0,0")})))
-        try_to("missing", path, Owned("shampoo", 2, mesh=dict(fsdp=2)))
+        try_to("missing", path, Owned("shampoo", 2, mesh))
         on_rank_0(lambda: spoil(lambda shapes: shapes.update({"factor0.1,0,0": shapes.pop("factor0.1,0,8")[:1]})))
-        try_to("shape", path, Owned("shampoo", 2, mesh=dict(fsdp=2)))
+        try_to("shape", path, Owned("shampoo", 2, mesh))
         return said
     first, second = run_ranks(2, body, tmp_path)
     assert first == second
@@ -761,14 +771,15 @@ def test_owners_states_that_do_not_fit(tmp_path):
 def test_a_checkpoint_of_another_optim_state(tmp_path):
     """Rounded when it is loaded, and widened."""
     def body(rank):
-        runs = {state: Owned("muon shampoo", 1, state=state) for state in ("full", "bf16")}
+        mesh = Mesh(MeshConfig())
+        runs = {state: Owned("muon shampoo", 1, mesh, state=state) for state in ("full", "bf16")}
         paths = {}
         for state, run in runs.items():
             run.step(2)
             paths[state] = run.save(tmp_path / state, 2)
         values = {state: run.values() for state, run in runs.items()}
         for state, other in (("full", "bf16"), ("bf16", "full")):
-            run = Owned("muon shampoo", 3, state=state)
+            run = Owned("muon shampoo", 3, mesh, state=state)
             run.load(paths[other])
             now, kept = run.values(), values[state]
             assert {name: t.dtype for name, t in now.items()} == {name: t.dtype for name, t in kept.items()}
