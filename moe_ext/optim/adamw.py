@@ -34,11 +34,11 @@ class AdamW(Keeping, torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
 
     def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = self.defaults | param_group
         self.keep.check_decay("beta2", group["betas"][1])
         if group["amsgrad"]:
             raise ValueError("amsgrad: got True, wanted False, or torch.optim.AdamW")
+        super().add_param_group(param_group)
 
     def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor:
         if key == "step" and list(shape) == []:
@@ -55,17 +55,21 @@ class AdamW(Keeping, torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for bucket in self.buckets(group["params"]):
-                means, squares = ([self.keep.get(c.moments[i], c.p) for c in bucket] for i in (0, 1))
-                adamw([c.p for c in bucket], [c.grad for c in bucket], means, squares, [], [c.step for c in bucket],
-                      amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-                      eps=group["eps"], maximize=group["maximize"], fused=True,
-                      grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
-                for c, *moments in zip(bucket, means, squares, strict=True):
-                    for value, stored in zip(moments, c.moments, strict=True):
-                        self.keep.put(value, stored)
+                self._step(group, bucket)
         return loss
+
+    def _step(self, group: dict, bucket: list[Chunk]) -> None:
+        """Of one bucket; what has been fetched for it is gone when this returns."""
+        beta1, beta2 = group["betas"]
+        means, squares = ([self.keep.get(c.moments[i], c.p) for c in bucket] for i in (0, 1))
+        adamw([c.p for c in bucket], [c.grad for c in bucket], means, squares, [], [c.step for c in bucket],
+              amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+              eps=group["eps"], maximize=group["maximize"], fused=True, grad_scale=getattr(self, "grad_scale", None),
+              found_inf=getattr(self, "found_inf", None))
+        for c, *moments in zip(bucket, means, squares, strict=True):
+            for value, stored in zip(moments, c.moments, strict=True):
+                self.keep.put(value, stored)
 
     def buckets(self, parameters: list[torch.Tensor]) -> Iterator[list[Chunk]]:
         """The parameters that have a gradient, in pieces: of at most BUCKET bytes of moments, all in one if `get`
