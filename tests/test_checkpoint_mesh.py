@@ -769,11 +769,12 @@ def test_owners_states_that_do_not_fit(tmp_path):
 
 
 def test_a_checkpoint_of_another_optim_state(tmp_path):
-    """Rounded when it is loaded, and widened."""
+    """Rounded when it is loaded, and widened; and one from before the first step, with no state at all."""
     def body(rank):
         mesh = Mesh(MeshConfig())
         runs = {state: Owned("muon shampoo", 1, mesh, state=state) for state in ("full", "bf16")}
         paths = {}
+        fresh = runs["full"].save(tmp_path / "fresh", 0)
         for state, run in runs.items():
             run.step(2)
             paths[state] = run.save(tmp_path / state, 2)
@@ -785,5 +786,8 @@ def test_a_checkpoint_of_another_optim_state(tmp_path):
             assert {name: t.dtype for name, t in now.items()} == {name: t.dtype for name, t in kept.items()}
             assert all(torch.equal(t.to(torch.bfloat16), values[other][name].to(torch.bfloat16))
                        for name, t in now.items() if t.is_floating_point())
-            run.step(3)
+            run.load(fresh)
+            assert not any(run.optimizer.state.values())
+            run.step(2)
+            assert not differing(run.values(), values[state])
     run_ranks(1, body, tmp_path)
