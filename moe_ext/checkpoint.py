@@ -3,7 +3,8 @@
     RUN/ckpt/step-000500/
         shard-*.safetensors     tensors, by torch.distributed.checkpoint, one file of each rank, without pickle
             model.NAME          parameters and persistent buffers
-            optim.NAME.STATE    the optimizer's state of parameter NAME (exp_avg, exp_avg_sq, step, ...)
+            optim.NAME.STATE    the optimizer's state of parameter NAME (exp_avg, exp_avg_sq, step, ...), or what the
+                                owner of a matrix of it has (factor0.3,0,0: of the one that begins there)
             rng.cpu, rng.cuda   torch's generators, those of rank 0
         state.json              format, step, best_loss, config, the loader's position, which states each parameter has
 
@@ -15,10 +16,15 @@ With torch.distributed, all ranks of the default group call save and load togeth
 error of one rank is raised on every rank. A DTensor is stored as boxes: a rank's file holds its box under the tensor's
 name, and the JSON under DCP_SHARDING_INFO in the file's metadata gives the first index of each box, {NAME:
 {"saved_offsets": [..]}}. A box that several ranks have is written by one of them, so the boxes tile the tensor. The
-stages of a pipeline write and read each its own tensors. What one process saves is one file of whole tensors for any
-reader of safetensors; what a mesh saves becomes that when one process loads and saves it.
+stages of a pipeline write and read each its own tensors, and so do the owners of matrices: state.json lists what all
+have. What one process saves is one file of whole tensors for any reader of safetensors; what a mesh saves becomes that
+when one process loads and saves it.
+
+An optimizer that is Keeping (optim.state) makes room for its own state, in its own way, so a run may continue with
+another optim.state: tensors are converted on the way, and only with the same one it continues bit for bit.
 """
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -64,7 +70,8 @@ class State(NamedTuple):
     best_loss: float | None     # lowest held-out loss so far, nats per token
     config: dict                # dataclasses.asdict of the run's Config
     loader: dict                # Loader.state_dict()
-    optimizer: dict             # {"class": "AdamW", "states": {NAME: {STATE: shape}}} of each parameter that it moves
+    optimizer: dict             # of each parameter that it moves, the state and the class of the optimizer:
+                                # {"class": "AdamW + Muon", "states": {NAME: {STATE: shape}}, "movers": {NAME: "Muon"}}
     extra: dict                 # what else the run needs, as save was given it: JSON values
     best_step: int | None = None    # checkpoint of the lowest held-out loss, if such ones are kept
 
@@ -80,20 +87,22 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     folder and all that is not a tensor are those of rank 0. Errors: CheckpointError, OSError, on every rank the same.
     """
     work, final = on_rank_0(lambda: begin(Path(folder), f"step-{step:06d}"))
+    kind = class_of(optimizer)
 
     def content():
         if not work.is_dir():
             raise CheckpointError(f"{work}: made by rank 0, but rank {rank()} does not see it: give the full path of "
                                   "a folder on storage that all ranks share")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()        # what is on its way to state on the host has arrived
         states = {name: optimizer.state.get(p, {}) for name, p in moved_parameters(model, optimizer).items()}
         tensors = model_tensors(model) | flat(states) | (generator_tensors() if rank() == 0 else {})
         shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
-        moved = {"class": type(optimizer).__name__, "states": shapes}
+        moved = {"class": kind, "states": shapes, "movers": movers(model, optimizer)}
         return tensors, State(step, best_loss, config, loader.state_dict(), moved, extra or {}, best_step)
 
     tensors, state = together(content)
-    if isinstance(model, Stage):
-        state.optimizer["states"] = model.joined(state.optimizer["states"])
+    state = state._replace(optimizer=merged(state.optimizer))
     with dcp_errors(f"{final} was not saved, earlier checkpoints are as they were"):
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True),
                  planner=Contiguous(flatten_state_dict=False), no_dist=ranks() == 1)
@@ -196,7 +205,16 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
     """
     path, state = on_rank_0(lambda: (Path(path), read_state(path)))
     reader = HuggingFaceStorageReader(str(path))
-    tensors, states = together(lambda: room(path, state, reader, model, optimizer, config))
+    if optimizer is not None and (kind := class_of(optimizer)) != state.optimizer["class"]:
+        raise CheckpointError(f"{path}: optimizer: got the state of {state.optimizer['class']}, wanted that of {kind}: "
+                              "resume with the optimizer that wrote it, optim.name and optim.rule as they were")
+    stored, tensors = together(lambda: fitting(path, state, reader, model, optimizer, config))
+    states = {}
+    if optimizer is not None:
+        for part in parts(optimizer):
+            getattr(part, "owners", None)       # makes its process groups, which all ranks do, or none
+        states = together(lambda: empty_states(path, model, optimizer, state.optimizer["states"], stored))
+        tensors |= flat(states) | {name: t for name, t in generator_tensors().items() if name in stored}
     if loader is not None:
         together(lambda: loader.load_state_dict(state.loader))
     with dcp_errors(f"{path}: damaged or unreadable, use an earlier checkpoint"):
@@ -210,26 +228,10 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
     return state
 
 
-def room(path: Path, state: State, reader: HuggingFaceStorageReader, model: torch.nn.Module,
-         optimizer: torch.optim.Optimizer | None, config: dict | None) -> tuple[dict, dict]:
-    """What load reads into, {stored name: tensor}, and of it the optimizer's {NAME: {STATE: tensor}}, if all fits."""
-    if optimizer is not None and type(optimizer).__name__ != state.optimizer["class"]:
-        raise CheckpointError(f"{path}: optimizer: got the state of {state.optimizer['class']}, wanted that of "
-                              f"{type(optimizer).__name__}: resume with the optimizer that wrote it")
-    stored, tensors = fitting(path, state, reader, model, config)
-    states = {}
-    if optimizer is not None:
-        states = empty_states(path, model, optimizer, state.optimizer["states"], stored)
-        generators = {name: t for name, t in generator_tensors().items() if name == "rng.cpu" or name in stored}
-        check(path, "rng.cpu", stored, {"rng.cpu": generators["rng.cpu"]})
-        tensors |= flat(states) | generators
-    return tensors, states
-
-
 def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: torch.nn.Module,
-            config: dict | None) -> tuple[dict, dict]:
+            optimizer: torch.optim.Optimizer | None, config: dict | None) -> tuple[dict, dict]:
     """The stored tensors' metadata and the model's tensors. CheckpointError unless the checkpoint is one of this model
-    (and of this config's, if one is given)."""
+    and optimizer (and of this config's model, if one is given)."""
     if config is not None:
         differing = [f"{name}: the checkpoint has {was!r}, this run wants {now!r}"
                      for name, was, now in differences(state.config, config) if changes_model(name, was, now)]
@@ -242,12 +244,17 @@ def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: t
         raise CheckpointError(f"{path}: {error}; a truncated or damaged .safetensors file: use an earlier "
                               "checkpoint") from None
     check(path, "model.", stored, model_tensors(model.whole if isinstance(model, Stage) else model))
+    if optimizer is not None:
+        check_moved(path, model, optimizer, state.optimizer)
+        check_names(path, "optim.", stored, {f"optim.{name}.{key}" for name, of in state.optimizer["states"].items()
+                                             for key in of})
+        check(path, "rng.cpu", stored, {"rng.cpu": torch.get_rng_state()})
     return stored, model_tensors(model)
 
 
 def check_model(path: str | Path, model: torch.nn.Module, *, config: dict | None = None) -> None:
     """What load would refuse of the model and the config; the model may lie on the meta device. Errors: as load."""
-    fitting(Path(path), read_state(path), HuggingFaceStorageReader(str(path)), model, config)
+    fitting(Path(path), read_state(path), HuggingFaceStorageReader(str(path)), model, None, config)
 
 
 def rank() -> int:
@@ -281,6 +288,20 @@ def on_rank_0(action: Callable):
     if ranks() > 1:
         dist.broadcast_object_list(value, src=0)
     return value[0]
+
+
+def merged(own: dict) -> dict:
+    """The nested dicts of all ranks in one, on rank 0. Collective."""
+    if ranks() == 1:
+        return own
+    found = [None] * ranks() if rank() == 0 else None
+    dist.gather_object(own, found)
+
+    def add(into: dict, other: dict) -> dict:
+        for key, value in other.items():
+            into[key] = add(into.setdefault(key, {}), value) if isinstance(value, dict) else value
+        return into
+    return functools.reduce(add, found) if rank() == 0 else own
 
 
 def portable(error: Exception | None) -> Exception | None:
@@ -343,6 +364,25 @@ def moved_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return {names[id(parameter)]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
+def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers that are one together, or the one."""
+    return getattr(optimizer, "parts", (optimizer,))
+
+
+def class_of(optimizer: torch.optim.Optimizer) -> str:
+    """"AdamW", or "AdamW + Muon": of the optimizers of all ranks, as stages may have different ones. Collective."""
+    classes = [{type(part).__name__ for part in parts(optimizer)}]
+    if ranks() > 1:
+        own, classes = classes[0], [None] * ranks()
+        dist.all_gather_object(classes, own)
+    return " + ".join(sorted(set().union(*classes)))
+
+
+def movers(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """NAME -> class of the optimizer that moves the parameter."""
+    return {name: type(part).__name__ for part in parts(optimizer) for name in moved_parameters(model, part)}
+
+
 def flat(states: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """{NAME: {STATE: tensor}} -> {optim.NAME.STATE: tensor}. CheckpointError for state that is no tensor."""
     tensors = {f"optim.{name}.{key}": value for name, state in states.items() for key, value in state.items()}
@@ -361,33 +401,52 @@ def generator_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def empty_states(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, listed: dict,
-                 stored: dict) -> dict[str, dict[str, torch.Tensor]]:
-    """Room for the optimizer's stored state, {NAME: {STATE: tensor}}, a stage's own; `listed` has the shapes of all,
-    from state.json.
-
-    A state of the parameter's shape lies as the parameter does (device, strides, sharding). A scalar such as AdamW's
-    step lies on the CPU unless the optimizer is fused or capturable, as torch wants it.
+def check_moved(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """CheckpointError unless the same parameters of this stage are moved, each by the same optimizer. saved: of State.
     """
     moved, here = moved_parameters(model, optimizer), named_tensors(model)
-    mine = {name: of for name, of in listed.items() if name in here}
-    for name in moved.keys() ^ mine.keys():
-        had = "the checkpoint's optimizer moved it" if name in mine else "the checkpoint's optimizer did not move it"
+    were = {name for name in saved["states"] if name in here}
+    for name in moved.keys() ^ were:
+        had = "the checkpoint's optimizer moved it" if name in were else "the checkpoint's optimizer did not move it"
         raise CheckpointError(f"{path}: parameter {name}: {had}, this run's {'does' if name in moved else 'does not'}: "
                               "freeze the same parameters, or load the model alone and start the optimizer anew")
+    for name, mover in movers(model, optimizer).items():
+        was = saved.get("movers", {}).get(name, saved["class"])     # without them there was one
+        if was != mover:
+            raise CheckpointError(f"{path}: parameter {name}: the checkpoint's {was} moved it, this run's {mover} "
+                                  "does: set optim.rule as the config.toml of its run folder has it")
+
+
+def empty_states(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, listed: dict,
+                 stored: dict) -> dict[str, dict[str, torch.Tensor]]:
+    """Room for the optimizer's stored state, {NAME: {STATE: tensor}}, this rank's; `listed` has the shapes of all, from
+    state.json.
+
+    An optimizer that is Keeping makes it. For another, a state of the parameter's shape lies as the parameter does
+    (device, strides, sharding), and a scalar such as AdamW's step lies on the CPU unless the optimizer is fused or
+    capturable, as torch wants it.
+    """
     scalar = {id(parameter): "cpu" for group in optimizer.param_groups for parameter in group["params"]
               if not (group.get("fused") or group.get("capturable"))}
 
-    check_names(path, "optim.", stored, {f"optim.{name}.{key}" for name, of in listed.items() for key in of})
-
-    def empty(name, key, shape):
-        parameter, dtype = moved[name], stored[f"optim.{name}.{key}"].properties.dtype
+    def like(parameter, key, shape, dtype):
         if shape == list(parameter.shape) and key != "step":
             return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return torch.empty(shape, dtype=dtype, device=scalar.get(id(parameter), parameter.device))
 
-    states = {name: {key: empty(name, key, shape) for key, shape in of.items()} for name, of in mine.items()}
-    check_tensors(path, stored, flat(states))
+    place, states, tensors = getattr(optimizer, "place", like), {}, {}
+    for name, parameter in moved_parameters(model, optimizer).items():
+        states[name] = {}
+        for key, shape in listed[name].items():
+            full = f"optim.{name}.{key}"
+            try:
+                tensor = place(parameter, key, shape, stored[full].properties.dtype)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {full}: {error}; resume with the config.toml of its run folder"
+                                      ) from None
+            if tensor is not None:
+                states[name][key] = tensors[full] = tensor
+    check_tensors(path, stored, tensors, converted=True)
     return states
 
 
@@ -397,12 +456,16 @@ def check(path: Path, section: str, stored: dict, tensors: dict[str, torch.Tenso
     check_tensors(path, stored, tensors)
 
 
-def check_tensors(path: Path, stored: dict, tensors: dict[str, torch.Tensor]) -> None:
+def check_tensors(path: Path, stored: dict, tensors: dict[str, torch.Tensor], converted: bool = False) -> None:
     """CheckpointError unless the stored tensors have the shapes and dtypes of `tensors`, and every one is complete: its
-    boxes, which are disjoint, hold as many values as it has."""
+    boxes, which are disjoint, hold as many values as it has. converted: any floating-point dtype is as good as another.
+    """
     for name, tensor in tensors.items():
         values = sum(math.prod(box.sizes) for box in stored[name].chunks)
-        got = f"{stored[name].properties.dtype} {list(stored[name].size)}"
+        dtype = stored[name].properties.dtype
+        if converted and dtype.is_floating_point and tensor.is_floating_point():
+            dtype = tensor.dtype
+        got = f"{dtype} {list(stored[name].size)}"
         if values != math.prod(stored[name].size):
             got += f" in boxes of together {values} values"
         wanted = f"{tensor.dtype} {list(tensor.shape)}"

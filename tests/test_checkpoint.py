@@ -14,6 +14,7 @@ from torch import nn
 from moe_ext.checkpoint import CheckpointError, latest, load, read_state, save, whole
 from moe_ext.config import OptimConfig
 from moe_ext.optim import build_optimizer
+from moe_ext.optim.adamw import AdamW
 
 CONFIG = {"model": {"dim": 8, "moe": {"experts": 4, "top_k": 2}}, "train": {"steps": 100}}
 
@@ -125,6 +126,24 @@ def test_training_continues_bitwise(tmp_path, run):
     assert (state.step, state.best_loss, state.config) == (3, 2.123456789012345, CONFIG)
     assert other.model.head.weight is other.model.embed.weight
     assert other.optimizer.state[other.model.w_EOI]["exp_avg"].stride() == other.model.w_EOI.stride()
+
+
+def test_torchs_adamw_and_ours_continue_each_other(tmp_path):
+    """Bit for bit; a checkpoint from before there were several optimizers does not say which one moved what."""
+    runs = [Run(seed=seed) for seed in (0, 1)]
+    runs[0].optimizer = torch.optim.AdamW(runs[0].model.parameters(), 0.01, fused=True)
+    runs[1].optimizer = AdamW(runs[1].model.parameters(), 0.01)
+    for one, other in (runs, runs[::-1]):
+        one.train(2)
+        path = one.save(tmp_path, 2)
+        listed = json.loads((path / "state.json").read_text())
+        assert set(listed["optimizer"].pop("movers").values()) == {"AdamW"}
+        (path / "state.json").write_text(json.dumps(listed))
+        other.load(path)
+        assert equal(other.bits(), one.bits())
+        losses = one.train(2), one.bits()
+        other.load(path)
+        assert other.train(2) == losses[0] and equal(other.bits(), losses[1])
 
 
 def test_an_optimizer_before_its_first_step(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints on meshes: saved on any, loaded on any other, bit for bit; an error of one rank is an error of all."""
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -21,7 +22,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from moe_ext.checkpoint import CheckpointError, latest, load, on_rank_0, save, whole
 from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimConfig, PipelineConfig, TrainConfig
 from moe_ext.model import GPT
-from moe_ext.optim import build_optimizer
+from moe_ext.optim import Muon, Shampoo, build_optimizer
+from moe_ext.optim.adamw import AdamW
+from moe_ext.optim.together import Together
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import build
 from moe_ext.parallel.stages import Stage
@@ -622,3 +625,169 @@ def test_a_pipeline_refuses_as_one(tmp_path, staged):
     assert "missing from the checkpoint: model.layers.4." in first["missing"][1]
     assert "unexpected in the checkpoint: model.layers.3." in first["unexpected"][1]
     assert "rank 1: OSError" in first["full disk"][1] and "layers.3.mlp.gate.weight" in first["frozen"][1]
+
+
+# ---- Muon, Shampoo and AdamW by rule: states of owners ---------------------------------------------------------------
+SMALL = dataclasses.replace(DEEP, layers=2, moe=dataclasses.replace(DEEP.moe, experts=2))
+
+
+def optimizer_of(model, which, state="full", most=24):
+    """`which` moves matrices and stacks of them, or of "muon shampoo" each one of these; AdamW the rest."""
+    def part(p):
+        return "adamw" if p.ndim < 2 or p.shape[0] == 50 else which.split()[-1 if p.ndim == 2 else 0]
+    make = {"adamw": lambda params: AdamW(params, 0.01, (0.9, 0.95), state=state),
+            "muon": lambda params: Muon(params, 0.01, ns_dtype=torch.float64, state=state),
+            "shampoo": lambda params: Shampoo(params, 0.01, (0.9, 0.95), precondition_frequency=2, state=state,
+                                              max_preconditioner_dim=most)}
+    of = {}
+    for _, p in sorted(model.named_parameters()):
+        of.setdefault(part(p), []).append(p)
+    return Together([make[name](params) for name, params in sorted(of.items())])
+
+
+class Owned(Staged):
+    """fp64, several optimizers; the first step leaves two parameters alone, which have no state until the second."""
+
+    def __init__(self, which, seed, mesh, **options):
+        config = Config(model=SMALL, mesh=mesh.config, train=TrainConfig(seed=seed, dtype="fp64"))
+        self.model = build(config, mesh)
+        self.optimizer = optimizer_of(self.model, which, **options)
+        self.loader = Stream(row=seed)
+
+    def step(self, number):
+        for name, p in self.model.named_parameters():
+            generator = torch.Generator().manual_seed(1000 * number + sum(map(ord, name)))
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements, src_data_rank=None)
+            if number == 1 and name in ("layers.1.input_layernorm.weight", "layers.1.mlp.experts.w2_EDF"):
+                p.grad = None
+        self.optimizer.step()
+
+    def values(self):
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, full(self.tensors()))
+        return {name: t for own in reversed(found) for name, t in own.items()}
+
+    def apart(self, whole):
+        """The largest difference of this rank's parts from those of the whole tensors."""
+        return max(float((local(t).double() - own(whole[name], t).double()).abs().amax()) if local(t).numel() else 0.0
+                   for name, t in self.tensors().items() if name != "row")
+
+
+MIXTURES = {"shampoo muon": "full", "muon shampoo": "bf16"}     # -> optim.state
+ROUTE = [   # ranks, meshes that save, whose checkpoints they load before
+    (2, {"fsdp2": dict(fsdp=2), "rep2": dict(rep=2)}, []),
+    (4, {"fsdp2 tp2 ep2": dict(fsdp=2, tp=2, ep=2), "pp2 fsdp2": dict(pp=2, fsdp=2)}, ["fsdp2"]),
+    (1, {"one": {}}, ["rep2", "fsdp2 tp2 ep2", "pp2 fsdp2"]),
+    (2, {"pp2": dict(pp=2)}, ["one"])]
+
+
+def test_owners_states_on_any_mesh(tmp_path):
+    """From mesh to mesh, saved before there are roots and after: the same bits come back, the next step is the same to
+    the last digits on another mesh, and the same bits on the same."""
+    saved = {}      # mesh, mixture -> path, values, values after the next step, that step's number
+
+    def stage(mesh, which, sources):
+        """Load, step, save."""
+        run, number = Owned(which, 1, mesh, state=MIXTURES[which]), 1
+        if not sources:
+            run.step(1)
+        for source in sources:
+            path, then, after, number = saved[source, which]
+            run.load(path)
+            assert not run.differing(then), path
+            run.step(number)
+            assert run.apart(after) < 1e-12, path
+        path, then = run.save(tmp_path / str(len(saved)) / f"{mesh.config.sizes}" / which, number), run.values()
+        run.step(number + 1)
+        after = run.values()
+        again = Owned(which, 2, mesh, state=MIXTURES[which])
+        again.step(3)
+        again.load(path)
+        again.step(number + 1)
+        assert not again.differing(after), path
+        return str(path), then, after, number + 1
+
+    def body(rank, meshes, sources):
+        found = {}
+        for name, sizes in meshes.items():
+            mesh = Mesh(MeshConfig(**sizes))
+            found |= {(name, which): stage(mesh, which, sources) for which in MIXTURES}
+        return found
+    for world, meshes, sources in ROUTE:
+        saved |= run_ranks(world, functools.partial(body, meshes=meshes, sources=sources))[0]
+    for which in MIXTURES:
+        assert saved["pp2 fsdp2", which][1].keys() <= saved["one", which][1].keys() <= saved["pp2", which][1].keys()
+        path = saved["pp2 fsdp2", which][0]
+        listed = json.loads((Path(path) / "state.json").read_text())["optimizer"]
+        names = {f"optim.{name}.{key}" for name, of in listed["states"].items() for key in of}
+        assert names == {name for name in boxes(path) if name.startswith("optim.")}
+        assert ("optim.layers.0.mlp.gate_proj.weight.factor0.24,0" in names) == (which == "muon shampoo")
+        assert ("optim.layers.1.mlp.experts.w2_EDF.factor1.1,0,0" in names) == (which == "shampoo muon")
+        assert listed["movers"]["layers.1.input_layernorm.weight"] == "AdamW" in listed["class"].split(" + ")
+
+
+def test_owners_states_that_do_not_fit(tmp_path):
+    """Another optimizer, rule or size of blocks, a part missing: one sentence on every rank, and nothing is touched."""
+    def body(rank):
+        mesh, said = Mesh(MeshConfig(fsdp=2)), {}
+        run = Owned("shampoo", 1, mesh)
+        run.step(1)
+        run.step(2)
+        path = run.save(tmp_path / "ckpt", 2)
+        mixed = Owned("muon shampoo", 1, mesh)
+        mixed.step(2)
+        other = mixed.save(tmp_path / "other", 2)
+
+        def try_to(name, path, run):
+            before = run.values()
+            said[name] = raised(lambda: run.load(path))[1].partition(": ")[2]
+            assert not differing(run.values(), before), name
+
+        try_to("class", path, Owned("muon", 2, mesh))
+        try_to("rule", other, Owned("shampoo muon", 2, mesh))
+        try_to("blocks", path, Owned("shampoo", 2, mesh, most=8))
+
+        def spoil(of):      # an owner's tensor that is not where state.json says
+            listed = json.loads((path / "state.json").read_text())
+            of(listed["optimizer"]["states"]["layers.1.mlp.experts.w2_EDF"])
+            (path / "state.json").write_text(json.dumps(listed))
+        on_rank_0(lambda: spoil(lambda shapes: shapes.update({"factor0.1,0,8": shapes.pop("factor0.1,0,0")})))
+        try_to("missing", path, Owned("shampoo", 2, mesh))
+        on_rank_0(lambda: spoil(lambda shapes: shapes.update({"factor0.1,0,0": shapes.pop("factor0.1,0,8")[:1]})))
+        try_to("shape", path, Owned("shampoo", 2, mesh))
+        return said
+    first, second = run_ranks(2, body, tmp_path)
+    assert first == second
+    assert first["class"].startswith("optimizer: got the state of AdamW + Shampoo, wanted that of AdamW + Muon: ")
+    assert re.match(r"parameter layers\.\S+: the checkpoint's (Muon|Shampoo) moved it, this run's (Muon|Shampoo) does: "
+                    "set optim.rule", first["rule"])
+    assert "max_preconditioner_dim 8" in first["blocks"] and "config.toml" in first["blocks"]
+    assert "tensors missing from the checkpoint: optim.layers.1.mlp.experts.w2_EDF.factor0.1,0,8" in first["missing"]
+    assert first["shape"].startswith("optim.layers.1.mlp.experts.w2_EDF.factor0.1,0,0: ")
+
+
+def test_a_checkpoint_of_another_optim_state(tmp_path):
+    """Rounded when it is loaded, and widened; and one from before the first step, with no state at all."""
+    def body(rank):
+        mesh = Mesh(MeshConfig())
+        runs = {state: Owned("muon shampoo", 1, mesh, state=state) for state in ("full", "bf16")}
+        paths = {}
+        fresh = runs["full"].save(tmp_path / "fresh", 0)
+        for state, run in runs.items():
+            run.step(2)
+            paths[state] = run.save(tmp_path / state, 2)
+        values = {state: run.values() for state, run in runs.items()}
+        for state, other in (("full", "bf16"), ("bf16", "full")):
+            run = Owned("muon shampoo", 3, mesh, state=state)
+            run.load(paths[other])
+            now, kept = run.values(), values[state]
+            assert {name: t.dtype for name, t in now.items()} == {name: t.dtype for name, t in kept.items()}
+            assert all(torch.equal(t.to(torch.bfloat16), values[other][name].to(torch.bfloat16))
+                       for name, t in now.items() if t.is_floating_point())
+            run.load(fresh)
+            assert not any(run.optimizer.state.values())
+            run.step(2)
+            assert not differing(run.values(), values[state])
+    run_ranks(1, body, tmp_path)

@@ -1,0 +1,96 @@
+"""How an optimizer keeps a tensor between two steps: as it is, rounded, or in the host's memory.
+
+    keep = Kept("bf16")
+    state["exp_avg"] = keep.zeros(p)            # like the parameter, a DTensor if it is one
+    m = keep.get(state["exp_avg"], p)           # to compute with: this rank's part, of p's dtype, on its device
+    m.lerp_(grad, 1 - beta1)
+    keep.put(m, state["exp_avg"])
+
+    "full"  the parameter's dtype, on its device: `get` gives the kept tensor itself, `put` has nothing to do
+    "bf16"  rounded to the nearest bfloat16, on the parameter's device
+    "host"  the parameter's dtype, in the host's memory, pinned for a parameter on CUDA; without CUDA as "full"
+
+A copy from or to pinned memory is one more piece of work of the current stream, for which the host does not wait: who
+reads what is kept on the host by other means than `get` synchronises first. Optimizers get and put one bucket after
+another, so what is fetched or widened at a time is bounded.
+
+An optimizer that is Keeping says with `place` which tensors its state has, and where: checkpoints and load_state_dict
+read into them what was kept in another way, or on another mesh, and refuse what another optimizer kept.
+"""
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+
+KINDS = "full", "bf16", "host"
+SLOWEST = 0.99      # the greatest decay of a mean in bf16
+
+
+class Kept:
+    """How one optimizer keeps its state. ValueError for another word."""
+
+    def __init__(self, how: str = "full"):
+        if how not in KINDS:
+            raise ValueError(f"state: got {how!r}, wanted \"full\", \"bf16\" or \"host\"")
+        self.how = how
+
+    def zeros(self, like: torch.Tensor, shape=None) -> torch.Tensor:
+        """Zeros as they are kept, shaped and sharded as `like` is; of another shape, plain, on this rank alone."""
+        dtype = torch.bfloat16 if self.how == "bf16" else like.dtype
+        where = dict(device=like.device)
+        if self.how == "host":
+            where = dict(device="cpu", pin_memory=like.device.type == "cuda")
+        if shape is None:
+            return torch.zeros_like(like, dtype=dtype, requires_grad=False, **where)
+        return torch.zeros(tuple(shape), dtype=dtype, **where)
+
+    def get(self, stored: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a kept tensor, or a slice of it, in the dtype and on the device of `like`."""
+        return local(stored).to(device=like.device, dtype=like.dtype, non_blocking=True)
+
+    def put(self, value: torch.Tensor, stored: torch.Tensor) -> None:
+        """Keep a value that `get` gave, changed in place since."""
+        if value is not (stored := local(stored)):
+            stored.copy_(value, non_blocking=True)
+
+    def check_decay(self, name: str, beta: float) -> None:
+        """ValueError if a mean of squares with this decay would stand still: of bf16 a change of less than 2^-9 is
+        lost, and with beta .999 no step changes the mean by more until a square is thrice as large."""
+        if self.how == "bf16" and beta > SLOWEST:
+            raise ValueError(f"{name}: got {beta}, wanted at most {SLOWEST} with state \"bf16\", which rounds away "
+                             f"what a step changes: set {name} lower, or state to \"host\" or \"full\"")
+
+
+class Keeping(torch.optim.Optimizer):
+    """Mixed in before an optimizer, with a Kept as `keep`, made before Optimizer.__init__; `place` is the optimizer's.
+    """
+
+    keep: Kept
+
+    def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor | None:
+        """Room for the state `key` of parameter p, which was saved with this shape and dtype: a tensor as this
+        optimizer keeps it, to be filled; None if it is another rank's. ValueError if it keeps no such state."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "keep": self.keep}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but each tensor is kept as this optimizer keeps it, and what another one kept is an error. Of
+        state_dict() on the same mesh: for another there are checkpoints. Errors: ValueError, and nothing is loaded."""
+        states = {}
+        moved = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(indices, moved, strict=False):          # super() refuses other numbers of parameters
+            states[p] = {}
+            for key, value in state_dict["state"].get(i, {}).items():
+                room = self.place(p, key, list(value.shape), value.dtype)
+                if room is not None:
+                    states[p][key] = room.copy_(value)
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update({p: state for p, state in states.items() if state})
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's part, the memory itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
