@@ -328,8 +328,8 @@ def read_rule(entry: str) -> Rule:
     require(match is not None, f"{got}, wanted KIND or PATTERN: OPTIMIZER [FACTOR of optim.lr], between commas, as in "
             "\"matrices: muon, experts: muon, embeddings: adamw 0.5, norms: adamw\"")
     what, optimizer, factor = match.groups(default="1")
-    require(what in KINDS or re.search(r"[.*?[]", what) is not None, f"{got}, wanted {', '.join(KINDS)} or a pattern of "
-            f"names, as layers.*.gate.weight, before the colon{did_you_mean(what, KINDS)}")
+    require(what in KINDS or re.search(r"[.*?[]", what) is not None, f"{got}, wanted {', '.join(KINDS)} or a pattern "
+            f"of names, as layers.*.gate.weight, before the colon{did_you_mean(what, KINDS)}")
     require(optimizer in OPTIMIZERS, f"{got}, wanted {', '.join(OPTIMIZERS)} after the colon"
             f"{did_you_mean(optimizer, OPTIMIZERS)}")
     require((what, optimizer) != ("norms", "muon"), f"{got}, but Muon makes matrices orthogonal, and norms and biases "
@@ -370,10 +370,10 @@ class OptimConfig:
         for name in ("warmup", "decay", "weight_decay", "clip"):
             require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it cannot be negative")
         what = [rule.what for rule in self.rules]
-        for twice in {entry for entry in what if what.count(entry) > 1}:
-            raise ConfigError(f"optim.rule {self.rule!r} says twice what moves {twice}: delete one entry")
-        require("*" not in what or what[-1] == "*", f"optim.rule {self.rule!r}: nothing is left for {what[-1]}, since * "
-                "takes all: delete one of the two")
+        twice = [entry for entry in what if what.count(entry) > 1]
+        require(not twice, f"optim.rule {self.rule!r} says twice what moves {', '.join(twice[:1])}: delete one entry")
+        require("*" not in what or what[-1] == "*", f"optim.rule {self.rule!r}: nothing is left for {what[-1]}, since "
+                "* takes all: delete one of the two")
         require(self.name in {rule.optimizer for rule in self.rules}, f"optim.rule {self.rule!r} gives nothing to "
                 f"optim.name {self.name}: set optim.name to one that it has, or optim.rule to \"\"")
 
