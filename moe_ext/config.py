@@ -374,8 +374,17 @@ class OptimConfig:
         require(not twice, f"optim.rule {self.rule!r} says twice what moves {', '.join(twice[:1])}: delete one entry")
         require("*" not in what or what[-1] == "*", f"optim.rule {self.rule!r}: nothing is left for {what[-1]}, since "
                 "* takes all: delete one of the two")
-        require(self.name in {rule.optimizer for rule in self.rules}, f"optim.rule {self.rule!r} gives nothing to "
+        for name in ("beta1", "beta2"):
+            require(self.state != "bf16" or getattr(self, name) <= 0.99, f"optim.{name} is {getattr(self, name)}; with "
+                    "optim.state bf16 it must be at most 0.99, or what a step adds to the mean is rounded away: lower "
+                    "it, or set optim.state to host or full")
+        require(self.name in self.optimizers, f"optim.rule {self.rule!r} gives nothing to "
                 f"optim.name {self.name}: set optim.name to one that it has, or optim.rule to \"\"")
+
+    @property
+    def optimizers(self) -> list[str]:
+        """The names of all that the rules have."""
+        return sorted({rule.optimizer for rule in self.rules})
 
     @property
     def rules(self) -> list[Rule]:

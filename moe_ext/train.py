@@ -35,9 +35,10 @@ from moe_ext.config import Config, named_sets, parse, plain, require
 from moe_ext.data import Loader, open_data
 from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
 from moe_ext.generate import complete, load_tokenizer
-from moe_ext.log import Log, Memory, Silence, Timers, peak_flops, plot
+from moe_ext.log import Log, Memory, Silence, Spending, Timers, peak_flops, plot
 from moe_ext.model import GPT, parameter_dtype, precision
 from moe_ext.optim import LossScaler, build_optimizer, count_zeros, learning_rate, parameter_norm, set_learning_rate
+from moe_ext.optim.groups import describe_rule
 from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
@@ -95,6 +96,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     for path, mine, its in zip((config.data.train, *paths.values()), here, there, strict=True):
         require(mine == its, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use "
                 "storage that they share")
+    whole = GPT(config.model, device="meta")
+    rule = checkpoint.together(lambda: describe_rule(whole, config.optim))
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)
@@ -120,7 +123,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
     log = Log(config, samples=loader.row, seconds=seconds, flops_per_token=model.flops_per_token(),
               peak_flops=peak_flops(config, device) * mesh.world) if mesh.rank == 0 else Silence()
-    log.start(model, start_from, done, lines, data_lines(config, data), setup)
+    log.start(model, start_from, done, lines, [rule, *data_lines(config, data)], setup)
     if start_from and weights:
         log.say(f"the weights are those of {start_from}: --weights {weights} was for the start of this run")
     elif weights_from:
@@ -147,6 +150,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     if start_from and not own(start_from, config):
         save(done)      # now, so that whatever happens next, this folder goes on from there
     timers = Timers(device)
+    spending = Spending(optimizer, config.optim.optimizers, timers, config.log.timers)
     pipeline = Pipeline(model, mesh, config.pipeline, micro_batch=t.micro_batch, micros=t.accumulation, folder=folder)
     step = done
 
@@ -192,6 +196,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                 log.say(f"step {step}: {problem or 'a gradient overflowed'}, so it moves nothing; the loss scale is "
                         f"{scaler.scale:g}")
             optimizer.zero_grad()
+            spending.tick()
             loader.advance()
             profile.step()
 
@@ -203,7 +208,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                          loss_scale=scaler.scale, counts_LE=counts_LE,
                          dropped_L=dropped_L if config.model.moe.capacity_factor else None,
                          epoch=loader.epoch, memory=[Memory(*row) for row in mesh.each(Memory.now(device))],
-                         times=mesh.each(timers.milliseconds()) if timers.on else [])
+                         times=mesh.each(timers.milliseconds()) if timers.on else [],
+                         spent=mesh.each(spending.now()))
             if (sets or questions) and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
                 mesh.at(f"step {step}, evaluating")
                 with log.paused(), diverging(step, folder):
@@ -329,7 +335,7 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
-    print("\n".join(data_lines(config, data)))
+    print("\n".join([describe_rule(model, config.optim), *data_lines(config, data)]))
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
                                          seed=config.train.seed))

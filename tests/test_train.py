@@ -375,6 +375,30 @@ def main(monkeypatch, module, *arguments):
     module.main()
 
 
+def test_a_rule_that_fits_no_run_is_refused_at_once(data, straight, tmp_path, monkeypatch):
+    """By a run and by its rehearsal: what goes nowhere, and the state of another optimizer."""
+    folder = tmp_path / "debug"
+    shutil.copytree(straight / "ckpt" / "step-000007", folder / "ckpt" / "step-000007")
+    for options, words in (
+            (dict(optim__rule="matrices: adamw, embeddings: adamw, norms: adamw", log__name="new"),
+             r"sends layers.0.mlp.experts.w13_E2FD \(experts\) nowhere: add \"experts: adamw\""),
+            (dict(optim__name="muon"), r"step-000007: adamw moved layers.0.\S+, and this run's muon can do nothing "
+             r"with its state: continue with --optim.name adamw, or .*: --weights .*step-000007")):
+        for dry in ([], ["--dry-run"]):
+            with pytest.raises(SystemExit, match=words):
+                main(monkeypatch, moe_ext.train, *flags(data, tmp_path, resume="auto", **options), *dry)
+    assert [path.name for path in tmp_path.iterdir()] == ["debug"]
+
+
+def test_an_overflow_moves_no_state(data, tmp_path):
+    """fp16 with a scale that is far too large at first: Shampoo's and AdamW's steps are those that were not skipped."""
+    folder = run(data, tmp_path, train__dtype="fp16", train__loss_scale=2.0**24, train__steps=12, log__every=1,
+                 optim__name="shampoo", optim__shampoo__precondition_frequency=2, train__eval_every=0)
+    skipped = sum(r["skipped"] for r in records(folder) if "loss" in r)
+    steps = {float(t) for name, t in tensors(folder, 12).items() if name.endswith(".step")}
+    assert 0 < skipped < 12 and steps == {12 - skipped}
+
+
 def test_dry_run(data, tmp_path, monkeypatch, capsys):
     main(monkeypatch, moe_ext.train, *flags(data, tmp_path), "--dry-run")
     said = capsys.readouterr().out

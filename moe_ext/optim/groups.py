@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from moe_ext.config import KINDS, ConfigError, OptimConfig
+from moe_ext.optim.adamw import AdamW
 from moe_ext.optim.muon import Muon
 from moe_ext.optim.shampoo import Shampoo
 from moe_ext.optim.together import Together
 
+TABLE = re.compile(r"(^|\.)(embed_\w+|lm_head)\.weight$")
 BIAS = re.compile(r"(^|\.)(\w*bias\w*|b\d+_\w+)$")      # proj.bias, mlp.b13_E2F
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,15 +34,15 @@ class Choice(NamedTuple):
 
 
 def kind_of(name: str, ndim: int, table: bool = False) -> str:
-    """table: whether it is the weight of an nn.Embedding."""
-    if table or name.endswith("lm_head.weight"):
+    """table: whether it is the weight of an nn.Embedding, of a name that no GPT of ours has."""
+    if table or TABLE.search(name):
         return "embeddings"
     if ndim < 2 or BIAS.search(name):
         return "norms"
     return "matrices" if ndim == 2 else "experts"
 
 
-def choose(name: str, ndim: int, table: bool, optim: OptimConfig) -> Choice:
+def choose(name: str, ndim: int, optim: OptimConfig, table: bool = False) -> Choice:
     """By name and shape alone, so for plans too. ConfigError: optim.rule sends it nowhere, or what is no matrix to
     Muon."""
     kind = kind_of(name, ndim, table)
@@ -56,19 +58,27 @@ def choose(name: str, ndim: int, table: bool, optim: OptimConfig) -> Choice:
 def choices(model: nn.Module, optim: OptimConfig) -> dict[str, Choice]:
     """NAME -> choice, of each trainable parameter, under its first name if it is tied. Errors: as of choose."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return {name: choose(name, p.ndim, id(p) in tables, optim) for name, p in model.named_parameters()
+    return {name: choose(name, p.ndim, optim, id(p) in tables) for name, p in model.named_parameters()
             if p.requires_grad}
 
 
-def check_rule(model: nn.Module, optim: OptimConfig) -> None:
-    """ConfigError where optim.rule does not fit the model, which is a whole one, on any device: as choose, and where a
-    pattern decides nothing."""
-    used = {choice.entry for choice in choices(model, optim).values()}
+def describe_rule(model: nn.Module, optim: OptimConfig) -> str:
+    """Which optimizer moves how many parameters, of which kinds. model: a whole one, on any device. ConfigError where
+    optim.rule does not fit it: as choose, and where a pattern decides nothing."""
+    chosen, sizes = choices(model, optim), {name: p.numel() for name, p in model.named_parameters()}
+    used = {choice.entry for choice in chosen.values()}
     for what in [rule.what for rule in optim.rules if rule.what not in KINDS and rule.what not in used]:
         fits = fnmatch.filter([name for name, _ in model.named_parameters()], what)
         raise ConfigError(f"optim.rule {optim.rule!r}: {what} decides nothing: " + (
             f"{fits[0]} has an earlier entry: write the narrower pattern first" if fits else
             "no parameter has such a name: delete it or write another pattern, such as layers.*.gate.weight"))
+    moved = {}
+    for name, (kind, optimizer, factor, *_) in chosen.items():
+        kinds = moved.setdefault(optimizer + (f" (lr x{factor:g})" if factor != 1 else ""), {})
+        kinds[kind] = kinds.get(kind, 0) + sizes[name]
+    return "optimizer   " + "; ".join(
+        f"{name}: " + ", ".join(f"{kinds[kind]:,} in {kind}" for kind in KINDS if kind in kinds)
+        for name, kinds in sorted(moved.items()))
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True) -> list[dict]:
@@ -116,14 +126,14 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, timeout=None) -> torch
     return parts[0] if len(parts) == 1 else Together(parts)
 
 
-def adamw(groups, optim: OptimConfig, timeout) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+def adamw(groups, optim: OptimConfig, timeout) -> AdamW:
+    return AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, state=optim.state)
 
 
 def muon(groups, optim: OptimConfig, timeout) -> Muon:
     m = optim.muon
     return Muon(groups, optim.lr, momentum=m.momentum, nesterov=m.nesterov, ns_steps=m.ns_steps,
-                ns_dtype=DTYPES[m.ns_dtype], adjust_lr_fn=m.adjust_lr_fn, timeout=timeout)
+                ns_dtype=DTYPES[m.ns_dtype], adjust_lr_fn=m.adjust_lr_fn, state=optim.state, timeout=timeout)
 
 
 def shampoo(groups, optim: OptimConfig, timeout) -> Shampoo:
@@ -131,7 +141,7 @@ def shampoo(groups, optim: OptimConfig, timeout) -> Shampoo:
     return Shampoo(groups, optim.lr, (optim.beta1, optim.beta2), s.epsilon,
                    precondition_frequency=s.precondition_frequency, max_preconditioner_dim=s.max_preconditioner_dim,
                    start_preconditioning_step=s.start_preconditioning_step, grafting=s.grafting,
-                   graft_eps=optim.eps, root_dtype=DTYPES[s.root_dtype], timeout=timeout)
+                   graft_eps=optim.eps, root_dtype=DTYPES[s.root_dtype], state=optim.state, timeout=timeout)
 
 
 MAKE = {"adamw": adamw, "muon": muon, "shampoo": shampoo}
