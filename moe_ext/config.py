@@ -367,7 +367,7 @@ class OptimConfig:
                 "lr >= min_lr >= 0")
         require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"optim.beta1 {self.beta1} and optim.beta2 "
                 f"{self.beta2} must lie in [0, 1)")
-        for name in ("warmup", "decay", "weight_decay", "clip"):
+        for name in ("warmup", "decay", "eps", "weight_decay", "clip"):
             require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it cannot be negative")
         what = [rule.what for rule in self.rules]
         twice = [entry for entry in what if what.count(entry) > 1]

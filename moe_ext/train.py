@@ -96,8 +96,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     for path, mine, its in zip((config.data.train, *paths.values()), here, there, strict=True):
         require(mine == its, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use "
                 "storage that they share")
-    whole = GPT(config.model, device="meta")
-    rule = checkpoint.together(lambda: describe_rule(whole, config.optim))
+    rule = checkpoint.together(lambda: describe_rule(GPT(config.model, device="meta"), config.optim))
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)
