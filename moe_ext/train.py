@@ -38,7 +38,7 @@ from moe_ext.generate import complete, load_tokenizer
 from moe_ext.log import Log, Memory, Silence, Spending, Timers, peak_flops, plot
 from moe_ext.model import GPT, parameter_dtype, precision
 from moe_ext.optim import LossScaler, build_optimizer, count_zeros, learning_rate, parameter_norm, set_learning_rate
-from moe_ext.optim.groups import describe_rule
+from moe_ext.optim.groups import check_rule
 from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
@@ -96,7 +96,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     for path, mine, its in zip((config.data.train, *paths.values()), here, there, strict=True):
         require(mine == its, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use "
                 "storage that they share")
-    rule = checkpoint.together(lambda: describe_rule(GPT(config.model, device="meta"), config.optim))
+    checkpoint.together(lambda: check_rule(GPT(config.model, device="meta"), config.optim))
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)
@@ -122,7 +122,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
     log = Log(config, samples=loader.row, seconds=seconds, flops_per_token=model.flops_per_token(),
               peak_flops=peak_flops(config, device) * mesh.world) if mesh.rank == 0 else Silence()
-    log.start(model, start_from, done, lines, [rule, *data_lines(config, data)], setup)
+    log.start(model, start_from, done, lines, data_lines(config, data), setup)
     if start_from and weights:
         log.say(f"the weights are those of {start_from}: --weights {weights} was for the start of this run")
     elif weights_from:
@@ -334,7 +334,8 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
-    print("\n".join([describe_rule(model, config.optim), *data_lines(config, data)]))
+    check_rule(model, config.optim)
+    print("\n".join(data_lines(config, data)))
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
                                          seed=config.train.seed))

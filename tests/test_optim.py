@@ -18,7 +18,7 @@ from moe_ext.optim import (
     set_learning_rate,
     wsd,
 )
-from moe_ext.optim.groups import choices, choose, describe_rule, kind_of
+from moe_ext.optim.groups import check_rule, choices, choose, kind_of
 
 
 class Tiny(nn.Module):
@@ -107,9 +107,7 @@ def test_a_rule_sends_each_parameter_to_one_optimizer():
     set_learning_rate(optimizer, 0.25)
     assert {name: group["lr"] for name, group in groups.items()} == dict.fromkeys(groups, 0.25) | {
         "adamw no_decay x2": 0.5}
-    assert describe_rule(model, OptimConfig(rule=RULE)) == (
-        "optimizer   adamw: 12 in matrices, 28 in embeddings, 4 in norms; adamw (lr x2): 54 in norms; muon: 48 in "
-        "experts; shampoo: 96 in experts")
+    check_rule(model, OptimConfig(rule=RULE))
 
 
 @pytest.mark.parametrize("rule, words", [
@@ -119,7 +117,7 @@ def test_a_rule_sends_each_parameter_to_one_optimizer():
 ])
 def test_rules_that_no_optimizer_can_follow(rule, words):
     name = "muon" if "muon" in rule else "adamw"
-    for action in (build_optimizer, describe_rule):
+    for action in (build_optimizer, check_rule):
         with pytest.raises(ConfigError, match=words):
             action(Tiny(), OptimConfig(name, rule))
 
@@ -130,7 +128,7 @@ def test_rules_that_no_optimizer_can_follow(rule, words):
 ])
 def test_patterns_that_decide_nothing(rule, words):
     with pytest.raises(ConfigError, match=words):
-        describe_rule(Tiny(), OptimConfig(rule=rule))
+        check_rule(Tiny(), OptimConfig(rule=rule))
 
 
 def test_muon_and_shampoo_take_their_settings():

@@ -118,9 +118,7 @@ def test_optimizers_of_whole_matrices_do_not_know_the_mesh(data, tmp_path, name)
             assert 0 < cost["adamw"]["share"] + cost[name]["share"] < 1
     kept = [sum(part["state_mib"] for part in cost[-1].values()) for cost in costs.values()]
     assert 0.4 * kept[0] < kept[1] < 0.8 * kept[0]                  # of the two ranks each has about a half
-    said = (two / "run.log").read_text()
-    assert re.search(rf"^optimizer   adamw: .* in norms; .*{name}: .* in matrices.* in experts$", said, re.M)
-    assert re.search(rf"tok/s \| adamw \d+% {name} \d+% \| epoch", said)
+    assert re.search(rf"tok/s \| adamw \d+% {name} \d+% \| epoch", (two / "run.log").read_text())
 
 
 def test_times_and_memory_of_all_ranks(data, tmp_path):                                    # noqa: F811

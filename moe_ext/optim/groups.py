@@ -62,23 +62,15 @@ def choices(model: nn.Module, optim: OptimConfig) -> dict[str, Choice]:
             if p.requires_grad}
 
 
-def describe_rule(model: nn.Module, optim: OptimConfig) -> str:
-    """Which optimizer moves how many parameters, of which kinds. model: a whole one, on any device. ConfigError where
-    optim.rule does not fit it: as choose, and where a pattern decides nothing."""
-    chosen, sizes = choices(model, optim), {name: p.numel() for name, p in model.named_parameters()}
-    used = {choice.entry for choice in chosen.values()}
+def check_rule(model: nn.Module, optim: OptimConfig) -> None:
+    """ConfigError where optim.rule does not fit the model, a whole one on any device: as choose, and where a pattern
+    decides nothing."""
+    used = {choice.entry for choice in choices(model, optim).values()}
     for what in [rule.what for rule in optim.rules if rule.what not in KINDS and rule.what not in used]:
         fits = fnmatch.filter([name for name, _ in model.named_parameters()], what)
         raise ConfigError(f"optim.rule {optim.rule!r}: {what} decides nothing: " + (
             f"{fits[0]} has an earlier entry: write the narrower pattern first" if fits else
             "no parameter has such a name: delete it or write another pattern, such as layers.*.gate.weight"))
-    moved = {}
-    for name, (kind, optimizer, factor, *_) in chosen.items():
-        kinds = moved.setdefault(optimizer + (f" (lr x{factor:g})" if factor != 1 else ""), {})
-        kinds[kind] = kinds.get(kind, 0) + sizes[name]
-    return "optimizer   " + "; ".join(
-        f"{name}: " + ", ".join(f"{kinds[kind]:,} in {kind}" for kind in KINDS if kind in kinds)
-        for name, kinds in sorted(moved.items()))
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True) -> list[dict]:
