@@ -112,7 +112,7 @@ def test_a_rule_sends_each_parameter_to_one_optimizer():
 
 @pytest.mark.parametrize("rule, words", [
     ("matrices: adamw, embeddings: adamw, norms: adamw", r"sends w13_E2FD \(experts\) nowhere: add \"experts: adamw\""),
-    ("*: muon", r"sends norm.weight \(norms\) to muon, .*: write \"norm.weight: adamw\" before \*"),
+    ("*: muon", r"sends b13_E2F \(norms\) to muon, .*: write \"b13_E2F: adamw\" before \*"),
     ("w13_*: muon, b13_*: muon, *: adamw", r"sends b13_E2F \(norms\) to muon"),
 ])
 def test_rules_that_no_optimizer_can_follow(rule, words):

@@ -185,7 +185,9 @@ def begin(server, folder, act, arguments):                                      
 
 def test_a_tied_table_moves_alike_on_both_its_stages(data, options, tmp_path):              # noqa: F811
     """As a whole matrix, by Shampoo, of which each stage has its own."""
-    shampoo = options | dict(optim__name="shampoo", optim__rule="*: shampoo", optim__shampoo__precondition_frequency=2)
+    shampoo = options | dict(optim__name="shampoo", optim__rule="embed_tokens.weight: shampoo, *: adamw",
+                             optim__shampoo__precondition_frequency=2, optim__shampoo__max_preconditioner_dim=64,
+                             optim__shampoo__epsilon=1e-6, data__choices="")
     one = fit(data, tmp_path / "one", tmp_path, "", "--model.tied", **shampoo)
     same(fit(data, tmp_path / "two", tmp_path / "store", "", "--model.tied", **shampoo, mesh__pp=2), one)
 

@@ -49,8 +49,9 @@ def choose(name: str, ndim: int, optim: OptimConfig, table: bool = False) -> Cho
     for what, optimizer, factor in optim.rules:
         if what == kind or fnmatch.fnmatchcase(name, what):
             if (kind, optimizer) == ("norms", "muon"):
-                raise ConfigError(f"optim.rule sends {name} ({kind}) to muon, which makes matrices orthogonal: write "
-                                  f"\"{name}: adamw\" before {what}")
+                raise ConfigError(f"optim.rule {optim.rule!r} sends {name} ({kind}) to muon, which makes matrices "
+                                  f"orthogonal: write \"{name}: adamw\" before {what}, or kinds in its place, as in "
+                                  "\"matrices: muon, norms: adamw\"")
             return Choice(kind, optimizer, factor, kind != "norms", what)
     raise ConfigError(f"optim.rule {optim.rule!r} sends {name} ({kind}) nowhere: add \"{kind}: adamw\"")
 
