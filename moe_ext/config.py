@@ -24,7 +24,7 @@ import types
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,6 +43,12 @@ class ConfigError(ValueError):
 def require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ConfigError(sentence)
+
+
+def did_you_mean(got: str, choices) -> str:
+    """The end of a sentence about a wrong word."""
+    near = difflib.get_close_matches(got, choices, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 @dataclass(frozen=True)
@@ -273,29 +279,76 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MuonConfig:
-    momentum: float = 0.95              # of the gradient's mean
-    nesterov: bool = True               # look ahead by one step
-    ns_steps: int = 5                   # of Newton-Schulz
-    ns_dtype: Literal["fp64", "fp32", "bf16"] = "bf16"  # in which it computes, and matrices travel
-    adjust_lr: Literal["original", "match_rms_adamw", "spectral", "none"] = "match_rms_adamw"  # by a matrix's shape
+    """Of what optim.name or optim.rule gives to Muon (moe_ext.optim.muon)."""
+    momentum: float = 0.95              # decay of the gradient's mean per step
+    nesterov: bool = True               # the step is of the mean one step ahead
+    ns_steps: int = 5                   # iterations of Newton-Schulz
+    ns_dtype: Literal["fp64", "fp32", "bf16"] = "bf16"  # in which they compute, and in which matrices travel
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral", "none"] = "match_rms_adamw"    # learning rate of a
+                                        # matrix, by its shape: with match_rms_adamw one that is good for AdamW is good
+
+    def __post_init__(self):
+        require(0 <= self.momentum < 1, f"optim.muon.momentum is {self.momentum}; it must lie in [0, 1)")
+        require(self.ns_steps >= 1, f"optim.muon.ns_steps is {self.ns_steps}; it must be positive, and 5 is usual")
 
 
 @dataclass(frozen=True)
 class ShampooConfig:
+    """Of what optim.name or optim.rule gives to Shampoo (moe_ext.optim.shampoo)."""
     precondition_frequency: int = 20    # steps between two inverse roots
-    start_preconditioning_step: int = 0 # until then grafting alone; 0: precondition_frequency
-    max_preconditioner_dim: int = 2048  # matrices with more rows or columns are cut into blocks
-    grafting: Literal["adam", "sgd", "none"] = "adam"   # whose step has the length of each block's
-    graft_eps: float = 1e-8             # of grafting's Adam
+    start_preconditioning_step: int = 0 # the first with them, and until then grafting alone; 0: precondition_frequency
+    max_preconditioner_dim: int = 2048  # matrices with more rows or columns are cut into blocks of at most so many
+    epsilon: float = 1e-12              # added to the eigenvalues of the preconditioners
+    grafting: Literal["adam", "sgd", "none"] = "adam"   # each block's step is as long as this optimizer's
     root_dtype: Literal["fp64", "fp32"] = "fp64"        # of the eigendecomposition
+
+    def __post_init__(self):
+        for name in ("precondition_frequency", "max_preconditioner_dim"):
+            require(getattr(self, name) >= 1, f"optim.shampoo.{name} is {getattr(self, name)}; it must be positive")
+        start, frequency = self.start_preconditioning_step, self.precondition_frequency
+        require(start == 0 or start >= frequency, f"optim.shampoo.start_preconditioning_step is {start}; it must be 0 "
+                f"or at least optim.shampoo.precondition_frequency {frequency}")
+        require(self.epsilon > 0, f"optim.shampoo.epsilon is {self.epsilon}; it must be positive, as 1e-12")
+
+
+OPTIMIZERS = "adamw", "muon", "shampoo"
+KINDS = "matrices", "experts", "embeddings", "norms"    # of parameters: moe_ext.optim.groups.kind_of
+
+
+class Rule(NamedTuple):
+    """An entry of optim.rule."""
+    what: str           # one of KINDS, or a pattern of names as fnmatch has them
+    optimizer: str
+    lr_factor: float
+
+
+def read_rule(entry: str) -> Rule:
+    """An entry of optim.rule, as "experts: muon 0.5". ConfigError."""
+    got, match = f"optim.rule: got {entry.strip()!r}", re.fullmatch(r"\s*([^\s:]+)\s*:\s*(\S+)(\s+\S+)?\s*", entry)
+    require(match is not None, f"{got}, wanted KIND or PATTERN: OPTIMIZER [FACTOR of optim.lr], between commas, as in "
+            "\"matrices: muon, experts: muon, embeddings: adamw 0.5, norms: adamw\"")
+    what, optimizer, factor = match.groups(default="1")
+    require(what in KINDS or re.search(r"[.*?[]", what) is not None, f"{got}, wanted {', '.join(KINDS)} or a pattern "
+            f"of names, as layers.*.gate.weight, before the colon{did_you_mean(what, KINDS)}")
+    require(optimizer in OPTIMIZERS, f"{got}, wanted {', '.join(OPTIMIZERS)} after the colon"
+            f"{did_you_mean(optimizer, OPTIMIZERS)}")
+    require((what, optimizer) != ("norms", "muon"), f"{got}, but Muon makes matrices orthogonal, and norms and biases "
+            "are none: write \"norms: adamw\"")
+    try:
+        number = float(factor)
+    except ValueError:
+        number = 0.0
+    require(0 < number < math.inf, f"{got}, wanted a positive number after the optimizer, the factor of optim.lr")
+    return Rule(what, optimizer, number)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw", "muon", "shampoo"] = "adamw"     # of matrices and experts; the others have AdamW
-    rule: str = ""                      # which parameters have which, "PATTERN or KIND: OPTIMIZER [LR FACTOR], ..",
-                                        # the first that fits; kinds: matrices, experts, embeddings, norms; "": by name
-    state: Literal["full", "bf16", "host"] = "full"     # as the parameters; rounded; in the host's memory
+    name: Literal["adamw", "muon", "shampoo"] = "adamw"     # of matrices and experts; embeddings and norms have AdamW
+    rule: str = ""                      # instead of that, "KIND or PATTERN of names: OPTIMIZER [FACTOR of lr], ..": the
+                                        # first pattern that fits, or else the kind: matrices, experts, embeddings (the
+                                        # head too), norms (biases too); "": by name
+    state: Literal["full", "bf16", "host"] = "full"     # kept as the parameters, rounded, or in the host's memory
     muon: MuonConfig = field(default_factory=MuonConfig)
     shampoo: ShampooConfig = field(default_factory=ShampooConfig)
     lr: float = 1e-3                    # peak learning rate
@@ -303,9 +356,9 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"   # after the warm-up
     warmup: int = 100                   # steps of linear warm-up
     decay: int = 0                      # wsd: steps of the linear decay at the end; 0: a fifth of the run
-    beta1: float = 0.9                  # decay of the gradient's mean per step
-    beta2: float = 0.95                 # decay of its square's mean per step
-    eps: float = 1e-8                   # added to the root of the second moment
+    beta1: float = 0.9                  # AdamW, Shampoo: decay of the gradient's mean per step
+    beta2: float = 0.95                 # and of its square's mean; of Shampoo's preconditioners too
+    eps: float = 1e-8                   # AdamW, Shampoo's grafting: added to the root of the second moment
     weight_decay: float = 0.1           # decoupled; matrices only, not norms and biases
     clip: float = 1.0                   # largest global gradient norm; 0: no clipping
 
@@ -314,8 +367,30 @@ class OptimConfig:
                 "lr >= min_lr >= 0")
         require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"optim.beta1 {self.beta1} and optim.beta2 "
                 f"{self.beta2} must lie in [0, 1)")
-        for name in ("warmup", "decay", "weight_decay", "clip"):
+        for name in ("warmup", "decay", "eps", "weight_decay", "clip"):
             require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it cannot be negative")
+        what = [rule.what for rule in self.rules]
+        twice = [entry for entry in what if what.count(entry) > 1]
+        require(not twice, f"optim.rule {self.rule!r} says twice what moves {', '.join(twice[:1])}: delete one entry")
+        require("*" not in what or what[-1] == "*", f"optim.rule {self.rule!r}: nothing is left for {what[-1]}, since "
+                "* takes all: delete one of the two")
+        for name in ("beta1", "beta2"):
+            require(self.state != "bf16" or getattr(self, name) <= 0.99, f"optim.{name} is {getattr(self, name)}; with "
+                    "optim.state bf16 it must be at most 0.99, or what a step adds to the mean is rounded away: lower "
+                    "it, or set optim.state to host or full")
+        require(self.name in self.optimizers, f"optim.rule {self.rule!r} gives nothing to "
+                f"optim.name {self.name}: set optim.name to one that it has, or optim.rule to \"\"")
+
+    @property
+    def optimizers(self) -> list[str]:
+        """The names of all that the rules have."""
+        return sorted({rule.optimizer for rule in self.rules})
+
+    @property
+    def rules(self) -> list[Rule]:
+        """Which optimizer moves what: the first that fits, patterns before kinds."""
+        text = self.rule or f"matrices: {self.name}, experts: {self.name}, embeddings: adamw, norms: adamw"
+        return sorted(map(read_rule, text.split(",")), key=lambda rule: rule.what in KINDS)
 
 
 @dataclass(frozen=True)
@@ -613,9 +688,8 @@ def convert(kind, value, name: str):
         return build(kind, value, name + ".")
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        near = difflib.get_close_matches(str(value), choices, n=1)
         require(value in choices, f"{name}: got {value!r}, wanted one of {', '.join(choices)}"
-                + (f"; did you mean {near[0]}?" if near else ""))
+                f"{did_you_mean(str(value), choices)}")
         return value
     if kind is float and type(value) is int:
         return float(value)
@@ -656,9 +730,7 @@ def as_type(config: Config, type: str) -> Config:
     gets "-TYPE", so that each type of a recipe has a run folder of its own. ConfigError for another type, and where
     the new widths do not fit.
     """
-    near = difflib.get_close_matches(type, TYPES, n=1)
-    require(type in TYPES, f"--type: got {type!r}, wanted one of {', '.join(TYPES)}"
-            + (f"; did you mean {near[0]}?" if near else ""))
+    require(type in TYPES, f"--type: got {type!r}, wanted one of {', '.join(TYPES)}{did_you_mean(type, TYPES)}")
     model, moe, mesh, name = config.model, config.model.moe, config.mesh, config.log.name
     if type == "dense" and moe.experts:
         model = replace(model, hidden=moe.top_k * moe.hidden + moe.shared_hidden, moe=replace(moe, experts=0))

@@ -28,11 +28,13 @@ from pathlib import Path
 
 from moe_ext import checkpoint
 from moe_ext.checkpoint import CheckpointError, State
-from moe_ext.config import Config, ConfigError, dumps, named_sets, require
+from moe_ext.config import Config, ConfigError, OptimConfig, build, dumps, named_sets, require
 from moe_ext.data import Blend, IndexedDataset, Loader, summary, target, totals
 from moe_ext.data.blend import read_blend, write_blend
 from moe_ext.data.identity import data_meta, tokenizer_hash
 from moe_ext.log import split_events, split_metrics
+from moe_ext.model import GPT
+from moe_ext.optim.groups import choices as optimizer_choices
 
 
 # ---- one run at a time -----------------------------------------------------------------------------------------------
@@ -87,6 +89,23 @@ def check(path: Path, config: Config, loader: Loader) -> None:
                               f"({'; '.join(differing)}): continue with those that it had, or start a new run with "
                               f"these weights: --weights {path}")
     check_words(path, config)
+    check_optimizers(path, state, config)
+
+
+def check_optimizers(path: Path, state: State, config: Config) -> None:
+    """CheckpointError if a parameter had another optimizer in the run of a checkpoint, whose state is of no use to that
+    of `config`."""
+    saved, model = state.config.get("optim", {}), GPT(config.model, device="meta")
+    known = {f.name for f in dataclasses.fields(OptimConfig)}
+    before = build(OptimConfig, {name: value for name, value in saved.items() if name in known})
+    there, here = (optimizer_choices(model, optim) for optim in (before, config.optim))
+    for name in there:
+        was, now = there[name].optimizer, here[name].optimizer
+        if was != now:
+            rule = f" --optim.rule \"{before.rule}\"" if before.rule or config.optim.rule else ""
+            raise CheckpointError(f"{path}: {was} moved {name}, and this run's {now} can do nothing with its state: "
+                                  f"continue with --optim.name {before.name}{rule}, or start a new run with these "
+                                  f"weights: --weights {path}")
 
 
 def check_words(path: Path, config: Config) -> None:

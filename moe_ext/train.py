@@ -35,9 +35,10 @@ from moe_ext.config import Config, named_sets, parse, plain, require
 from moe_ext.data import Loader, open_data
 from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
 from moe_ext.generate import complete, load_tokenizer
-from moe_ext.log import Log, Memory, Silence, Timers, peak_flops, plot
+from moe_ext.log import Log, Memory, Silence, Spending, Timers, peak_flops, plot
 from moe_ext.model import GPT, parameter_dtype, precision
 from moe_ext.optim import LossScaler, build_optimizer, count_zeros, learning_rate, parameter_norm, set_learning_rate
+from moe_ext.optim.groups import check_rule
 from moe_ext.parallel.failure import RankFailure, facts
 from moe_ext.parallel.launch import joined
 from moe_ext.parallel.mesh import Mesh, check_world
@@ -95,6 +96,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     for path, mine, its in zip((config.data.train, *paths.values()), here, there, strict=True):
         require(mine == its, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use "
                 "storage that they share")
+    checkpoint.together(lambda: check_rule(GPT(config.model, device="meta"), config.optim))
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)
@@ -147,6 +149,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     if start_from and not own(start_from, config):
         save(done)      # now, so that whatever happens next, this folder goes on from there
     timers = Timers(device)
+    spending = Spending(optimizer, config.optim.optimizers, timers, config.log.timers)
     pipeline = Pipeline(model, mesh, config.pipeline, micro_batch=t.micro_batch, micros=t.accumulation, folder=folder)
     step = done
 
@@ -192,6 +195,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                 log.say(f"step {step}: {problem or 'a gradient overflowed'}, so it moves nothing; the loss scale is "
                         f"{scaler.scale:g}")
             optimizer.zero_grad()
+            spending.tick()
             loader.advance()
             profile.step()
 
@@ -203,7 +207,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                          loss_scale=scaler.scale, counts_LE=counts_LE,
                          dropped_L=dropped_L if config.model.moe.capacity_factor else None,
                          epoch=loader.epoch, memory=[Memory(*row) for row in mesh.each(Memory.now(device))],
-                         times=mesh.each(timers.milliseconds()) if timers.on else [])
+                         times=mesh.each(timers.milliseconds()) if timers.on else [],
+                         spent=mesh.each(spending.now()))
             if (sets or questions) and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
                 mesh.at(f"step {step}, evaluating")
                 with log.paused(), diverging(step, folder):
@@ -329,6 +334,7 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
+    check_rule(model, config.optim)
     print("\n".join(data_lines(config, data)))
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,

@@ -18,8 +18,8 @@ from moe_ext.log import Log, Memory, Timers, beside, peak_flops, plot, read_metr
 from moe_ext.log.draw import centred_mean
 from moe_ext.log.files import Lines, Progress
 from moe_ext.log.line import duration, scientific, step_line, thousands
-from moe_ext.log.meter import Meter
-from moe_ext.log.writer import expert_load
+from moe_ext.log.meter import Meter, Spending
+from moe_ext.log.writer import cost_of_optimizers, expert_load
 from moe_ext.preflight import check_wandb
 
 
@@ -94,6 +94,18 @@ def test_the_step_line_verbatim():
     assert step_line(record, 10000, 4100) == line.format("")
     assert step_line(record | {"dropped_L": [0, 0]}, 10000, 4100) == line.format("")
     assert step_line(record | {"dropped_L": [6, 2]}, 10000, 4100) == line.format(" dropped 10.0%")
+
+
+def test_the_step_line_says_what_optimizers_take():
+    record = {"step": 1, "loss": 1.0, "lr": 1.0, "ms": 50.0, "tokens_per_s": 10.0}
+    costs = cost_of_optimizers(["adamw", "shampoo"], [[1.0, 3.0, 0.0, 0, 6.0, 1.0, 0.5, 2],
+                                                      [0.5, 2.0, 0.0, 0, 4.0, 2.0, 0.25, 1]], 50.0)
+    assert costs == {"adamw": {"ms": 1.0, "share": 0.02, "state_mib": 3.0, "sent_mib": 0.0},
+                     "shampoo": {"ms": 6.0, "share": 0.12, "state_mib": 2.0, "sent_mib": 0.5, "fallbacks": 3}}
+    line = "step 1/2 | loss 1.0000 | lr 1.0e0 | 50 ms | 10 tok/s | {}eta 1s"
+    assert step_line(record | {"optimizer": costs}, 2, 1) == line.format("adamw 2% shampoo 12% fell back 3 times | ")
+    unmeasured = cost_of_optimizers(["adamw", "muon"], [[0.0, 3.0, 0.0, 0, 0.0, 1.0, 0.5, 0]], 50.0)
+    assert step_line(record | {"optimizer": unmeasured}, 2, 1) == line.format("")
 
 
 def test_numbers_for_people():
@@ -174,14 +186,16 @@ def board(folder):
 
 NUMBERS = dict(sequences=100, loss=2.5, lr=1e-3, zeros=7, parameter_norm=3.0, counts_LE=torch.tensor([[3, 1], [2, 2]]),
                dropped_L=torch.tensor([1, 0]), memory=[Memory(1, 5, 8, 9), Memory(2, 3, 8, 9)],
-               times=[[1, 20, 300, 4], [2, 10, 500, 4]])
+               times=[[1, 20, 300, 4], [2, 10, 500, 4]], spent=[[50, 3, 0, 0], [100, 2, 0, 0]])
 SCALARS = {"tokens": 100, "samples": 100, "seconds": 1, "sequences": 100, "world": 1, "loss": 2.5, "mean_loss": 2.25,
            "zeros": 7, "parameter_norm": 3, "lr": 1e-3, "loss_scale": 1, "skipped": 0, "ms": 1000,
            "tokens_per_s": 100, "load": 1.5, "dead": 0, "load/layer_00": 1.5, "load/layer_01": 1, "dead/layer_00": 0,
            "dead/layer_01": 0, "entropy/layer_00": 0.811278, "entropy/layer_01": 1, "dropped/layer_00": 1,
            "dropped/layer_01": 0, "memory_mib": 2, "max_memory_mib": 5, "time_ms/data_min": 1, "time_ms/data_max": 2,
            "time_ms/forward_min": 10, "time_ms/forward_max": 20, "time_ms/backward_min": 300,
-           "time_ms/backward_max": 500, "time_ms/optimizer_min": 4, "time_ms/optimizer_max": 4}
+           "time_ms/backward_max": 500, "time_ms/optimizer_min": 4, "time_ms/optimizer_max": 4,
+           "optimizer/adamw_ms": 100, "optimizer/adamw_share": 0.1, "optimizer/adamw_state_mib": 3,
+           "optimizer/adamw_sent_mib": 0}
 VALID = {"valid_loss": 2.0, "valid_perplexity": math.exp(2), "unigram_entropy": 6.0, "tokens": 100, "seconds": 1}
 
 
@@ -317,6 +331,39 @@ def test_means_and_skipped_steps_since_the_last_line(tmp_path, clock):
     records = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert [(r["mean_loss"], r["balance"], r["skipped"], r["tokens"]) for r in records] == [
         (4.0, 1.25, 1, 30), (2.0, 1.25, 0, 40)]
+
+
+class Slow(torch.optim.Optimizer):
+    """A step takes two seconds of the test's clock and leaves 1 MiB of state."""
+    fallbacks, owners = 0, types.SimpleNamespace(sent=2**19)
+
+    def __init__(self, clock):
+        super().__init__([torch.nn.Parameter(torch.ones(2**18))], {})
+        self.clock = clock
+
+    def step(self, closure=None):
+        p, = self.param_groups[0]["params"]
+        self.state[p]["mean"] = torch.zeros_like(p)
+        self.clock.run(2.0)
+
+
+def test_spending_is_that_of_all_steps_since_the_last_line(monkeypatch):
+    """Of three steps one is skipped; fallbacks count once. Muon is another stage's."""
+    clock = Clock()
+    monkeypatch.setattr("moe_ext.log.meter.time", types.SimpleNamespace(perf_counter=clock))
+    optimizer = Slow(clock)
+    spending = Spending(optimizer, ["slow", "muon"], Timers(torch.device("cpu")), False)
+    spending.tick()
+    assert spending.now() == [0, 0, 0.5, 0] + [0] * 4
+    for skipped in (False, True, False):
+        if not skipped:
+            optimizer.step()
+            optimizer.fallbacks += 2
+        spending.tick()
+    assert spending.now() == [pytest.approx(4000 / 3), 1, 0.5, 4] + [0] * 4
+    optimizer.step()
+    spending.tick()
+    assert spending.now() == [pytest.approx(2000), 1, 0.5, 0] + [0] * 4
 
 
 def test_timers_sum_the_spans_of_a_step_that_has_a_line(monkeypatch):

@@ -21,7 +21,7 @@ from moe_ext.config import (
     TrainConfig,
     parse,
 )
-from moe_ext.log.megatron import Megatron, timers
+from moe_ext.log.megatron import Megatron, arguments, timers
 from moe_ext.log.meter import Memory
 from moe_ext.optim import learning_rate
 
@@ -105,6 +105,14 @@ def test_the_timers_verbatim():
     theirs = [line.removesuffix("training ...") for line in lines[at:at + 3]]
     assert timers({"model-and-optimizer-setup": (245.01, 247.4),
                    "train/valid/test-data-iterators-setup": (171.11, 179.284)}).splitlines() == theirs
+
+
+def test_optimizers_have_megatrons_names():
+    adam, muon = arguments(Config()), arguments(Config(optim=OptimConfig("muon")))
+    assert (adam["optimizer"], muon["optimizer"]) == ("adam", "muon")
+    assert {name: value for name, value in muon.items() if name.startswith("muon_")} == {
+        "muon_momentum": 0.95, "muon_use_nesterov": True, "muon_num_ns_steps": 5}
+    assert not [name for name in adam if name.startswith("muon_")] and muon["optim.muon.adjust_lr_fn"]
 
 
 def test_the_banner_line_by_line():

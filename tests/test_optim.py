@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_ext.config import OptimConfig
+from moe_ext.config import ConfigError, MuonConfig, OptimConfig, ShampooConfig
 from moe_ext.optim import (
     LossScaler,
     NonFiniteGradient,
@@ -18,6 +18,7 @@ from moe_ext.optim import (
     set_learning_rate,
     wsd,
 )
+from moe_ext.optim.groups import check_rule, choices, choose, kind_of
 
 
 class Tiny(nn.Module):
@@ -74,6 +75,78 @@ def test_adamw_decays_what_it_should():
     for name, p in model.named_parameters():
         factor = 0.975 if name in ("embed_tokens.weight", "gate.weight", "w13_E2FD", "w2_EDF") else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor, rtol=1e-6, atol=0, msg=name)
+
+
+def test_what_each_kind_is():
+    kinds = {name: choice.kind for name, choice in choices(Tiny(), OptimConfig()).items()}
+    assert kinds == {"embed_tokens.weight": "embeddings", "gate.weight": "matrices", "w13_E2FD": "experts",
+                     "w2_EDF": "experts"} | dict.fromkeys(
+        ("norm.weight", "gate.bias", "b13_E2F", "b2_ED", "noise_E", "expert_bias"), "norms")
+    assert kind_of("lm_head.weight", 2) == kind_of("embed_positions.weight", 2) == kind_of("x", 2, table=True) == (
+        "embeddings")
+    assert [kind_of(name, 2) for name in ("layers.0.o_proj.weight", "layers.0.mlp.gate.bias")] == ["matrices", "norms"]
+
+
+RULE = "matrices: muon 0.5, experts: shampoo, *.weight: adamw, w2_*: muon, embeddings: adamw, norms: adamw 2"
+
+
+def test_a_rule_sends_each_parameter_to_one_optimizer():
+    """Patterns before kinds; factors of the learning rate; decay by kind; all under the names of the rule."""
+    model = Tiny()
+    assert choose("gate.weight", 2, OptimConfig(rule=RULE)) == ("matrices", "adamw", 1.0, True, "*.weight")
+    optimizer = build_optimizer(model, OptimConfig(rule=RULE, weight_decay=0.1, lr=1.0))
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert {name: sorted(group["param_names"]) for name, group in groups.items()} == {
+        "adamw decay": ["embed_tokens.weight", "gate.weight"], "adamw no_decay": ["norm.weight"],
+        "adamw no_decay x2": ["b13_E2F", "b2_ED", "expert_bias", "gate.bias", "noise_E"],
+        "muon decay": ["w2_EDF"], "shampoo decay": ["w13_E2FD"]}
+    named = dict(model.named_parameters())
+    for name, group in groups.items():
+        assert all(named[n] is p for n, p in zip(group["param_names"], group["params"], strict=True))
+        assert group["weight_decay"] == (0.0 if "no_decay" in name else 0.1)
+    set_learning_rate(optimizer, 0.25)
+    assert {name: group["lr"] for name, group in groups.items()} == dict.fromkeys(groups, 0.25) | {
+        "adamw no_decay x2": 0.5}
+    check_rule(model, OptimConfig(rule=RULE))
+
+
+@pytest.mark.parametrize("rule, words", [
+    ("matrices: adamw, embeddings: adamw, norms: adamw", r"sends w13_E2FD \(experts\) nowhere: add \"experts: adamw\""),
+    ("*: muon", r"sends b13_E2F \(norms\) to muon, .*: write \"b13_E2F: adamw\" before \*"),
+    ("w13_*: muon, b13_*: muon, *: adamw", r"sends b13_E2F \(norms\) to muon"),
+])
+def test_rules_that_no_optimizer_can_follow(rule, words):
+    name = "muon" if "muon" in rule else "adamw"
+    for action in (build_optimizer, check_rule):
+        with pytest.raises(ConfigError, match=words):
+            action(Tiny(), OptimConfig(name, rule))
+
+
+@pytest.mark.parametrize("rule, words", [
+    ("router.*: adamw, *: shampoo", r"router.\* decides nothing: no parameter has such a name"),
+    ("*.weight: adamw, gate.weight: adamw, *: shampoo", r"gate.weight decides nothing: gate.weight has an ear"),
+])
+def test_patterns_that_decide_nothing(rule, words):
+    with pytest.raises(ConfigError, match=words):
+        check_rule(Tiny(), OptimConfig(rule=rule))
+
+
+def test_muon_and_shampoo_take_their_settings():
+    optim = OptimConfig("muon", "matrices: muon, experts: shampoo, embeddings: adamw, norms: adamw", lr=0.5, beta1=0.8,
+                        beta2=0.7, eps=1e-3, state="host",
+                        muon=MuonConfig(momentum=0.6, nesterov=False, ns_steps=3, ns_dtype="fp64",
+                                        adjust_lr_fn="spectral"),
+                        shampoo=ShampooConfig(precondition_frequency=4, start_preconditioning_step=9, grafting="sgd",
+                                              max_preconditioner_dim=3, epsilon=1e-5, root_dtype="fp32"))
+    adamw, muon, shampoo = build_optimizer(Tiny(), optim).parts
+    assert [type(part).__name__ for part in (adamw, muon, shampoo)] == ["AdamW", "Muon", "Shampoo"]
+    assert {part.keep.how for part in (adamw, muon, shampoo)} == {"host"}
+    wanted = dict(lr=0.5, momentum=0.6, nesterov=False, ns_steps=3, adjust_lr_fn="spectral", weight_decay=0.1)
+    assert {name: muon.param_groups[0][name] for name in wanted} == wanted and muon.ns_dtype == torch.float64
+    wanted = dict(lr=0.5, betas=(0.8, 0.7), epsilon=1e-5, graft_eps=1e-3, grafting="sgd", precondition_frequency=4,
+                  start_preconditioning_step=9, weight_decay=0.1)
+    assert {name: shampoo.param_groups[0][name] for name in wanted} == wanted
+    assert shampoo.root_dtype == torch.float32 and [m.shape for m in shampoo.owners.mine[:1]] == [(3, 3)]
 
 
 def test_adamw_takes_its_settings():

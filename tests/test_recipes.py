@@ -15,9 +15,22 @@ from pathlib import Path
 import pytest
 
 from moe_ext import train
-from moe_ext.config import TYPES, Config, ConfigError, LogConfig, ModelConfig, MoEConfig, as_type, dumps, load, parse
+from moe_ext.config import (
+    TYPES,
+    Config,
+    ConfigError,
+    LogConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    as_type,
+    dumps,
+    load,
+    parse,
+)
 from moe_ext.model import GPT
 from moe_ext.ops.expert import GATED
+from moe_ext.optim.groups import choices
 from moe_ext.parallel.stages import cut
 from moe_ext.parallel.tensor import COLUMNS, ROWS, SLICED
 from moe_ext.plan import megatron
@@ -112,6 +125,19 @@ def test_published_choices(name):
     moe = wanted.pop("moe", {})
     assert {field: model[field] for field in wanted} == wanted
     assert {field: model["moe"][field] for field in moe} == moe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_parameter_has_the_optimizer_of_its_kind(name):
+    model = meta(recipe(name).model)
+    kinds = {"embeddings": r"embed_(tokens|positions)\.weight|lm_head\.weight", "experts": r".*\.(w13_E2FD|w2_EDF)",
+             "matrices": r".*(_proj|mlp\.gate)\.weight", "norms": r".*(norm\.weight|bias|sinks|noise_E|b13_E2F|b2_ED)"}
+    for optimizer in ("muon", "shampoo"):
+        chosen = choices(model, OptimConfig(optimizer))
+        assert chosen.keys() == dict(model.named_parameters()).keys()
+        for parameter, choice in chosen.items():
+            assert re.fullmatch(kinds[choice.kind], parameter), (parameter, choice)
+            assert choice.optimizer == (optimizer if choice.kind in ("matrices", "experts") else "adamw")
 
 
 def test_megatrons_counts_follow():

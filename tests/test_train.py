@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,7 +95,7 @@ def test_loss_falls_and_the_run_folder_is_whole(straight):
                                                                    "tokenizer.json", "tokenizer.sha256", "progress.txt"}
     said = (straight / "run.log").read_text()
     assert "step 20/20 | loss" in said and "unigram entropy" in said and "sample: def " in said
-    assert f"tok/s | epoch {160 / samples:.2f} | load" in said
+    assert re.search(rf"tok/s \| adamw \d+% \| epoch {160 / samples:.2f} \| load", said)
 
 
 def test_the_run_folder_has_a_plot(straight):
@@ -373,6 +374,30 @@ def test_weights_of_another_shape_and_the_selection_bias(data, straight, tmp_pat
 def main(monkeypatch, module, *arguments):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     module.main()
+
+
+def test_a_rule_that_fits_no_run_is_refused_at_once(data, straight, tmp_path, monkeypatch):
+    """By a run and by its rehearsal: what goes nowhere, and the state of another optimizer."""
+    folder = tmp_path / "debug"
+    shutil.copytree(straight / "ckpt" / "step-000007", folder / "ckpt" / "step-000007")
+    for options, words in (
+            (dict(optim__rule="matrices: adamw, embeddings: adamw, norms: adamw", log__name="new"),
+             r"sends layers.0.mlp.experts.w13_E2FD \(experts\) nowhere: add \"experts: adamw\""),
+            (dict(optim__name="muon"), r"step-000007: adamw moved layers.0.\S+, and this run's muon can do nothing "
+             r"with its state: continue with --optim.name adamw, or .*: --weights .*step-000007")):
+        for dry in ([], ["--dry-run"]):
+            with pytest.raises(SystemExit, match=words):
+                main(monkeypatch, moe_ext.train, *flags(data, tmp_path, resume="auto", **options), *dry)
+    assert [path.name for path in tmp_path.iterdir()] == ["debug"]
+
+
+def test_an_overflow_moves_no_state(data, tmp_path):
+    """fp16 with a scale that is far too large at first: Shampoo's and AdamW's steps are those that were not skipped."""
+    folder = run(data, tmp_path, train__dtype="fp16", train__loss_scale=2.0**24, train__steps=12, log__every=1,
+                 optim__name="shampoo", optim__shampoo__precondition_frequency=2, train__eval_every=0)
+    skipped = sum(r["skipped"] for r in records(folder) if "loss" in r)
+    steps = {float(t) for name, t in tensors(folder, 12).items() if name.endswith(".step")}
+    assert 0 < skipped < 12 and steps == {12 - skipped}
 
 
 def test_dry_run(data, tmp_path, monkeypatch, capsys):

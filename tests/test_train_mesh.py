@@ -89,6 +89,38 @@ def test_a_batch_ramp_on_a_mesh_is_that_of_one_process(data, tmp_path):         
     np.testing.assert_allclose(numbers(three, *columns), numbers(one, *columns)[5:], rtol=1e-9)
 
 
+OPTIMIZERS = {      # of Shampoo three inverse roots in six steps, of blocks; its epsilon is above rounding
+    "muon": dict(optim__name="muon", optim__muon__ns_dtype="fp64",
+                 optim__rule="matrices: muon, experts: muon 0.5, embeddings: adamw 2, norms: adamw"),
+    "shampoo": dict(optim__name="shampoo", optim__shampoo__precondition_frequency=2,
+                    optim__shampoo__max_preconditioner_dim=24, optim__shampoo__epsilon=1e-6),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_of_whole_matrices_do_not_know_the_mesh(data, tmp_path, name):          # noqa: F811
+    """The steps of one process in fp64, from a checkpoint the same bits again; and what the log says of the cost."""
+    mesh = OPTIMIZERS[name] | dict(train__dtype="fp64", train__steps=6, train__save_every=3, train__eval_every=0,
+                                   train__keep_last=0)
+    one = fit(data, tmp_path / "one", tmp_path, **mesh)
+    two = fit(data, tmp_path / "two", tmp_path / "s2", **mesh, **MESHES["fsdp2-ep2"])
+    columns = "loss", "grad_norm", "parameter_norm"
+    np.testing.assert_allclose(numbers(two, *columns), numbers(one, *columns), rtol=1e-11)
+    shutil.copytree(two / "ckpt" / "step-000003", tmp_path / "three" / "debug" / "ckpt" / "step-000003")
+    three = fit(data, tmp_path / "three", tmp_path / "s3", "auto", **mesh, **MESHES["fsdp2-ep2"])
+    assert_same_checkpoint(two, three, 6)
+
+    costs = {folder: [r["optimizer"] for r in records(folder) if "loss" in r] for folder in (one, two)}
+    for folder, sends in ((one, False), (two, True)):
+        assert [list(cost) for cost in costs[folder]] == [["adamw", name]] * 6
+        for cost in costs[folder]:
+            assert (cost[name]["sent_mib"] > 0) == sends and cost["adamw"]["sent_mib"] == 0
+            assert 0 < cost["adamw"]["share"] + cost[name]["share"] < 1
+    kept = [sum(part["state_mib"] for part in cost[-1].values()) for cost in costs.values()]
+    assert 0.4 * kept[0] < kept[1] < 0.8 * kept[0]                  # of the two ranks each has about a half
+    assert re.search(rf"tok/s \| adamw \d+% {name} \d+% \| epoch", (two / "run.log").read_text())
+
+
 def test_times_and_memory_of_all_ranks(data, tmp_path):                                    # noqa: F811
     folder = tmp_path / "debug"
     config = dataclasses.replace(plain(parse([*flags(data, tmp_path, **ALL, train__steps=5, **MESHES["fsdp2-ep2"]),

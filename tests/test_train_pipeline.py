@@ -183,6 +183,15 @@ def begin(server, folder, act, arguments):                                      
     return statuses, pids[2]
 
 
+def test_a_tied_table_moves_alike_on_both_its_stages(data, options, tmp_path):              # noqa: F811
+    """As a whole matrix, by Shampoo, of which each stage has its own."""
+    shampoo = options | dict(optim__name="shampoo", optim__rule="embed_tokens.weight: shampoo, *: adamw",
+                             optim__shampoo__precondition_frequency=2, optim__shampoo__max_preconditioner_dim=64,
+                             optim__shampoo__epsilon=1e-6, data__choices="")
+    one = fit(data, tmp_path / "one", tmp_path, "", "--model.tied", **shampoo)
+    same(fit(data, tmp_path / "two", tmp_path / "store", "", "--model.tied", **shampoo, mesh__pp=2), one)
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_stage_that_fails_ends_all_with_its_name(data, tmp_path, server, name):            # noqa: F811
     act, timeout, words, options = FAILURES[name]

@@ -18,6 +18,10 @@ step:
     dropped_L, counts_LE            copies that capacity dropped, per layer; all that chose an expert, these too
     memory_mib, max_memory_mib      of the rank that has most: of its GPU, or of the process
     time_ms                         with log.timers: {part of the step: [least, most of any rank]}
+    optimizer                       {name: of the rank that has most its ms per step since the last line and their share
+                                    of "ms" (on CUDA with log.timers alone), state_mib kept between steps, sent_mib in a
+                                    step to owners of matrices and back; of all ranks its fallbacks since the last line,
+                                    if there were any: how often Shampoo found no new inverse root}
 
 and an evaluation: step, tokens, seconds, valid_loss, valid_perplexity, unigram_entropy and other forms of the loss; of
 another set NAME_loss and so on, of multiple choice choices_acc and so on. A resumed run appends; steps beyond its start
@@ -32,8 +36,8 @@ goes on; lines that the disk refused are written when it takes them again.
 from moe_ext.log.draw import plot
 from moe_ext.log.files import read_metrics, split_events, split_metrics
 from moe_ext.log.line import beside, chosen, measured, perplexity
-from moe_ext.log.meter import Memory, Timers, peak_flops
+from moe_ext.log.meter import Memory, Spending, Timers, peak_flops
 from moe_ext.log.writer import Log, Silence
 
-__all__ = ["Log", "Memory", "Silence", "Timers", "beside", "chosen", "measured", "peak_flops", "perplexity", "plot",
-           "read_metrics", "split_events", "split_metrics"]
+__all__ = ["Log", "Memory", "Silence", "Spending", "Timers", "beside", "chosen", "measured", "peak_flops",
+           "perplexity", "plot", "read_metrics", "split_events", "split_metrics"]

@@ -1,11 +1,13 @@
 """log.style "line": one short line a step.
 
-step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 318k tok/s | epoch 1.24
-               | load 1.31x dead 0 | eta 1h08m                                              (on the same line)
+step 120/10000 | loss 3.2145 | aux 1.0e-2 | gnorm 0.61 | lr 3.0e-4 | 412 ms | 318k tok/s | adamw 1% muon 9%
+               | epoch 1.24 | load 1.31x dead 0 | eta 1h08m                                 (on the same line)
 
     ms, tok/s   of the steps since the last line, without evaluation and saving; the first step of a process, which
                 pays for warm-up, counts only in its own line
     mfu         FLOPs of the model per second over the peak of all devices, where that is known
+    adamw, muon an optimizer's share of the time of these steps, on the rank where it is most; "shampoo 12% fell back 3
+                times": there was no new inverse root, of any rank
     epoch       passes over the training tokens so far
     load        the fullest expert of any layer over its layer's mean; dead: experts without a token; dropped: the share
                 of all copies that capacity dropped
@@ -76,6 +78,11 @@ def step_line(record: dict, steps: int, eta: float) -> str:
               f"{thousands(record['tokens_per_s'])} tok/s"]
     if "mfu" in record:
         parts.append(f"mfu {record['mfu']:.1%}")
+    spent = [name + (f" {cost['share']:.0%}" if "share" in cost else "")
+             + (f" fell back {cost['fallbacks']} times" if "fallbacks" in cost else "")
+             for name, cost in record.get("optimizer", {}).items() if {"share", "fallbacks"} & cost.keys()]
+    if spent:
+        parts.append(" ".join(spent))
     if "epoch" in record:
         parts.append(f"epoch {record['epoch']:.2f}")
     if "load" in record:

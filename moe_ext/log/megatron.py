@@ -194,6 +194,9 @@ def arguments(config: Config) -> dict[str, object]:
         "train_data_path": config.data.train, "valid_data_path": config.data.valid or None,
         "tokenizer_model": config.data.tokenizer or None,
     }
+    if "muon" in o.optimizers:
+        same |= {"muon_momentum": o.muon.momentum, "muon_use_nesterov": o.muon.nesterov,
+                 "muon_num_ns_steps": o.muon.ns_steps}
     return same | dict(leaves(dataclasses.asdict(config)))
 
 

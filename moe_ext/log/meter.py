@@ -1,4 +1,4 @@
-"""What a step took: time and tokens per second, its parts on every rank, memory."""
+"""What a step took: time and tokens per second, its parts on every rank, optimizers, memory."""
 import itertools
 import re
 import resource
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from moe_ext.config import Config
 from moe_ext.model import half_dtype
@@ -93,11 +94,63 @@ class Timers:
         """In the order of PARTS; the next sums begin at 0."""
         sums = dict.fromkeys(self.PARTS, 0.0)
         for part, begin, end in self.spans:
-            if self.cuda:
-                end.synchronize()
-            sums[part] += begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin)
+            sums[part] += self.between(begin, end)
         self.spans = []
         return list(sums.values())
+
+    def between(self, begin, end) -> float:
+        """Milliseconds from one mark to another."""
+        if not self.cuda:
+            return 1e3 * (end - begin)
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+class Spent(NamedTuple):
+    """What an optimizer costs a rank."""
+    ms: float           # per step, of the steps since the last time; 0: not measured
+    state_mib: float    # kept between steps, wherever it lies
+    sent_mib: float     # in the last step, to owners of matrices and back
+    fallbacks: float    # since the last time
+
+
+class Spending:
+    """What each optimizer of a run costs this rank. names: of the optimizers of any rank. timed: on CUDA, whether to
+    measure time, with events as Timers do; on a CPU it always is, in every step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: list[str], timers: Timers, timed: bool):
+        self.parts = {type(part).__name__.lower(): part for part in getattr(optimizer, "parts", [optimizer])}
+        self.timers, self.marks, self.steps = timers, {name: [] for name in names}, 0
+        self.fallbacks = dict.fromkeys(names, 0)
+        if timed or not timers.cuda:
+            for name, part in self.parts.items():
+                part.register_step_pre_hook(lambda *_, name=name: self.marks[name].append(timers.mark()))
+                part.register_step_post_hook(lambda *_, name=name: self.marks[name].append(timers.mark()))
+
+    def tick(self) -> None:
+        """Call after every step, also one that was skipped."""
+        self.steps += 1
+
+    def now(self) -> list[float]:
+        """A Spent for each of names, one after the other; at least one tick since the last call."""
+        numbers = []
+        for name, marks in self.marks.items():
+            part, before = self.parts.get(name), self.fallbacks[name]
+            ms = sum(self.timers.between(*span) for span in zip(marks[::2], marks[1::2], strict=True))
+            kept = [value for group in part.param_groups for p in group["params"]
+                    for value in part.state.get(p, {}).values()] if part else []
+            owners = getattr(part, "owners", None)
+            self.fallbacks[name] = getattr(part, "fallbacks", 0)
+            numbers += Spent(ms / self.steps, sum(map(nbytes, kept)) / 2**20, owners.sent / 2**20 if owners else 0.0,
+                             self.fallbacks[name] - before)
+            marks.clear()
+        self.steps = 0
+        return numbers
+
+
+def nbytes(x: torch.Tensor) -> int:
+    """Of this rank's part."""
+    return (x.to_local() if isinstance(x, DTensor) else x).nbytes
 
 
 class Memory(NamedTuple):

@@ -14,7 +14,7 @@ from moe_ext.config import Config
 from moe_ext.log.files import Lines, Progress
 from moe_ext.log.line import Line, chosen, perplexity
 from moe_ext.log.megatron import Megatron, leaves
-from moe_ext.log.meter import Memory, Meter, Timers
+from moe_ext.log.meter import Memory, Meter, Spent, Timers
 from moe_ext.model import GPT
 from moe_ext.plan.megatron import num_floating_point_operations
 
@@ -101,10 +101,11 @@ class Log:
     def step(self, step: int, *, sequences: int, loss: float, lr: float, aux: float | None = None,
              grad_norm: float | None = None, zeros: int | None = None, parameter_norm: float | None = None,
              loss_scale: float = 1.0, counts_LE: torch.Tensor | None = None, dropped_L: torch.Tensor | None = None,
-             epoch: float | None = None, memory: list[Memory] = (), times: list[list[float]] = ()) -> str:
+             epoch: float | None = None, memory: list[Memory] = (), times: list[list[float]] = (),
+             spent: list[list[float]] = ()) -> str:
         """The step line, printed and recorded. counts_LE: copies per layer and expert; None for a dense model.
         dropped_L: of these, dropped by capacity; None without one. epoch: passes over the data so far. memory, times:
-        of each rank; times as from Timers."""
+        of each rank; times as from Timers, spent as from Spending."""
         ms, tokens_per_s = self.meter.rates()
         record = {"step": step, "tokens": self.tokens, "samples": self.samples, "seconds": self.seconds,
                   "sequences": sequences, "world": self.config.mesh.world, "loss": loss, "aux": aux,
@@ -124,6 +125,8 @@ class Log:
         if times:
             record["time_ms"] = {part: [min(column), max(column)]
                                  for part, column in zip(Timers.PARTS, zip(*times, strict=True), strict=True)}
+        if spent:
+            record["optimizer"] = cost_of_optimizers(self.config.optim.optimizers, spent, ms)
         line = self.style.step(record | {"memory": memory}, self.meter.eta(self.config.train.steps - step))
         self.say(line)
         self.record(record)
@@ -228,6 +231,9 @@ def scalars(record: dict) -> dict[str, float]:
             numbers[name] = value
         elif name.endswith("_L"):
             numbers |= {f"{name[:-2]}/layer_{layer:02d}": number for layer, number in enumerate(value)}
+        elif name == "optimizer":
+            numbers |= {f"{name}/{which}_{key}": number for which, spent in value.items()
+                        for key, number in spent.items()}
         elif name == "time_ms":
             numbers |= {f"{name}/{part}_{which}": number for part, span in value.items()
                         for which, number in zip(("min", "max"), span, strict=True)}
@@ -246,6 +252,19 @@ def expert_load(counts_LE: torch.Tensor, dropped_L: torch.Tensor | None = None) 
     if dropped_L is not None:
         record["dropped_L"] = dropped_L.long().tolist()
     return record | {"counts_LE": counts_LE.long().tolist()}
+
+
+def cost_of_optimizers(names: list[str], spent: list[list[float]], step_ms: float) -> dict[str, dict[str, float]]:
+    """What Spending has of each rank -> "optimizer", as the head of this package explains it."""
+    costs = {}
+    each = len(Spent._fields)
+    for i, name in enumerate(names):
+        ms, state, sent, fallbacks = zip(*(row[each * i:each * (i + 1)] for row in spent), strict=True)
+        costs[name] = {"ms": max(ms), "share": max(ms) / step_ms} if any(ms) else {}
+        costs[name] |= {"state_mib": max(state), "sent_mib": max(sent)}
+        if any(fallbacks):
+            costs[name]["fallbacks"] = int(sum(fallbacks))
+    return costs
 
 
 def mean(numbers: list[float]) -> float | None:

@@ -1,47 +1,80 @@
-"""Which parameters decay, which optimizer moves which, and the optimizer of a run."""
+"""Which parameters decay, which optimizer moves which (optim.name, optim.rule), and the optimizer of a run.
+
+    kind         which parameters                                               decay   with optim.name muon, shampoo
+    matrices     two dimensions: attention, dense MLPs, shared experts, routers yes     that
+    experts      stacks of matrices [E, .., ..]                                 yes     that
+    embeddings   tables of nn.Embedding and the head                            yes     AdamW
+    norms        one dimension, and biases of any, as an expert's               no      AdamW
+"""
 import fnmatch
 import re
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from moe_ext.config import ConfigError, OptimConfig
+from moe_ext.config import KINDS, ConfigError, OptimConfig
+from moe_ext.optim.adamw import AdamW
 from moe_ext.optim.muon import Muon
 from moe_ext.optim.shampoo import Shampoo
 from moe_ext.optim.together import Together
 
+TABLE = re.compile(r"(^|\.)(embed_\w+|lm_head)\.weight$")
 BIAS = re.compile(r"(^|\.)(\w*bias\w*|b\d+_\w+)$")      # proj.bias, mlp.b13_E2F
-KINDS = "matrices", "experts", "embeddings", "norms"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def kinds(model: nn.Module) -> dict[str, str]:
-    """NAME -> kind of each trainable parameter: "embeddings" are tables and the head, "experts" stacks of three or more
-    dimensions, "matrices" all others of two, "norms" the rest, biases too."""
+class Choice(NamedTuple):
+    """What happens to a parameter."""
+    kind: str           # one of KINDS
+    optimizer: str      # one of OPTIMIZERS
+    lr_factor: float    # of the learning rate
+    decays: bool
+    entry: str          # of optim.rule, that decided: a kind or a pattern
+
+
+def kind_of(name: str, ndim: int, table: bool = False) -> str:
+    """table: whether it is the weight of an nn.Embedding, of a name that no GPT of ours has."""
+    if table or TABLE.search(name):
+        return "embeddings"
+    if ndim < 2 or BIAS.search(name):
+        return "norms"
+    return "matrices" if ndim == 2 else "experts"
+
+
+def choose(name: str, ndim: int, optim: OptimConfig, table: bool = False) -> Choice:
+    """By name and shape alone, so for plans too. ConfigError: optim.rule sends it nowhere, or what is no matrix to
+    Muon."""
+    kind = kind_of(name, ndim, table)
+    for what, optimizer, factor in optim.rules:
+        if what == kind or fnmatch.fnmatchcase(name, what):
+            if (kind, optimizer) == ("norms", "muon"):
+                raise ConfigError(f"optim.rule {optim.rule!r} sends {name} ({kind}) to muon, which makes matrices "
+                                  f"orthogonal: write \"{name}: adamw\" before {what}, or kinds in its place, as in "
+                                  "\"matrices: muon, norms: adamw\"")
+            return Choice(kind, optimizer, factor, kind != "norms", what)
+    raise ConfigError(f"optim.rule {optim.rule!r} sends {name} ({kind}) nowhere: add \"{kind}: adamw\"")
+
+
+def choices(model: nn.Module, optim: OptimConfig) -> dict[str, Choice]:
+    """NAME -> choice, of each trainable parameter, under its first name if it is tied. Errors: as of choose."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-
-    def kind(name, p):
-        if id(p) in tables or name.endswith("lm_head.weight"):
-            return "embeddings"
-        if p.ndim < 2 or BIAS.search(name):
-            return "norms"
-        return "matrices" if p.ndim == 2 else "experts"
-    return {name: kind(name, p) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: choose(name, p.ndim, optim, id(p) in tables) for name, p in model.named_parameters()
+            if p.requires_grad}
 
 
-def rules(optim: OptimConfig) -> list[tuple[str, str, float]]:
-    """(kind or pattern of names, optimizer, factor of its learning rate), the first that fits holds."""
-    text = optim.rule or f"matrices: {optim.name}, experts: {optim.name}, embeddings: adamw, norms: adamw"
-    found = []
-    for entry in text.split(","):
-        what, _, how = entry.partition(":")
-        name, *factor = how.split()
-        found.append((what.strip(), name, float(factor[0]) if factor else 1.0))
-    return found
+def check_rule(model: nn.Module, optim: OptimConfig) -> None:
+    """ConfigError where optim.rule does not fit the model, a whole one on any device: as choose, and where a pattern
+    decides nothing."""
+    used = {choice.entry for choice in choices(model, optim).values()}
+    for what in [rule.what for rule in optim.rules if rule.what not in KINDS and rule.what not in used]:
+        fits = fnmatch.filter([name for name, _ in model.named_parameters()], what)
+        raise ConfigError(f"optim.rule {optim.rule!r}: {what} decides nothing: " + (
+            f"{fits[0]} has an earlier entry: write the narrower pattern first" if fits else
+            "no parameter has such a name: delete it or write another pattern, such as layers.*.gate.weight"))
 
 
-def param_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True,
-                 optim: OptimConfig | None = None) -> list[dict]:
+def param_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True) -> list[dict]:
     """Two groups for any torch optimizer: "decay" (matrices) and "no_decay".
 
     A parameter decays if it has two or more dimensions and is no bias by its name (an expert's bias b2_ED is a
@@ -66,43 +99,42 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: boo
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, timeout=None) -> torch.optim.Optimizer:
-    """The optimizer of a run; the learning rate is set each step from the schedule. On a mesh all ranks call."""
-    kind, by_optimizer = kinds(model), {}
-    table = rules(optim)
-    for group in param_groups(model, optim.weight_decay):
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            fits = [(how, factor) for what, how, factor in table
-                    if what == kind[name] or fnmatch.fnmatchcase(name, what)]
-            if not fits:
-                raise ConfigError(f"optim.rule sends {name} ({kind[name]}) nowhere: add \"{kind[name]}: adamw\"")
-            how, factor = fits[0]
-            groups = by_optimizer.setdefault(how, {})
-            label = group["name"] + (f" x{factor:g}" if factor != 1 else "")
-            into = groups.setdefault(label, {**group, "name": label, "params": [], "param_names": [],
-                                             "lr_factor": factor})
-            into["params"].append(p)
-            into["param_names"].append(name)
-    parts = [MAKE[how](list(groups.values()), optim, timeout) for how, groups in sorted(by_optimizer.items())]
+    """The optimizer of a run: one, or several Together; its groups are named as "muon decay x0.5". set_learning_rate
+    gives them the schedule's rate at each step.
+
+    On a mesh all ranks call, and step() is collective too. timeout: a timedelta, of process groups that Muon and
+    Shampoo make. Errors: as of choose.
+    """
+    named, groups = dict(model.named_parameters()), {}
+    for name, choice in choices(model, optim).items():
+        label = f"{choice.optimizer} {'decay' if choice.decays else 'no_decay'}"
+        if choice.lr_factor != 1:
+            label += f" x{choice.lr_factor:g}"
+        group = groups.setdefault(choice.optimizer, {}).setdefault(label, {
+            "name": label, "params": [], "param_names": [], "lr_factor": choice.lr_factor,
+            "weight_decay": optim.weight_decay if choice.decays else 0.0})
+        group["params"].append(named[name])
+        group["param_names"].append(name)
+    parts = [MAKE[name](list(groups[name].values()), optim, timeout) for name in sorted(groups)]
     return parts[0] if len(parts) == 1 else Together(parts)
 
 
-def adamw(groups, optim: OptimConfig, timeout=None) -> torch.optim.AdamW:
-    """AdamW with torch's fused step."""
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+def adamw(groups, optim: OptimConfig, timeout) -> AdamW:
+    return AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, state=optim.state)
 
 
-def muon(groups, optim: OptimConfig, timeout=None) -> Muon:
+def muon(groups, optim: OptimConfig, timeout) -> Muon:
     m = optim.muon
     return Muon(groups, optim.lr, momentum=m.momentum, nesterov=m.nesterov, ns_steps=m.ns_steps,
-                ns_dtype=DTYPES[m.ns_dtype], adjust_lr_fn=m.adjust_lr, timeout=timeout)
+                ns_dtype=DTYPES[m.ns_dtype], adjust_lr_fn=m.adjust_lr_fn, state=optim.state, timeout=timeout)
 
 
-def shampoo(groups, optim: OptimConfig, timeout=None) -> Shampoo:
+def shampoo(groups, optim: OptimConfig, timeout) -> Shampoo:
     s = optim.shampoo
-    return Shampoo(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps,
+    return Shampoo(groups, optim.lr, (optim.beta1, optim.beta2), s.epsilon,
                    precondition_frequency=s.precondition_frequency, max_preconditioner_dim=s.max_preconditioner_dim,
                    start_preconditioning_step=s.start_preconditioning_step, grafting=s.grafting,
-                   graft_eps=s.graft_eps, root_dtype=DTYPES[s.root_dtype], timeout=timeout)
+                   graft_eps=optim.eps, root_dtype=DTYPES[s.root_dtype], state=optim.state, timeout=timeout)
 
 
 MAKE = {"adamw": adamw, "muon": muon, "shampoo": shampoo}
