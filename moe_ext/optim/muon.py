@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.distributed.tensor import DTensor
 
+from moe_ext.optim.adamw import gradient
 from moe_ext.optim.owners import Owners
+from moe_ext.optim.state import Keeping, Kept, local
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic, those of the Muon repository
 EPS = 1e-7
@@ -84,124 +85,126 @@ def cost(shape, steps: int = STEPS) -> float:
     return steps * (4.0 * small * small * large + 2.0 * small**3)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Keeping):
     """Parameters of two and more dimensions, plain or DTensors of any mesh; on a mesh all its ranks step together.
 
-    Arguments, defaults and results are torch.optim.Muon's, and each may differ between groups but the last three:
+    Arguments, defaults and results are torch.optim.Muon's; all but the last three may differ between groups.
 
-    params: tensors [.., M, N], groups, or (name, tensor) pairs. lr: a float. weight_decay: decoupled, a share lr *
-    weight_decay, not of the adjusted lr. momentum, nesterov: above. ns_coefficients, ns_steps, eps: of newton_schulz.
-    adjust_lr_fn: of ADJUSTED; None is "original", as in torch. ns_dtype: in which Newton-Schulz computes and matrices
-    travel, whatever the parameters have; fp32 and fp64 give the same on every mesh, up to rounding of the gradients.
-    timeout: of the process groups it makes, a timedelta.
+    params: tensors [.., M, N], groups, or (name, tensor) pairs. lr: a float. weight_decay: decoupled, lr * weight_decay
+    of a parameter goes, whatever the adjusted lr. momentum, nesterov: above. ns_coefficients, ns_steps, eps: of
+    newton_schulz. adjust_lr_fn: of ADJUSTED; None is "original", as in torch. ns_dtype: in which Newton-Schulz computes
+    and matrices travel, whatever the parameters have. state: how "momentum_buffer", the state of a parameter, is kept,
+    sharded as it is (optim.state). timeout: of process groups that have to be made, a timedelta.
 
-    The state of a parameter is "momentum_buffer", sharded as it is. A parameter without a gradient is left alone.
-    Errors: ValueError, TypeError for what it cannot move and for hyper-parameters out of range.
+    A parameter without a gradient is left alone. Errors: ValueError, TypeError for what it cannot move and for
+    hyper-parameters out of range, before anything is moved.
     """
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95,
                  nesterov: bool = True, ns_coefficients: tuple[float, float, float] = COEFFICIENTS, eps: float = EPS,
                  ns_steps: int = STEPS, adjust_lr_fn: str | None = None, *, ns_dtype: torch.dtype = torch.bfloat16,
-                 timeout=None):
+                 state: str = "full", timeout=None):
         if ns_dtype not in DTYPES:
             raise ValueError(f"Muon: ns_dtype is {ns_dtype}; it must be one of {', '.join(map(str, DTYPES))}")
-        self.ns_dtype, self.timeout, self._owners = ns_dtype, timeout, None
+        self.keep, self.ns_dtype, self.timeout, self._owners = Kept(state), ns_dtype, timeout, None
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                                       ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps,
                                       adjust_lr_fn=adjust_lr_fn))
 
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "ns_dtype": self.ns_dtype, "timeout": self.timeout, "_owners": None}
+
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            _check(group)
+            check(self.param_groups[-1])
         except (TypeError, ValueError):
-            self.param_groups.pop()
+            del self.param_groups[-1]
             raise
         self._owners = None
 
     @property
     def owners(self) -> Owners:
-        """Who computes which matrix. Made at its first use, where all ranks have to be."""
+        """Who computes which matrix; its first use is collective."""
         if self._owners is None:
-            self._owners = Owners([p for group in self.param_groups for p in group["params"]], cost,
-                                  timeout=self.timeout)
+            named = [(name_of(p, group), p) for group in self.param_groups for p in group["params"]]
+            self._owners = Owners([p for _, p in named], cost, timeout=self.timeout, names=[name for name, _ in named])
         return self._owners
+
+    def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor:
+        if key != "momentum_buffer" or list(shape) != list(p.shape):
+            raise ValueError(f"got {key} {list(shape)}, wanted the state of Muon: momentum_buffer {list(p.shape)}")
+        return self.keep.zeros(p)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Move the parameters; the closure's result, if there is one. TypeError for sparse and complex gradients."""
+        """Move the parameters -> what the closure gives, if there is one. TypeError for a sparse gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group_of = [group for group in self.param_groups for _ in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        moved = {i: pair for i, pair in enumerate(pairs) if pair[0].grad is not None}
+        for p, group in moved.values():
+            if p.grad.layout != torch.strided:
+                raise TypeError(f"Muon: {name_of(p, group)} has a sparse gradient; wanted a dense one")
         grads, buffers = {}, {}
-        for i, (p, group) in enumerate(zip(parameters, group_of, strict=True)):
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                raise TypeError(f"Muon: {_name(p, group)} has a sparse gradient; wanted a dense one")
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            grads[i], buffers[i] = _local(p.grad), _local(state["momentum_buffer"])
-            buffers[i].lerp_(grads[i], 1 - group["momentum"])
+        for i, (p, group) in moved.items():
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = self.keep.zeros(p)
+            grads[i], buffers[i] = local(gradient(p)), local(self.state[p]["momentum_buffer"])
+            buffer = self.keep.get(buffers[i], grads[i])
+            self.keep.put(buffer.lerp_(grads[i], 1 - group["momentum"]), buffers[i])
 
         def source(i, part):
-            group = group_of[i]
-            return grads[i][part].lerp(buffers[i][part], group["momentum"]) if group["nesterov"] else buffers[i][part]
+            group, grad = moved[i][1], grads[i]
+            buffer = self.keep.get(buffers[i][part], grad)
+            return grad[part].lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
         def compute(matrices, wholes):
-            results, alike = [None] * len(wholes), {}
-            for k, (matrix, whole) in enumerate(zip(matrices, wholes, strict=True)):
-                group = group_of[matrix.index]
+            alike, results = {}, {}
+            for matrix, whole in zip(matrices, wholes, strict=True):
+                group = moved[matrix.index][1]
                 how = group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"]
-                alike.setdefault((whole.shape, how), []).append(k)
-            for (_, how), ks in alike.items():
-                for k, result in zip(ks, newton_schulz(torch.stack([wholes[k] for k in ks]), *how), strict=True):
-                    results[k] = result
-            return results
+                alike.setdefault((matrix.shape, how), {})[matrix] = whole
+            for (_, how), several in alike.items():
+                results |= zip(several, newton_schulz(torch.stack(list(several.values())), *how), strict=True)
+            return [results[matrix] for matrix in matrices]
 
         def sink(i, part, piece):
-            group, values = group_of[i], _local(parameters[i])[part]
-            factor = ADJUSTED[group["adjust_lr_fn"] or "original"](*parameters[i].shape[-2:])
-            values.mul_(1 - group["lr"] * group["weight_decay"])
-            values.add_(piece, alpha=-group["lr"] * factor)
+            p, group = moved[i]
+            lr, values = group["lr"], local(p)[part]
+            values.mul_(1 - lr * group["weight_decay"])
+            values.add_(piece, alpha=-lr * ADJUSTED[group["adjust_lr_fn"] or "original"](*p.shape[-2:]))
 
-        self.owners.run(source, compute, sink, dtype=self.ns_dtype, device=_local(parameters[0]).device)
+        self.owners.run(source, compute, sink, dtype=self.ns_dtype, device=local(pairs[0][0]).device, moved=moved)
         return loss
 
 
-def _local(x: torch.Tensor) -> torch.Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
+def name_of(p: torch.Tensor, group: dict) -> str:
+    names = {id(q): name for name, q in zip(group.get("param_names", ()), group["params"], strict=False)}
+    return f"{names.get(id(p), 'a parameter')} of shape {list(p.shape)}"
 
 
-def _name(p: torch.Tensor, group: dict) -> str:
-    names = [name for name, q in zip(group.get("param_names", ()), group["params"], strict=False) if q is p]
-    return f"the parameter {names[0] if names else 'without a name'} {list(p.shape)}"
-
-
-def _check(group: dict) -> None:
-    """TypeError or ValueError for a group that Muon cannot move."""
+def check(group: dict) -> None:
+    """ValueError or TypeError for a group that Muon cannot move."""
     def require(good, name, wanted):
         if not good:
             raise ValueError(f"Muon: {name} is {group[name]!r}; it must be {wanted}")
 
     if not isinstance(group["lr"], int | float):
-        raise TypeError(f"Muon: lr is a {type(group['lr']).__name__}; wanted a float: a schedule sets group[\"lr\"]")
+        raise TypeError(f"Muon: lr is a {type(group['lr']).__name__}; it must be a float, which schedules may set")
     for name in ("lr", "weight_decay"):
         require(0 <= group[name] < math.inf, name, "finite and not negative")
     require(0 <= group["momentum"] < 1, "momentum", "in [0, 1): the share of the mean that stays")
-    require(0 < group["eps"] < math.inf, "eps", "positive: zeros are divided by it")
-    require(isinstance(group["ns_steps"], int) and 1 <= group["ns_steps"] < 100, "ns_steps", "a whole number in 1 .. 99")
+    require(0 < group["eps"] < math.inf, "eps", "positive: a matrix of zeros is divided by it")
+    require(isinstance(group["ns_steps"], int) and 1 <= group["ns_steps"] < 100, "ns_steps", "an integer in 1 .. 99")
     require(len(group["ns_coefficients"]) == 3 and all(map(math.isfinite, group["ns_coefficients"])),
             "ns_coefficients", "three finite numbers")
     require(group["adjust_lr_fn"] in (None, *ADJUSTED), "adjust_lr_fn", f"None or one of {', '.join(ADJUSTED)}")
     for p in group["params"]:
         if p.ndim < 2:
-            raise ValueError(f"Muon moves matrices [.., M, N], but got {_name(p, group)}: give it to AdamW, with the "
-                             "rule \"norms: adamw\" in optim.rule")
+            raise ValueError(f"Muon moves matrices [.., M, N], but got {name_of(p, group)}: give it to AdamW, as "
+                             "\"norms: adamw\" in optim.rule does")
         if not p.is_floating_point():
-            raise TypeError(f"Muon moves real numbers, but got {_name(p, group)} of {p.dtype}: give it to AdamW")
+            raise TypeError(f"Muon moves real matrices, but got {name_of(p, group)} and {p.dtype}: give it to AdamW")
