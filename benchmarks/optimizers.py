@@ -183,7 +183,9 @@ def wanted(report: dict) -> list[dict]:
 
     experts, last = report["experts"], {name: of["held out"][-1][-1] for name, of in report["training"].items()}
     line("experts: torch.optim.Muon's loop over our batch, bf16", ratio(experts, "torch.optim.Muon", "bf16"), 3.0, True)
-    line("experts: a loop over our batch, fp32", ratio(experts, "loop", "fp32"), 3.0, True)
+    most = report["peak GFLOP/s"] / next(line["GFLOP/s"] for line in experts if line["form"] == "loop")
+    line(f"experts: a loop over our batch, fp32 (at the peak {most:.2f})", ratio(experts, "loop", "fp32"),
+         3.0, True)  # fmt: skip
     for name in ("muon", "shampoo"):
         line(f"held-out loss of {LABELS[name]} less AdamW's, last step", last[name] - last["adamw"], 0.0)
     return found
