@@ -1,5 +1,5 @@
 """The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and ranks that share a
-sequence, with few tokens."""
+sequence, and optimizers, with few tokens."""
 
 import json
 import subprocess
@@ -7,7 +7,11 @@ import sys
 import tarfile
 from pathlib import Path
 
-from benchmarks import sequence
+import pytest
+import torch
+from test_train import data  # noqa: F401
+
+from benchmarks import optimizers, sequence
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,3 +82,63 @@ def test_ranks_that_share_a_sequence(tmp_path, monkeypatch, capsys):
     assert [line["bytes"] for line in report["exchanges"]] == [2 * 4 * 32 * 64 * (2 * 8 + 2 * 8) * 3 // 4]
     assert [line["mesh"] for line in report["training"]] == 2 * ["one process"] + 2 * ["sp 2"]
     assert all(line["tokens/s"] > 0 and line["bytes"] > 0 for line in report["training"])
+
+
+def test_optimizers_beside_each_other(tmp_path, capsys, data):  # noqa: F811
+    pytest.importorskip("matplotlib")
+    optimizers.main(threads=1, quick=True, data=data, out=tmp_path, plot=tmp_path / "plot.png")
+    said = capsys.readouterr().out
+    (file,) = tmp_path.glob("optimizers-*.json")
+    report = json.loads(file.read_text())
+    assert (tmp_path / "plot.png").stat().st_size > 10000
+    assert [(line["form"], line["dtype"]) for line in report["experts"]] == [
+        ("batch", "bf16"), ("batch", "fp32"), ("loop", "fp32"), ("torch.optim.Muon", "bf16")]  # fmt: skip
+    assert [line["optimizer"] for line in report["rates"]] == 2 * ["adamw"] + 2 * ["muon"] + 2 * ["shampoo"]
+    start = {of["loss"][0] for of in report["training"].values()}
+    assert len(start) == 1  # the same values and tokens
+    assert len({of["loss"][-1] for of in report["training"].values()}) == 3
+    for name, of in report["training"].items():
+        assert [line[0] for line in of["held out"]] == [3, 6] and of["held out"][0][1] < of["held out"][1][1]
+        assert len(of["gradients"]) == len(of["update"]) == 6
+        assert f"| {optimizers.LABELS[name]} | {optimizers.best(report['rates'], name):g} |" in said
+    assert [line["frequency"] for line in report["shares"]] == [0, 0, 1, 3]
+    assert len(report["wanted"]) == 4 and said.count("| yes |") == sum(line["met"] for line in report["wanted"])
+
+
+def test_a_batch_that_is_no_loop_is_found(monkeypatch):
+    monkeypatch.setattr(optimizers, "COEFFICIENTS", (3.4, -4.7, 2.0))
+    with pytest.raises(AssertionError, match="away from the loop"):
+        optimizers.expert_lines(2, 6, 4, 1)
+
+
+def test_a_diverging_rate_is_none_to_choose(monkeypatch):
+    class Diverging:
+        def __init__(self, config):
+            self.config, self.model = config, None
+
+        def gradients(self, batch, step):
+            return {"loss": torch.tensor(3.0)}
+
+        def update(self, step):
+            if self.config.optim.lr > 1:
+                raise FloatingPointError
+
+    monkeypatch.setattr(optimizers, "Trainee", Diverging)
+    monkeypatch.setattr(optimizers, "evaluate", lambda *_: 2.5)
+    monkeypatch.setattr(optimizers, "loader_of", lambda *_: NoText())
+    lines = optimizers.sweep(optimizers.Config(), None, None, (0.5, 2.0), 3)
+    assert [line["held out"] for line in lines] == 3 * [2.5, float("inf")]
+    assert optimizers.best(lines, "muon") == 0.5
+
+
+class NoText:
+    def batch(self):
+        return None
+
+    def advance(self):
+        pass
+
+
+def test_optimizers_without_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no text: python -m moe_ext\.data prepare"):
+        optimizers.main(data=tmp_path)
