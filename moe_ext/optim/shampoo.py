@@ -30,13 +30,13 @@ inverse_exponent_override (here one number for each order). What is not the same
 - There grafting is a config with a beta2 of .999; here a word, and graft_beta2 is betas[1] unless it is given.
 - Here are no beta3, dampening, Adagrad's or RMSprop's grafting, averages of iterates, other weight decays.
 
-Falling back: an eigendecomposition that fails, or is not finite, is done again in fp64, moved along the diagonal by a
-rounding error. If that fails too, the last root stays, and without one grafting alone (D) moves the block. A factor
+Falling back: an eigendecomposition that fails, or is not finite, as LAPACK's in fp32 of 1000 rows and rank 6 now and
+then, is done again in fp64, moved along the diagonal by a rounding error. If that fails too, the last root stays, and without one grafting alone (D) moves the block. A factor
 that is not finite starts anew, as if its training began there. Each time counts in `optimizer.fallbacks`, and the first
 of each kind is a warning.
 
 State: "step" of each parameter, on every rank; "momentum_buffer", which lies as the parameter does, with momentum; and
-for each block, at its owner alone, the tensors of `state_shapes`, named WHAT.KEY by where the block begins ("since0" too,
+for each block, at its owner alone, the tensors of `state_shapes`, named WHAT.KEY by where the block begins (since0.KEY
 where factor0 started anew): no name depends on the mesh. state="bf16" rounds the moments alone. A factor's small
 eigenvalues would be rounding errors of its large ones; so would a root's, which are those of the large gradients.
 
@@ -61,8 +61,8 @@ def inverse_root(factor: torch.Tensor, root: float, eps: float, dtype: torch.dty
                  shifted: bool = False) -> torch.Tensor:
     """(factor + eps I)^(-1/root) of a symmetric positive semidefinite [n,n], of which the lower triangle is read, by
     its eigenvalues, computed in `dtype`; if rounding has made the smallest negative, all are raised by it. In the
-    factor's dtype. shifted: the decomposition is of a matrix moved along the diagonal by a rounding error, so it may succeed
-    where it has failed. Errors: torch.linalg.LinAlgError."""
+    factor's dtype. shifted: the decomposition is of a matrix moved along the diagonal by a rounding error, so it may
+    succeed where it has failed. Errors: torch.linalg.LinAlgError."""
     matrix, shift = factor.to(dtype), 0.0
     if shifted:
         shift = torch.finfo(factor.dtype).eps * factor.diagonal().mean().to(dtype)
@@ -145,8 +145,8 @@ class Shampoo(Keeping):
 
     start_preconditioning_step: -1 or 0 is precondition_frequency. inverse_exponent_override: {order: exponent} in place
     of 1 / (2 order). graft_beta2: None is betas[1]. root_dtype: of the eigendecompositions, fp64 or fp32. state:
-    "full", "bf16" or "host", see state.py. timeout: of process groups that have to be made, a timedelta. fallbacks: how often
-    this rank fell back. Errors: ValueError; RuntimeError for sparse gradients and for state that is missing.
+    "full", "bf16" or "host", see state.py. timeout: of process groups that have to be made, a timedelta. fallbacks: how
+    often this rank fell back. Errors: ValueError; RuntimeError for sparse gradients and for state that is missing.
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-12,
@@ -251,10 +251,10 @@ class Shampoo(Keeping):
                 loss = closure()
         members = [(p, group) for group in self.param_groups for p in group["params"]]
         moved = {i for i, (p, _) in enumerate(members) if p.grad is not None}
-        for i in moved:
-            p, group = members[i]
+        for p, _ in (members[i] for i in moved):
             if p.grad.layout != torch.strided:
                 raise RuntimeError(f"Shampoo: {self._name(p)}: got a sparse gradient, wanted a dense one")
+        for p, group in (members[i] for i in moved):
             state = self.state[p]
             state.setdefault("step", torch.zeros(())).add_(1)
             if group["momentum"] and state["step"] == 1:
@@ -347,8 +347,8 @@ class Shampoo(Keeping):
             self.fallbacks += 1
             if kind not in self.told:
                 self.told.add(kind)
-                warnings.warn(f"Shampoo: {self._name(p)}, block {matrix.key}, side {side}, step {step}: {kind}, {then}; "
-                              "the next ones are only counted, in optimizer.fallbacks", stacklevel=2)
+                warnings.warn(f"Shampoo: {self._name(p)}, block {matrix.key}, side {side}, step {step}: {kind}, {then};"
+                              " the next ones are only counted, in optimizer.fallbacks", stacklevel=2)
 
         if not torch.isfinite(factor).all():
             self.exact.put(factor.zero_(), state[f"factor{side}.{matrix.key}"])
