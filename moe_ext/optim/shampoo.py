@@ -31,9 +31,9 @@ inverse_exponent_override (here one number for each order). What is not the same
 - Here are no beta3, dampening, Adagrad's or RMSprop's grafting, averages of iterates, other weight decays.
 
 Falling back: an eigendecomposition that fails, or is not finite, as LAPACK's in fp32 of 1000 rows and rank 6 now and
-then, is done again in fp64, moved along the diagonal by a rounding error. If that fails too, the last root stays, and without one grafting alone (D) moves the block. A factor
-that is not finite starts anew, as if its training began there. Each time counts in `optimizer.fallbacks`, and the first
-of each kind is a warning.
+then, is done again in fp64, moved along the diagonal by a rounding error. If that fails too, the last root stays, and
+without one grafting alone (D) moves the block. A factor that is not finite starts anew, as if its training began there.
+Each time counts in `optimizer.fallbacks`, and the first of each kind is a warning.
 
 State: "step" of each parameter, on every rank; "momentum_buffer", which lies as the parameter does, with momentum; and
 for each block, at its owner alone, the tensors of `state_shapes`, named WHAT.KEY by where the block begins (since0.KEY
