@@ -80,7 +80,8 @@ class Sharded(NamedTuple):
     @property
     def part(self) -> int:
         """Elements that the first rank has, which has the largest piece."""
-        cuts = {place.dim: n for n, place in zip(self.sizes, self.placements, strict=True) if n > 1 and place.is_shard()}
+        cuts = {place.dim: n for n, place in zip(self.sizes, self.placements, strict=True)
+                if n > 1 and place.is_shard()}
         return math.prod(first_piece(self.shape, cuts))
 
 
