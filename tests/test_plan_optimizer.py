@@ -34,13 +34,14 @@ from moe_ext.parallel.shard import build
 from moe_ext.plan import checkpoint_size, describe, memory, optimizer, traffic
 from moe_ext.plan.optimizer import cost, optimizer_flops, optimizer_state, optimizer_traffic
 from moe_ext.plan.roofline import DEVICES, SHARES, estimate, of_optimizer, share_of_optimizer
-from moe_ext.plan.search import search
+from moe_ext.plan.search import search, smallest
 from moe_ext.plan.shares import stages
 
 MOE = MoEConfig(experts=4, top_k=2, hidden=16, shared_hidden=8, dense_layers=1)
 MODEL = ModelConfig(vocab_size=51, seq_len=8, layers=3, dim=16, heads=4, hidden=24, kv_heads=2, qk_norm=True, moe=MOE)
 BLOCKS = ShampooConfig(precondition_frequency=1, max_preconditioner_dim=7)      # roots after one step
-MIXED = "layers.0.*: shampoo, *.gate.weight: adamw, matrices: muon, experts: shampoo, embeddings: muon 0.5, norms: adamw"
+MIXED = ("layers.0.*: shampoo, *.gate.weight: adamw, matrices: muon, experts: shampoo, embeddings: muon 0.5, "
+         "norms: adamw")
 
 
 def case(name="muon", *, dtype="fp32", mesh=None, pipeline=None, model=MODEL, **optim):
@@ -63,7 +64,8 @@ CASES = {
     "rep, all three": case(rule=MIXED, mesh=dict(rep=2)),
     "tp, norms too": case("shampoo", rule="*: shampoo", mesh=dict(tp=2)),
     "ep": case(mesh=dict(fsdp=2, ep=2), muon=MuonConfig(ns_dtype="fp64"), dtype="fp64"),
-    "pp": case(mesh=dict(pp=2), model=replace(MODEL, tied=True, layers=4), rule="embeddings: muon, norms: adamw, *: muon"),
+    "pp": case(mesh=dict(pp=2), model=replace(MODEL, tied=True, layers=4),
+               rule="matrices: muon, experts: shampoo, embeddings: muon, norms: adamw"),
     "sp, host": case("shampoo", mesh=dict(sp=2), state="host"),
     "rep, fsdp": case(mesh=dict(rep=2, fsdp=2), muon=MuonConfig(ns_dtype="fp32")),
     "fsdp, ep": case("shampoo", mesh=dict(fsdp=4, ep=2)),
@@ -71,7 +73,7 @@ CASES = {
     "fsdp, tp, etp": case("shampoo", mesh=dict(fsdp=2, tp=2, etp=2)),
     "fsdp, tp, ep, biases": case(rule="*: shampoo", name="shampoo", mesh=dict(fsdp=2, tp=2, ep=2),
                                  model=replace(MODEL, bias=True)),
-    "fsdp of three": case(rule=MIXED, mesh=dict(fsdp=3), model=replace(MODEL, dim=12, moe=replace(MOE, hidden=12))),
+    "fsdp of three": case(rule=MIXED, mesh=dict(fsdp=3), model=replace(MODEL, dim=24, moe=replace(MOE, hidden=12))),
     "pp of two pieces, fsdp": case(mesh=dict(pp=2, fsdp=2), pipeline=dict(chunks=2),
                                    model=replace(MODEL, layers=5), rule=MIXED),
 }  # fmt: skip
@@ -136,7 +138,7 @@ def test_state_and_traffic(name):
 def test_share_out_is_assign(name, most):
     """On every mesh of eight: whom owners.assign gives each matrix, and the bytes that follow, by numbers alone."""
     price = {"muon": muon.cost, "shampoo": shampoo.cost}[name]
-    config = case(name, model=replace(MODEL, layers=5, heads=8, kv_heads=8, moe=replace(MOE, experts=8)))
+    config = case(name, model=replace(MODEL, heads=8, kv_heads=8, moe=replace(MOE, experts=8)))
     for mesh in meshes(8):
         try:
             config = replace(config, mesh=mesh)
@@ -217,8 +219,9 @@ def test_qwen3_on_64_ranks():
     dense = c.layers * c.dim * (c.head_width * (2 * c.heads + 2 * c.kv_groups) + m.experts)
     tables = 2 * c.vocab_size * c.dim
     found, adam = cost(config), cost(QWEN)
-    assert 4 * (experts + dense) // 64 + 8 * tables // 64 <= found.state < 1.001 * (4 * (experts + dense) + 8 * tables) / 64
-    assert adam.state == memory(QWEN).optimizer == 2 * memory(QWEN).weights and adam.flops == adam.work == adam.dense == 0
+    assert found.state == pytest.approx((4 * (experts + dense) + 8 * tables) / 64, rel=1e-3)
+    assert adam.state == memory(QWEN).optimizer == 2 * memory(QWEN).weights
+    assert adam.flops == adam.work == adam.dense == adam.experts == 0
     each = 5 * (4 * m.hidden**2 * c.dim + 2 * m.hidden**3)      # Newton-Schulz of an expert's matrix
     assert found.in_all > c.layers * 3 * m.experts * each
     assert found.in_all / 64 <= found.flops < 1.01 * found.in_all / 64          # nobody waits
@@ -254,15 +257,15 @@ def test_time():
 
 def test_search_counts_the_state():
     """A device that AdamW's two moments do not fit has room for Muon's momentum, or for what is on the host."""
-    config = case("adamw", model=replace(MODEL, dim=64, hidden=256, moe=MoEConfig()))
-    def needs(**optim):
-        return memory(replace(config, optim=OptimConfig(**optim))).total
-    muon_, host = dict(name="muon"), dict(state="host")
-    for optim in (muon_, host):
-        room = (needs() + needs(**optim)) / 2 / 1e9 / 0.9
-        device = replace(DEVICES["h100"], memory=room)
-        assert not search(config, 1, device) if needs(**optim) < needs() else True
-        assert search(replace(config, optim=OptimConfig(**optim)), 1, device)
+    config = load("recipes/moe_gpt2_8e.toml")
+    config = replace(config, model=replace(config.model, moe=replace(config.model.moe, scope="sequence")))
+
+    def least(**optim):
+        return smallest(replace(config, optim=OptimConfig(**optim)), 1)[1].total
+    for optim in (dict(name="muon"), dict(state="host")):
+        between = replace(DEVICES["h100"], memory=(least() + least(**optim)) / 2 / 1e9 / 0.9)
+        assert least(**optim) < least() and not search(config, 1, between)
+        assert search(replace(config, optim=OptimConfig(**optim)), 1, between)
 
 
 def test_words():

@@ -6,10 +6,12 @@ matrices are counted, not listed. The one number "step" of each parameter is lef
 """
 from __future__ import annotations
 
+import collections
 import functools
 import heapq
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -104,15 +106,35 @@ def where(p: Sharded) -> Where:
     return Where(start, size, group, copy, [np.flatnonzero(group == i) for i in range(len(number))])
 
 
+@functools.lru_cache(maxsize=8)
+def listed(model: ModelConfig, optim: OptimConfig) -> dict[str, list[tuple]]:
+    """Optimizer -> of its parameters, in its order, (layer, or which end of the model has it, name in it, shape)."""
+    layers, begin, end = parts(model)
+    found = {name: (where, name, shape) for where, some in (("begin", begin), ("end", end)) for name, shape in some}
+    found |= {name: ("both", name, shape) for name, shape in begin if (name, shape) in end}
+    found |= {f"layers.{i}.{name}": (i, name, shape) for i, layer in enumerate(layers) for name, shape in layer}
+    return {optimizer: [found[name] for name in names] for optimizer, names in chosen(model, optim).items()}
+
+
 @functools.lru_cache(maxsize=256)
 def stored(model: ModelConfig, mesh: MeshConfig, optim: OptimConfig, pieces: Pieces) -> dict[str, list[Sharded]]:
-    """Optimizer -> the parameters of a stage that it moves, in its order."""
-    (layers, begin, end), (first, last) = parts(model), ends(model, pieces)
-    shapes = dict(begin * first + end * last)
-    for layer in itertools.chain(*pieces):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layers[layer]}
-    return {optimizer: [Sharded.of(name, shapes[name], mesh) for name in names if name in shapes]
-            for optimizer, names in chosen(model, optim).items()}
+    """Optimizer -> the parameters of a stage that it moves, in its order; those alike are one object."""
+    first, last = ends(model, pieces)
+    here = {*itertools.chain(*pieces), *["begin"] * first, *["end"] * last, *["both"] * (first or last)}
+    of = functools.cache(lambda name, shape: Sharded.of(name, shape, mesh))
+    return {optimizer: [of(name, shape) for where, name, shape in parameters if where in here]
+            for optimizer, parameters in listed(model, optim).items()}
+
+
+def values_of(parameters: list[Sharded], part=lambda p: p.part):
+    """That the first rank stores, or another part of each."""
+    alike = {id(p): p for p in parameters}
+    return sum(count * part(alike[i]) for i, count in collections.Counter(map(id, parameters)).items())
+
+
+def by_rank(parameters: list[Sharded]) -> np.ndarray:
+    """[rank] values that it stores."""
+    return values_of(parameters, lambda p: where(p).size.prod(1))
 
 
 # ---- who owns which matrix -------------------------------------------------------------------------------------------
@@ -127,8 +149,10 @@ class Owned(NamedTuple):
 def share_out(parameters: list[Sharded], cost, most: int = 0) -> tuple[np.ndarray, list[Owned]]:
     """([rank] the cost of what it owns, all blocks). Whom owners.assign gives each: in large groups first, in each the
     costliest first, to the rank that has least to do."""
-    tasks = [(len(where(p).groups), -cost(size), index, p, start, size) for index, p in enumerate(parameters)
-             for start, size in p.blocks(most)]
+    alike = {id(p): [(len(where(p).groups), -cost(size), p, start, size) for start, size in p.blocks(most)]
+             for p in {id(p): p for p in parameters}.values()}
+    tasks = [(groups, weight, index, *block) for index, p in enumerate(parameters)
+             for groups, weight, *block in alike[id(p)]]
     tasks.sort(key=lambda task: task[:3])
     ranks = math.prod(parameters[0].sizes)
     loads, owned = np.zeros(ranks), {}
@@ -225,10 +249,12 @@ def optimizer_flops(config: Config, stage: int = 0) -> float:
 @functools.lru_cache(maxsize=4096)
 def _cost(model: ModelConfig, mesh: MeshConfig, optim: OptimConfig, real: int, pieces: Pieces) -> Cost:
     count = {"AdamW": of_adamw, "Muon": of_muon, "Shampoo": of_shampoo}
-    each = [count[name](parameters, optim, real) for name, parameters in stored(model, mesh, optim, pieces).items()
-            if parameters]
-    added = {name: sum(getattr(one, name) for one, _ in each) for name in Cost._fields}
-    trips = sum(trip for _, trip in each)       # [dense, experts] x ranks
+    here = {name: parameters for name, parameters in stored(model, mesh, optim, pieces).items() if parameters}
+    each = [count[name](parameters, optim, real) for name, parameters in here.items()]
+    added = {name: sum(getattr(one, name) for one, _, _ in each) for name in Cost._fields}
+    if "Shampoo" in here:       # of the others the first rank has most, but it may be another that owns most
+        added["state"] = int(max(sum(by_rank() for _, _, by_rank in each)))
+    trips = sum(trip for _, trip, _ in each)    # [dense, experts] x ranks
     most = np.argmax(np.sum(trips, axis=0))
     added |= dict(work=max(one.work for one, _ in each), dense=int(trips[0, most]), experts=int(trips[1, most]))
     if optim.state == "host":
@@ -246,36 +272,37 @@ def touched(optim: OptimConfig, real: int) -> int:
     return {"full": 2 * real, "bf16": 2 * 2 + 4 * real, "host": 4 * real}[optim.state]
 
 
-def nothing(parameters: list[Sharded]) -> np.ndarray:
-    return np.zeros((2, math.prod(parameters[0].sizes)))
+# of one optimizer: (cost, [dense, experts] x ranks of bytes sent, a function for the bytes of state by rank)
+Counted = tuple[Cost, np.ndarray, Callable[[], np.ndarray]]
 
 
-def of_adamw(parameters: list[Sharded], optim: OptimConfig, real: int) -> tuple[Cost, np.ndarray]:
+def of_adamw(parameters: list[Sharded], optim: OptimConfig, real: int) -> Counted:
     """Two moments, changed where they lie; what is widened or fetched comes bucket by bucket, the next before the last
     is let go."""
-    values = sum(p.part for p in parameters)
-    away = optim.state == "host"
-    return Cost(state=2 * values * width(optim, real), moved=values * (3 * real + 2 * touched(optim, real)),
-                work=0 if optim.state == "full" else 2 * min(2 * values * real, adamw.BUCKET),
-                carried=4 * values * real * away), nothing(parameters)
+    values = values_of(parameters)
+    away, nothing = optim.state == "host", np.zeros((2, math.prod(parameters[0].sizes)))
+    return (Cost(state=2 * values * width(optim, real), moved=values * (3 * real + 2 * touched(optim, real)),
+                 work=0 if optim.state == "full" else 2 * min(2 * values * real, adamw.BUCKET),
+                 carried=4 * values * real * away), nothing, lambda: 2 * by_rank(parameters) * width(optim, real))
 
 
-def of_muon(parameters: list[Sharded], optim: OptimConfig, real: int) -> tuple[Cost, np.ndarray]:
+def of_muon(parameters: list[Sharded], optim: OptimConfig, real: int) -> Counted:
     """The momentum, sharded as the parameters are; matrices travel and are computed with in ns_dtype."""
-    m, values, item = optim.muon, sum(p.part for p in parameters), ITEMS[optim.muon.ns_dtype]
+    m, values, item = optim.muon, values_of(parameters), ITEMS[optim.muon.ns_dtype]
     loads, owned = share_out(parameters, muon.cost)
     flops, busiest = loads * m.ns_steps / muon.STEPS, loads.argmax()
     # a product reads x twice and writes the gram matrix, the next one reads that twice, the last one reads all
     products = sum(int(one.count[busiest]) * (5 * math.prod(one.size) + 4 * min(one.size)**2) for one in owned)
-    return Cost(state=values * width(optim, real), carried=2 * values * real * (optim.state == "host"),
-                moved=values * (7 * real + touched(optim, real) + 8 * item) + m.ns_steps * item * products,
-                work=trip_memory(parameters, owned, item, NEWTON_SCHULZ) + widened(parameters, optim, real),
-                in_all=float(flops.sum()), **{m.ns_dtype: float(flops.max())}), trip(owned, item)
+    return (Cost(state=values * width(optim, real), carried=2 * values * real * (optim.state == "host"),
+                 moved=values * (7 * real + touched(optim, real) + 8 * item) + m.ns_steps * item * products,
+                 work=trip_memory(parameters, owned, item, NEWTON_SCHULZ) + widened(parameters, optim, real),
+                 in_all=float(flops.sum()), **{m.ns_dtype: float(flops.max())}),
+            trip(owned, item), lambda: by_rank(parameters) * width(optim, real))
 
 
-def of_shampoo(parameters: list[Sharded], optim: OptimConfig, real: int) -> tuple[Cost, np.ndarray]:
+def of_shampoo(parameters: list[Sharded], optim: OptimConfig, real: int) -> Counted:
     """Moments, factors and roots at the owners of the blocks; gradients travel in the parameters' dtype."""
-    s, values = optim.shampoo, sum(p.part for p in parameters)
+    s, values = optim.shampoo, values_of(parameters)
     frequency, root = s.precondition_frequency, ITEMS[s.root_dtype]
     loads, owned = share_out(parameters, lambda shape: shampoo.cost(shape, frequency), s.max_preconditioner_dim)
     busiest, state, carried, moved, eigen = loads.argmax(), 0, 0, 0, 0.0
@@ -290,10 +317,11 @@ def of_shampoo(parameters: list[Sharded], optim: OptimConfig, real: int) -> tupl
         eigen = eigen + one.count * sum(shampoo.EIGH * side**3 / frequency for side in one.size)
     side = max(max(one.size) for one in owned)
     products = {"fp64" if real == 8 else "fp32": float(loads[busiest] - eigen[busiest])}
-    return Cost(state=int(state.max()), carried=int(carried.max()) * (optim.state == "host"),
-                moved=values * 13 * real + int(moved[busiest]),
-                work=trip_memory(parameters, owned, real, DIRECTION) + side * side * (EIGH * root + 2 * real),
-                eigen=float(eigen[busiest]), in_all=float(loads.sum()), **products), trip(owned, real)
+    return (Cost(state=int(state.max()), carried=int(carried.max()) * (optim.state == "host"),
+                 moved=values * 13 * real + int(moved[busiest]),
+                 work=trip_memory(parameters, owned, real, DIRECTION) + side * side * (EIGH * root + 2 * real),
+                 eigen=float(eigen[busiest]), in_all=float(loads.sum()), **products),
+            trip(owned, real), lambda: state)
 
 
 def trip(owned: list[Owned], item: int) -> np.ndarray:
