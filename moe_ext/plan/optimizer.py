@@ -256,7 +256,7 @@ def _cost(model: ModelConfig, mesh: MeshConfig, optim: OptimConfig, real: int, p
         added["state"] = int(max(sum(by_rank() for _, _, by_rank in each)))
     trips = sum(trip for _, trip, _ in each)    # [dense, experts] x ranks
     most = np.argmax(np.sum(trips, axis=0))
-    added |= dict(work=max(one.work for one, _ in each), dense=int(trips[0, most]), experts=int(trips[1, most]))
+    added |= dict(work=max(one.work for one, _, _ in each), dense=int(trips[0, most]), experts=int(trips[1, most]))
     if optim.state == "host":
         added |= dict(state=0, host=added["state"])
     return Cost(**added)
