@@ -15,8 +15,9 @@ import moe_ext
 from moe_ext.config import Config
 from moe_ext.model import GPT, pick_device
 from moe_ext.plan.memory import Memory, fullest, memory
+from moe_ext.plan.optimizer import cost, kept, movers, saved
 from moe_ext.plan.pipeline import turns
-from moe_ext.plan.shares import Share, boxes, rows_per_token, stages, widths
+from moe_ext.plan.shares import Share, boxes, makes, rows_per_token, stages, widths
 from moe_ext.plan.traffic import traffic
 
 __all__ = ["Memory", "Share", "boxes", "checkpoint_size", "describe", "memory", "mib", "ranks", "rows_per_token",
@@ -44,14 +45,17 @@ def describe(config: Config, model: GPT) -> str:
                   f"{c.seq_len}; {config.tokens_in_all:,} in {t.steps} steps"
                   + (f", from {config.ramp[0]} sequences per step on" if t.batch_ramp else ""),
         "FLOPs": f"{model.flops_per_token():,} per token, forward and backward",
-        "memory": f"{mib(held.state)} parameters, gradients and moments, about {mib(held.activations)} activations"
-                  f"{' per rank' if mesh.world > 1 else ''}{most}; the device has {mib(available)}",
+        "memory": f"{mib(held.state)} parameters, gradients and {kept(config)}, about {mib(held.activations)} "
+                  f"activations{' per rank' if mesh.world > 1 else ''}{most}; the device has {mib(available)}",
     }
     passing = {"logits and gradient of the head": held.head, "parameters and gradients whole in FSDP": held.fsdp,
                "weights cast by autocast": held.cast, "messages of the exchange": held.exchange,
-               "messages between the ranks of a sequence": held.sequence, "tensors between the stages": held.links}
+               "messages between the ranks of a sequence": held.sequence, "tensors between the stages": held.links,
+               "the optimizer while it steps": held.step}
     rows["buffers"] = "about " + ", ".join(f"{mib(size)} {what}" for what, size in passing.items() if size)
     rows["checkpoint"] = f"{mib(checkpoint_size(config, total))}, in {config.run_folder}"
+    if config.optim.rule or (config.optim.name, config.optim.state) != ("adamw", "full"):
+        rows["optimizer"] = spent(config)
     if not importlib.util.find_spec("matplotlib"):
         rows["plot"] = "none, for that needs matplotlib: pip install matplotlib"
     if mesh.pp > 1:
@@ -63,6 +67,18 @@ def describe(config: Config, model: GPT) -> str:
     if mesh.world > 1:
         lines += banner(config, device)
     return "\n".join(lines)
+
+
+def spent(config: Config) -> str:
+    """The optimizer in a line: what moves which parameters, and what that costs a rank."""
+    moves, each = [cost(config, stage) for stage in makes(config)], "a rank" if config.mesh.world > 1 else "it"
+    state, host, flops = (max(getattr(one, what) for one in moves) for what in ("state", "host", "flops"))
+    sent = max(one.dense + one.experts for one in moves)
+    parts = [f"{mib(state)} state"] if state else []
+    parts += [f"{mib(host)} state in the host's memory"] if host else []
+    parts += [f"{mib(sent)} sent per step by {each}"] if sent else []
+    parts += [f"{flops / 1e9:,.1f} GFLOP per step"] if flops else []
+    return f"{movers(config)}: {', '.join(parts)}"
 
 
 def sizes(config: Config) -> str:
@@ -112,8 +128,9 @@ def by_stage(values: list) -> str:
 
 
 def checkpoint_size(config: Config, parameters: int) -> int:
-    """Bytes of a checkpoint with so many parameters in all: they and AdamW's two moments."""
-    return 3 * parameters * widths(config)[0]
+    """Bytes of a checkpoint with so many parameters in all: they and what the optimizer keeps."""
+    real = widths(config)[0]
+    return parameters * real + saved(config.model, config.optim, real)
 
 
 def mib(size: int) -> str:

@@ -34,15 +34,17 @@ class Command(Config):
     bandwidth: float = 0.0      # of memory, GB/s
     link: float = 0.0           # to another device of the host, each way, GB/s
     network: float = 0.0        # to another host, each way, for each device, GB/s
+    host: float = 0.0           # to the memory of its own host, each way, GB/s
     efficiency: float = 0.0     # share of peak_tflops that a step's matrix products reach; 0: as measured on an H200
 
     def check(self) -> None:
-        known = "choose one, or the nearest and its peaks: --peak-tflops, --memory-gb, --bandwidth, --link, --network"
+        known = ("choose one, or the nearest and its peaks: --peak-tflops, --memory-gb, --bandwidth, --link, "
+                 "--network, --host")
         require(self.device in DEVICES, f"--device: got {self.device!r}, wanted one of {', '.join(DEVICES)}: {known}")
         for name in ("per_host", "top", "pp", "vpp"):
             value = getattr(self, name)
             require(value > 0, f"--{name.replace('_', '-')} is {value}; it must be positive")
-        for name in ("peak_tflops", "memory_gb", "bandwidth", "link", "network"):
+        for name in ("peak_tflops", "memory_gb", "bandwidth", "link", "network", "host"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be positive, or 0 for the "
                     "device's own")
@@ -54,7 +56,8 @@ class Command(Config):
     def peaks(self) -> Device:
         own = DEVICES[self.device]
         tflops = {"tflops": self.peak_tflops, "tflops_fp32": self.peak_tflops}
-        given = tflops | dict(memory=self.memory_gb, bandwidth=self.bandwidth, link=self.link, network=self.network)
+        given = tflops | dict(memory=self.memory_gb, bandwidth=self.bandwidth, link=self.link, network=self.network,
+                              host=self.host)
         return replace(own, **{name: value for name, value in given.items() if value})
 
 

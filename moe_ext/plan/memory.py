@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from moe_ext.config import Config, MeshConfig, ModelConfig
 from moe_ext.ops.enums import GATED
+from moe_ext.plan.optimizer import cost
 from moe_ext.plan.pipeline import alive
 from moe_ext.plan.shares import (
     Box,
@@ -35,9 +36,9 @@ CHUNK = 1024        # tokens of which the head has logits at a time (ops.linear_
 
 class Memory(NamedTuple):
     """Bytes of a rank, each part at its own peak, so that their sum is an upper bound."""
-    weights: int        # these three exactly
+    weights: int        # these three exactly; with Shampoo the last one is of the rank that owns most
     gradients: int
-    optimizer: int      # AdamW's two moments
+    optimizer: int      # what it keeps between two steps: of AdamW two moments (plan.optimizer)
     activations: int    # saved for the backward; with recompute every block's input, and all of one block
     head: int           # logits of a chunk of tokens, and the gradient of the head's matrix while it is summed up
     fsdp: int           # parameters and gradients whole in FSDP: the root's, two blocks' parameters, one's gradients
@@ -45,6 +46,7 @@ class Memory(NamedTuple):
     exchange: int       # at balance, one message to all ranks and one from all
     sequence: int       # of attention between the ranks of a sequence: one message to all of them and one from all
     links: int = 0      # tensors between the stages of a pipeline
+    step: int = 0       # of the optimizer, while it steps
 
     @property
     def state(self) -> int:
@@ -65,9 +67,10 @@ def memory(config: Config, device: str = "cuda", stage: int | None = None) -> Me
     live = alive(config, stage, [sum(size) for size in each])
     activations, cast = (sum(n * size for n, size in zip(live, sizes, strict=True)) + more
                          for sizes, more in zip(zip(*each, strict=True), work, strict=True))
-    return Memory(stored, stored, 2 * stored, activations, head(config) if ends(config.model, pieces)[1] else 0,
-                  whole(config, pieces), cast, exchange(config, pieces), sequence(config),
-                  links(config, device, pieces))
+    moves = cost(config, stage)
+    return Memory(stored, stored, moves.state + moves.host * (device == "cpu"), activations,
+                  head(config) if ends(config.model, pieces)[1] else 0, whole(config, pieces), cast,
+                  exchange(config, pieces), sequence(config), links(config, device, pieces), moves.work)
 
 
 def fullest(config: Config, device: str = "cuda") -> int:

@@ -5,18 +5,20 @@ import collections
 
 from moe_ext.config import Config, ConfigError, divisors, load
 from moe_ext.model import GPT
-from moe_ext.plan import local, megatron, pace, ranks, sizes
+from moe_ext.plan import local, megatron, pace, ranks, roofline, sizes, spent
 from moe_ext.plan.memory import fullest, memory
+from moe_ext.plan.optimizer import cost, kept
 from moe_ext.plan.roofline import DEVICES, RESERVE, Device, Estimate, Shares, estimate, forward_flops
 from moe_ext.plan.search import enough, fits, flags, largest, on, room, search, smallest
+from moe_ext.plan.shares import makes
 from moe_ext.plan.traffic import traffic
 
 PARTS = {
-    "weights": "weights", "gradients": "gradients", "optimizer": "AdamW's two moments",
+    "weights": "weights", "gradients": "gradients",
     "activations": "activations that the backward reads", "head": "logits and gradient of the head",
     "fsdp": "parameters and gradients whole in FSDP", "cast": "weights cast by autocast",
     "exchange": "messages of the token exchange", "sequence": "messages between the ranks of a sequence",
-    "links": "tensors between the stages",
+    "links": "tensors between the stages", "step": "the optimizer while it steps",
 }
 
 
@@ -44,11 +46,16 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
     lines = [f"{name:10}  {text}" for name, text in rows.items()]
     if mesh.pp > 1:
         lines.append(f"pipeline    {pace(config)}")
+    share = roofline.share_of_optimizer(config, device, per_host, shares)
+    lines.append(f"optimizer   {spent(config)}, {share:.1%} of the step")
+    names = PARTS | {"optimizer": "AdamW's two moments" if (state := kept(config)) == "moments" else state}
     rank = fullest(config) * mesh.stage + ((mesh.sp - 1) * mesh.tp if mesh.attention == "gather" else 0)
     lines += ["", f"memory of rank {rank} on a GPU, {t.dtype}, each part at its own peak",
-              *(f"  {size(part)}  {PARTS[name]}" for name, part in held._asdict().items() if part),
+              *(f"  {size(part)}  {names[name]}" for name, part in held._asdict().items() if part),
               f"  {size(held.total)}  in all, of {size(room(device)).strip()}, the {1 - RESERVE:.0%} of {device.name} "
               f"memory that a run can use: it {'fits' if fits(config, device) else 'does not fit'}"]
+    if away := max(cost(config, stage).host for stage in makes(config)):
+        lines.append(f"  {size(away)}  in the memory of the host, for each of its {per_host} devices")
     if not fits(config, device):
         lines += ["", "what would fit", *changes(config, device, per_host, shares, recipe)]
     if mesh.world > 1:
@@ -121,7 +128,7 @@ def described(device: Device) -> list[str]:
     """The planner's options that make this device."""
     own = DEVICES[device.name]
     names = {"tflops": "peak-tflops", "memory": "memory-gb", "bandwidth": "bandwidth", "link": "link",
-             "network": "network"}
+             "network": "network", "host": "host"}
     return [f"--device {device.name}", *(f"--{option} {getattr(device, name)}" for name, option in names.items()
                                          if getattr(device, name) != getattr(own, name))]
 

@@ -1,9 +1,9 @@
 """How long a step takes on a named device: a bound from below, and what this program is likely to need.
 
 The bound takes each of four things at its peak and the others as free: the matrix products of a rank (attention over
-the keys that are seen, recomputation included), its memory traffic, and what it sends over the links of a host and over
-the network between hosts. What is likely adds the first two up at the shares of the peak that were measured (SHARES),
-and of the traffic what has nothing to hide behind.
+the keys that are seen, recomputation and Newton-Schulz included), its memory traffic, and what it sends over the links
+of a host and over the network between hosts. What is likely adds the first two up at the shares of the peak that were
+measured (SHARES), and of the traffic what has nothing to hide behind.
 
 Ranks are numbered as in moe_ext.parallel.mesh, tp and etp fastest, then sp, so neighbours share a host. A ring of n
 ranks that leaves its host takes the network of all its devices; an exchange sends each pair of ranks the same.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_ext.config import Config, ModelConfig, require
+from moe_ext.plan import optimizer
 from moe_ext.plan.memory import saved
 from moe_ext.plan.pipeline import turns
 from moe_ext.plan.shares import Pieces, Share, axes, blocks, ends, kinds, makes, stages, widths
@@ -32,19 +33,20 @@ class Device:
     link: float         # to the other devices of a host, GB/s each way
     network: float      # to other hosts, GB/s each way: one adapter of 200, 400 or 100 Gb/s a device, as in the maker's
                         # own servers
+    host: float         # to the memory of its own host, GB/s each way: PCIe x16
 
 
 # NVIDIA's data sheets: A100 (DS-10031, 2021), H100 (2287922, 2023), H200 (3567064, 2024), B200 in HGX B200 (2025), L40S
 # (2023), RTX 4090 in the Ada whitepaper (2.01, 2022); NVLink, or PCIe of 4.0 x16 (L40S, RTX 4090) and 5.0 x16.
 DEVICES = {d.name: d for d in (
-    Device("a100", 312, 19.5, 80, 2039, 300, 25),
-    Device("a100-40gb", 312, 19.5, 40, 1555, 300, 25),
-    Device("h100", 989, 67, 80, 3350, 450, 50),
-    Device("h100-pcie", 756, 51, 80, 2000, 64, 50),
-    Device("h200", 989, 67, 141, 4800, 450, 50),
-    Device("b200", 2250, 75, 180, 7700, 900, 50),
-    Device("l40s", 362, 91.6, 48, 864, 32, 12.5),
-    Device("rtx4090", 165, 82.6, 24, 1008, 32, 12.5),
+    Device("a100", 312, 19.5, 80, 2039, 300, 25, 32),
+    Device("a100-40gb", 312, 19.5, 40, 1555, 300, 25, 32),
+    Device("h100", 989, 67, 80, 3350, 450, 50, 64),
+    Device("h100-pcie", 756, 51, 80, 2000, 64, 50, 64),
+    Device("h200", 989, 67, 141, 4800, 450, 50, 64),
+    Device("b200", 2250, 75, 180, 7700, 900, 50, 64),
+    Device("l40s", 362, 91.6, 48, 864, 32, 12.5, 32),
+    Device("rtx4090", 165, 82.6, 24, 1008, 32, 12.5, 32),
 )}
 RESERVE = 0.1       # of a device's memory: the CUDA context, libraries, workspaces and what the allocator cannot use
 
@@ -55,6 +57,7 @@ class Shares(NamedTuple):
     compute: float = 0.27   # 634 ms in matrix products and attention, which at the peak take 171
     memory: float = 0.35    # 148 ms in AdamW, norms, casts and sums, for whose bytes, as counted here, 54 would do
     wires: float = 0.7      # not measured: what collectives usually reach of a link
+    eigen: float = 0.02     # not measured, of the fp32 peak: eigendecompositions are mostly matrix-vector products
 
 
 SHARES = Shares()
@@ -106,6 +109,12 @@ def attention_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | No
     return 4 * model.heads * model.head_width * keys_seen(model, causal, pieces, parts)
 
 
+def share_of_optimizer(config: Config, device: Device, per_host: int = 8, shares: Shares = SHARES) -> float:
+    """Of a step's likely time, that of the stage whose optimizer takes longest."""
+    longest = max(of_optimizer(config, stage, device, per_host, shares).likely for stage in makes(config))
+    return longest / estimate(config, device, per_host, shares).likely
+
+
 def estimate(config: Config, device: Device, per_host: int = 8, shares: Shares = SHARES) -> Estimate:
     """Of a step, which takes as long as the stage that has the most to do. Errors: ConfigError for fp64, which has no
     CUDA kernels."""
@@ -127,15 +136,17 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
     share = Share.of(config, stage)
     whole = replace(config, train=replace(t, recompute=False, recompute_attention=False))
     kept = sum(saved(whole, "cuda", piece).activations for piece in pieces)
-    state, weights = 7 * real * share.parameters, t.accumulation * share.whole * (2 * half + real)
+    weights = t.accumulation * share.whole * (2 * half + real)
     busy = 1 - turns(config)[0]           # the share of a step's forwards and backwards in which a stage computes
+    state = optimizer.cost(config, stage).moved
     memory = (state + (weights + t.accumulation * 2 * kept) / busy) / device.bandwidth / 1e9
 
     strides = {"pp": mesh.stage, "rep": mesh.shards * mesh.tp, "fsdp": mesh.tp, "efsdp": mesh.ep * mesh.etp,
                "ep": mesh.etp, "dp": mesh.sequence, "sp": mesh.tp}
     ranks, exchanges = axes(mesh), ("ep", "sp") if mesh.attention == "ulysses" else ("ep",)
-    links = network = hidden = waited = 0.0
-    for axis, sent in traffic(config, stage).items():
+    links, network, hidden, waited, each = 0.0, 0.0, 0.0, 0.0, traffic(config, stage)
+    for axis in ranks:
+        sent = each[axis]
         on_link, on_network = wires(sent, ranks[axis], strides.get(axis, 1), per_host, exchange=axis in exchanges)
         on_link, on_network = on_link / device.link / 1e9, on_network / device.network / 1e9
         links, network = links + on_link, network + on_network
@@ -149,9 +160,26 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
     # each value saved is written and read by the forward, again if that is recomputed, and its gradient by the backward
     moved = weights + t.accumulation * (4 + 2 * t.recompute) * kept
     computing = (compute / shares.compute + moved / device.bandwidth / 1e9 / shares.memory) / busy
-    computing += state / device.bandwidth / 1e9 / shares.memory
-    return Estimate(compute / busy, memory, links, network,
+    moves = of_optimizer(config, stage, device, per_host, shares)
+    computing += moves.likely
+    return Estimate(compute / busy + moves.compute, memory, links + moves.links, network + moves.network,
                     computing + waited / shares.wires + max(0.0, hidden / shares.wires - computing))
+
+
+def of_optimizer(config: Config, stage: int, device: Device, per_host: int, shares: Shares) -> Estimate:
+    """Of the optimizer's step of one stage, which begins when all gradients are there: matrices travel while others are
+    computed; what is kept on the host comes and goes one after the other, for which nothing is faster than `host`."""
+    moves, mesh = optimizer.cost(config, stage), config.mesh
+    fp32 = (moves.fp32 + moves.fp64) / device.tflops_fp32 / 1e12    # fp64 as fp32, as the A100, H100 and H200 have it
+    products, eigen = moves.bf16 / device.tflops / 1e12 + fp32, moves.eigen / device.tflops_fp32 / 1e12
+    memory, host = moves.moved / device.bandwidth / 1e9, moves.carried / device.host / 1e9
+    dense = wires(moves.dense, mesh.stage, 1, per_host, exchange=True)
+    experts = wires(moves.experts, mesh.rep * mesh.efsdp * mesh.etp, mesh.ep, per_host, exchange=True)
+    links, network = (sum(way) / speed / 1e9 for way, speed in zip(zip(dense, experts, strict=True),
+                                                                  (device.link, device.network), strict=True))
+    computing = products / shares.compute + eigen / shares.eigen
+    likely = max(computing, max(links, network) / shares.wires) + memory / shares.memory + host / shares.wires
+    return Estimate(products + eigen, memory, links, network, likely)
 
 
 def wires(sent: float, ranks: int, stride: int, per_host: int, exchange: bool = False) -> tuple[float, float]:

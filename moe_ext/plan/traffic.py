@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from moe_ext.config import Config
+from moe_ext.plan.optimizer import optimizer_traffic
 from moe_ext.plan.shares import (
     axes,
     blocks,
@@ -19,13 +20,14 @@ from moe_ext.plan.shares import (
 
 def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
     """Bytes that one rank of a stage, None: of the one that sends most, sends over each axis per optimizer step, in its
-    forwards, backwards and sum_replicated.
+    forwards, backwards, sum_replicated and the optimizer's step.
 
     Of n ranks each sends (n-1) * b in an all-gather of pieces of b bytes, or a reduce-scatter into them, and
     2 (n-1)/n * b in an all-reduce of b bytes, as in a ring. Tokens choose experts uniformly and none is dropped. "fsdp"
     are the fsdp * sp ranks that share the parameters. "sequence", the sp * tp ranks that share one, carries the
     statistics of that scope; "dp" and "world", of a pipeline those of a stage, with it those of the scope micro_batch.
-    Not counted: the step's sums of loss, counts and norm.
+    "optimizer" is what goes to the owners of matrices and back, of the rank that sends most of it. Not counted: the
+    step's sums of loss, counts and norm, and the owners' of who has a gradient.
     """
     if stage is None:
         return max((traffic(config, stage) for stage in makes(config)), key=lambda sent: sum(sent.values()))
@@ -86,4 +88,4 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
             scores = real * m.top_k if m.drop_by == "probability" else 0
             pieces("sequence", T * (ids + scores), forwards)
             pieces("dp", T * mesh.sequence * (ids + scores), forwards if whole else 0)
-    return sent
+    return sent | optimizer_traffic(config, stage)
