@@ -95,7 +95,7 @@ def test_box_of_is_what_torch_leaves_to_a_rank(tmp_path):
     run_ranks(4, body, tmp_path)
 
 
-# ---- models from the meta device --------------------------------------------------------------------------------------
+# ---- models from the meta device ------------------------------------------------------------------------------------
 MOE = MoEConfig(experts=4, top_k=2, hidden=12)
 MODELS = {name: ModelConfig(**dict(vocab_size=30, seq_len=8, layers=2, dim=16, heads=4, hidden=24) | options)
           for name, options in {
