@@ -1,6 +1,8 @@
-"""Initial values of parts of parameters: every box has the bits of the same place in the whole."""
+"""Initial values: every box has the bits of the same place in the whole, every model from the meta device those of one
+made directly, in its buffers too."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from moe_ext import ops
-from moe_ext.model import normal_
+from moe_ext.config import MeshConfig, ModelConfig, MoEConfig
+from moe_ext.model import GPT, normal_
 from moe_ext.parallel import init
 from moe_ext.parallel.init import box_normal
-from moe_ext.parallel.shard import box_of
+from moe_ext.parallel.mesh import Mesh
+from moe_ext.parallel.shard import box_of, initialize, parallelize
 
 KEY = dict(seed=11, site=1234567890, std=0.02)
 BOXES = {  # shape: [(start, size), ..]
@@ -89,3 +93,63 @@ def test_box_of_is_what_torch_leaves_to_a_rank(tmp_path):
             box_of(DTensor.from_local(torch.ones(2), mesh, (Replicate(), Partial())))
 
     run_ranks(4, body, tmp_path)
+
+
+# ---- models from the meta device ------------------------------------------------------------------------------------
+MOE = MoEConfig(experts=4, top_k=2, hidden=12)
+MODELS = {name: ModelConfig(**dict(vocab_size=30, seq_len=8, layers=2, dim=16, heads=4, hidden=24) | options)
+          for name, options in {
+    "rope": dict(),
+    "yarn": dict(rope_fraction=0.5, rope_scale=4.0, rope_context=4, rope_base=50000.0),
+    "learned, tied": dict(position="learned", tied=True),
+    "layernorm, bias": dict(norm="layernorm", bias=True, act="gelu"),
+    "attention": dict(kv_heads=2, head_dim=6, qk_norm=True, window=3, window_full_every=2, sinks=True,
+                      attention_bias="qkv"),
+    "qk_norm over width": dict(qk_norm=True, qk_norm_over="width", attention_bias="all"),
+    "moe": dict(moe=replace(MOE, shared_hidden=20, dense_layers=1)),
+    "moe, all of it": dict(bias=True, moe=replace(MOE, score="sigmoid", select_bias_rate=0.01, router_bias=True,
+                                                  noise=True, jitter=0.1)),
+}.items()}  # fmt: skip
+SIZES = [dict(), dict(fsdp=2), dict(tp=2), dict(rep=2), dict(fsdp=2, ep=2), dict(fsdp=2, tp=2, ep=2, etp=2)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_model_from_the_meta_device_is_the_direct_one(sizes, monkeypatch):
+    """Parameters, buffers kept in a checkpoint or not, and what the forward makes of them. New memory holds NaN: what
+    nobody fills is seen."""
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(torch.zeros_like(*args, **options)))
+
+    def body(rank):
+        mesh = Mesh(MeshConfig(**sizes))
+        for name, config in MODELS.items():
+            direct = GPT(config, seed=7, dtype=torch.float64)
+            model = GPT(config, dtype=torch.float64, device="meta")
+            parallelize(model, mesh)
+            initialize(model, 7, "cpu")
+            assert model.state_dict().keys() == direct.state_dict().keys(), name
+            assert [key for key, _ in model.named_parameters()] == [key for key, _ in direct.named_parameters()], name
+            equal(name, model.named_parameters(), dict(direct.named_parameters()))
+            buffers = dict(direct.named_buffers())
+            assert dict(model.named_buffers()).keys() == buffers.keys(), name
+            equal(name, model.named_buffers(), buffers)
+            assert all(key.endswith("select_bias_E") for key in buffers), "a table of RoPE would be one to forget"
+            if not sizes:
+                tokens_BS = torch.arange(8)[None]
+                same(model.eval().logits(tokens_BS), direct.eval().logits(tokens_BS))
+
+    run_ranks(MeshConfig(**sizes).world, body)
+
+
+def poison(x):
+    return x.fill_(math.nan if x.is_floating_point() else -1) if not x.is_meta else x
+
+
+def equal(name, got, want):
+    """A rank's parts of tensors, by name, against whole ones."""
+    for key, p in got:
+        whole = want[key].detach()
+        if isinstance(p, DTensor):
+            start, size = box_of(p)
+            whole = whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+            p = p.to_local()
+        assert torch.equal(p.detach(), whole), (name, key)

@@ -5,6 +5,8 @@
     torchrun --standalone --nproc-per-node 2 -m moe_ext.check mesh          a small GPT, whose losses no mesh may change
     torchrun --standalone --nproc-per-node 2 -m moe_ext.check dmoe          our MoE layer beside plain torch
     torchrun --standalone --nproc-per-node 2 -m moe_ext.check ulysses       a long sequence's attention, beside its plan
+    torchrun --standalone --nproc-per-node 2 -m moe_ext.check shampoo       one sentence learnt, alike on every mesh
+    torchrun --standalone --nproc-per-node 2 -m moe_ext.check muon          the same with Muon
     torchrun --standalone --nproc-per-node 2 -m moe_ext.check pdb           the debugger on any rank
 
 Without torchrun each runs as one process. The exit status is 0 if everything was as it should be. `--help` lists the

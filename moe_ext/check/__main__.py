@@ -9,12 +9,14 @@ from moe_ext.check.all_to_all import AllToAll
 from moe_ext.check.dmoe import Dmoe
 from moe_ext.check.env import Env
 from moe_ext.check.mesh import OneSentence
+from moe_ext.check.optimizers import OneMuon, OneShampoo
 from moe_ext.check.pdb import Pdb
 from moe_ext.check.ulysses import Long
 from moe_ext.check.world import World, WorldError
 from moe_ext.config import ConfigError
 
-COMMANDS = {"env": Env, "all-to-all": AllToAll, "mesh": OneSentence, "dmoe": Dmoe, "ulysses": Long, "pdb": Pdb}
+COMMANDS = {"env": Env, "all-to-all": AllToAll, "mesh": OneSentence, "dmoe": Dmoe, "ulysses": Long,
+            "shampoo": OneShampoo, "muon": OneMuon, "pdb": Pdb}
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ tokens are bytes, not GPT-2's: losses are not those of a run with GPT-2's tokeni
         return True
 
     def train(self, world: World, model: GPT | Stage, mesh: Mesh, config: PipelineConfig) -> None:
-        tokens_BS, targets_BS, count = one_sentence(world.device)
+        tokens_BS, targets_BS, count = one_sentence(SENTENCE, world.device)
         pipeline = Pipeline(model, mesh, config, micro_batch=1, micros=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(self.steps):
@@ -125,9 +125,9 @@ def one_rank(world: World):
     return init_device_mesh(world.device.type, (1, 1, 1), mesh_dim_names=("rep", "fsdp", "tp"))
 
 
-def one_sentence(device) -> tuple[torch.Tensor, torch.Tensor, int]:
+def one_sentence(sentence: str, device) -> tuple[torch.Tensor, torch.Tensor, int]:
     """-> tokens [1,LENGTH], targets [1,LENGTH] (-100 after the sentence), number of targets. A token is a byte."""
-    text = torch.tensor([list(SENTENCE.encode())], device=device)
+    text = torch.tensor([list(sentence.encode())], device=device)
     count = text.shape[1] - 1
     return F.pad(text[:, :-1], (0, LENGTH - count)), F.pad(text[:, 1:], (0, LENGTH - count), value=-100), count
 
