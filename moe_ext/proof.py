@@ -58,8 +58,10 @@ from moe_ext.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    MuonConfig,
     OptimConfig,
     PipelineConfig,
+    ShampooConfig,
     TrainConfig,
     meshes,
     pipelines,
@@ -81,11 +83,17 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FLOOR = 1e-3    # of the largest of its kind, times the tolerance
 MARGIN = 1e-4   # in fp32, between the logits of the last expert chosen and the next
 SEED, STEPS, ROWS, TOKENS, EXPERTS = 7, 3, 16, 16, 8    # ROWS sequences of TOKENS tokens in each step
+LONG = 10       # steps of cells about the optimizer alone
 AXES = ("pp", "rep", "fsdp", "sp", "tp", "ep", "etp")
 SPECIAL = ((), ("pp",), ("sp",), ("pp", "sp"))     # which axes with options of their own a mesh may have
 PIECES = 16     # the most that a model is cut into where options are dealt out
 SCALE = 64.0    # of a mesh's loss
 LIGHT = 100     # a Case's weight: some 10 s of one core
+RULES = {       # which optimizer has what
+    "adamw": "matrices: adamw, experts: adamw, embeddings: adamw, norms: adamw",
+    "muon": "matrices: muon, experts: muon, embeddings: muon, norms: adamw",
+    "shampoo": "matrices: shampoo, experts: shampoo, embeddings: shampoo, norms: shampoo",
+    "mixed": "matrices: shampoo, experts: muon, embeddings: adamw, norms: adamw"}
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -102,6 +110,7 @@ class Case:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dense: bool = False
     dtype: torch.dtype = torch.float64
+    long: bool = False  # LONG steps
     layers: int = 0     # 0: one for each piece of the pipeline, one more if they are uneven, and at least two
     repeats: int = 1    # forwards and backwards of each step; if several, with random delays
     # the pipeline
@@ -119,6 +128,8 @@ class Case:
     evaluate: bool = option(False, True)        # after every step, not only after the last
     # the model and its optimizer
     clip: float = option(0.5, 0.0)
+    optimizer: str = option("adamw", "muon", "shampoo")     # see RULES, which has "mixed" too
+    kept: str = option("full", "bf16", "host")  # its state
     vocab_size: int = option(64, 50)            # 50: tp and fsdp do not divide it; over 8 ranks one has a single row
     ignored: bool = option(False, True)         # some targets do not count
     tied: bool = option(False, True)
@@ -148,7 +159,7 @@ class Case:
 
     @property
     def steps(self) -> int:
-        return STEPS if self.dtype == torch.float64 else 1
+        return LONG if self.long else STEPS if self.dtype == torch.float64 else 1
 
     @property
     def kind(self) -> tuple[bool, tuple[str, ...]]:
@@ -167,7 +178,8 @@ class Case:
     @property
     def weight(self) -> int:
         """Of its time, about."""
-        return 4 * self.mesh.world + self.mesh.stage * self.accumulation * self.model.layers
+        steps = 3 if self.long else 1
+        return 4 * self.mesh.world + steps * self.mesh.stage * self.accumulation * self.model.layers
 
     @property
     def shaken(self) -> bool:
@@ -213,11 +225,23 @@ class Case:
             tied=self.tied, dropout=self.dropout, init_std=0.2, moe=moe, **more)
 
     @property
+    def optim(self) -> OptimConfig:
+        """Roots of a factor are smooth where epsilon is no smaller than what rounding leaves of its zero eigenvalues, or
+        grafting's where gradients vanish: here both are about the size of the gradients. Of 3 steps 2 have new roots,
+        of LONG each third, so that old ones are used too. Blocks end where no rank's part does."""
+        return OptimConfig(
+            rule=RULES[self.optimizer], state=self.kept, lr=1e-2, min_lr=0.0, eps=1e-4, clip=self.clip,
+            muon=MuonConfig(ns_dtype="fp64" if self.dtype == torch.float64 else "fp32"),
+            shampoo=ShampooConfig(precondition_frequency=3 if self.long else 1, start_preconditioning_step=2,
+                                  max_preconditioner_dim=40, graft_eps=1e-4))
+
+    @property
     def alone(self) -> Case:
         """What one process does in its stead."""
         plain = {f.name: f.default for f in options(self.dense, ("pp", "sp")) if f.metadata["axis"]}
         return replace(self, mesh=MeshConfig(), layers=self.model.layers, repeats=1, accumulation=1, evaluate=True,
-                       recompute="nothing", start="values", transport="torch", **plain)
+                       recompute="nothing", start="values", transport="torch", kept=self.kept.replace("host", "full"),
+                       **plain)
 
 
 def special(mesh: MeshConfig) -> tuple[str, ...]:
@@ -343,7 +367,11 @@ def table() -> list[Case]:
         while missing:
             pair, left = next(iter(missing.items()))
             add(next(mesh for mesh in grids(dense, axes) if min(left) in places(mesh) and fits(mesh, dict(pair))))
-    cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True) for sizes in FAMILIES]
+    optimizers, states = itertools.cycle(RULES), itertools.cycle(("full", "bf16", "host"))
+    cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True, optimizer=next(optimizers))
+              for sizes in FAMILIES]
+    cases += [Case(MeshConfig(**sizes), long=True, optimizer=optimizer, kept=next(states))
+              for sizes in SHARDS + FAMILIES for optimizer in ("muon", "shampoo")]
     cases += [Case(MeshConfig(pp=8), chunks=4, accumulation=8, schedule=schedule, links=links)     # 32 pieces
               for schedule, links in (("interleaved", "torch"), ("bfc", "windows"))]
     return sorted([*cases, *shaken(67)], key=lambda case: case.mesh.world)
@@ -352,6 +380,7 @@ def table() -> list[Case]:
 FAMILIES = (dict(rep=2), dict(fsdp=2), dict(tp=2), dict(fsdp=2, ep=2), dict(tp=2, ep=2), dict(tp=2, etp=2),
             dict(rep=2, fsdp=2), dict(fsdp=2, tp=2, ep=2, etp=2), dict(pp=2), dict(pp=2, fsdp=2, ep=2),
             dict(sp=2), dict(sp=2, tp=2), dict(fsdp=2, sp=2, ep=4))
+SHARDS = ({}, dict(fsdp=4), dict(fsdp=8), dict(fsdp=4, ep=4), dict(rep=2, fsdp=2, tp=2, ep=2), dict(rep=2, sp=2, tp=2))
 
 
 def shaken(repeats: int) -> list[Case]:
@@ -445,7 +474,7 @@ def skew(model: GPT | Stage, case: Case) -> None:
 def text(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """-> tokens, targets, both [step, row, position]."""
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(case.vocab_size, (STEPS, ROWS, TOKENS + 1), generator=generator)
+    ids = torch.randint(case.vocab_size, (case.steps, ROWS, TOKENS + 1), generator=generator)
     targets = ids[..., 1:].clone()
     if case.ignored:
         targets[torch.rand(targets.shape, generator=generator) < 0.2] = -100
@@ -456,7 +485,7 @@ def documents(case: Case) -> tuple:
     """-> documents, positions, both [step, row, position]; or None, None."""
     if not case.documents:
         return None, None
-    begins = torch.rand(STEPS, ROWS, TOKENS, generator=torch.Generator().manual_seed(SEED)) < 0.2
+    begins = torch.rand(case.steps, ROWS, TOKENS, generator=torch.Generator().manual_seed(SEED)) < 0.2
     place = torch.arange(TOKENS)
     return begins.cumsum(-1), place - torch.where(begins, place, 0).cummax(-1).values
 
@@ -502,8 +531,7 @@ def train(case: Case, mesh: Mesh) -> Record:
     for layer in model.moe_layers():
         layer.experts.register_forward_pre_hook(note_rows)
         layer.gate.register_forward_hook(note_margin)
-    optim = OptimConfig(lr=1e-2, min_lr=0.0, eps=1e-4, clip=case.clip)
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(model, case.optim)
     step_text = (*text(case), *documents(case))
     dice, scale = random.Random(mesh.rank), SCALE if mesh.world > 1 else 1.0
     pipeline = Pipeline(model, mesh, case.pipeline, micro_batch=case.micro_batch, micros=case.accumulation,
@@ -536,7 +564,7 @@ def train(case: Case, mesh: Mesh) -> Record:
             loss, aux, balance, loads, dropped, _ = pipeline.sum(*totals)
             for name, number in zip(losses, (loss, aux, balance), strict=True):
                 losses[name].append(number)
-        norm = clip_grad_norm(model.named_parameters(), optim.clip, scale, model.holders)
+        norm = clip_grad_norm(model.named_parameters(), case.clip, scale, model.holders)
         losses = {name: torch.stack(each) for name, each in losses.items()} | {"norm": torch.tensor(norm).double()}
         exact |= {f"loads {step}": loads, f"dropped {step}": dropped}
         close["gradients", step] = {name: local(p.grad).clone() for name, p in model.named_parameters()}
