@@ -226,14 +226,17 @@ class Case:
 
     @property
     def optim(self) -> OptimConfig:
-        """Roots of a factor are smooth where epsilon is no smaller than what rounding leaves of its zero eigenvalues, or
-        grafting's where gradients vanish: here both are about the size of the gradients. Of 3 steps 2 have new roots,
-        of LONG each third, so that old ones are used too. Blocks end where no rank's part does."""
+        """Epsilons are about the size of what they are added to: roots of a factor, of which most eigenvalues are zero
+        but for rounding, and a step's direction where gradients vanish, are then smooth functions of the gradients.
+        Blocks end where no rank's part does. Some steps have new roots, the first ones none, and of LONG steps some
+        have old ones."""
         return OptimConfig(
-            rule=RULES[self.optimizer], state=self.kept, lr=1e-2, min_lr=0.0, eps=1e-4, clip=self.clip,
+            name=self.optimizer.replace("mixed", "muon"), rule=RULES[self.optimizer], state=self.kept,
+            lr=1e-2, min_lr=0.0, eps=1e-4, clip=self.clip,
             muon=MuonConfig(ns_dtype="fp64" if self.dtype == torch.float64 else "fp32"),
-            shampoo=ShampooConfig(precondition_frequency=3 if self.long else 1, start_preconditioning_step=2,
-                                  max_preconditioner_dim=40, graft_eps=1e-4))
+            shampoo=ShampooConfig(precondition_frequency=3 if self.long else 1,
+                                  start_preconditioning_step=4 if self.long else 2, max_preconditioner_dim=40,
+                                  epsilon=1e-4))
 
     @property
     def alone(self) -> Case:
