@@ -20,6 +20,11 @@ chunks, ..) with 2, with 4 and with 8 stages, and every one meets every other ax
 is a third: any two options meet beside sp > 1 on every axis, any two of its own (the form of attention, key/value
 heads) with 2, with 4 and with 8 such ranks; and every one meets pipelines of such ranks.
 
+The optimizer (RULES) and how its state is kept are options as all others; two of the three steps have new roots. `long`
+cells take ten steps of Muon or Shampoo on 1, 2, 4 and 8 shards and on each family of meshes, by the same tolerance.
+State rounded to bf16 is rounded in one process too, and alike: between two numbers that differ by 1e-15 of themselves
+a border between two bf16 numbers lies once in 1e12 times.
+
 In `shaken` cells ranks and links dawdle at random, and each step is computed many times before it is taken: then too
 all ranks of a stage do the same in the same order, and the numbers stay what they are.
 """
@@ -399,8 +404,9 @@ def shaken(repeats: int) -> list[Case]:
 def part() -> list[Case]:
     """A part of the table in which every two options that one stage has still meet on some mesh, and each of them every
     axis, every option a pipeline, and every schedule every axis that a LIGHT cell has; both forms of attention every
-    option, every axis, 2, 4 and 8 ranks that share a sequence, and more of them than key/value heads; all of fp32, and
-    of the rest whatever adds most for its time; and some shaken ones."""
+    option, every axis, 2, 4 and 8 ranks that share a sequence, and more of them than key/value heads; all of fp32, long
+    ones of 4 ranks with copies or with every matrix cut both ways, and of the rest whatever adds most for its time; and
+    some shaken ones."""
     cells, wanted = [], set()
     for case in filter(lambda case: not case.shaken, table()):
         (dense, axes), chosen, at = case.kind, case.options.items(), places(case.mesh)
@@ -414,7 +420,8 @@ def part() -> list[Case]:
         if not axes or case.weight <= LIGHT:
             wanted |= more if axes else met
         cells.append((case, met | more, case.weight))
-    taken = [case for case, _, _ in cells if case.dtype == torch.float32]
+    taken = [case for case, _, _ in cells if case.dtype == torch.float32
+             or (case.long and case.mesh.world == 4 and case.mesh.rep * case.mesh.etp > 1)]
     missing = wanted.difference(*(met for case, met, _ in cells if case in taken))
     while missing:
         for _, met, _ in cells:
