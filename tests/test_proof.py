@@ -411,10 +411,6 @@ def orthogonal_shards():
     each_part_is_a_matrix()
 
 
-def orthogonal_parts_of_tp_ranks():
-    each_part_is_a_matrix()
-
-
 def a_stack_of_experts_is_one_matrix():
     newton_schulz = muon.newton_schulz
     muon.newton_schulz = lambda x, *how: newton_schulz(x.flatten(0, -2), *how).view_as(x)
@@ -531,16 +527,15 @@ BUGS = {
     scope_ends_at_a_ranks_tokens: on(sp=2),
     draws_repeat_on_the_ranks_of_a_sequence: on(True, sp=2, dropout=0.2),
     preconditioners_of_shards: on(True, fsdp=2, optimizer="shampoo"),
-    orthogonal_shards: on(fsdp=2, optimizer="muon"),
-    orthogonal_parts_of_tp_ranks: on(True, tp=2, optimizer="muon"),
+    orthogonal_shards: on(True, fsdp=2, optimizer="muon"),
     a_stack_of_experts_is_one_matrix: on(fsdp=2, optimizer="muon"),
     results_reach_one_copy_alone: on(True, rep=2, optimizer="shampoo"),
     gradients_of_copies_are_summed_again: on(True, rep=2, optimizer="shampoo"),
-    gradients_of_one_shard_count_twice: on(fsdp=2, optimizer="muon"),
-    learning_rate_by_the_parts_shape: on(fsdp=2, optimizer="muon"),
+    gradients_of_one_shard_count_twice: on(True, fsdp=2, optimizer="muon"),
+    learning_rate_by_the_parts_shape: on(True, fsdp=2, optimizer="muon"),
     blocks_are_cut_from_parts: on(True, fsdp=2, optimizer="shampoo"),
     decay_counts_for_each_piece: on(True, fsdp=2, optimizer="shampoo"),
-    momentum_of_one_rank_is_lost: on(fsdp=2, optimizer="muon"),
+    momentum_of_one_rank_is_lost: on(True, fsdp=2, optimizer="muon"),
     one_rank_counts_its_own_steps: on(True, rep=2, optimizer="shampoo"),
     owners_forget_their_factors: on(True, rep=2, optimizer="shampoo"),
 }
