@@ -20,6 +20,11 @@ chunks, ..) with 2, with 4 and with 8 stages, and every one meets every other ax
 is a third: any two options meet beside sp > 1 on every axis, any two of its own (the form of attention, key/value
 heads) with 2, with 4 and with 8 such ranks; and every one meets pipelines of such ranks.
 
+The optimizer (RULES) and how its state is kept are options as all others; two of the three steps have new roots. `long`
+cells take ten steps of Muon or Shampoo on 1, 2, 4 and 8 shards and on each family of meshes, by the same tolerance.
+State rounded to bf16 is rounded in one process too, and alike: between two numbers that differ by 1e-15 of themselves
+a border between two bf16 numbers lies once in 1e12 times.
+
 In `shaken` cells ranks and links dawdle at random, and each step is computed many times before it is taken: then too
 all ranks of a stage do the same in the same order, and the numbers stay what they are.
 """
@@ -58,8 +63,10 @@ from moe_ext.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    MuonConfig,
     OptimConfig,
     PipelineConfig,
+    ShampooConfig,
     TrainConfig,
     meshes,
     pipelines,
@@ -81,11 +88,17 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FLOOR = 1e-3    # of the largest of its kind, times the tolerance
 MARGIN = 1e-4   # in fp32, between the logits of the last expert chosen and the next
 SEED, STEPS, ROWS, TOKENS, EXPERTS = 7, 3, 16, 16, 8    # ROWS sequences of TOKENS tokens in each step
+LONG = 10       # steps of cells about the optimizer alone
 AXES = ("pp", "rep", "fsdp", "sp", "tp", "ep", "etp")
 SPECIAL = ((), ("pp",), ("sp",), ("pp", "sp"))     # which axes with options of their own a mesh may have
 PIECES = 16     # the most that a model is cut into where options are dealt out
 SCALE = 64.0    # of a mesh's loss
 LIGHT = 100     # a Case's weight: some 10 s of one core
+RULES = {       # which optimizer has what
+    "adamw": "matrices: adamw, experts: adamw, embeddings: adamw, norms: adamw",
+    "muon": "matrices: muon, experts: muon, embeddings: muon, norms: adamw",
+    "shampoo": "matrices: shampoo, experts: shampoo, embeddings: shampoo, norms: shampoo",
+    "mixed": "matrices: shampoo, experts: muon, embeddings: adamw, norms: adamw"}
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -102,6 +115,7 @@ class Case:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dense: bool = False
     dtype: torch.dtype = torch.float64
+    long: bool = False  # LONG steps
     layers: int = 0     # 0: one for each piece of the pipeline, one more if they are uneven, and at least two
     repeats: int = 1    # forwards and backwards of each step; if several, with random delays
     # the pipeline
@@ -119,6 +133,8 @@ class Case:
     evaluate: bool = option(False, True)        # after every step, not only after the last
     # the model and its optimizer
     clip: float = option(0.5, 0.0)
+    optimizer: str = option("adamw", "muon", "shampoo")     # see RULES, which has "mixed" too
+    kept: str = option("full", "bf16", "host")  # its state
     vocab_size: int = option(64, 50)            # 50: tp and fsdp do not divide it; over 8 ranks one has a single row
     ignored: bool = option(False, True)         # some targets do not count
     tied: bool = option(False, True)
@@ -148,7 +164,7 @@ class Case:
 
     @property
     def steps(self) -> int:
-        return STEPS if self.dtype == torch.float64 else 1
+        return LONG if self.long else STEPS if self.dtype == torch.float64 else 1
 
     @property
     def kind(self) -> tuple[bool, tuple[str, ...]]:
@@ -167,7 +183,8 @@ class Case:
     @property
     def weight(self) -> int:
         """Of its time, about."""
-        return 4 * self.mesh.world + self.mesh.stage * self.accumulation * self.model.layers
+        steps = 3 if self.long else 1
+        return 4 * self.mesh.world + steps * self.mesh.stage * self.accumulation * self.model.layers
 
     @property
     def shaken(self) -> bool:
@@ -213,11 +230,26 @@ class Case:
             tied=self.tied, dropout=self.dropout, init_std=0.2, moe=moe, **more)
 
     @property
+    def optim(self) -> OptimConfig:
+        """Epsilons are about the size of what they are added to: roots of a factor, of which most eigenvalues are zero
+        but for rounding, and a step's direction where gradients vanish, are then smooth functions of the gradients.
+        Blocks end where no rank's part does. Some steps have new roots, the first ones none, and of LONG steps some
+        have old ones."""
+        return OptimConfig(
+            name=self.optimizer.replace("mixed", "muon"), rule=RULES[self.optimizer], state=self.kept,
+            lr=1e-2, min_lr=0.0, eps=1e-4, clip=self.clip,
+            muon=MuonConfig(ns_dtype="fp64" if self.dtype == torch.float64 else "fp32"),
+            shampoo=ShampooConfig(precondition_frequency=3 if self.long else 1,
+                                  start_preconditioning_step=4 if self.long else 2, max_preconditioner_dim=40,
+                                  epsilon=1e-4))
+
+    @property
     def alone(self) -> Case:
         """What one process does in its stead."""
         plain = {f.name: f.default for f in options(self.dense, ("pp", "sp")) if f.metadata["axis"]}
         return replace(self, mesh=MeshConfig(), layers=self.model.layers, repeats=1, accumulation=1, evaluate=True,
-                       recompute="nothing", start="values", transport="torch", **plain)
+                       recompute="nothing", start="values", transport="torch", kept=self.kept.replace("host", "full"),
+                       **plain)
 
 
 def special(mesh: MeshConfig) -> tuple[str, ...]:
@@ -343,7 +375,11 @@ def table() -> list[Case]:
         while missing:
             pair, left = next(iter(missing.items()))
             add(next(mesh for mesh in grids(dense, axes) if min(left) in places(mesh) and fits(mesh, dict(pair))))
-    cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True) for sizes in FAMILIES]
+    optimizers, states = itertools.cycle(RULES), itertools.cycle(("full", "bf16", "host"))
+    cases += [Case(MeshConfig(**sizes), dtype=torch.float32, bias=True, optimizer=next(optimizers))
+              for sizes in FAMILIES]
+    cases += [Case(MeshConfig(**sizes), long=True, optimizer=optimizer, kept=next(states))
+              for sizes in SHARDS + FAMILIES for optimizer in ("muon", "shampoo")]
     cases += [Case(MeshConfig(pp=8), chunks=4, accumulation=8, schedule=schedule, links=links)     # 32 pieces
               for schedule, links in (("interleaved", "torch"), ("bfc", "windows"))]
     return sorted([*cases, *shaken(67)], key=lambda case: case.mesh.world)
@@ -352,6 +388,7 @@ def table() -> list[Case]:
 FAMILIES = (dict(rep=2), dict(fsdp=2), dict(tp=2), dict(fsdp=2, ep=2), dict(tp=2, ep=2), dict(tp=2, etp=2),
             dict(rep=2, fsdp=2), dict(fsdp=2, tp=2, ep=2, etp=2), dict(pp=2), dict(pp=2, fsdp=2, ep=2),
             dict(sp=2), dict(sp=2, tp=2), dict(fsdp=2, sp=2, ep=4))
+SHARDS = ({}, dict(fsdp=4), dict(fsdp=8), dict(fsdp=4, ep=4), dict(rep=2, fsdp=2, tp=2, ep=2), dict(rep=2, sp=2, tp=2))
 
 
 def shaken(repeats: int) -> list[Case]:
@@ -367,8 +404,9 @@ def shaken(repeats: int) -> list[Case]:
 def part() -> list[Case]:
     """A part of the table in which every two options that one stage has still meet on some mesh, and each of them every
     axis, every option a pipeline, and every schedule every axis that a LIGHT cell has; both forms of attention every
-    option, every axis, 2, 4 and 8 ranks that share a sequence, and more of them than key/value heads; all of fp32, and
-    of the rest whatever adds most for its time; and some shaken ones."""
+    option, every axis, 2, 4 and 8 ranks that share a sequence, and more of them than key/value heads; all of fp32, long
+    ones of 4 ranks with copies or with every matrix cut both ways, and of the rest whatever adds most for its time; and
+    some shaken ones."""
     cells, wanted = [], set()
     for case in filter(lambda case: not case.shaken, table()):
         (dense, axes), chosen, at = case.kind, case.options.items(), places(case.mesh)
@@ -382,7 +420,8 @@ def part() -> list[Case]:
         if not axes or case.weight <= LIGHT:
             wanted |= more if axes else met
         cells.append((case, met | more, case.weight))
-    taken = [case for case, _, _ in cells if case.dtype == torch.float32]
+    taken = [case for case, _, _ in cells if case.dtype == torch.float32
+             or (case.long and case.mesh.world == 4 and case.mesh.rep * case.mesh.etp > 1)]
     missing = wanted.difference(*(met for case, met, _ in cells if case in taken))
     while missing:
         for _, met, _ in cells:
@@ -445,7 +484,7 @@ def skew(model: GPT | Stage, case: Case) -> None:
 def text(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """-> tokens, targets, both [step, row, position]."""
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(case.vocab_size, (STEPS, ROWS, TOKENS + 1), generator=generator)
+    ids = torch.randint(case.vocab_size, (case.steps, ROWS, TOKENS + 1), generator=generator)
     targets = ids[..., 1:].clone()
     if case.ignored:
         targets[torch.rand(targets.shape, generator=generator) < 0.2] = -100
@@ -456,7 +495,7 @@ def documents(case: Case) -> tuple:
     """-> documents, positions, both [step, row, position]; or None, None."""
     if not case.documents:
         return None, None
-    begins = torch.rand(STEPS, ROWS, TOKENS, generator=torch.Generator().manual_seed(SEED)) < 0.2
+    begins = torch.rand(case.steps, ROWS, TOKENS, generator=torch.Generator().manual_seed(SEED)) < 0.2
     place = torch.arange(TOKENS)
     return begins.cumsum(-1), place - torch.where(begins, place, 0).cummax(-1).values
 
@@ -502,8 +541,7 @@ def train(case: Case, mesh: Mesh) -> Record:
     for layer in model.moe_layers():
         layer.experts.register_forward_pre_hook(note_rows)
         layer.gate.register_forward_hook(note_margin)
-    optim = OptimConfig(lr=1e-2, min_lr=0.0, eps=1e-4, clip=case.clip)
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(model, case.optim)
     step_text = (*text(case), *documents(case))
     dice, scale = random.Random(mesh.rank), SCALE if mesh.world > 1 else 1.0
     pipeline = Pipeline(model, mesh, case.pipeline, micro_batch=case.micro_batch, micros=case.accumulation,
@@ -536,7 +574,7 @@ def train(case: Case, mesh: Mesh) -> Record:
             loss, aux, balance, loads, dropped, _ = pipeline.sum(*totals)
             for name, number in zip(losses, (loss, aux, balance), strict=True):
                 losses[name].append(number)
-        norm = clip_grad_norm(model.named_parameters(), optim.clip, scale, model.holders)
+        norm = clip_grad_norm(model.named_parameters(), case.clip, scale, model.holders)
         losses = {name: torch.stack(each) for name, each in losses.items()} | {"norm": torch.tensor(norm).double()}
         exact |= {f"loads {step}": loads, f"dropped {step}": dropped}
         close["gradients", step] = {name: local(p.grad).clone() for name, p in model.named_parameters()}

@@ -16,9 +16,12 @@ from moe_ext import ops, proof
 from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from moe_ext.layers.fused import Draws, Experts
 from moe_ext.model import GPT, Attention
+from moe_ext.optim import Muon, Shampoo, muon, owners
+from moe_ext.optim.owners import Matrix, Owners
 from moe_ext.parallel import pipeline, sequence, shard, tensor
 from moe_ext.parallel.mesh import Mesh, ScopePeers
 from moe_ext.parallel.pipeline import Pipeline, Step
+from moe_ext.parallel.ranks import run_ranks
 from moe_ext.parallel.schedule import SCHEDULES
 from moe_ext.proof import AXES, EXPERTS, Case, prove
 
@@ -52,6 +55,19 @@ def test_every_schedule_meets_every_axis_and_number_of_stages():
     assert met >= set(itertools.product(SCHEDULES, (*AXES, "pp=2", "pp=4", "pp=8")))
     sizes = {(case.mesh.pp, case.chunks) for case in proof.table()}
     assert sizes >= {(2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)}
+
+
+@pytest.mark.parametrize("optimizer, sizes", [("muon", dict(rep=2, fsdp=2)), ("shampoo", dict(tp=2, ep=2))])
+def test_the_same_mesh_gives_the_same_bits(optimizer, sizes):
+    case = on(optimizer=optimizer, kept="bf16", **sizes)
+
+    def parameters(rank):
+        record = proof.train(case, Mesh(case.config.mesh))
+        return [record.close["parameters", step] for step in range(case.steps)]
+
+    for one, other in zip(*(run_ranks(case.mesh.world, parameters) for _ in range(2)), strict=True):
+        for mine, again in zip(one, other, strict=True):
+            assert mine and all(torch.equal(x, again[name]) for name, x in mine.items())
 
 
 def test_experts_that_ep_does_not_divide_are_refused():
@@ -366,6 +382,101 @@ def draws_repeat_on_the_ranks_of_a_sequence():
     Mesh.draws = first
 
 
+def while_owners_run(change):
+    """`change(owners, source, compute, sink)` in place of the latter three."""
+    run = Owners.run
+    Owners.run = lambda self, source, compute, sink, **more: run(self, *change(self, source, compute, sink), **more)
+
+
+def each_part_is_a_matrix():
+    """Computed where it lies, by what this rank has of it."""
+    def alone(self, source, compute, sink, *, moved=None, **more):
+        for i, (start, size) in enumerate(self.boxes):
+            experts, shape = size[:-2], size[-2:]
+            for at in itertools.product(*map(range, experts)):
+                part = (*(slice(e, e + 1) for e in at), *map(slice, shape))
+                if math.prod(shape):
+                    matrix = Matrix(i, (*at, *start[len(at):]), (*(1 for _ in at), *shape))
+                    [result] = compute([matrix], [source(i, part).reshape(shape)])
+                    sink(i, part, result.view(matrix.size))
+
+    Owners.run = alone
+
+
+def preconditioners_of_shards():
+    each_part_is_a_matrix()
+
+
+def orthogonal_shards():
+    each_part_is_a_matrix()
+
+
+def a_stack_of_experts_is_one_matrix():
+    newton_schulz = muon.newton_schulz
+    muon.newton_schulz = lambda x, *how: newton_schulz(x.flatten(0, -2), *how).view_as(x)
+
+
+def results_reach_one_copy_alone():
+    while_owners_run(lambda self, source, compute, sink: (
+        source, compute, sink if dist.get_rank() == 0 else lambda *result: None))
+
+
+def gradients_of_copies_are_summed_again():
+    while_owners_run(lambda self, source, compute, sink: (lambda *at: 2 * source(*at), compute, sink))
+
+
+def gradients_of_one_shard_count_twice():
+    while_owners_run(lambda self, source, compute, sink: (
+        lambda *at: source(*at) * (1 + dist.get_rank()), compute, sink))
+
+
+def learning_rate_by_the_parts_shape():
+    def other(self, source, compute, sink):
+        def scaled(i, part, piece):
+            whole = [max(box.start[d] + box.size[d] for box, _ in self.owned if box.index == i) for d in (-2, -1)]
+            sink(i, part, piece * math.sqrt(max(self.boxes[i][1][-2:]) / max(whole)))
+        return source, compute, scaled
+
+    while_owners_run(other)
+
+
+def blocks_are_cut_from_parts():
+    matrices = owners.matrices
+    owners.matrices = lambda index, shape, inside, most=0: matrices(
+        index, shape, inside, most and min(most, max(shape[-2:]) // dist.get_world_size()))
+
+
+def decay_counts_for_each_piece():
+    while_owners_run(lambda self, source, compute, sink: (
+        source, compute, lambda i, part, piece: [sink(i, part, share) for share in (piece / 2, piece / 2)]))
+
+
+def after_each_step(kind, change):
+    """`change(state)` of each parameter of an optimizer, on the second rank alone."""
+    step = kind.step
+
+    def other(self, closure=None):
+        step(self, closure)
+        if dist.get_rank() == 1:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    change(self.state[p])
+
+    kind.step = other
+
+
+def momentum_of_one_rank_is_lost():
+    after_each_step(Muon, lambda state: proof.local(state["momentum_buffer"]).zero_())
+
+
+def one_rank_counts_its_own_steps():
+    after_each_step(Shampoo, lambda state: state["step"].fill_(1))
+
+
+def owners_forget_their_factors():
+    after_each_step(Shampoo, lambda state: [x.zero_() for name, x in state.items() if name.startswith("factor")])
+
+
 def on(dense=False, **options):
     sizes = {axis: options.pop(axis) for axis in AXES if axis in options}
     return Case(MeshConfig(**sizes), dense, **options)
@@ -415,6 +526,18 @@ BUGS = {
     aux_loss_counts_on_every_rank_of_a_sequence: on(sp=2),
     scope_ends_at_a_ranks_tokens: on(sp=2),
     draws_repeat_on_the_ranks_of_a_sequence: on(True, sp=2, dropout=0.2),
+    preconditioners_of_shards: on(True, fsdp=2, optimizer="shampoo"),
+    orthogonal_shards: on(True, fsdp=2, optimizer="muon"),
+    a_stack_of_experts_is_one_matrix: on(fsdp=2, optimizer="muon"),
+    results_reach_one_copy_alone: on(True, rep=2, optimizer="shampoo"),
+    gradients_of_copies_are_summed_again: on(True, rep=2, optimizer="shampoo"),
+    gradients_of_one_shard_count_twice: on(True, fsdp=2, optimizer="muon"),
+    learning_rate_by_the_parts_shape: on(True, fsdp=2, optimizer="muon"),
+    blocks_are_cut_from_parts: on(True, fsdp=2, optimizer="shampoo"),
+    decay_counts_for_each_piece: on(True, fsdp=2, optimizer="shampoo"),
+    momentum_of_one_rank_is_lost: on(True, fsdp=2, optimizer="muon"),
+    one_rank_counts_its_own_steps: on(True, rep=2, optimizer="shampoo"),
+    owners_forget_their_factors: on(True, rep=2, optimizer="shampoo"),
 }
 
 
