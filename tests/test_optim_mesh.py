@@ -58,7 +58,7 @@ def ten_steps(name, model, mesh):
         train=TrainConfig(dtype="fp64", device="cpu", seed=3, micro_batch=SEQUENCES // MeshConfig(**mesh).dp),
         optim=OptimConfig(name=name, lr=1e-2, eps=1e-6, muon=MuonConfig(ns_dtype="fp64"),
                           rule=f"matrices: {name}, experts: {name}, embeddings: {name}, norms: adamw",
-                          shampoo=ShampooConfig(precondition_frequency=3, max_preconditioner_dim=10)))
+                          shampoo=ShampooConfig(precondition_frequency=3, epsilon=1e-6, max_preconditioner_dim=10)))
     mesh = mesh_of(config.mesh)
     model = build(config, mesh)
     optimizer = build_optimizer(model, config.optim)

@@ -233,7 +233,7 @@ class Shampoo(Keeping):
             known = state_shapes(matrix.shape) | {f"since{side}": () for side in range(len(matrix.shape))}
         if known.get(what) != shape:
             has = ", ".join(f"{name} {list(of)}" for name, of in known.items()) or "blocks at " + "; ".join(blocks)
-            raise ValueError(f"{self._name(p)}: got a state {key} {list(shape)}, but with max_preconditioner_dim "
+            raise ValueError(f"{self.name_of(p)}: got a state {key} {list(shape)}, but with max_preconditioner_dim "
                              f"{self.max_preconditioner_dim} Shampoo has {has}: load it with the optimizer and the "
                              "max_preconditioner_dim that it is of")
         if owner != rank:
@@ -253,7 +253,7 @@ class Shampoo(Keeping):
         moved = {i for i, (p, _) in enumerate(members) if p.grad is not None}
         for p, _ in (members[i] for i in moved):
             if p.grad.layout != torch.strided:
-                raise RuntimeError(f"Shampoo: {self._name(p)}: got a sparse gradient, wanted a dense one")
+                raise RuntimeError(f"Shampoo: {self.name_of(p)}: got a sparse gradient, wanted a dense one")
         for p, group in (members[i] for i in moved):
             state = self.state[p]
             state.setdefault("step", torch.zeros(())).add_(1)
@@ -296,7 +296,7 @@ class Shampoo(Keeping):
             key = f"{what}.{matrix.key}"
             if key not in state:
                 if step > 1:
-                    raise RuntimeError(f"Shampoo: {self._name(p)}: the state that was loaded has no {key}, needed at "
+                    raise RuntimeError(f"Shampoo: {self.name_of(p)}: the state that was loaded has no {key}, needed at "
                                        f"step {step}: set betas and grafting as they were; for another mesh load a "
                                        "checkpoint")
                 state[key] = keep.zeros(grad, shape)
@@ -347,8 +347,8 @@ class Shampoo(Keeping):
             self.fallbacks += 1
             if kind not in self.told:
                 self.told.add(kind)
-                warnings.warn(f"Shampoo: {self._name(p)}, block {matrix.key}, side {side}, step {step}: {kind}, {then};"
-                              " the next ones are only counted, in optimizer.fallbacks", stacklevel=2)
+                warnings.warn(f"Shampoo: {self.name_of(p)}, block {matrix.key}, side {side}, step {step}: {kind}, "
+                              f"{then}; the next ones are only counted, in optimizer.fallbacks", stacklevel=2)
 
         if not torch.isfinite(factor).all():
             self.exact.put(factor.zero_(), state[f"factor{side}.{matrix.key}"])
@@ -367,5 +367,5 @@ class Shampoo(Keeping):
                 return root.mul_(total**exponent)
         return fall_back("an eigendecomposition that failed twice", kept)
 
-    def _name(self, p: torch.Tensor) -> str:
+    def name_of(self, p: torch.Tensor) -> str:
         return next(name for name, q in named(self.param_groups) if q is p)
