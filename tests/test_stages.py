@@ -115,13 +115,6 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def joined(model, own):
-    """The dicts of all stages in one."""
-    stages = [None] * model.mesh.config.pp
-    dist.all_gather_object(stages, own, group=model.mesh.pipe.get_group("pp"))
-    return {key: value for stage in stages for key, value in stage.items()}
-
-
 def everything(model, of):
     """{name: whole tensor} of the whole model; copies of a tied table must be the same bits."""
     own = {name: whole(of(p)) for name, p in model.named_parameters()}
@@ -131,7 +124,7 @@ def everything(model, of):
         both = [None, None]
         dist.all_gather_object(both, own["embed_tokens.weight"], group=model.ends)
         assert torch.equal(*both)
-    return joined(model, own)
+    return model.joined(own)
 
 
 def set_gradients(model, mesh, spoil=lambda grads: None):
@@ -194,7 +187,7 @@ def life(config):
                   after=everything(model, lambda p: p),
                   biases={layer.name: layer.select_bias_E.clone() for layer in model.moe_layers()})
     if isinstance(model, Stage):
-        found["biases"] = joined(model, found["biases"])
+        found["biases"] = model.joined(found["biases"])
         found["decays"] = sorted(model.joined(dict.fromkeys(found["decays"])))
 
     text = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(1))

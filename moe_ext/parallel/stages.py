@@ -183,6 +183,12 @@ class Stage(nn.Module):
     def state_dict(self, **options):
         return {name: tensor for piece in self.pieces for name, tensor in piece.state_dict(**options).items()}
 
+    def joined(self, own: dict) -> dict:
+        """The dicts of all stages in one. All ranks call."""
+        stages = [None] * self.mesh.config.pp
+        dist.all_gather_object(stages, own, group=self.mesh.pipe.get_group("pp"))
+        return {key: value for stage in stages for key, value in stage.items()}
+
     def moe_layers(self):
         """This stage's."""
         return [layer for piece in self.pieces for layer in piece.moe_layers()]
