@@ -59,8 +59,9 @@ class MoEConfig:
     dense_layers: int = 0               # the first blocks that keep a dense MLP
     shared_hidden: int = 0              # width of the shared expert that sees every token; 0: none
     score: Literal["softmax_topk", "topk_softmax", "sigmoid"] = "softmax_topk"  # logits -> weights
-    norm_p: float | Literal["auto"] = "auto"    # the K weights are divided by their p-norm; 0: left as they are; auto:
-                                        # 1, but 0 with top_k 1, where a norm would make the one weight 1
+    # the K weights are divided by their p-norm; 0: left as they are; auto: 1, but 0 with top_k 1, where a norm would
+    # make the one weight 1
+    norm_p: float | Literal["auto"] = "auto"
     scale: float = 1.0                  # the weights are multiplied by this after the norm
     select_bias_rate: float = 0.0       # step of the selection bias per optimizer step; 0: no bias
     router_bias: bool = False           # a learned bias on the logits
@@ -188,8 +189,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = "data/text/train"              # prefix of the training tokens: PREFIX.bin and PREFIX.idx; or a blend
-                                                # of several: "0.7 PREFIX 0.3 PREFIX"
+    # prefix of the training tokens: PREFIX.bin and PREFIX.idx; or a blend of several: "0.7 PREFIX 0.3 PREFIX"
+    train: str = "data/text/train"
     valid: str = "data/text/valid"              # prefix or blend of the held-out tokens; "": no evaluation
     split: str = ""                             # "949,50,1": train, valid and test are these shares of data.train
     eval_sets: str = ""                         # more held-out tokens: "NAME=PREFIX NAME='0.7 PREFIX 0.3 PREFIX'"
@@ -237,9 +238,9 @@ class TrainConfig:
     steps: int = 1000                   # optimizer steps
     micro_batch: int = 8                # sequences per forward on one rank
     accumulation: int = 1               # forwards per optimizer step
-    batch_ramp: str = ""                # "16,16,1000": sequences per step at first, their increment, and over how many
-                                        # sequences the step grows to a whole one (accumulation * micro_batch *
-                                        # mesh.dp); schedules and intervals count steps all the same; "": no ramp
+    # "16,16,1000": sequences per step at first, their increment, and over how many sequences the step grows to a whole
+    # one (accumulation * micro_batch * mesh.dp); schedules and intervals count steps all the same; "": no ramp
+    batch_ramp: str = ""
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"     # activations (16 bits: autocast, fp32 parameters)
     loss_scale: float = 65536.0         # fp16: the loss times this at first; halved by an overflow
     loss_scale_window: int = 2000       # fp16: good steps in a row after which the scale is doubled
@@ -284,12 +285,13 @@ class MuonConfig:
     nesterov: bool = True               # the step is of the mean one step ahead
     ns_steps: int = 5                   # iterations of Newton-Schulz
     ns_dtype: Literal["fp64", "fp32", "bf16"] = "bf16"  # in which they compute, and in which matrices travel
-    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral", "none"] = "match_rms_adamw"    # learning rate of a
-                                        # matrix, by its shape: with match_rms_adamw one that is good for AdamW is good
+    # learning rate of a matrix, by its shape: with match_rms_adamw one that is good for AdamW is good
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral", "none"] = "match_rms_adamw"
 
     def __post_init__(self):
         require(0 <= self.momentum < 1, f"optim.muon.momentum is {self.momentum}; it must lie in [0, 1)")
-        require(self.ns_steps >= 1, f"optim.muon.ns_steps is {self.ns_steps}; it must be positive, and 5 is usual")
+        require(1 <= self.ns_steps < 100, f"optim.muon.ns_steps is {self.ns_steps}; it must lie in 1 .. 99, and 5 is "
+                "usual")
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,8 @@ class ShampooConfig:
         start, frequency = self.start_preconditioning_step, self.precondition_frequency
         require(start == 0 or start >= frequency, f"optim.shampoo.start_preconditioning_step is {start}; it must be 0 "
                 f"or at least optim.shampoo.precondition_frequency {frequency}")
-        require(self.epsilon > 0, f"optim.shampoo.epsilon is {self.epsilon}; it must be positive, as 1e-12")
+        require(0 < self.epsilon < math.inf, f"optim.shampoo.epsilon is {self.epsilon}; it must be positive and "
+                "finite, as 1e-12")
 
 
 OPTIMIZERS = "adamw", "muon", "shampoo"
@@ -345,9 +348,9 @@ def read_rule(entry: str) -> Rule:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "muon", "shampoo"] = "adamw"     # of matrices and experts; embeddings and norms have AdamW
-    rule: str = ""                      # instead of that, "KIND or PATTERN of names: OPTIMIZER [FACTOR of lr], ..": the
-                                        # first pattern that fits, or else the kind: matrices, experts, embeddings (the
-                                        # head too), norms (biases too); "": by name
+    # instead of that, "KIND or PATTERN of names: OPTIMIZER [FACTOR of lr], ..": the first pattern that fits, or else
+    # the kind: matrices, experts, embeddings (the head too), norms (biases too); "": by name
+    rule: str = ""
     state: Literal["full", "bf16", "host"] = "full"     # kept as the parameters, rounded, or in the host's memory
     muon: MuonConfig = field(default_factory=MuonConfig)
     shampoo: ShampooConfig = field(default_factory=ShampooConfig)
@@ -363,21 +366,22 @@ class OptimConfig:
     clip: float = 1.0                   # largest global gradient norm; 0: no clipping
 
     def __post_init__(self):
-        require(self.lr >= self.min_lr >= 0, f"optim.lr {self.lr} and optim.min_lr {self.min_lr}: need "
-                "lr >= min_lr >= 0")
+        require(math.inf > self.lr >= self.min_lr >= 0, f"optim.lr {self.lr} and optim.min_lr {self.min_lr}: need "
+                "lr >= min_lr >= 0, finite")
         require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"optim.beta1 {self.beta1} and optim.beta2 "
                 f"{self.beta2} must lie in [0, 1)")
         for name in ("warmup", "decay", "eps", "weight_decay", "clip"):
-            require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it cannot be negative")
+            require(0 <= getattr(self, name) < math.inf, f"optim.{name} is {getattr(self, name)}; it must be finite "
+                    "and cannot be negative")
         what = [rule.what for rule in self.rules]
         twice = [entry for entry in what if what.count(entry) > 1]
         require(not twice, f"optim.rule {self.rule!r} says twice what moves {', '.join(twice[:1])}: delete one entry")
         require("*" not in what or what[-1] == "*", f"optim.rule {self.rule!r}: nothing is left for {what[-1]}, since "
                 "* takes all: delete one of the two")
-        for name in ("beta1", "beta2"):
-            require(self.state != "bf16" or getattr(self, name) <= 0.99, f"optim.{name} is {getattr(self, name)}; with "
-                    "optim.state bf16 it must be at most 0.99, or what a step adds to the mean is rounded away: lower "
-                    "it, or set optim.state to host or full")
+        for name, decay in (("beta1", self.beta1), ("beta2", self.beta2), ("muon.momentum", self.muon.momentum)):
+            require(self.state != "bf16" or decay <= 0.99, f"optim.{name} is {decay}; with optim.state bf16 it must be "
+                    "at most 0.99, or what a step adds to the mean is rounded away: lower it, or set optim.state to "
+                    "host or full")
         require(self.name in self.optimizers, f"optim.rule {self.rule!r} gives nothing to "
                 f"optim.name {self.name}: set optim.name to one that it has, or optim.rule to \"\"")
 
@@ -400,14 +404,15 @@ class MeshConfig:
     pp: int = 1                         # pipeline stages, each of the same number of ranks
     rep: int = 1                        # replicas of the sharded model (HSDP; with fsdp 1: DDP)
     fsdp: int = 1                       # ranks that share the parameters, each with its own sequences
-    sp: int = 1                         # ranks that share a sequence, each with a part of its tokens; they share the
-                                        # parameters too, as fsdp's do
+    # ranks that share a sequence, each with a part of its tokens; they share the parameters too, as fsdp's do
+    sp: int = 1
     tp: int = 1                         # ranks that share every matrix and, between them, the sequence
     ep: int = 1                         # ranks that share the experts, whole ones each
     etp: int = 1                        # ranks that share every expert: 1 or tp
     transport: Literal["torch", "windows", "nccl"] = "torch"    # of the token exchange (moe_ext.parallel.transport)
-    attention: Sharing = "ulysses"      # over sp: each rank gets all tokens of some heads; or all keys and values for
-                                        # its own tokens; with sp 1 it does nothing
+    # over sp: each rank gets all tokens of some heads; or all keys and values for its own tokens; with sp 1 it does
+    # nothing
+    attention: Sharing = "ulysses"
 
     def __post_init__(self):
         for name, size in self.sizes.items():
@@ -489,11 +494,12 @@ def nearest(wanted: int, choices: list[int]) -> int:
 @dataclass(frozen=True)
 class PipelineConfig:
     """How the mesh.pp stages share the model and take turns (moe_ext.parallel.schedule); nothing without stages."""
-    chunks: int = 1                     # pieces of the model on each stage (virtual stages, "vpp"); stage p has the
-                                        # pieces p, p + pp, .. of pp * chunks
+    # pieces of the model on each stage (virtual stages, "vpp"); stage p has the pieces p, p + pp, .. of pp * chunks
+    chunks: int = 1
     layers: str = ""                    # "3,4,4,3": blocks of each of the pp * chunks pieces; "": spread by cost
-    schedule: Order = "interleaved"     # of work: interleaved is 1f1b with several chunks; dfc and bfc decide during
-                                        # the step by what has arrived, depth and breadth first
+    # of work: interleaved is 1f1b with several chunks; dfc and bfc decide during the step by what has arrived, depth
+    # and breadth first
+    schedule: Order = "interleaved"
     live: int = 0                       # dfc, bfc: chunks whose activations a stage may hold at a time; 0: no limit
     transport: Literal["torch", "windows"] = "torch"    # of activations between stages (moe_ext.parallel.links)
     trace: int = 0                      # steps whose actions go to RUN/trace.json, from the second on (Chrome trace)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import operator
 import os
 import shlex
 import shutil
@@ -92,20 +93,35 @@ def check(path: Path, config: Config, loader: Loader) -> None:
     check_optimizers(path, state, config)
 
 
+# what decides which state Shampoo has of a parameter: field of optim -> value(optim, shape)
+DECISIVE = {
+    "shampoo.max_preconditioner_dim": lambda o, shape: [min(n, o.shampoo.max_preconditioner_dim) for n in shape[-2:]],
+    "shampoo.grafting": lambda o, shape: o.shampoo.grafting == "adam",
+    "beta1": lambda o, shape: o.beta1 > 0,
+}
+
+
 def check_optimizers(path: Path, state: State, config: Config) -> None:
-    """CheckpointError if a parameter had another optimizer in the run of a checkpoint, whose state is of no use to that
-    of `config`."""
+    """CheckpointError if a parameter had another optimizer in the run of a checkpoint, or other state of the same one,
+    which is of no use to that of `config`."""
     saved, model = state.config.get("optim", {}), GPT(config.model, device="meta")
     known = {f.name for f in dataclasses.fields(OptimConfig)}
     before = build(OptimConfig, {name: value for name, value in saved.items() if name in known})
     there, here = (optimizer_choices(model, optim) for optim in (before, config.optim))
+    new_run = f"or start a new run with these weights: --weights {path}"
     for name in there:
         was, now = there[name].optimizer, here[name].optimizer
         if was != now:
             rule = f" --optim.rule \"{before.rule}\"" if before.rule or config.optim.rule else ""
             raise CheckpointError(f"{path}: {was} moved {name}, and this run's {now} can do nothing with its state: "
-                                  f"continue with --optim.name {before.name}{rule}, or start a new run with these "
-                                  f"weights: --weights {path}")
+                                  f"continue with --optim.name {before.name}{rule}, {new_run}")
+        shape = model.get_parameter(name).shape
+        for field, value in DECISIVE.items() if now == "shampoo" else ():
+            if value(before, shape) != value(config.optim, shape):
+                had, has = (operator.attrgetter(field)(optim) for optim in (before, config.optim))
+                raise CheckpointError(f"{path}: optim.{field} was {had} and is {has}, with which Shampoo has other "
+                                      f"state of {name}: continue with --optim.{field.replace('_', '-')} {had}, "
+                                      f"{new_run}")
 
 
 def check_words(path: Path, config: Config) -> None:

@@ -33,7 +33,8 @@ def test_every_field_is_documented_and_they_are_few():
         source = inspect.getsource(cls)
         for f in dataclasses.fields(cls):
             if not dataclasses.is_dataclass(typing.get_type_hints(cls)[f.name]):
-                assert re.search(rf"^    {f.name}: .*= .*# \S", source, re.M), f"{cls.__name__}.{f.name} says no unit"
+                beside_or_above = rf"^    ({f.name}: .*= .*# \S|# .*\n    {f.name}: )"
+                assert re.search(beside_or_above, source, re.M), f"{cls.__name__}.{f.name} says no unit"
                 count += 1
     assert 0 < count <= 127
 
@@ -110,7 +111,12 @@ def test_command_line_comes_last(tmp_path):
     ("[optim]\nmuon = 0.9\n", ["optim.muon: got 0.9", "wanted a table [optim.muon]"]),
     ("[optim.muon]\nmomentom = 0.9\n", ["unknown field optim.muon.momentom", "did you mean optim.muon.momentum?"]),
     ("[optim.muon]\nmomentum = 1.0\n", ["optim.muon.momentum is 1.0", "[0, 1)"]),
-    ("[optim.muon]\nns_steps = 0\n", ["optim.muon.ns_steps is 0", "positive"]),
+    ("[optim]\nstate = 'bf16'\n[optim.muon]\nmomentum = 0.995\n", ["optim.muon.momentum is 0.995", "at most 0.99"]),
+    ("[optim]\nlr = inf\n", ["optim.lr inf", "finite"]),
+    ("[optim]\nweight_decay = inf\n", ["optim.weight_decay is inf", "finite"]),
+    ("[optim.muon]\nns_steps = 0\n", ["optim.muon.ns_steps is 0", "1 .. 99"]),
+    ("[optim.muon]\nns_steps = 100\n", ["optim.muon.ns_steps is 100", "1 .. 99"]),
+    ("[optim.shampoo]\nepsilon = inf\n", ["optim.shampoo.epsilon is inf", "finite"]),
     ("[optim.muon]\nadjust_lr_fn = 'match_rms'\n", ["adjust_lr_fn", "did you mean match_rms_adamw?"]),
     ("[optim.shampoo]\nprecondition_frequency = 0\n", ["optim.shampoo.precondition_frequency is 0"]),
     ("[optim.shampoo]\nmax_preconditioner_dim = -1\n", ["optim.shampoo.max_preconditioner_dim is -1"]),
@@ -295,6 +301,12 @@ def test_help_needs_no_recipe(monkeypatch, capsys, word):
     assert error.value.code == 0
     for option in ("RECIPE.toml", "--train.steps INT", "--model.moe.top-k INT", "--resume", "--weights", "--dry-run"):
         assert option in said
+
+
+@pytest.mark.parametrize("cls", list(classes()), ids=lambda cls: cls.__name__)
+def test_help_ends_no_sentence_halfway(cls):
+    """It has the comment beside a field, of which a second line would be lost, or those above it."""
+    assert not re.search(r"\n    \w+: [^\n]*# [^\n]*\n {5,}#", inspect.getsource(cls))
 
 
 @pytest.mark.parametrize("args, words", [

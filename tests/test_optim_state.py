@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.optim import adamw
 from moe_ext.optim.adamw import AdamW
+from moe_ext.optim.muon import Muon
 from moe_ext.optim.state import Kept
 from moe_ext.optim.together import Together
 from moe_ext.parallel.mesh import Mesh
@@ -140,6 +141,8 @@ def test_bad_settings():
         AdamW([p], state="fp8")
     with pytest.raises(ValueError, match=r"beta2: got 0.999, wanted at most 0.99 with state \"bf16\".*\"host\" or"):
         AdamW([p], state="bf16")
+    with pytest.raises(ValueError, match=r"momentum: got 0.995, wanted at most 0.99 with state \"bf16\""):
+        Muon([nn.Parameter(torch.ones(3, 3))], momentum=0.995, state="bf16")
     with pytest.raises(ValueError, match="amsgrad"):
         AdamW([{"params": [p], "amsgrad": True}])
     kept = Kept("bf16").zeros(p)

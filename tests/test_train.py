@@ -391,6 +391,24 @@ def test_a_rule_that_fits_no_run_is_refused_at_once(data, straight, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["debug"]
 
 
+def test_what_decides_the_state_of_shampoo_stays(data, tmp_path, monkeypatch):
+    """Without the second moment a resumed run would die in its first step, or save one that stood still. What decides
+    nothing may change."""
+    shampoo = dict(optim__name="shampoo", optim__shampoo__precondition_frequency=2, train__eval_every=0)
+    run(data, tmp_path, **shampoo, train__steps=1, optim__warmup=0, optim__shampoo__grafting="sgd")
+    shampoo |= dict(train__steps=2, optim__warmup=0, resume="auto")
+    for options, words in (
+            (dict(optim__shampoo__grafting="adam"), r"optim.shampoo.grafting was sgd and is adam, with which Shampoo "
+             r"has other state of layers.0\S+: continue with --optim.shampoo.grafting sgd, or .* --weights .*step-0*1"),
+            (dict(optim__shampoo__grafting="sgd", optim__beta1=0), r"optim.beta1 was 0.9 and is 0.0, .*beta1 0.9, or"),
+            (dict(optim__shampoo__grafting="sgd", optim__shampoo__max_preconditioner_dim=16),
+             "dim was 2048 and is 16, .* continue with --optim.shampoo.max-preconditioner-dim 2048")):
+        with pytest.raises(SystemExit, match=words):
+            main(monkeypatch, moe_ext.train, *flags(data, tmp_path, **shampoo, **options), "--dry-run")
+    harmless = dict(optim__shampoo__grafting="none", optim__shampoo__max_preconditioner_dim=4096)
+    main(monkeypatch, moe_ext.train, *flags(data, tmp_path, **shampoo, **harmless), "--dry-run")
+
+
 def test_an_overflow_moves_no_state(data, tmp_path):
     """fp16 with a scale that is far too large at first: Shampoo's and AdamW's steps are those that were not skipped."""
     folder = run(data, tmp_path, train__dtype="fp16", train__loss_scale=2.0**24, train__steps=12, log__every=1,

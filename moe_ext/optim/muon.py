@@ -118,6 +118,7 @@ class Muon(Keeping):
         super().add_param_group(param_group)
         try:
             check(self.param_groups[-1])
+            self.keep.check_decay("momentum", self.param_groups[-1]["momentum"])
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
