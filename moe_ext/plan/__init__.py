@@ -55,7 +55,8 @@ def describe(config: Config, model: GPT) -> str:
     rows["buffers"] = "about " + ", ".join(f"{mib(size)} {what}" for what, size in passing.items() if size)
     rows["checkpoint"] = f"{mib(checkpoint_size(config, total))}, in {config.run_folder}"
     if config.optim.rule or (config.optim.name, config.optim.state) != ("adamw", "full"):
-        rows["optimizer"] = spent(config)
+        rows["optimizer"] = f"\n{'':12}".join(f"{name} ({what}): {spent(config, name)}"
+                                              for name, what in movers(config).items())
     if not importlib.util.find_spec("matplotlib"):
         rows["plot"] = "none, for that needs matplotlib: pip install matplotlib"
     if mesh.pp > 1:
@@ -69,16 +70,17 @@ def describe(config: Config, model: GPT) -> str:
     return "\n".join(lines)
 
 
-def spent(config: Config) -> str:
-    """The optimizer in a line: what moves which parameters, and what that costs a rank."""
-    moves, each = [cost(config, stage) for stage in makes(config)], "a rank" if config.mesh.world > 1 else "it"
+def spent(config: Config, optimizer: str) -> str:
+    """What an optimizer costs the rank that has most of it."""
+    moves = [cost(config, stage, optimizer) for stage in makes(config)]
+    each = "a rank" if config.mesh.world > 1 else "it"
     state, host, flops = (max(getattr(one, what) for one in moves) for what in ("state", "host", "flops"))
     sent = max(one.dense + one.experts for one in moves)
     parts = [f"{mib(state)} state"] if state else []
     parts += [f"{mib(host)} state in the host's memory"] if host else []
     parts += [f"{mib(sent)} sent per step by {each}"] if sent else []
     parts += [f"{flops / 1e9:,.1f} GFLOP per step"] if flops else []
-    return f"{movers(config)}: {', '.join(parts)}"
+    return ", ".join(parts)
 
 
 def sizes(config: Config) -> str:

@@ -37,12 +37,11 @@ def chosen(model: ModelConfig, optim: OptimConfig) -> dict[str, list[str]]:
             for part in getattr(optimizer, "parts", [optimizer])}
 
 
-def movers(config: Config) -> str:
-    """The optimizers in a line: "Muon (matrices, experts), AdamW (embeddings, norms)"."""
-    choice, texts = choices(GPT(config.model, device="meta"), config.optim), []
-    for optimizer, names in reversed(chosen(config.model, config.optim).items()):
-        texts.append(f"{optimizer} ({', '.join(dict.fromkeys(choice[name].kind for name in names))})")
-    return ", ".join(texts)
+def movers(config: Config) -> dict[str, str]:
+    """Optimizer -> what it moves: {"Muon": "matrices, experts", "AdamW": "embeddings, norms"}."""
+    choice = choices(GPT(config.model, device="meta"), config.optim)
+    return {optimizer: ", ".join(dict.fromkeys(choice[name].kind for name in names))
+            for optimizer, names in reversed(chosen(config.model, config.optim).items())}
 
 
 def kept(config: Config) -> str:
@@ -224,11 +223,11 @@ class Cost(NamedTuple):
         return self.bf16 + self.fp32 + self.fp64 + self.eigen
 
 
-def cost(config: Config, stage: int = 0) -> Cost:
-    """Of the ranks of one stage."""
+def cost(config: Config, stage: int = 0, only: str = "") -> Cost:
+    """Of the ranks of one stage. only: of one of its optimizers, as "Muon"."""
     mesh = config.mesh
     alike = MeshConfig(rep=mesh.rep, fsdp=mesh.shards, tp=mesh.tp, ep=mesh.ep, etp=mesh.etp)
-    return _cost(config.model, alike, config.optim, widths(config)[0], stages(config)[stage])
+    return _cost(config.model, alike, config.optim, widths(config)[0], stages(config)[stage], only)
 
 
 def optimizer_state(config: Config, stage: int = 0) -> int:
@@ -247,9 +246,13 @@ def optimizer_flops(config: Config, stage: int = 0) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _cost(model: ModelConfig, mesh: MeshConfig, optim: OptimConfig, real: int, pieces: Pieces) -> Cost:
+def _cost(model: ModelConfig, mesh: MeshConfig, optim: OptimConfig, real: int, pieces: Pieces,
+          only: str = "") -> Cost:
     count = {"AdamW": of_adamw, "Muon": of_muon, "Shampoo": of_shampoo}
-    here = {name: parameters for name, parameters in stored(model, mesh, optim, pieces).items() if parameters}
+    here = {name: parameters for name, parameters in stored(model, mesh, optim, pieces).items()
+            if parameters and only in ("", name)}
+    if not here:
+        return Cost()
     each = [count[name](parameters, optim, real) for name, parameters in here.items()]
     added = {name: sum(getattr(one, name) for one, _, _ in each) for name in Cost._fields}
     if "Shampoo" in here:       # of the others the first rank has most, but it may be another that owns most

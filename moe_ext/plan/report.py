@@ -7,7 +7,7 @@ from moe_ext.config import Config, ConfigError, divisors, load
 from moe_ext.model import GPT
 from moe_ext.plan import local, megatron, pace, ranks, roofline, sizes, spent
 from moe_ext.plan.memory import fullest, memory
-from moe_ext.plan.optimizer import cost, kept
+from moe_ext.plan.optimizer import cost, kept, movers
 from moe_ext.plan.roofline import DEVICES, RESERVE, Device, Estimate, Shares, estimate, forward_flops
 from moe_ext.plan.search import enough, fits, flags, largest, on, room, search, smallest
 from moe_ext.plan.shares import makes
@@ -46,8 +46,9 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
     lines = [f"{name:10}  {text}" for name, text in rows.items()]
     if mesh.pp > 1:
         lines.append(f"pipeline    {pace(config)}")
-    share = roofline.share_of_optimizer(config, device, per_host, shares)
-    lines.append(f"optimizer   {spent(config)}, {share:.1%} of the step")
+    for name, what in movers(config).items():
+        share = roofline.share_of_optimizer(config, device, per_host, shares, name)
+        lines.append(f"optimizer   {name} ({what}): {spent(config, name)}, {share:.1%} of the step")
     names = PARTS | {"optimizer": "AdamW's two moments" if (state := kept(config)) == "moments" else state}
     rank = fullest(config) * mesh.stage + ((mesh.sp - 1) * mesh.tp if mesh.attention == "gather" else 0)
     lines += ["", f"memory of rank {rank} on a GPU, {t.dtype}, each part at its own peak",

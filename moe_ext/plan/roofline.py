@@ -109,9 +109,10 @@ def attention_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | No
     return 4 * model.heads * model.head_width * keys_seen(model, causal, pieces, parts)
 
 
-def share_of_optimizer(config: Config, device: Device, per_host: int = 8, shares: Shares = SHARES) -> float:
-    """Of a step's likely time, that of the stage whose optimizer takes longest."""
-    longest = max(of_optimizer(config, stage, device, per_host, shares).likely for stage in makes(config))
+def share_of_optimizer(config: Config, device: Device, per_host: int = 8, shares: Shares = SHARES,
+                       only: str = "") -> float:
+    """Of a step's likely time, that of the stage whose optimizer takes longest. only: of one of several, as "Muon"."""
+    longest = max(of_optimizer(config, stage, device, per_host, shares, only).likely for stage in makes(config))
     return longest / estimate(config, device, per_host, shares).likely
 
 
@@ -166,10 +167,11 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
                     computing + waited / shares.wires + max(0.0, hidden / shares.wires - computing))
 
 
-def of_optimizer(config: Config, stage: int, device: Device, per_host: int, shares: Shares) -> Estimate:
+def of_optimizer(config: Config, stage: int, device: Device, per_host: int, shares: Shares,
+                 only: str = "") -> Estimate:
     """Of the optimizer's step of one stage, which begins when all gradients are there: matrices travel while others are
     computed; what is kept on the host comes and goes one after the other, for which nothing is faster than `host`."""
-    moves, mesh = optimizer.cost(config, stage), config.mesh
+    moves, mesh = optimizer.cost(config, stage, only), config.mesh
     fp32 = (moves.fp32 + moves.fp64) / device.tflops_fp32 / 1e12    # fp64 as fp32, as the A100, H100 and H200 have it
     products, eigen = moves.bf16 / device.tflops / 1e12 + fp32, moves.eigen / device.tflops_fp32 / 1e12
     memory, host = moves.moved / device.bandwidth / 1e9, moves.carried / device.host / 1e9
