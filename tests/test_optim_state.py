@@ -343,6 +343,9 @@ def test_gradients_that_are_partial_or_missing_on_a_rank():
             if rank == 1 and step == 1:
                 p.grad = whole
             optimizer.step()
+        if rank is not None and make is not MAKE["shampoo"]:
+            with pytest.raises(ValueError, match=r"parameter 0 .* is a DTensor, wanted a Tensor as the parameter is"):
+                make([nn.Parameter(p.to_local().detach())]).load_state_dict(optimizer.state_dict())
         return (p if rank is None else p.to_local()).detach()
 
     makers = [MAKE[name] for name in ("adamw", "muon", "shampoo")]

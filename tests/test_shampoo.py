@@ -428,6 +428,19 @@ def test_state_that_is_missing_is_said():
         train(optimizer, grads[4:5])
 
 
+def test_roots_that_a_state_lacks_are_counted():
+    optimizer, grads = halfway(PHASES)
+    again = Shampoo([nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]], **PHASES)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.fallbacks == 0
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0]["root1.0,0"], state["state"][2]["root0.0"]
+    with pytest.warns(UserWarning, match=r"no roots of 2 blocks, as of parameter 0 of .*, block 0,0: grafting"):
+        again.load_state_dict(state)
+    assert again.fallbacks == 2
+    train(again, grads[4:])
+
+
 # ---- bad input, cost -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings, sentence", [
     (dict(lr=-1.0), "lr: got -1.0"), (dict(lr=math.nan), "lr: got nan"), (dict(betas=(1.0, 0.9)), "betas"),

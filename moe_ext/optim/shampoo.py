@@ -202,6 +202,22 @@ class Shampoo(Keeping):
         own = ("exact", "max_preconditioner_dim", "root_dtype", "timeout", "fallbacks", "told")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_owners": None}
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As Keeping's; collective. Missing roots are a warning and count as fallbacks: torch.distributed.checkpoint
+        leaves them out where the optimizer that it loads into has none yet."""
+        super().load_state_dict(state_dict)
+        members = [(p, group) for group in self.param_groups for p in group["params"]]
+        missing = []
+        for matrix in self.owners.mine if self.state else ():
+            p, group = members[matrix.index]
+            state, roots = self.state.get(p, {}), {f"root{side}.{matrix.key}" for side in range(len(matrix.shape))}
+            if state.get("step", 0) >= group["start_preconditioning_step"] and not roots <= state.keys():
+                missing.append(f"{self.name_of(p)}, block {matrix.key}")
+        if missing:
+            self.fallbacks += len(missing)
+            warnings.warn(f"Shampoo: the state that was loaded has no roots of {len(missing)} blocks, as of "
+                          f"{missing[0]}: grafting alone moves them until the next are computed", stacklevel=2)
+
     def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor | None:
         """As Keeping's: for the owner of its block alone. The first use is collective, as of owners."""
         shape, (what, _, start) = tuple(shape), key.partition(".")

@@ -113,8 +113,13 @@ class Keeping(torch.optim.Optimizer):
                     raise ValueError(f"{self.name_of(p)}: got a state {key} that is {value!r}, wanted a tensor: is it "
                                      "another optimizer's?")
                 room = self.place(p, key, list(value.shape), value.dtype)
-                if room is not None:
-                    states[p][key] = room.copy_(value)
+                if room is None:
+                    continue
+                if isinstance(room, DTensor) != isinstance(value, DTensor):
+                    raise ValueError(f"{self.name_of(p)}: got a state {key} that is a {type(value).__name__}, wanted "
+                                     f"a {type(room).__name__} as the parameter is: load it on the mesh that it is of, or "
+                                     "from a checkpoint")
+                states[p][key] = room.copy_(value)
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update({p: state for p, state in states.items() if state})
 
