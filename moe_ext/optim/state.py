@@ -117,8 +117,8 @@ class Keeping(torch.optim.Optimizer):
                     continue
                 if isinstance(room, DTensor) != isinstance(value, DTensor):
                     raise ValueError(f"{self.name_of(p)}: got a state {key} that is a {type(value).__name__}, wanted "
-                                     f"a {type(room).__name__} as the parameter is: load it on the mesh that it is of, or "
-                                     "from a checkpoint")
+                                     f"a {type(room).__name__} as the parameter is: load it on the mesh that it is of, "
+                                     "or from a checkpoint")
                 states[p][key] = room.copy_(value)
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update({p: state for p, state in states.items() if state})
