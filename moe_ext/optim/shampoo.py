@@ -202,10 +202,9 @@ class Shampoo(Keeping):
         own = ("exact", "max_preconditioner_dim", "root_dtype", "timeout", "fallbacks", "told")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_owners": None}
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As Keeping's; collective. Missing roots are a warning and count as fallbacks: torch.distributed.checkpoint
-        leaves them out where the optimizer that it loads into has none yet."""
-        super().load_state_dict(state_dict)
+    def loaded(self) -> None:
+        """Collective. Missing roots are a warning and count as fallbacks: torch.distributed.checkpoint leaves them out
+        where the optimizer that it loads into has none yet."""
         members = [(p, group) for group in self.param_groups for p in group["params"]]
         missing = []
         for matrix in self.owners.mine if self.state else ():
@@ -216,7 +215,7 @@ class Shampoo(Keeping):
         if missing:
             self.fallbacks += len(missing)
             warnings.warn(f"Shampoo: the state that was loaded has no roots of {len(missing)} blocks, as of "
-                          f"{missing[0]}: grafting alone moves them until the next are computed", stacklevel=2)
+                          f"{missing[0]}: grafting alone moves them until the next are computed", stacklevel=4)
 
     def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor | None:
         """As Keeping's: for the owner of its block alone. The first use is collective, as of owners."""

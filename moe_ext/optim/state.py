@@ -122,6 +122,10 @@ class Keeping(torch.optim.Optimizer):
                 states[p][key] = room.copy_(value)
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update({p: state for p, state in states.items() if state})
+        self.loaded()
+
+    def loaded(self) -> None:
+        """After load_state_dict."""
 
 
 def local(x: torch.Tensor) -> torch.Tensor:

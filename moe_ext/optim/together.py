@@ -46,6 +46,10 @@ class Together(Keeping):
             if any(group["params"] is own["params"] for own in part.param_groups):
                 part.check(group)
 
+    def loaded(self) -> None:
+        for part in self.parts:
+            part.loaded()
+
     def place(self, p, key, shape, dtype):
         return self.movers[p].place(p, key, shape, dtype)
 
