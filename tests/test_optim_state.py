@@ -9,10 +9,11 @@ import torch._dynamo  # fully_shard imports it, which takes seconds: once here, 
 from ranks import run_ranks
 from test_checkpoint_mesh import optimizer_of
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
-from moe_ext.optim import adamw
+from moe_ext.optim import Muon, Shampoo, adamw
 from moe_ext.optim.adamw import AdamW
 from moe_ext.optim.muon import Muon
 from moe_ext.optim.state import Kept
@@ -179,14 +180,73 @@ def test_a_state_dict_of_another_optimizer_or_shape_is_refused():
     before = states(params, optimizer)
     momentum = torch.optim.SGD([{"params": params[:2]}, {"params": params[2:]}], momentum=0.9)
     momentum.step()
-    with pytest.raises(ValueError, match=r"momentum_buffer \[33, 17\], wanted the state of AdamW: .*exp_avg"):
+    with pytest.raises(ValueError, match="AdamW: got a state whose groups lack betas, eps, as another optimizer's do"):
         optimizer.load_state_dict(momentum.state_dict())
+    wrong = copy.deepcopy(optimizer.state_dict())
+    wrong["state"][3]["momentum_buffer"] = torch.zeros(64, 8, 3)
+    with pytest.raises(ValueError, match=r"momentum_buffer \[64, 8, 3\], wanted the state of AdamW: .*exp_avg"):
+        optimizer.load_state_dict(wrong)
+    wrong = copy.deepcopy(optimizer.state_dict())
+    wrong["state"][3]["step"] = 1
+    with pytest.raises(ValueError, match=r"parameter 3 .*got a state step that is 1, wanted a tensor"):
+        optimizer.load_state_dict(wrong)
     wrong = copy.deepcopy(optimizer.state_dict())
     wrong["state"][3]["exp_avg"] = torch.zeros(64, 3, 8)
     with pytest.raises(ValueError, match=r"exp_avg \[64, 3, 8\], wanted .*\[64, 8, 3\]"):
         optimizer.load_state_dict(wrong)
     assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
                for a, b in zip(before, states(params, optimizer), strict=True))
+
+
+def matrix(make):
+    p = nn.Parameter(torch.arange(12.0).view(4, 3).sin())
+    return p, make([p])
+
+
+MAKE = {"adamw": lambda params, **how: AdamW(params, 0.1, BETAS, **how),
+        "muon": lambda params, **how: Muon(params, 0.1, **{"ns_dtype": torch.float64} | how),
+        "shampoo": lambda params, **how: Shampoo(params, 0.1, BETAS, precondition_frequency=1, epsilon=1e-3, **how),
+        "together": lambda params, **how: Together([Muon(params, 0.1, **how)])}
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.Adafactor, Shampoo, Muon])
+def test_groups_of_another_optimizer_are_refused(make, other):
+    """Before the first step, when there is no state to tell them by."""
+    p, optimizer = matrix(make)
+    if other in map(type, (optimizer, *getattr(optimizer, "parts", ()))):
+        return
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"got a state whose groups lack .*, as another optimizer's do"):
+        optimizer.load_state_dict(other([p]).state_dict())
+    assert optimizer.state_dict() == before
+    optimizer.load_state_dict(matrix(make)[1].state_dict())
+
+
+@pytest.mark.parametrize("name", ["adamw", "shampoo"])
+def test_a_mean_that_would_stand_still_is_refused_with_a_state_too(name):
+    _, optimizer = matrix(lambda params: MAKE[name](params, state="bf16"))
+    state = optimizer.state_dict()
+    state["param_groups"][0]["betas"] = 0.9, 0.999
+    with pytest.raises(ValueError, match=r"beta2: got 0.999, wanted at most 0.99"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["betas"] == BETAS
+
+
+@pytest.mark.parametrize("name, bad", [("adamw", dict(amsgrad=True)), ("muon", dict(momentum=2.0)),
+                                       ("shampoo", dict(epsilon=-1.0))])
+def test_groups_that_are_bad_or_empty(name, bad):
+    _, optimizer = matrix(MAKE[name])
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], **bad})
+    assert len(optimizer.param_groups) == 1
+    p = nn.Parameter(torch.ones(2, 2))
+    later = MAKE[name]([{"params": []}])
+    later.step()
+    later.add_param_group({"params": [p]})
+    p.grad = torch.eye(2)
+    later.step()
+    assert not torch.equal(p, torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("make", [ours, two])
@@ -256,6 +316,45 @@ def trained(mesh, state):
         optimizer.zero_grad()
         losses.append(float(pipeline.sum(*sums)[0]))
     return losses, dict(model.named_parameters())
+
+
+def test_gradients_that_are_partial_or_missing_on_a_rank():
+    """torch's SequenceParallel leaves norms with gradients that are summed by who reads them. What one rank alone lacks
+    is an error, before any state has moved."""
+    grads = torch.randn(2, 3, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def steps(make, rank=None):
+        p = torch.arange(12.0, dtype=torch.float64).view(4, 3).sin()
+        if rank is not None:
+            mesh = init_device_mesh("cpu", (2,))
+            p = DTensor.from_local(p, mesh, [Replicate()], run_check=False)
+        p = nn.Parameter(p)
+        optimizer = make([p])
+        for step in range(3):
+            if rank is None:
+                p.grad = grads[:, step].sum(0)
+            else:
+                p.grad = DTensor.from_local(grads[rank, step], mesh, [Partial()], run_check=False)
+            if rank == 1 and step == 1:
+                whole, p.grad = p.grad, None
+            if rank is not None and step == 1 and make is not MAKE["adamw"]:
+                before = states([p], optimizer)
+                with pytest.raises(ValueError, match="1 of the 2 ranks that share it move it"):
+                    optimizer.step()
+                assert all(torch.equal(a, b) for a, b in zip(before[0].values(), optimizer.state[p].values(),
+                                                             strict=True))
+            if rank == 1 and step == 1:
+                p.grad = whole
+            optimizer.step()
+        if rank is not None and make is not MAKE["shampoo"]:
+            with pytest.raises(ValueError, match=r"parameter 0 .* is a DTensor, wanted a Tensor as the parameter is"):
+                make([nn.Parameter(p.to_local().detach())]).load_state_dict(optimizer.state_dict())
+        return (p if rank is None else p.to_local()).detach()
+
+    makers = [MAKE[name] for name in ("adamw", "muon", "shampoo")]
+    for found in run_ranks(2, lambda rank: [steps(make, rank) for make in makers]):
+        for got, make in zip(found, makers, strict=True):
+            torch.testing.assert_close(got, steps(make), rtol=1e-13, atol=1e-13)
 
 
 def test_state_that_is_not_full_is_the_same_on_any_mesh(tmp_path):

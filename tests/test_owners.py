@@ -90,7 +90,7 @@ def test_only_loads_that_all_know_count():
             if m.index} == whole
 
 
-@pytest.mark.parametrize("placement", [_StridedShard(0, split_factor=2), Partial()])
+@pytest.mark.parametrize("placement", [_StridedShard(0, split_factor=4), _StridedShard(1, split_factor=2), Partial()])
 def test_other_placements_are_refused(placement):
     with pytest.raises(ValueError, match=r"wanted Shard and Replicate alone: shard each dimension over one axis"):
         places((8, 4), range(4), (2, 2), (placement, Shard(0)))
@@ -108,6 +108,7 @@ LAYOUTS = {  # name: shape, axes, placements; of four ranks as 2 x 2
     "experts": ((4, 2, 6, 3), ("a", "b"), (Shard(3), Shard(0))),
     "experts of plain FSDP": ((3, 5, 4), ("a",), (Shard(0),)),
     "twice": ((9, 4), ("a", "b"), (Shard(0), Shard(0))),
+    "fsdp over tp": ((7, 4), ("a", "b"), (_StridedShard(0, split_factor=2), Shard(0))),
     "plain": ((3, 4), (), ()),
 }
 NAMES = list(LAYOUTS)
@@ -123,7 +124,11 @@ def local(x):
 
 
 def put(name, mesh, x):
-    _, axes, placements = LAYOUTS[name]
+    shape, axes, placements = LAYOUTS[name]
+    if name == "fsdp over tp":      # as fully_shard does
+        for axis in reversed(axes):
+            x = distribute_tensor(x, mesh[axis], [Shard(0)]).to_local()
+        return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1))
     return distribute_tensor(x, mesh[axes], placements) if axes else x.clone()
 
 
@@ -161,8 +166,9 @@ def wanted_of(rank, most):
     parts = []
     for name, x in zip(NAMES, found, strict=True):
         _, axes, placements = LAYOUTS[name]
-        for axis, placement in zip(axes, placements, strict=True):
-            if isinstance(placement, Shard):
+        order = -1 if name == "fsdp over tp" else 1
+        for axis, placement in list(zip(axes, placements, strict=True))[::order]:
+            if not placement.is_replicate():
                 chunks, at = x.chunk(2, placement.dim), {"a": rank // 2, "b": rank % 2}[axis]
                 x = chunks[at] if at < len(chunks) else x.narrow(placement.dim, 0, 0)
         parts.append(x)
@@ -227,7 +233,7 @@ def test_a_gradient_on_some_ranks_alone_is_an_error_on_all():
         tensors = [put(name, mesh, whole(name)) for name in ("uneven", "experts", "vector")]
         owners = Owners(tensors, cubic, names=["uneven", "experts", "vector"])
         with pytest.raises(ValueError) as error:
-            trip(owners, tensors, moved={0, 1, 2} if rank else {1, 2})
+            owners.agree({0, 1, 2} if rank else {1, 2}, "cpu")
         trip(owners, tensors, moved={2})        # and nothing is lost by it
         partial = DTensor.from_local(torch.zeros(2), mesh, [Partial(), Shard(0)], run_check=False)
         with pytest.raises(ValueError, match="here: got placements"):

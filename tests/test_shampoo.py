@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_ext.optim import Shampoo, inverse_root
 from moe_ext.optim.shampoo import cost, state_shapes
+from moe_ext.optim.together import Together
 
 STEPS = 9
 SHAPES = {"number": (), "vector": (5,), "tall": (6, 3), "wide": (3, 7), "experts": (3, 4, 5),
@@ -426,6 +427,19 @@ def test_state_that_is_missing_is_said():
     del next(iter(optimizer.state.values()))["exp_avg_sq.0,0"]
     with pytest.raises(RuntimeError, match=r"parameter 0 of shape \[6, 3\].* no exp_avg_sq.0,0, needed at step 5"):
         train(optimizer, grads[4:5])
+
+
+def test_roots_that_a_state_lacks_are_counted():
+    optimizer, grads = halfway(PHASES)
+    again = Shampoo([nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]], **PHASES)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.fallbacks == 0
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0]["root1.0,0"], state["state"][2]["root0.0"]
+    with pytest.warns(UserWarning, match=r"no roots of 2 blocks, as of parameter 0 of .*, block 0,0: grafting"):
+        Together([again]).load_state_dict(state)
+    assert again.fallbacks == 2
+    train(again, grads[4:])
 
 
 # ---- bad input, cost -------------------------------------------------------------------------------------------------

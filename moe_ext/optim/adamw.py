@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from moe_ext.optim.state import Keeping, Kept, local
+from moe_ext.optim.state import Keeping, Kept, gradient, local
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 BUCKET = 2**26      # bytes of moments that are fetched or widened at a time
@@ -33,12 +32,11 @@ class AdamW(Keeping, torch.optim.AdamW):
         self.keep = Kept(state)
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
 
-    def add_param_group(self, param_group: dict) -> None:
-        group = self.defaults | param_group
+    def check(self, group: dict) -> None:
+        super().check(group)
         self.keep.check_decay("beta2", group["betas"][1])
-        if group["amsgrad"]:
+        if group.get("amsgrad"):
             raise ValueError("amsgrad: got True, wanted False, or torch.optim.AdamW")
-        super().add_param_group(param_group)
 
     def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor:
         if key == "step" and list(shape) == []:
@@ -99,10 +97,3 @@ class AdamW(Keeping, torch.optim.AdamW):
             parts = [[x] for x in parts]
         for i, (own, grad, *moments) in enumerate(zip(*parts, strict=True), start=1):
             yield Chunk(own, grad, moments, state["step"] if i == len(parts[0]) else state["step"].clone())
-
-
-def gradient(p: torch.Tensor) -> torch.Tensor:
-    """p.grad, sharded as p is."""
-    if isinstance(p, DTensor) and p.grad.placements != p.placements:
-        return p.grad.redistribute(p.device_mesh, p.placements)
-    return p.grad

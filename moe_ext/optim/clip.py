@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moe_ext import private
+from moe_ext.optim.state import local
 
 private.require("moe_ext.optim")
 
@@ -38,10 +39,6 @@ def _copies(name: str, x: torch.Tensor, ranks: int) -> int:
                          "first, a norm of parts is not the norm of their sum")
     dims = zip(x.device_mesh.shape, x.placements, strict=True)
     return ranks // math.prod(size for size, placement in dims if not placement.is_replicate())
-
-
-def _local(x: torch.Tensor) -> torch.Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _world() -> int:
@@ -70,7 +67,7 @@ def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], m
     if not holders:
         return 0.0
     copies = {name: _copies(name, grad, holders[name]) for name, grad in grads.items()}
-    shards = {name: _local(grad) for name, grad in grads.items()}
+    shards = {name: local(grad) for name, grad in grads.items()}
     none = torch.zeros((), dtype=torch.float64, device=named[0][1].device)
     squares = torch.stack([_square(shards[name]) / copies[name] if name in shards else none for name in holders])
     if world > 1:
@@ -120,7 +117,7 @@ def _total(named_parameters, holders, tensor, measure) -> float:
     if not named:
         return 0.0
     total = torch.zeros((), dtype=torch.float64, device=named[0][1].device)
-    parts = [measure(_local(x)) / _copies(name, x, holders[name] if holders else world)
+    parts = [measure(local(x)) / _copies(name, x, holders[name] if holders else world)
              for name, p in named if (x := tensor(p)) is not None]
     if parts:
         total = torch.stack(parts).sum()

@@ -17,9 +17,8 @@ import math
 
 import torch
 
-from moe_ext.optim.adamw import gradient
 from moe_ext.optim.owners import Owners
-from moe_ext.optim.state import Keeping, Kept, local
+from moe_ext.optim.state import Keeping, Kept, gradient, local, named
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic, those of the Muon repository
 EPS = 1e-7
@@ -116,20 +115,25 @@ class Muon(Keeping):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        try:
-            check(self.param_groups[-1])
-            self.keep.check_decay("momentum", self.param_groups[-1]["momentum"])
-        except (TypeError, ValueError):
-            del self.param_groups[-1]
-            raise
         self._owners = None
+
+    def check(self, group: dict) -> None:
+        super().check(group)
+        check(group)
+        self.keep.check_decay("momentum", group["momentum"])
+        for p in group["params"]:
+            if p.ndim < 2:
+                raise ValueError(f"Muon moves matrices [.., M, N], but got {self.name_of(p)}, {list(p.shape)}: give it "
+                                 "to AdamW, as \"norms: adamw\" in optim.rule does")
+            if not p.is_floating_point():
+                raise TypeError(f"Muon moves real matrices, but got {self.name_of(p)}, {p.dtype}: give it to AdamW")
 
     @property
     def owners(self) -> Owners:
         """Who computes which matrix; its first use is collective."""
         if self._owners is None:
-            named = [(name_of(p, group), p) for group in self.param_groups for p in group["params"]]
-            self._owners = Owners([p for _, p in named], cost, timeout=self.timeout, names=[name for name, _ in named])
+            names, parameters = zip(*named(self.param_groups), strict=True)
+            self._owners = Owners(list(parameters), cost, timeout=self.timeout, names=list(names))
         return self._owners
 
     def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor:
@@ -146,10 +150,13 @@ class Muon(Keeping):
                 loss = closure()
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         moved = {i: pair for i, pair in enumerate(pairs) if pair[0].grad is not None}
-        for p, group in moved.values():
+        for p, _ in moved.values():
             if p.grad.layout != torch.strided:
-                raise TypeError(f"Muon: {name_of(p, group)} has a sparse gradient; wanted a dense one")
-        grads, buffers = {}, {}
+                raise TypeError(f"Muon: {self.name_of(p)} has a sparse gradient; wanted a dense one")
+        if not pairs:
+            return loss
+        device, grads, buffers = local(pairs[0][0]).device, {}, {}
+        self.owners.agree(moved, device)
         for i, (p, group) in moved.items():
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = self.keep.zeros(p)
@@ -178,17 +185,12 @@ class Muon(Keeping):
             values.mul_(1 - lr * group["weight_decay"])
             values.add_(piece, alpha=-lr * ADJUSTED[group["adjust_lr_fn"] or "original"](*p.shape[-2:]))
 
-        self.owners.run(source, compute, sink, dtype=self.ns_dtype, device=local(pairs[0][0]).device, moved=moved)
+        self.owners.run(source, compute, sink, dtype=self.ns_dtype, device=device, moved=moved)
         return loss
 
 
-def name_of(p: torch.Tensor, group: dict) -> str:
-    names = {id(q): name for name, q in zip(group.get("param_names", ()), group["params"], strict=False)}
-    return f"{names.get(id(p), 'a parameter')} of shape {list(p.shape)}"
-
-
 def check(group: dict) -> None:
-    """ValueError or TypeError for a group that Muon cannot move."""
+    """ValueError or TypeError unless a group's hyperparameters make sense."""
     def require(good, name, wanted):
         if not good:
             raise ValueError(f"Muon: {name} is {group[name]!r}; it must be {wanted}")
@@ -203,9 +205,3 @@ def check(group: dict) -> None:
     require(len(group["ns_coefficients"]) == 3 and all(map(math.isfinite, group["ns_coefficients"])),
             "ns_coefficients", "three finite numbers")
     require(group["adjust_lr_fn"] in (None, *ADJUSTED), "adjust_lr_fn", f"None or one of {', '.join(ADJUSTED)}")
-    for p in group["params"]:
-        if p.ndim < 2:
-            raise ValueError(f"Muon moves matrices [.., M, N], but got {name_of(p, group)}: give it to AdamW, as "
-                             "\"norms: adamw\" in optim.rule does")
-        if not p.is_floating_point():
-            raise TypeError(f"Muon moves real matrices, but got {name_of(p, group)} and {p.dtype}: give it to AdamW")

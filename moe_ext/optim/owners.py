@@ -68,18 +68,15 @@ class Place(NamedTuple):
 
 
 def places(shape, ranks, sizes, placements) -> list[Place]:
-    """ranks: of the mesh, in row-major order; sizes: of its axes; placements: Shard and Replicate alone."""
-    batch, found = max(0, len(shape) - 2), []
+    """ranks: of the mesh, in row-major order; sizes: of its axes; placements: Shard and Replicate, and what fully_shard
+    makes of a dimension that tensor parallelism has cut (_StridedShard)."""
+    batch, found, order = max(0, len(shape) - 2), [], nested(sizes, placements)
     for rank, at in zip(ranks, itertools.product(*map(range, sizes)), strict=True):
         start, size, group, copy = [0] * len(shape), list(shape), [], []
-        for place, n, i in zip(placements, sizes, at, strict=True):
+        for place, n, i in ((placements[axis], sizes[axis], at[axis]) for axis in order):
             if place.is_replicate():
                 copy.append(i)
                 continue
-            if type(place) is not Shard:
-                raise ValueError(
-                    f"got placements {tuple(placements)}, wanted Shard and Replicate alone: shard each dimension over "
-                    "one axis (fully_shard's shard_placement_fn says which), and redistribute what is Partial")
             each = -(-size[place.dim] // n)
             first = min(i * each, size[place.dim])
             start[place.dim] += first
@@ -88,6 +85,24 @@ def places(shape, ranks, sizes, placements) -> list[Place]:
                 group.append(i)
         found.append(Place(rank, (tuple(start), tuple(size)), tuple(group), tuple(copy)))
     return found
+
+
+def nested(sizes, placements) -> list[int]:
+    """The axes, that which cuts first in front: from left to right, but a _StridedShard after those on its right that
+    cut its dimension. ValueError for other placements."""
+    late = []
+    for axis, place in enumerate(placements, start=1):
+        if hasattr(place, "split_factor"):      # a _StridedShard: in how many pieces it finds its dimension
+            late.insert(0, axis - 1)
+            right = zip(sizes[axis:], placements[axis:], strict=True)
+            if place.split_factor == math.prod(n for n, other in right if getattr(other, "dim", None) == place.dim):
+                continue
+        elif place.is_replicate() or type(place) is Shard:
+            continue
+        raise ValueError(
+            f"got placements {tuple(placements)}, wanted Shard and Replicate alone: shard each dimension over one axis "
+            "(fully_shard's shard_placement_fn says which), and redistribute what is Partial")
+    return [axis for axis in range(len(placements)) if axis not in late] + late
 
 
 def teams(here: list[Place]) -> dict[tuple, list[Place]]:
@@ -285,13 +300,11 @@ class Owners:
         source(i, slices) -> those values of this rank's part of the tensor of parameter i. compute(matrices, wholes) ->
         a result of its shape for each whole. sink(i, slices, piece) takes a part of a result; of other matrices than
         those still to be asked for. dtype: of all wholes and pieces. moved: the parameters that take part, None: all;
-        one without a gradient is left alone, as in torch. Errors: ValueError on all ranks of a team, before anything
-        travels, if one moves a parameter that another one does not. What compute raises ends the trip here, and the
-        others when their collectives do (moe_ext.parallel.failure names this rank).
+        one without a gradient is left alone, as in torch; then the ranks `agree` first. What compute raises ends the
+        trip here, and the others when their collectives do (moe_ext.parallel.failure names this rank).
         """
         everything = range(len(self.names))
         moved = everything if moved is None else set(moved)
-        self._agree(moved, device)
         buckets = self.buckets if len(moved) == len(everything) else [bucket.only(moved) for bucket in self.buckets]
         travel, self.sent = functools.partial(self._exchange, dtype=dtype, device=device), 0
 
@@ -327,14 +340,16 @@ class Owners:
             del wholes, results
         going()
 
-    def _agree(self, moved: Collection[int], device) -> None:
+    def agree(self, moved: Collection[int], device) -> None:
+        """Before a step changes anything. ValueError on all ranks of a team, if one moves a parameter that another one
+        does not."""
         if not self.teams:
             return
         flags = [torch.tensor([i in moved for i in indexes], dtype=torch.int32, device=device)
                  for _, indexes in self.teams]
         for (group, _), flag in zip(self.teams, flags, strict=True):
             dist.all_reduce(flag, group=group)
-        counts = iter(torch.cat(flags).tolist())        # the only read of a trip
+        counts = iter(torch.cat(flags).tolist())        # the only read of a step
         for group, indexes in self.teams:
             ranks = dist.get_world_size(group)
             for i in indexes:

@@ -50,7 +50,7 @@ import warnings
 import torch
 
 from moe_ext.optim.owners import Matrix, Owners
-from moe_ext.optim.state import Keeping, Kept, local
+from moe_ext.optim.state import Keeping, Kept, gradient, local, named
 
 GRAFTING = "adam", "sgd", "none"
 MOMENTS = "exp_avg", "exp_avg_sq"
@@ -108,16 +108,6 @@ def check(group: dict) -> None:
     need("inverse_exponent_override", all(order in (1, 2) and 0 < exponent <= 1 for order, exponent in
                                           group["inverse_exponent_override"].items()),
          "{1: of vectors, 2: of matrices}, numbers of (0, 1]")
-
-
-def named(groups: list[dict]) -> list[tuple[str, torch.Tensor]]:
-    """(name, parameter) of all groups, in order; without the group's param_names by number and shape."""
-    found = []
-    for group in groups:
-        names = group.get("param_names") or [f"parameter {i} of shape {list(p.shape)}" for i, p in
-                                             enumerate(group["params"], start=len(found))]
-        found += zip(names, group["params"], strict=True)
-    return found
 
 
 def graft_decay(group: dict) -> float:
@@ -178,16 +168,19 @@ class Shampoo(Keeping):
             raise RuntimeError("Shampoo: a group added after the first step would give matrices other owners: make the "
                                "optimizer with all its groups, and load the state from a checkpoint")
         super().add_param_group(param_group)
-        self._owners = None
-        group, first = self.param_groups[-1], self.param_groups[0]["params"][0]
-        check(group)
+        self._owners, group = None, self.param_groups[-1]
         if group["start_preconditioning_step"] <= 0:
             group["start_preconditioning_step"] = group["precondition_frequency"]
-        for name, p in named(self.param_groups)[-len(group["params"]):]:
+
+    def check(self, group: dict) -> None:
+        super().check(group)
+        check(group)
+        first = next((p for own in self.param_groups for p in own["params"]), None)
+        for p in group["params"]:
             if not p.is_floating_point():
-                raise ValueError(f"Shampoo: {name}: got {p.dtype}, wanted a real floating dtype")
+                raise ValueError(f"Shampoo: {self.name_of(p)}: got {p.dtype}, wanted a real floating dtype")
             if (p.dtype, p.device) != (first.dtype, first.device):
-                raise ValueError(f"Shampoo: {name}: got {p.dtype} on {p.device} beside {first.dtype} on "
+                raise ValueError(f"Shampoo: {self.name_of(p)}: got {p.dtype} on {p.device} beside {first.dtype} on "
                                  f"{first.device}, wanted one of each: give the others an optimizer of their own")
         if group["grafting"] == "adam":
             self.keep.check_decay("graft_beta2", graft_decay(group))
@@ -209,15 +202,20 @@ class Shampoo(Keeping):
         own = ("exact", "max_preconditioner_dim", "root_dtype", "timeout", "fallbacks", "told")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_owners": None}
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As Keeping's. Errors: ValueError, for the state of another optimizer, other shapes or blocks; nothing is
-        loaded."""
-        for group in state_dict["param_groups"]:
-            if missing := sorted(self.defaults.keys() - {"differentiable"} - group.keys()):
-                raise ValueError(f"Shampoo: got a state whose groups lack {', '.join(missing)}, as another optimizer's "
-                                 "do; wanted one of Shampoo.state_dict()")
-            check(group)
-        super().load_state_dict(state_dict)
+    def loaded(self) -> None:
+        """Collective. Missing roots are a warning and count as fallbacks: torch.distributed.checkpoint leaves them out
+        where the optimizer that it loads into has none yet."""
+        members = [(p, group) for group in self.param_groups for p in group["params"]]
+        missing = []
+        for matrix in self.owners.mine if self.state else ():
+            p, group = members[matrix.index]
+            state, roots = self.state.get(p, {}), {f"root{side}.{matrix.key}" for side in range(len(matrix.shape))}
+            if state.get("step", 0) >= group["start_preconditioning_step"] and not roots <= state.keys():
+                missing.append(f"{self.name_of(p)}, block {matrix.key}")
+        if missing:
+            self.fallbacks += len(missing)
+            warnings.warn(f"Shampoo: the state that was loaded has no roots of {len(missing)} blocks, as of "
+                          f"{missing[0]}: grafting alone moves them until the next are computed", stacklevel=4)
 
     def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor | None:
         """As Keeping's: for the owner of its block alone. The first use is collective, as of owners."""
@@ -254,14 +252,19 @@ class Shampoo(Keeping):
         for p, _ in (members[i] for i in moved):
             if p.grad.layout != torch.strided:
                 raise RuntimeError(f"Shampoo: {self.name_of(p)}: got a sparse gradient, wanted a dense one")
-        for p, group in (members[i] for i in moved):
-            state = self.state[p]
+        if not members:
+            return loss
+        first, grads = members[0][0], {}
+        self.owners.agree(moved, first.device)
+        for i in sorted(moved):
+            (p, group), state = members[i], self.state[members[i][0]]
+            grads[i] = local(gradient(p))
             state.setdefault("step", torch.zeros(())).add_(1)
             if group["momentum"] and state["step"] == 1:
                 state["momentum_buffer"] = self.keep.zeros(p)
 
         def source(i, part):
-            (p, group), grad = members[i], local(members[i][0].grad)[part]
+            (p, group), grad = members[i], grads[i][part]
             if group["use_decoupled_weight_decay"] or not group["weight_decay"]:
                 return grad
             return grad.add(local(p)[part], alpha=group["weight_decay"])
@@ -282,7 +285,6 @@ class Shampoo(Keeping):
             values.add_(piece.add_(buffer, alpha=group["momentum"]) if group["use_nesterov"] else buffer,
                         alpha=-group["lr"])
 
-        first = members[0][0]
         self.owners.run(source, compute, sink, dtype=compute_dtype(first), device=first.device, moved=moved)
         return loss
 
@@ -366,6 +368,3 @@ class Shampoo(Keeping):
                     fall_back("an eigendecomposition that failed", "done again in fp64")
                 return root.mul_(total**exponent)
         return fall_back("an eigendecomposition that failed twice", kept)
-
-    def name_of(self, p: torch.Tensor) -> str:
-        return next(name for name, q in named(self.param_groups) if q is p)

@@ -15,7 +15,8 @@ reads what is kept on the host by other means than `get` synchronises first. Opt
 another, so what is fetched or widened at a time is bounded.
 
 An optimizer that is Keeping says with `place` which tensors its state has, and where: checkpoints and load_state_dict
-read into them what was kept in another way, or on another mesh, and refuse what another optimizer kept.
+read into them what was kept in another way, or on another mesh, and refuse what another optimizer kept. With `check`
+it refuses hyperparameters, be they of a new group or of a state that is loaded.
 """
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from torch.distributed.tensor import DTensor
 
 KINDS = "full", "bf16", "host"
 SLOWEST = 0.99      # the greatest decay of a mean in bf16
+# of a group of torch's AdamW, which older ones lack and __setstate__ fills in
+FILLED = {"amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
 
 
 class Kept:
@@ -67,6 +70,25 @@ class Keeping(torch.optim.Optimizer):
 
     keep: Kept
 
+    def check(self, group: dict) -> None:
+        """ValueError or TypeError unless this optimizer can move a group with its hyperparameters."""
+        if missing := sorted(self.defaults.keys() - FILLED - group.keys()):
+            name = type(self).__name__
+            raise ValueError(f"{name}: got a state whose groups lack {', '.join(missing)}, as another optimizer's do; "
+                             f"wanted one of {name}.state_dict()")
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's. Errors: as of check, and nothing is added."""
+        super().add_param_group(param_group)
+        try:
+            self.check(self.param_groups[-1])
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    def name_of(self, p: torch.Tensor) -> str:
+        return next(name for name, q in named(self.param_groups) if q is p)
+
     def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor | None:
         """Room for the state `key` of parameter p, which was saved with this shape and dtype: a tensor as this
         optimizer keeps it, to be filled; None if it is another rank's. ValueError if it keeps no such state."""
@@ -77,20 +99,52 @@ class Keeping(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but each tensor is kept as this optimizer keeps it, and what another one kept is an error. Of
-        state_dict() on the same mesh: for another there are checkpoints. Errors: ValueError, and nothing is loaded."""
+        state_dict() on the same mesh: for another there are checkpoints. Errors: as of check and place, and nothing is
+        loaded."""
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            self.check({**saved, "params": own["params"]})
         states = {}
         moved = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(indices, moved, strict=False):          # super() refuses other numbers of parameters
             states[p] = {}
             for key, value in state_dict["state"].get(i, {}).items():
+                if not isinstance(value, torch.Tensor):
+                    raise ValueError(f"{self.name_of(p)}: got a state {key} that is {value!r}, wanted a tensor: is it "
+                                     "another optimizer's?")
                 room = self.place(p, key, list(value.shape), value.dtype)
-                if room is not None:
-                    states[p][key] = room.copy_(value)
+                if room is None:
+                    continue
+                if isinstance(room, DTensor) != isinstance(value, DTensor):
+                    raise ValueError(f"{self.name_of(p)}: got a state {key} that is a {type(value).__name__}, wanted "
+                                     f"a {type(room).__name__} as the parameter is: load it on the mesh that it is of, "
+                                     "or from a checkpoint")
+                states[p][key] = room.copy_(value)
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update({p: state for p, state in states.items() if state})
+        self.loaded()
+
+    def loaded(self) -> None:
+        """After load_state_dict."""
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
     """This rank's part, the memory itself."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def gradient(p: torch.Tensor) -> torch.Tensor:
+    """p.grad, sharded as p is; collective where it is not yet, as with torch's SequenceParallel."""
+    if isinstance(p, DTensor) and p.grad.placements != p.placements:
+        return p.grad.redistribute(p.device_mesh, p.placements)
+    return p.grad
+
+
+def named(groups: list[dict]) -> list[tuple[str, torch.Tensor]]:
+    """(name, parameter) of all groups, in order; without the group's param_names by number and shape."""
+    found = []
+    for group in groups:
+        names = group.get("param_names") or [f"parameter {i} of shape {list(p.shape)}" for i, p in
+                                             enumerate(group["params"], start=len(found))]
+        found += zip(names, group["params"], strict=True)
+    return found

@@ -41,6 +41,15 @@ class Together(Keeping):
             raise ValueError("a group for several optimizers as one: give it to one of them before Together([..])")
         super().add_param_group(param_group)
 
+    def check(self, group: dict) -> None:
+        for part in self.parts:
+            if any(group["params"] is own["params"] for own in part.param_groups):
+                part.check(group)
+
+    def loaded(self) -> None:
+        for part in self.parts:
+            part.loaded()
+
     def place(self, p, key, shape, dtype):
         return self.movers[p].place(p, key, shape, dtype)
 
