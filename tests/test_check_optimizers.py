@@ -18,6 +18,7 @@ from moe_ext.check.optimizers import BAR, LOG, OneMuon, OneShampoo
 from moe_ext.check.world import World
 from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.model import precision
+from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import backward, build
 
@@ -75,6 +76,13 @@ def test_a_public_log_stands_beside_its_own_settings(monkeypatch):
     text, fine, rows = table(dataclasses.replace(SHAMPOO, freq=20, start=20, steps=20))
     assert "FSDP1 2x2              1.35e+00 1.03e+00\n" in text
     assert not fine and all(wrong for _, wrong in rows.values()), "20 steps are not enough"
+
+
+def test_the_logs_settings_reach_the_optimizer():
+    group, _ = build_optimizer(nn.Linear(4, 4), OneShampoo(freq=100, start=100, graft_eps=1e-8).optim()).param_groups
+    wanted = dict(lr=1e-3, betas=(0.9, 0.999), epsilon=1e-12, weight_decay=1e-5, grafting="adam", graft_eps=1e-8,
+                  precondition_frequency=100, start_preconditioning_step=100, use_decoupled_weight_decay=True)
+    assert wanted == {name: group[name] for name in wanted}
 
 
 def test_shards_as_matrices_are_noticed(monkeypatch):

@@ -216,8 +216,8 @@ class OneShampoo(OneCurve):
                 f"{self.freq}: give --start {self.freq} or more")
         return OptimConfig(
             name="shampoo", rule="matrices: shampoo, embeddings: shampoo, norms: shampoo", lr=self.lr, beta2=0.999,
-            eps=1e-12, weight_decay=1e-5, shampoo=ShampooConfig(
-                precondition_frequency=self.freq, start_preconditioning_step=self.start, graft_eps=self.graft_eps,
+            eps=self.graft_eps, weight_decay=1e-5, shampoo=ShampooConfig(
+                precondition_frequency=self.freq, start_preconditioning_step=self.start, epsilon=1e-12,
                 max_preconditioner_dim=self.max_preconditioner_dim))
 
     def logged(self):
