@@ -98,6 +98,8 @@ class OneCurve(OnMesh):
 
     def run(self, world: World) -> bool:
         if self.all:
+            require(self.device != "cuda", "--all forks ranks on the CPU: leave --device cuda out, or run one mesh by "
+                    "torchrun")
             require(world.size == 1, f"--all forks the ranks of every mesh itself: run it without torchrun, not as one "
                     f"of {world.size}")
             return self.compare(world.say)
@@ -215,8 +217,8 @@ class OneShampoo(OneCurve):
         require(self.start >= self.freq, f"--start is {self.start}, before the first preconditioner at --freq "
                 f"{self.freq}: give --start {self.freq} or more")
         return OptimConfig(
-            name="shampoo", rule="matrices: shampoo, embeddings: shampoo, norms: shampoo", lr=self.lr, beta2=0.999,
-            eps=self.graft_eps, weight_decay=1e-5, shampoo=ShampooConfig(
+            name="shampoo", rule="matrices: shampoo, embeddings: shampoo, norms: shampoo", lr=self.lr, min_lr=0.0,
+            beta2=0.999, eps=self.graft_eps, weight_decay=1e-5, shampoo=ShampooConfig(
                 precondition_frequency=self.freq, start_preconditioning_step=self.start, epsilon=1e-12,
                 max_preconditioner_dim=self.max_preconditioner_dim))
 
@@ -229,4 +231,4 @@ class OneMuon(OneCurve):
     """Muon, with AdamW for embeddings, head and norms, learns one sentence; its losses must not depend on the mesh."""
 
     def optim(self) -> OptimConfig:
-        return OptimConfig(name="muon", lr=self.lr, muon=MuonConfig(ns_dtype=self.dtype))
+        return OptimConfig(name="muon", lr=self.lr, min_lr=0.0, muon=MuonConfig(ns_dtype=self.dtype))
