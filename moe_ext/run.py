@@ -35,6 +35,7 @@ from moe_ext.data.identity import data_meta, tokenizer_hash
 from moe_ext.log import split_events, split_metrics
 from moe_ext.model import GPT
 from moe_ext.optim.groups import choices as optimizer_choices
+from moe_ext.optim.shampoo import state_shapes
 
 
 # ---- one run at a time -----------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def check(path: Path, config: Config, loader: Loader) -> None:
 
 def check_optimizers(path: Path, state: State, config: Config) -> None:
     """CheckpointError if a parameter had another optimizer in the run of a checkpoint, whose state is of no use to that
-    of `config`."""
+    of `config`, or if Shampoo kept no mean that this run's needs."""
     saved, model = state.config.get("optim", {}), GPT(config.model, device="meta")
     known = {f.name for f in dataclasses.fields(OptimConfig)}
     before = build(OptimConfig, {name: value for name, value in saved.items() if name in known})
@@ -106,6 +107,12 @@ def check_optimizers(path: Path, state: State, config: Config) -> None:
             raise CheckpointError(f"{path}: {was} moved {name}, and this run's {now} can do nothing with its state: "
                                   f"continue with --optim.name {before.name}{rule}, or start a new run with these "
                                   f"weights: --weights {path}")
+    if "shampoo" in {choice.optimizer for choice in here.values()}:
+        has, needed = (state_shapes((), optim.shampoo.grafting, optim.beta1) for optim in (before, config.optim))
+        if missing := sorted(needed.keys() - has.keys()):
+            raise CheckpointError(f"{path}: shampoo kept no {' and no '.join(missing)}: continue with "
+                                  f"--optim.shampoo.grafting {before.shampoo.grafting} --optim.beta1 {before.beta1:g}, "
+                                  f"or start a new run with these weights: --weights {path}")
 
 
 def check_words(path: Path, config: Config) -> None:

@@ -19,11 +19,11 @@ from test_train import RECIPE, assert_same_checkpoint, data, flags, main, record
 import moe_ext.train
 from moe_ext import checkpoint, evaluate, generate
 from moe_ext.checkpoint import TRAINING_ONLY, CheckpointError
-from moe_ext.config import ConfigError, ModelConfig, MoEConfig, load, parse
+from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, OptimConfig, ShampooConfig, load, parse
 from moe_ext.data import IndexedWriter
 from moe_ext.log import plot, split_events, split_metrics
 from moe_ext.model import GPT
-from moe_ext.run import lock, locked, set_aside
+from moe_ext.run import check_optimizers, lock, locked, set_aside
 
 NOTHING = dict(data__tokenizer="", data__valid="")
 
@@ -452,3 +452,21 @@ def test_a_dry_run_refuses_what_the_run_would(data, five, tmp_path, monkeypatch,
         return main(monkeypatch, moe_ext.train, *arguments)
     with pytest.raises(SystemExit, match=words):
         main(monkeypatch, moe_ext.train, *arguments)
+
+
+@pytest.mark.parametrize("was, now, words", [
+    (dict(grafting="sgd"), dict(), "kept no exp_avg_sq: .* --optim.shampoo.grafting sgd --optim.beta1 0.9"),
+    (dict(beta1=0.0), dict(), "kept no exp_avg: .* --optim.shampoo.grafting adam --optim.beta1 0, or start a new run"),
+    (dict(grafting="adam"), dict(grafting="none"), None),
+    (dict(), dict(beta1=0.0), None),
+], ids=str)
+def test_what_shampoo_did_not_keep_is_missed_before_the_run(was, now, words):
+    def config(beta1=0.9, grafting="adam"):
+        shampoo = ShampooConfig(grafting=grafting)
+        return Config(model=ModelConfig(layers=1), optim=OptimConfig(name="shampoo", beta1=beta1, shampoo=shampoo))
+
+    state = checkpoint.State(7, None, dataclasses.asdict(config(**was)), {}, {}, {})
+    if words is None:
+        return check_optimizers(Path("step-000007"), state, config(**now))
+    with pytest.raises(CheckpointError, match="step-000007: shampoo " + words):
+        check_optimizers(Path("step-000007"), state, config(**now))
