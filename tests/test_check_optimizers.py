@@ -18,6 +18,7 @@ from moe_ext.check.optimizers import BAR, LOG, OneMuon, OneShampoo
 from moe_ext.check.world import World
 from moe_ext.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.model import precision
+from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import backward, build
 
@@ -77,6 +78,15 @@ def test_a_public_log_stands_beside_its_own_settings(monkeypatch):
     assert not fine and all(wrong for _, wrong in rows.values()), "20 steps are not enough"
 
 
+def test_the_logs_settings_reach_the_optimizer():
+    group, _ = build_optimizer(nn.Linear(4, 4), OneShampoo(freq=100, start=100, graft_eps=1e-8).optim()).param_groups
+    for command in OneShampoo, OneMuon:
+        assert command(lr=1e-6).config(1).optim.lr == 1e-6, "no floor of a schedule, of which there is none"
+    wanted = dict(lr=1e-3, betas=(0.9, 0.999), epsilon=1e-12, weight_decay=1e-5, grafting="adam", graft_eps=1e-8,
+                  precondition_frequency=100, start_preconditioning_step=100, use_decoupled_weight_decay=True)
+    assert wanted == {name: group[name] for name in wanted}
+
+
 def test_shards_as_matrices_are_noticed(monkeypatch):
     """What the public log's stuck runs did: each rank preconditions what it holds."""
     build_optimizer = optimizers.build_optimizer
@@ -120,6 +130,8 @@ def test_shards_as_matrices_are_noticed(monkeypatch):
     (OneShampoo(steps=0), 1, r"--steps is 0, wanted 1 or more"),
     (OneShampoo(dp=2), 1, r"DP 2 \* SHARD 1 \* TP 1 = 2, but there are 1 ranks"),
     (OneMuon(dp=1, shard=3), 4, r"DP 1 \* SHARD 3 \* TP 1 = 3, but there are 4 ranks"),
+    (OneMuon(dp=0), 1, r"DP 0 \* SHARD 1 \* TP 1 = 0, but there are 1 ranks"),
+    (OneMuon(lr=-1.0), 1, r"optim.lr -1.0"),
     (OneMuon(ep=2), 1, r"EP is 2, but this model is dense"),
     (OneMuon(dim=60), 1, r"model.dim 60 is not a multiple of model.heads 8"),
 ], ids=lambda value: value if isinstance(value, str) else None)
@@ -133,6 +145,8 @@ def test_all_forks_for_itself_and_checks_first(capfd):
     two.size = 2
     with pytest.raises(ConfigError, match="--all forks the ranks of every mesh itself: run it without torchrun"):
         OneShampoo(all=True).run(two)
+    with pytest.raises(ConfigError, match="--all forks ranks on the CPU: leave --device cuda out"):
+        OneShampoo(all=True, device="cuda").run(alone())
     with pytest.raises(ConfigError, match=r"mesh\.tp"):
         OneShampoo(all=True, heads=1, dim=32).run(alone())
     assert capfd.readouterr().err == "", "no rank began"

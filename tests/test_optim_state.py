@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from moe_ext.config import Config, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.optim import Muon, Shampoo, adamw
 from moe_ext.optim.adamw import AdamW
-from moe_ext.optim.muon import Muon
 from moe_ext.optim.state import Kept
 from moe_ext.optim.together import Together
 from moe_ext.parallel.mesh import Mesh

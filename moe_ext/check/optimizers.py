@@ -54,13 +54,17 @@ LOG = {     # (init, frequency = start, graft_eps): {what its log calls the mesh
                       6.914e-5)},
     ("default", 20, 1e-12): {
         "FSDP1 2x2": (1.274e-3, 3.889e-4, 3.666e-6, 1.639e-6, 1.043e-6, 8.047e-7, 7.153e-7, 6.855e-7, 5.960e-7,
-                      5.364e-7)},
+                      5.364e-7),
+        "FSDP2 2x2": (1.769e-3, 6.171e-4, 1.693e-4, 1.318e-4, 1.177e-4, 1.040e-4, 1.033e-4, 1.025e-4, 1.017e-4,
+                      1.008e-4)},
     ("meta", 20, 1e-12): {
         "FSDP1 2x2": (1.3547, 1.0302, 0.41616, 0.12017, 0.012903, 5.782e-3, 2.563e-3, 1.611e-3, 1.288e-3, 1.133e-3)},
     ("meta", 20, 1e-8): {
         "FSDP1 2x2": (1.3546, 1.0279, 0.20810, 0.087669, 0.026547, 9.020e-3, 5.379e-3, 3.187e-3, 2.674e-3, 2.211e-3),
         "FSDP2 4x1": (1.3543, 0.86676, 0.35721, 0.34353, 0.11896, 0.053416, 0.010956, 4.343e-3, 2.879e-3, 2.415e-3),
-        "FSDP2 1x4": (3.9338, 3.2685, 2.5939, 2.3788, 2.3688, 2.3632, 2.3611, 2.3606, 2.3604, 2.3602)},
+        "FSDP2 1x4": (3.9338, 3.2685, 2.5939, 2.3788, 2.3688, 2.3632, 2.3611, 2.3606, 2.3604, 2.3602),
+        "FSDP2 2x1": (1.3505, 0.88847, 0.16790, 0.049091, 1.428e-3, 5.324e-4, 2.380e-4, 1.530e-4, 1.192e-4, 1.133e-4),
+        "FSDP2 1x2": (4.3626, 4.5526, 2.8102, 2.5427, 2.5377, 2.5348, 2.5337, 2.5334, 2.5333, 2.5333)},
 }
 
 
@@ -98,6 +102,8 @@ class OneCurve(OnMesh):
 
     def run(self, world: World) -> bool:
         if self.all:
+            require(self.device != "cuda", "--all forks ranks on the CPU: leave --device cuda out, or run one mesh by "
+                    "torchrun")
             require(world.size == 1, f"--all forks the ranks of every mesh itself: run it without torchrun, not as one "
                     f"of {world.size}")
             return self.compare(world.say)
@@ -215,9 +221,9 @@ class OneShampoo(OneCurve):
         require(self.start >= self.freq, f"--start is {self.start}, before the first preconditioner at --freq "
                 f"{self.freq}: give --start {self.freq} or more")
         return OptimConfig(
-            name="shampoo", rule="matrices: shampoo, embeddings: shampoo, norms: shampoo", lr=self.lr, beta2=0.999,
-            eps=1e-12, weight_decay=1e-5, shampoo=ShampooConfig(
-                precondition_frequency=self.freq, start_preconditioning_step=self.start, graft_eps=self.graft_eps,
+            name="shampoo", rule="matrices: shampoo, embeddings: shampoo, norms: shampoo", lr=self.lr, min_lr=0.0,
+            beta2=0.999, eps=self.graft_eps, weight_decay=1e-5, shampoo=ShampooConfig(
+                precondition_frequency=self.freq, start_preconditioning_step=self.start, epsilon=1e-12,
                 max_preconditioner_dim=self.max_preconditioner_dim))
 
     def logged(self):
@@ -229,4 +235,4 @@ class OneMuon(OneCurve):
     """Muon, with AdamW for embeddings, head and norms, learns one sentence; its losses must not depend on the mesh."""
 
     def optim(self) -> OptimConfig:
-        return OptimConfig(name="muon", lr=self.lr, muon=MuonConfig(ns_dtype=self.dtype))
+        return OptimConfig(name="muon", lr=self.lr, min_lr=0.0, muon=MuonConfig(ns_dtype=self.dtype))

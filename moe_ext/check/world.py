@@ -70,7 +70,7 @@ class OnMesh(Command):
 
     def sizes(self, ranks: int) -> tuple[int, int, int, int]:
         """(dp, shard, tp, ep) for a world of `ranks`; ConfigError if they do not fill it."""
-        shard = self.shard or max(1, ranks // (self.dp * self.tp))
+        shard = self.shard or max(1, ranks // max(1, self.dp * self.tp))
         require(self.dp * shard * self.tp == ranks, f"DP {self.dp} * SHARD {shard} * TP {self.tp} = "
                 f"{self.dp * shard * self.tp}, but there are {ranks} ranks: change --nproc-per-node or the sizes")
         return self.dp, shard, self.tp, self.ep
