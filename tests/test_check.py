@@ -14,7 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed.run import get_args_parser
 
+from moe_ext.check.__main__ import COMMANDS
 from moe_ext.check.all_to_all import AllToAll, draw_splits
 from moe_ext.check.dmoe import Dmoe
 from moe_ext.check.env import Env, faults, slowness
@@ -79,6 +81,16 @@ def test_all_to_all_notices_a_transport_that_swaps_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(TorchTransport, "rows", lambda *args: rows(*args).flip(0))
     text, fine = run_check(2, AllToAll(), tmp_path)
     assert fine == (False, False) and "TorchTransport: WRONG on ranks 0, 1" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS.values())
+def test_torchrun_takes_no_option_for_its_own(command):
+    """It reads abbreviations of its options after the module's name too, as "--start" (and "--n", which has a second
+    name, --tokens)."""
+    own = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for field in dataclasses.fields(command):
+        option = "--" + field.name.replace("_", "-")
+        assert option == "--n" or not any(name.startswith(option) for name in own), option
 
 
 def test_splits():

@@ -23,7 +23,7 @@ from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import backward, build
 
 TINY = dict(dim=32, heads=4, layers=1, lr=1e-2, steps=40, dtype="fp64")
-SHAMPOO = OneShampoo(**TINY, freq=10, start=10)
+SHAMPOO = OneShampoo(**TINY, freq=10)
 CURVE = re.compile(r"^\((\d+)th step\) loss: (\S+)$", re.MULTILINE)
 
 
@@ -72,14 +72,14 @@ def test_a_public_log_stands_beside_its_own_settings(monkeypatch):
     monkeypatch.setattr(optimizers, "MESHES", optimizers.MESHES[:1])
     assert all(len(curve) == 10 for curves in LOG.values() for curve in curves.values())
     assert OneShampoo(init="meta", graft_eps=1e-8).logged()["FSDP2 1x4"][-1] == 2.3602
-    assert not OneShampoo(freq=20, start=40).logged() and not OneMuon().logged()
-    text, fine, rows = table(dataclasses.replace(SHAMPOO, freq=20, start=20, steps=20))
+    assert not OneShampoo(freq=20, start_step=40).logged() and not OneMuon().logged()
+    text, fine, rows = table(dataclasses.replace(SHAMPOO, freq=20, steps=20))
     assert "FSDP1 2x2              1.35e+00 1.03e+00\n" in text
     assert not fine and all(wrong for _, wrong in rows.values()), "20 steps are not enough"
 
 
 def test_the_logs_settings_reach_the_optimizer():
-    group, _ = build_optimizer(nn.Linear(4, 4), OneShampoo(freq=100, start=100, graft_eps=1e-8).optim()).param_groups
+    group, _ = build_optimizer(nn.Linear(4, 4), OneShampoo(freq=100, graft_eps=1e-8).optim()).param_groups
     for command in OneShampoo, OneMuon:
         assert command(lr=1e-6).config(1).optim.lr == 1e-6, "no floor of a schedule, of which there is none"
     wanted = dict(lr=1e-3, betas=(0.9, 0.999), epsilon=1e-12, weight_decay=1e-5, grafting="adam", graft_eps=1e-8,
@@ -124,8 +124,7 @@ def test_shards_as_matrices_are_noticed(monkeypatch):
 
 @pytest.mark.parametrize("command, ranks, sentence", [
     (OneShampoo(freq=0), 1, r"--freq is 0, wanted a number of steps, as 20"),
-    (OneShampoo(start=0), 1, r"--start is 0, wanted a number of steps, as 20"),
-    (OneShampoo(freq=100), 1, r"--start is 20, before .* --freq 100: give --start 100 or more"),
+    (OneShampoo(freq=100, start_step=20), 1, r"--start-step is 20, before .* --freq 100: give --start-step 100 or"),
     (OneShampoo(vocab=100), 1, r"--vocab is 100, but tokens are bytes: give 256 or more"),
     (OneShampoo(steps=0), 1, r"--steps is 0, wanted 1 or more"),
     (OneShampoo(dp=2), 1, r"DP 2 \* SHARD 1 \* TP 1 = 2, but there are 1 ranks"),

@@ -211,23 +211,22 @@ class OneShampoo(OneCurve):
     """Shampoo learns one sentence; its losses must not depend on the mesh."""
 
     freq: int = 20  # steps between two preconditioners
-    start: int = 20  # the step of the first; until then grafting's Adam alone
+    start_step: int = 0  # the step of the first; until then grafting's Adam alone; 0: as freq
     graft_eps: float = 1e-12  # of grafting's Adam; the log has 1e-12 and 1e-8
     max_preconditioner_dim: int = 8192  # matrices with more rows or columns are cut into blocks
 
     def optim(self) -> OptimConfig:
-        for name in ("freq", "start"):
-            require(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, wanted a number of steps, as 20")
-        require(self.start >= self.freq, f"--start is {self.start}, before the first preconditioner at --freq "
-                f"{self.freq}: give --start {self.freq} or more")
+        require(self.freq > 0, f"--freq is {self.freq}, wanted a number of steps, as 20")
+        require(self.start_step == 0 or self.start_step >= self.freq, f"--start-step is {self.start_step}, before the "
+                f"first preconditioner at --freq {self.freq}: give --start-step {self.freq} or more, or leave it out")
         return OptimConfig(
             name="shampoo", rule="matrices: shampoo, embeddings: shampoo, norms: shampoo", lr=self.lr, min_lr=0.0,
             beta2=0.999, eps=self.graft_eps, weight_decay=1e-5, shampoo=ShampooConfig(
-                precondition_frequency=self.freq, start_preconditioning_step=self.start, epsilon=1e-12,
+                precondition_frequency=self.freq, start_preconditioning_step=self.start_step, epsilon=1e-12,
                 max_preconditioner_dim=self.max_preconditioner_dim))
 
     def logged(self):
-        return LOG.get((self.init, self.freq, self.graft_eps), {}) if self.start == self.freq else {}
+        return LOG.get((self.init, self.freq, self.graft_eps), {}) if self.start_step in (0, self.freq) else {}
 
 
 @dataclass(frozen=True)
