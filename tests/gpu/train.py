@@ -17,7 +17,7 @@ import torch
 from moe_ext.config import TrainConfig, load
 from moe_ext.layers.fused import Draws
 from moe_ext.model import build, precision
-from moe_ext.optim import adamw, clip_grad_norm, set_learning_rate
+from moe_ext.optim import build_optimizer, clip_grad_norm, set_learning_rate
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.toml"
 
@@ -40,7 +40,7 @@ def losses(device, dtype, steps):
     model = dataclasses.replace(recipe.model, dropout=0.1, moe=dataclasses.replace(recipe.model.moe, jitter=0.01))
     config = dataclasses.replace(recipe, model=model, train=TrainConfig(device=device, dtype=dtype))
     model, device, result = build(config), torch.device(device), []
-    optimizer, begin = adamw(model, config.optim), time.perf_counter()
+    optimizer, begin = build_optimizer(model, config.optim), time.perf_counter()
     for step, (tokens, targets) in enumerate(batches(steps, recipe.train.micro_batch, config.model.seq_len), 1):
         set_learning_rate(optimizer, 1e-3 * min(1, step / 10))
         with precision(config, device):
