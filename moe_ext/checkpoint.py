@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import norm_power
+from moe_ext.optim.together import parts_of
 from moe_ext.parallel.stages import Stage
 
 FORMAT = 1
@@ -211,7 +212,7 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
     stored, tensors = together(lambda: fitting(path, state, reader, model, optimizer, config))
     states = {}
     if optimizer is not None:
-        for part in parts(optimizer):
+        for part in parts_of(optimizer):
             getattr(part, "owners", None)       # makes its process groups, which all ranks do, or none
         states = together(lambda: empty_states(path, model, optimizer, state.optimizer["states"], stored))
         tensors |= flat(states) | {name: t for name, t in generator_tensors().items() if name in stored}
@@ -364,14 +365,9 @@ def moved_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return {names[id(parameter)]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def parts(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers that are one together, or the one."""
-    return getattr(optimizer, "parts", (optimizer,))
-
-
 def class_of(optimizer: torch.optim.Optimizer) -> str:
     """"AdamW", or "AdamW + Muon": of the optimizers of all ranks, as stages may have different ones. Collective."""
-    classes = [{type(part).__name__ for part in parts(optimizer)}]
+    classes = [{type(part).__name__ for part in parts_of(optimizer)}]
     if ranks() > 1:
         own, classes = classes[0], [None] * ranks()
         dist.all_gather_object(classes, own)
@@ -380,7 +376,7 @@ def class_of(optimizer: torch.optim.Optimizer) -> str:
 
 def movers(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """NAME -> class of the optimizer that moves the parameter."""
-    return {name: type(part).__name__ for part in parts(optimizer) for name in moved_parameters(model, part)}
+    return {name: type(part).__name__ for part in parts_of(optimizer) for name in moved_parameters(model, part)}
 
 
 def flat(states: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -315,6 +315,9 @@ class ShampooConfig:
 
 
 OPTIMIZERS = "adamw", "muon", "shampoo"
+Kept = Literal["full", "bf16", "host"]  # how an optimizer keeps its state: moe_ext.optim.state
+STATES = typing.get_args(Kept)
+BF16_DECAY = 0.99       # the greatest decay of a mean that is kept in bf16
 KINDS = "matrices", "experts", "embeddings", "norms"    # of parameters: moe_ext.optim.groups.kind_of
 
 
@@ -351,7 +354,7 @@ class OptimConfig:
     # instead of that, "KIND or PATTERN of names: OPTIMIZER [FACTOR of lr], ..": the first pattern that fits, or else
     # the kind: matrices, experts, embeddings (the head too), norms (biases too); "": by name
     rule: str = ""
-    state: Literal["full", "bf16", "host"] = "full"     # kept as the parameters, rounded, or in the host's memory
+    state: Kept = "full"                # kept as the parameters, rounded, or in the host's memory
     muon: MuonConfig = field(default_factory=MuonConfig)
     shampoo: ShampooConfig = field(default_factory=ShampooConfig)
     lr: float = 1e-3                    # peak learning rate
@@ -379,9 +382,9 @@ class OptimConfig:
         require("*" not in what or what[-1] == "*", f"optim.rule {self.rule!r}: nothing is left for {what[-1]}, since "
                 "* takes all: delete one of the two")
         for name, decay in (("beta1", self.beta1), ("beta2", self.beta2), ("muon.momentum", self.muon.momentum)):
-            require(self.state != "bf16" or decay <= 0.99, f"optim.{name} is {decay}; with optim.state bf16 it must be "
-                    "at most 0.99, or what a step adds to the mean is rounded away: lower it, or set optim.state to "
-                    "host or full")
+            require(self.state != "bf16" or decay <= BF16_DECAY, f"optim.{name} is {decay}; with optim.state bf16 it "
+                    f"must be at most {BF16_DECAY}, or what a step adds to the mean is rounded away: lower it, or set "
+                    "optim.state to host or full")
         require(self.name in self.optimizers, f"optim.rule {self.rule!r} gives nothing to "
                 f"optim.name {self.name}: set optim.name to one that it has, or optim.rule to \"\"")
 

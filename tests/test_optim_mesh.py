@@ -11,8 +11,7 @@ import torch
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
-import moe_ext.optim.muon
-import moe_ext.optim.shampoo
+import moe_ext.optim.whole
 from moe_ext.config import (
     Config,
     MeshConfig,
@@ -117,8 +116,7 @@ def test_the_same_mesh_gives_the_same_bits_and_shards_taken_for_matrices_are_fou
     def body(rank):
         twice = [[ten_steps(*case) for case in cases] for _ in range(2)]
         with pytest.MonkeyPatch.context() as patch:
-            for module in (moe_ext.optim.muon, moe_ext.optim.shampoo):
-                patch.setattr(module, "Owners", shards_as_matrices)
+            patch.setattr(moe_ext.optim.whole, "Owners", shards_as_matrices)
             return *twice, [ten_steps(*case) for case in cases]
 
     for first, second, planted in run_ranks(2, body):

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from moe_ext.config import Config
 from moe_ext.model import half_dtype
+from moe_ext.optim.state import local
+from moe_ext.optim.together import parts_of
 from moe_ext.plan.roofline import DEVICES, Device
 
 
@@ -119,7 +120,7 @@ class Spending:
     measure time, with events as Timers do; on a CPU it always is, in every step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: list[str], timers: Timers, timed: bool):
-        self.parts = {type(part).__name__.lower(): part for part in getattr(optimizer, "parts", [optimizer])}
+        self.parts = {type(part).__name__.lower(): part for part in parts_of(optimizer)}
         self.timers, self.marks, self.steps = timers, {name: [] for name in names}, 0
         self.fallbacks = dict.fromkeys(names, 0)
         if timed or not timers.cuda:
@@ -141,16 +142,11 @@ class Spending:
                     for value in part.state.get(p, {}).values()] if part else []
             owners = getattr(part, "owners", None)
             self.fallbacks[name] = getattr(part, "fallbacks", 0)
-            numbers += Spent(ms / self.steps, sum(map(nbytes, kept)) / 2**20, owners.sent / 2**20 if owners else 0.0,
-                             self.fallbacks[name] - before)
+            numbers += Spent(ms / self.steps, sum(local(x).nbytes for x in kept) / 2**20,
+                             owners.sent / 2**20 if owners else 0.0, self.fallbacks[name] - before)
             marks.clear()
         self.steps = 0
         return numbers
-
-
-def nbytes(x: torch.Tensor) -> int:
-    """Of this rank's part."""
-    return (x.to_local() if isinstance(x, DTensor) else x).nbytes
 
 
 class Memory(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
-from moe_ext.optim.state import Keeping, Kept, gradient, local
+from moe_ext.optim.state import Keeping, Kept, gradient, local, loss_of
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 BUCKET = 2**26      # bytes of moments that are fetched or widened at a time
@@ -48,10 +48,7 @@ class AdamW(Keeping, torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for bucket in self.buckets(group["params"]):
                 self._step(group, bucket)

@@ -17,8 +17,8 @@ import math
 
 import torch
 
-from moe_ext.optim.owners import Owners
-from moe_ext.optim.state import Keeping, Kept, gradient, local, named
+from moe_ext.optim.state import Kept, gradient, local
+from moe_ext.optim.whole import WholeMatrices
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic, those of the Muon repository
 EPS = 1e-7
@@ -84,7 +84,7 @@ def cost(shape, steps: int = STEPS) -> float:
     return steps * (4.0 * small * small * large + 2.0 * small**3)
 
 
-class Muon(Keeping):
+class Muon(WholeMatrices):
     """Parameters of two and more dimensions, plain or DTensors of any mesh; on a mesh all its ranks step together.
 
     Arguments, defaults and results are torch.optim.Muon's; all but the last three may differ between groups.
@@ -105,17 +105,13 @@ class Muon(Keeping):
                  state: str = "full", timeout=None):
         if ns_dtype not in DTYPES:
             raise ValueError(f"Muon: ns_dtype is {ns_dtype}; it must be one of {', '.join(map(str, DTYPES))}")
-        self.keep, self.ns_dtype, self.timeout, self._owners = Kept(state), ns_dtype, timeout, None
+        self.keep, self.ns_dtype, self.timeout = Kept(state), ns_dtype, timeout
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                                       ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps,
                                       adjust_lr_fn=adjust_lr_fn))
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "ns_dtype": self.ns_dtype, "timeout": self.timeout, "_owners": None}
-
-    def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
-        self._owners = None
+        return {**super().__getstate__(), "ns_dtype": self.ns_dtype}
 
     def check(self, group: dict) -> None:
         super().check(group)
@@ -128,36 +124,21 @@ class Muon(Keeping):
             if not p.is_floating_point():
                 raise TypeError(f"Muon moves real matrices, but got {self.name_of(p)}, {p.dtype}: give it to AdamW")
 
-    @property
-    def owners(self) -> Owners:
-        """Who computes which matrix; its first use is collective."""
-        if self._owners is None:
-            names, parameters = zip(*named(self.param_groups), strict=True)
-            self._owners = Owners(list(parameters), cost, timeout=self.timeout, names=list(names))
-        return self._owners
+    def _cost(self, shape) -> float:
+        return cost(shape)
 
     def place(self, p: torch.Tensor, key: str, shape, dtype: torch.dtype) -> torch.Tensor:
         if key != "momentum_buffer" or list(shape) != list(p.shape):
             raise ValueError(f"got {key} {list(shape)}, wanted the state of Muon: momentum_buffer {list(p.shape)}")
         return self.keep.zeros(p)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Move the parameters -> what the closure gives, if there is one. TypeError for a sparse gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
-        moved = {i: pair for i, pair in enumerate(pairs) if pair[0].grad is not None}
-        for p, _ in moved.values():
-            if p.grad.layout != torch.strided:
-                raise TypeError(f"Muon: {self.name_of(p)} has a sparse gradient; wanted a dense one")
-        if not pairs:
-            return loss
-        device, grads, buffers = local(pairs[0][0]).device, {}, {}
-        self.owners.agree(moved, device)
-        for i, (p, group) in moved.items():
+    def _move(self, members, moved, device) -> None:
+        for i in moved:
+            if members[i][0].grad.layout != torch.strided:
+                raise TypeError(f"Muon: {self.name_of(members[i][0])} has a sparse gradient; wanted a dense one")
+        grads, buffers = {}, {}
+        for i in moved:
+            p, group = members[i]
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = self.keep.zeros(p)
             grads[i], buffers[i] = local(gradient(p)), local(self.state[p]["momentum_buffer"])
@@ -165,14 +146,14 @@ class Muon(Keeping):
             self.keep.put(buffer.lerp_(grads[i], 1 - group["momentum"]), buffers[i])
 
         def source(i, part):
-            group, grad = moved[i][1], grads[i]
+            group, grad = members[i][1], grads[i]
             buffer = self.keep.get(buffers[i][part], grad)
             return grad[part].lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
         def compute(matrices, wholes):
             alike, results = {}, {}
             for matrix, whole in zip(matrices, wholes, strict=True):
-                group = moved[matrix.index][1]
+                group = members[matrix.index][1]
                 how = group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"]
                 alike.setdefault((matrix.shape, how), {})[matrix] = whole
             for (_, how), several in alike.items():
@@ -180,13 +161,12 @@ class Muon(Keeping):
             return [results[matrix] for matrix in matrices]
 
         def sink(i, part, piece):
-            p, group = moved[i]
+            p, group = members[i]
             lr, values = group["lr"], local(p)[part]
             values.mul_(1 - lr * group["weight_decay"])
             values.add_(piece, alpha=-lr * ADJUSTED[group["adjust_lr_fn"] or "original"](*p.shape[-2:]))
 
         self.owners.run(source, compute, sink, dtype=self.ns_dtype, device=device, moved=moved)
-        return loss
 
 
 def check(group: dict) -> None:

@@ -50,7 +50,8 @@ import warnings
 import torch
 
 from moe_ext.optim.owners import Matrix, Owners
-from moe_ext.optim.state import Keeping, Kept, gradient, local, named
+from moe_ext.optim.state import Kept, gradient, local
+from moe_ext.optim.whole import WholeMatrices
 
 GRAFTING = "adam", "sgd", "none"
 MOMENTS = "exp_avg", "exp_avg_sq"
@@ -129,7 +130,7 @@ def compute_dtype(p: torch.Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-class Shampoo(Keeping):
+class Shampoo(WholeMatrices):
     """All parameters have one dtype and one device. A group may have its own of what stands before
     max_preconditioner_dim. step() is collective over the parameters' meshes.
 
@@ -153,7 +154,7 @@ class Shampoo(Keeping):
             raise ValueError(f"Shampoo: root_dtype: got {root_dtype}, wanted torch.float64 or torch.float32")
         self.keep, self.exact = Kept(state), Kept("full" if state == "bf16" else state)
         self.max_preconditioner_dim, self.root_dtype, self.timeout = max_preconditioner_dim, root_dtype, timeout
-        self.fallbacks, self.told, self._owners = 0, set(), None
+        self.fallbacks, self.told = 0, set()
         super().__init__(params, dict(
             lr=lr, betas=betas, epsilon=epsilon, weight_decay=weight_decay, momentum=momentum,
             use_nesterov=use_nesterov, use_decoupled_weight_decay=use_decoupled_weight_decay,
@@ -168,7 +169,7 @@ class Shampoo(Keeping):
             raise RuntimeError("Shampoo: a group added after the first step would give matrices other owners: make the "
                                "optimizer with all its groups, and load the state from a checkpoint")
         super().add_param_group(param_group)
-        self._owners, group = None, self.param_groups[-1]
+        group = self.param_groups[-1]
         if group["start_preconditioning_step"] <= 0:
             group["start_preconditioning_step"] = group["precondition_frequency"]
 
@@ -188,19 +189,20 @@ class Shampoo(Keeping):
 
     @property
     def owners(self) -> Owners:
-        """Who owns which block. The first use is collective over the parameters' meshes."""
-        if self._owners is None:
-            names, parameters = zip(*named(self.param_groups), strict=True)
-            self._owners = Owners(list(parameters), lambda shape: cost(shape, self.defaults["precondition_frequency"]),
-                                  most=self.max_preconditioner_dim, timeout=self.timeout, names=list(names))
+        known, owners = self._owners is not None, super().owners
+        if not known:
+            parameters = [p for group in self.param_groups for p in group["params"]]
             self._blocks = {p: {} for p in parameters}
-            for matrix, owner in self._owners.owned:
+            for matrix, owner in owners.owned:
                 self._blocks[parameters[matrix.index]][matrix.key] = matrix, owner
-        return self._owners
+        return owners
+
+    def _cost(self, shape) -> float:
+        return cost(shape, self.defaults["precondition_frequency"])
 
     def __getstate__(self) -> dict:
-        own = ("exact", "max_preconditioner_dim", "root_dtype", "timeout", "fallbacks", "told")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_owners": None}
+        own = ("exact", "max_preconditioner_dim", "root_dtype", "fallbacks", "told")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def loaded(self) -> None:
         """Collective. Missing roots are a warning and count as fallbacks: torch.distributed.checkpoint leaves them out
@@ -241,22 +243,12 @@ class Shampoo(Keeping):
         like = torch.empty((), dtype=compute_dtype(p), device=p.device)
         return (self.keep if what in MOMENTS else self.exact).zeros(like, shape)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        members = [(p, group) for group in self.param_groups for p in group["params"]]
-        moved = {i for i, (p, _) in enumerate(members) if p.grad is not None}
-        for p, _ in (members[i] for i in moved):
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(f"Shampoo: {self.name_of(p)}: got a sparse gradient, wanted a dense one")
-        if not members:
-            return loss
-        first, grads = members[0][0], {}
-        self.owners.agree(moved, first.device)
-        for i in sorted(moved):
+    def _move(self, members, moved, device) -> None:
+        for i in moved:
+            if members[i][0].grad.layout != torch.strided:
+                raise RuntimeError(f"Shampoo: {self.name_of(members[i][0])}: got a sparse gradient, wanted a dense one")
+        grads = {}
+        for i in moved:
             (p, group), state = members[i], self.state[members[i][0]]
             grads[i] = local(gradient(p))
             state.setdefault("step", torch.zeros(())).add_(1)
@@ -285,8 +277,7 @@ class Shampoo(Keeping):
             values.add_(piece.add_(buffer, alpha=group["momentum"]) if group["use_nesterov"] else buffer,
                         alpha=-group["lr"])
 
-        self.owners.run(source, compute, sink, dtype=compute_dtype(first), device=first.device, moved=moved)
-        return loss
+        self.owners.run(source, compute, sink, dtype=compute_dtype(members[0][0]), device=device, moved=moved)
 
     def _direction(self, p, group: dict, matrix: Matrix, grad: torch.Tensor) -> torch.Tensor:
         """P of a block, without weight decay, from its whole gradient."""

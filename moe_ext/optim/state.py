@@ -23,8 +23,8 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import DTensor
 
-KINDS = "full", "bf16", "host"
-SLOWEST = 0.99      # the greatest decay of a mean in bf16
+from moe_ext.config import BF16_DECAY, STATES
+
 # of a group of torch's AdamW, which older ones lack and __setstate__ fills in
 FILLED = {"amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
 
@@ -33,7 +33,7 @@ class Kept:
     """How one optimizer keeps its state. ValueError for another word."""
 
     def __init__(self, how: str = "full"):
-        if how not in KINDS:
+        if how not in STATES:
             raise ValueError(f"state: got {how!r}, wanted \"full\", \"bf16\" or \"host\"")
         self.how = how
 
@@ -59,8 +59,8 @@ class Kept:
     def check_decay(self, name: str, beta: float) -> None:
         """ValueError if a mean of squares with this decay would stand still: of bf16 a change of less than 2^-9 is
         lost, and with beta .999 no step changes the mean by more until a square is thrice as large."""
-        if self.how == "bf16" and beta > SLOWEST:
-            raise ValueError(f"{name}: got {beta}, wanted at most {SLOWEST} with state \"bf16\", which rounds away "
+        if self.how == "bf16" and beta > BF16_DECAY:
+            raise ValueError(f"{name}: got {beta}, wanted at most {BF16_DECAY} with state \"bf16\", which rounds away "
                              f"what a step changes: set {name} lower, or state to \"host\" or \"full\"")
 
 
@@ -126,6 +126,14 @@ class Keeping(torch.optim.Optimizer):
 
     def loaded(self) -> None:
         """After load_state_dict."""
+
+
+def loss_of(closure):
+    """What step's closure gives, with gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def local(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,12 @@
 """Several optimizers as one: each has parameters of its own, all have one state and one list of groups."""
 import torch
 
-from moe_ext.optim.state import Keeping
+from moe_ext.optim.state import Keeping, loss_of
+
+
+def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers that are one together, or the one."""
+    return optimizer.parts if isinstance(optimizer, Together) else (optimizer,)
 
 
 class Together(Keeping):
@@ -54,10 +59,7 @@ class Together(Keeping):
         return self.movers[p].place(p, key, shape, dtype)
 
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self.parts:
             part.step()
         return loss
