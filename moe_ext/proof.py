@@ -53,7 +53,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 import moe_ext
 from moe_ext import private
@@ -75,11 +74,12 @@ from moe_ext.config import (
 from moe_ext.layers.fused import site
 from moe_ext.model import GPT, set_recomputation
 from moe_ext.optim import build_optimizer, clip_grad_norm
+from moe_ext.optim.state import local
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.ranks import fork, run_ranks
 from moe_ext.parallel.schedule import SCHEDULES, Action, check
-from moe_ext.parallel.shard import box_of, initialize, parallelize
+from moe_ext.parallel.shard import initialize, own, parallelize
 from moe_ext.parallel.stages import Stage, cut, moe_rows
 
 private.require("moe_ext.proof")    # and imports it, as FSDP does at its first use: ranks are forked when it is there
@@ -442,18 +442,6 @@ class Record(NamedTuple):
     rows: list[int]                                     # that came to the experts here, forward by forward
     margin: float                                       # the smallest between the last logit chosen and the next
     orders: list[list[Action]]                          # what this stage has done, as it did it, time by time
-
-
-def own(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The box of a whole tensor that this rank holds of `like`."""
-    if isinstance(like, DTensor):
-        for dim, (first, n) in enumerate(zip(*box_of(like), strict=True)):
-            whole = whole.narrow(dim, first, n)
-    return whole
-
-
-def local(x: torch.Tensor) -> torch.Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def state(model: GPT | Stage) -> dict[str, torch.Tensor]:

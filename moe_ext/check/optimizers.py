@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from moe_ext.check.mesh import LENGTH, one_sentence
 from moe_ext.check.world import OnMesh, World
@@ -38,10 +37,11 @@ from moe_ext.config import (
 from moe_ext.layers.fused import site
 from moe_ext.model import precision
 from moe_ext.optim import build_optimizer
+from moe_ext.optim.state import local
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.ranks import run_ranks
-from moe_ext.parallel.shard import box_of, build
+from moe_ext.parallel.shard import build, own
 
 SENTENCE = "i love shampoo so much"
 BAR = 3e-3      # of the last loss, above which a run is stuck
@@ -199,11 +199,7 @@ def torch_values(gpt: nn.Module, seed: int) -> None:
                 whole.normal_(generator=draw)
             else:
                 whole.uniform_(-p.shape[1] ** -0.5, p.shape[1] ** -0.5, generator=draw)
-            if isinstance(p, DTensor):
-                start, size = box_of(p)
-                whole = whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
-                p = p.to_local()
-            p.copy_(whole)
+            local(p).copy_(own(whole, p))
 
 
 @dataclass(frozen=True)

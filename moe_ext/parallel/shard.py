@@ -170,6 +170,14 @@ def box_of(p: DTensor) -> tuple[list[int], list[int]]:
     return start, size
 
 
+def own(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The box of a whole tensor that this rank holds of `like`: all of it, if that is no DTensor."""
+    if isinstance(like, DTensor):
+        for dim, (first, n) in enumerate(zip(*box_of(like), strict=True)):
+            whole = whole.narrow(dim, first, n)
+    return whole
+
+
 def normal_box_(p, std, seed, place):
     if not isinstance(p, DTensor):      # the one rank of a stage
         return normal_(p, std, seed, place)
