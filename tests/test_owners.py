@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from moe_ext.optim.owners import Owners, assign, filled, places, traffic
+from moe_ext.optim.owners import Owners, assign, filled, parts, places, teams
 
 COPY = Replicate()
 
@@ -30,6 +30,22 @@ def layouts(sizes, shapes):
     """[(shape, placements)] -> held, shapes on a mesh of consecutive ranks."""
     ranks = range(math.prod(sizes))
     return [places(shape, ranks, sizes, placements) for shape, placements in shapes], [shape for shape, _ in shapes]
+
+
+def traffic(held, owned, itemsize):
+    """rank -> bytes that it sends to others in a trip, matrix by matrix: shards to owners, results as one."""
+    sent, teams_of = Counter(), {}
+    for matrix, owner in owned:
+        here = held[matrix.index]
+        if id(here) not in teams_of:
+            teams_of[id(here)] = {place.rank: team for team in teams(here).values() for place in team}
+        team = teams_of[id(here)][owner]
+        copy = next(place.copy for place in team if place.rank == owner)
+        for place, (_, size) in parts(matrix, team):
+            if place.rank != owner:
+                sent[owner] += math.prod(size) * itemsize
+                sent[place.rank] += (place.copy == copy) * math.prod(size) * itemsize
+    return dict(sent)
 
 
 @pytest.mark.parametrize("most", [0, 24])

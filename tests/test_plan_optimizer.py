@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from test_owners import traffic as traffic_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -149,7 +150,7 @@ def test_share_out_is_assign(name, most):
         loads, owned = optimizer.share_out(parameters, price, most)
         held = [owners.places(p.shape, range(8), p.sizes, p.placements) for p in parameters]
         assigned = owners.assign(held, [p.shape for p in parameters], price, most)
-        want, sent = np.zeros(8), owners.traffic(held, assigned, 1)
+        want, sent = np.zeros(8), traffic_of(held, assigned, 1)
         for matrix, rank in assigned:
             want[rank] += price(matrix.shape)
         assert loads == pytest.approx(want, rel=1e-12)

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]       # start, size of a part of a parameter
 Slices = tuple[slice, ...]
+BUCKET = 2**24      # elements that an owner has of a bucket, at most, or one matrix
 
 
 # ---- who owns what: pure functions, which the plan uses too ----------------------------------------------------------
@@ -151,27 +152,6 @@ def parts(matrix: Matrix, team: Iterable[Place]) -> Iterator[tuple[Place, Box]]:
             yield place, part
 
 
-def traffic(held: list[list[Place]], owned: list[tuple[Matrix, int]], itemsize: int) -> dict[int, int]:
-    """rank -> bytes that it sends to others in a trip: shards to owners, results as one."""
-    found, alike, sent = {}, {}, {}
-    for matrix, owner in owned:
-        here = held[matrix.index]
-        if id(here) not in found:
-            found[id(here)] = {place.rank: team for team in teams(here).values() for place in team}
-        team = found[id(here)][owner]
-        _, _, owners = alike.setdefault((id(team), matrix.start[-2:], matrix.shape), (matrix, team, Counter()))
-        owners[owner] += 1
-    for matrix, team, owners in alike.values():     # the first of those of which each rank has as much
-        volume = Counter({place.rank: math.prod(size) for place, (_, size) in parts(matrix, team)})
-        gathered = Counter()                        # from each copy
-        for place in team:
-            gathered[place.copy] += owners[place.rank]
-        for rank, copy in ((place.rank, place.copy) for place in team):
-            elements = volume[rank] * (gathered[copy] - owners[rank]) + owners[rank] * (volume.total() - volume[rank])
-            sent[rank] = sent.get(rank, 0) + elements * itemsize
-    return sent
-
-
 def meet(a: Box, b: Box) -> Box | None:
     """What two boxes have in common; None: nothing."""
     start = tuple(map(max, a[0], b[0]))
@@ -225,7 +205,7 @@ class Owners:
     """
 
     def __init__(self, parameters: list[torch.Tensor], cost: Callable[[tuple[int, ...]], float], *, most: int = 0,
-                 bucket: int = 2**24, timeout=None, names: list[str] | None = None):
+                 bucket: int = BUCKET, timeout=None, names: list[str] | None = None):
         self.rank, self.sent = dist.get_rank() if dist.is_initialized() else 0, 0
         self.names = names or [f"parameter {i} of shape {list(p.shape)}" for i, p in enumerate(parameters)]
         held = self._held(parameters)

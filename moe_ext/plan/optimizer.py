@@ -22,7 +22,8 @@ from moe_ext.config import Config, MeshConfig, ModelConfig, OptimConfig
 from moe_ext.model import GPT
 from moe_ext.optim import adamw, build_optimizer, muon, shampoo
 from moe_ext.optim.groups import choices
-from moe_ext.optim.owners import matrices, places
+from moe_ext.optim.owners import BUCKET, matrices, places
+from moe_ext.optim.together import parts_of
 from moe_ext.parallel.shard import dense_dim, experts_dim
 from moe_ext.parallel.tensor import COLUMNS, ROWS
 from moe_ext.plan.shares import Pieces, ends, first_piece, parts, stages, widths
@@ -30,18 +31,19 @@ from moe_ext.plan.shares import Pieces, ends, first_piece, parts, stages, widths
 
 # ---- which optimizer moves what, and where it lies -------------------------------------------------------------------
 @functools.lru_cache(maxsize=8)
-def chosen(model: ModelConfig, optim: OptimConfig) -> dict[str, list[str]]:
-    """Optimizer -> names of its parameters, in its order. Errors: ConfigError if optim.rule forgets one."""
-    optimizer = build_optimizer(GPT(model, device="meta"), optim)
-    return {type(part).__name__: [name for group in part.param_groups for name in group["param_names"]]
-            for part in getattr(optimizer, "parts", [optimizer])}
+def chosen(model: ModelConfig, optim: OptimConfig) -> dict[str, dict[str, str]]:
+    """Optimizer -> name -> kind of its parameters, in its order. Errors: ConfigError if optim.rule forgets one."""
+    gpt = GPT(model, device="meta")
+    choice = choices(gpt, optim)
+    return {type(part).__name__: {name: choice[name].kind for group in part.param_groups
+                                  for name in group["param_names"]}
+            for part in parts_of(build_optimizer(gpt, optim))}
 
 
 def movers(config: Config) -> dict[str, str]:
     """Optimizer -> what it moves: {"Muon": "matrices, experts", "AdamW": "embeddings, norms"}."""
-    choice = choices(GPT(config.model, device="meta"), config.optim)
-    return {optimizer: ", ".join(dict.fromkeys(choice[name].kind for name in names))
-            for optimizer, names in reversed(chosen(config.model, config.optim).items())}
+    return {optimizer: ", ".join(dict.fromkeys(kind.values()))
+            for optimizer, kind in reversed(chosen(config.model, config.optim).items())}
 
 
 def kept(config: Config) -> str:
@@ -333,7 +335,6 @@ def trip(owned: list[Owned], item: int) -> np.ndarray:
                             for experts in (False, True)])
 
 
-BUCKET = 2**24          # elements that an owner has in a bucket, at most, or one matrix: Owners' own
 NEWTON_SCHULZ = 8       # as large as a bucket: wholes, stack, x twice, two gram matrices, results, the last ones
 DIRECTION = 4           # wholes, results, the last ones, and a block's moments and step
 EIGH = 6                # as large as a factor: it, its eigenvectors, two products, two of workspace
