@@ -104,9 +104,11 @@ DECISIVE = {
 def check_optimizers(path: Path, state: State, config: Config) -> None:
     """CheckpointError if a parameter had another optimizer in the run of a checkpoint, or other state of the same one,
     which is of no use to that of `config`."""
-    saved, model = state.config.get("optim", {}), GPT(config.model, device="meta")
-    known = {f.name for f in dataclasses.fields(OptimConfig)}
+    saved, known = state.config.get("optim", {}), {f.name for f in dataclasses.fields(OptimConfig)}
     before = build(OptimConfig, {name: value for name, value in saved.items() if name in known})
+    if before == config.optim:
+        return
+    model = GPT(config.model, device="meta")
     there, here = (optimizer_choices(model, optim) for optim in (before, config.optim))
     new_run = f"or start a new run with these weights: --weights {path}"
     for name in there:

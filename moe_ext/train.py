@@ -96,7 +96,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     for path, mine, its in zip((config.data.train, *paths.values()), here, there, strict=True):
         require(mine == its, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use "
                 "storage that they share")
-    checkpoint.together(lambda: check_rule(GPT(config.model, device="meta"), config.optim))
+    if config.optim.rule:       # without one every parameter has its optimizer
+        checkpoint.together(lambda: check_rule(GPT(config.model, device="meta"), config.optim))
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)

@@ -85,8 +85,8 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: boo
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
     def decays(name, parameter):
-        matrix = parameter.ndim >= 2 and not BIAS.search(name)
-        return matrix and (decay_embeddings or id(parameter) not in tables)
+        table = id(parameter) in tables
+        return kind_of(name, parameter.ndim, table) != "norms" and (decay_embeddings or not table)
 
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = []
