@@ -21,6 +21,7 @@ typedef struct {                // one call: the arguments and what is derived f
     const moe_expert_args  *a;
     const moe_expert_grads *g;
     bool     f64, gated;
+    gemm_kind kind;
     int      real_type;
     int64_t  size, real, U, pieces;                     // pieces: column tiles of F, each with its part of ds
     gemm_grid up, down;                                 // tiles [p, F] and [p, D]
@@ -32,17 +33,18 @@ typedef struct {                // one call: the arguments and what is derived f
 
 static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
     call c = {.a = a, .g = g, .f64 = a->dtype == MOE_F64, .gated = moe_act_gated(a->act), .size = moe_size(a->dtype)};
+    c.kind      = moe_gemm_kind(a->dtype);
     c.real_type = c.f64 ? MOE_F64 : MOE_F32;
     c.real      = moe_real_size(a->dtype);
     c.U         = c.gated ? 2 * a->F : a->F;
     const int64_t first_sum = a->D, parts = c.gated && !g ? 2 : 1;
-    c.up     = (gemm_grid){a->E, a->F, gemm_columns(c.f64, a->F, first_sum, (int)parts), -1, a->bins_E};
-    c.down   = (gemm_grid){a->E, a->D, gemm_columns(c.f64, a->D, a->F, 1), -1, a->bins_E};
+    c.up     = (gemm_grid){a->E, a->F, gemm_columns(c.kind, a->F, first_sum, (int)parts), -1, a->bins_E};
+    c.down   = (gemm_grid){a->E, a->D, gemm_columns(c.kind, a->D, a->F, 1), -1, a->bins_E};
     c.pieces = (a->F + c.up.columns - 1) / c.up.columns;
     if (g) {
-        c.ddown = gemm_wgrad_grid(c.f64, a->E, a->D, a->F, a->bins_E, g->ddown_EDF);
-        c.dgate = gemm_wgrad_grid(c.f64, a->E, a->F, a->D, a->bins_E, g->dgate_EFD);
-        if (c.gated) c.dup = gemm_wgrad_grid(c.f64, a->E, a->F, a->D, a->bins_E, g->dup_EFD);
+        c.ddown = gemm_wgrad_grid(c.kind, a->E, a->D, a->F, a->bins_E, g->ddown_EDF);
+        c.dgate = gemm_wgrad_grid(c.kind, a->E, a->F, a->D, a->bins_E, g->dgate_EFD);
+        if (c.gated) c.dup = gemm_wgrad_grid(c.kind, a->E, a->F, a->D, a->bins_E, g->dup_EFD);
     }
     return c;
 }
@@ -61,7 +63,7 @@ static int64_t carve(call *c, void *workspace) {
     c->out = take(workspace, &used, !g || g->dx_RD, a->N * a->D * c->real);
     c->dh  = take(workspace, &used, dh, a->N * c->U * c->real);
     c->ds  = take(workspace, &used, g && g->dweights_RK, a->N * c->pieces * c->real);
-    c->scratch = take(workspace, &used, true, moe_threads() * gemm_scratch_size(c->f64));
+    c->scratch = take(workspace, &used, true, moe_threads() * gemm_scratch_size(c->kind));
     return used;
 }
 
@@ -135,7 +137,7 @@ static void up_tile(const void *arg, int64_t task, void *scratch) {
     const moe_expert_args *a = c->a;
     const gemm_task t = gemm_grid_task(&c->up, task);
     const gemm_product g = {
-        .f64 = c->f64, .m = t.m, .n = t.n, .k = a->D, .parts = c->gated ? 2 : 1,
+        .kind = c->kind, .m = t.m, .n = t.n, .k = a->D, .parts = c->gated ? 2 : 1,
         .a = gathered(c, a->x_RD, t.begin + t.i, false),
         .b = {{a->dtype, matrix_at(c, a->gate_EFD, t.e, t.j, 0), .si = a->gate_EFD.sr, .sk = a->gate_EFD.sc},
               {a->dtype, matrix_at(c, a->up_EFD, t.e, t.j, 0), .si = a->up_EFD.sr, .sk = a->up_EFD.sc}},
@@ -151,7 +153,7 @@ static void down_tile(const void *arg, int64_t task, void *scratch) {
     const gemm_task t = gemm_grid_task(&c->down, task);
     const int64_t p = t.begin + t.i;
     const gemm_product g = {
-        .f64 = c->f64, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
+        .kind = c->kind, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
         .a = {c->real_type, c->act + p * a->F * c->real, .si = a->F, .sk = 1},
         .b = {{a->dtype, matrix_at(c, a->down_EDF, t.e, t.j, 0), .si = a->down_EDF.sr, .sk = a->down_EDF.sc}},
         .c = c->out + (p * a->D + t.j) * c->real, .ldc = a->D,
@@ -191,8 +193,8 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
     gemm_huge_pages(workspace, carve(&c, workspace));
     gemm_huge_pages(h_NU, a->N * c.U * c.size);
     c.y = y_RD, c.h = h_NU;
-    gemm_run(gemm_grid_tasks(&c.up), up_tile, &c, c.scratch, gemm_scratch_size(c.f64));
-    gemm_run(gemm_grid_tasks(&c.down), down_tile, &c, c.scratch, gemm_scratch_size(c.f64));
+    gemm_run(gemm_grid_tasks(&c.up), up_tile, &c, c.scratch, gemm_scratch_size(c.kind));
+    gemm_run(gemm_grid_tasks(&c.down), down_tile, &c, c.scratch, gemm_scratch_size(c.kind));
     moe_parallel(a->R, moe_row_grain(a->K * a->D), sum_slots, &c);
     return MOE_OK;
 }
@@ -233,7 +235,7 @@ static void dact_tile(const void *arg, int64_t task, void *scratch) {
     const moe_expert_args *a = c->a;
     const gemm_task t = gemm_grid_task(&c->up, task);
     const gemm_product g = {
-        .f64 = c->f64, .m = t.m, .n = t.n, .k = c->ds || c->dh ? a->D : 0, .parts = 1,
+        .kind = c->kind, .m = t.m, .n = t.n, .k = c->ds || c->dh ? a->D : 0, .parts = 1,
         .a = gathered(c, c->g->dy_RD, t.begin + t.i, false),
         .b = {{a->dtype, matrix_at(c, a->down_EDF, t.e, 0, t.j), .si = a->down_EDF.sc, .sk = a->down_EDF.sr}},
         .emit = emit_dact, .job = c, .task = &t,
@@ -247,7 +249,7 @@ static void dx_tile(const call *c, int64_t task, void *scratch) {
     const gemm_task t = gemm_grid_task(&c->down, task);
     const int64_t p = t.begin + t.i;
     gemm_product g = {
-        .f64 = c->f64, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
+        .kind = c->kind, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
         .a = {c->real_type, c->dh + p * c->U * c->real, .si = c->U, .sk = 1},
         .b = {{a->dtype, matrix_at(c, a->gate_EFD, t.e, 0, t.j), .si = a->gate_EFD.sc, .sk = a->gate_EFD.sr}},
         .c = c->out + (p * a->D + t.j) * c->real, .ldc = a->D,
@@ -354,7 +356,7 @@ int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe
     prepare(&c, g->dgate_EFD, a->F, a->D);
     prepare(&c, g->dup_EFD, a->F, a->D);
     c.h_in = g->h_NU, c.y = g->dx_RD;
-    const int64_t scratch_size = gemm_scratch_size(c.f64);
+    const int64_t scratch_size = gemm_scratch_size(c.kind);
     const second_tasks n = second_tasks_of(&c);
     if (c.act || c.dh || c.ds) gemm_run(gemm_grid_tasks(&c.up), dact_tile, &c, c.scratch, scratch_size);
     gemm_run(n.dx + n.ddown + n.dgate + n.dup + a->E, second_tile, &c, c.scratch, scratch_size);

@@ -3,18 +3,22 @@
 //   moe_grouped_gemm         y_RO[bin e] = x_RI[bin e] w_EIO[e]           ragged rows
 //   moe_grouped_gemm_wgrad   dw_EIO[e]   = x_RI[bin e]^T dy_RO[bin e]     ragged sum
 //
-// The contract of a packed panel (everything in `real`; MR and NR belong to the micro-kernel, moe_k->gemm):
+// The contract of a packed panel (MR and NR belong to the micro-kernel, moe_k->gemm[kind]; k counts steps of the sum):
 //
-//             NR columns                   a panel of A holds MR rows, k after k:     A[p*MR + i] = a(i, p)
-//         k  +----------+                  a panel of B holds NR columns likewise:    B[p*NR + j] = b(j, p)
-//            | B panel  |  in L1           run(k, A, B, C):   C[i,j] (+)= sum_p A[p*MR + i] B[p*NR + j]
-//            +----------+
-//      k          |                        Rows and columns that a panel has too many of are zeros, and their sums go
-//    +-----+ +----v-----+                  to a tile that is thrown away: a run never writes outside C.
+//             NR columns                   GEMM_F32, GEMM_F64, in real:
+//         k  +----------+                    a panel of A holds MR rows, k after k:     A[p*MR + i] = a(i, p)
+//            | B panel  |  in L1             a panel of B holds NR columns likewise:    B[p*NR + j] = b(j, p)
+//            +----------+                  GEMM_BF16, in bf16:
+//      k          |                          A is row by row:                           A[i*k + p] = a(i, p)
+//    +-----+ +----v-----+                    B in pairs of steps, a pair in 4 bytes:    B[(p/2*NR + j)*2 + p%2] = b(j, p)
 //    | A   |>| C tile   |  MR rows,
-//    |panel| | registers|                  Packing also gathers rows by index, widens 16-bit storage, and turns
-//    +-----+ +----------+                  whichever stride is 1 into consecutive loads.
+//    |panel| | registers|                  run(rows, k, A, B, C):   C[i,j] (+)= sum_p A(i,p) B(p,j),   i < rows <= MR
+//    +-----+ +----------+
 //     in L2
+//
+// Columns that a panel has too many of are zeros, and their sums go to a tile that is thrown away; steps are filled up
+// with zeros to a multiple of ku. Packing also gathers rows by index, widens 16-bit storage, and turns whichever stride
+// is 1 into consecutive loads.
 //
 // One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512]. Its loops, outside in:
 //   row tiles of <= 192 > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
@@ -31,9 +35,8 @@ enum {
     TASK_ROWS = 768,            // packing B is amortised, and there are still enough tasks to share out
     TILE_ROWS = 192,            // [192 x 256] of A and as much of C and B pass through a 512 KiB L2
     CHUNK     = 256,            // a panel of B, [256 x NR] floats, is half of L1 (avx2)
+    CHUNK_UNIT = 32,            // of a chunk's length: a multiple of every ku
     BYTES_B   = 4 << 20,        // 512 columns of a sum of 2048 floats; [256 x NR] at a time comes from L3 to L1
-    MAX_MR    = 16, MAX_NR = 32,
-    STAGE     = 16,             // sum indices that are packed together: their rows stay in L1
 };
 
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -44,178 +47,74 @@ static int64_t even(int64_t n, int64_t most, int64_t unit) {
     return n > 0 ? round_up(ceil_div(n, ceil_div(n, most)), unit) : unit;
 }
 
+static int64_t real_size(gemm_kind kind) { return kind == GEMM_F64 ? 8 : 4; }                              // of C
+static int64_t panel_size(gemm_kind kind) { return kind == GEMM_F64 ? 8 : kind == GEMM_F32 ? 4 : 2; }      // of A and B
+
 // -- scratch of one thread: sizes and carving in one struct ----------------------------------------------------------
 typedef struct { int64_t a, b, c, edge, stage, size; } scratch_map;
-static scratch_map scratch_layout(bool f64) {
-    const int64_t real = f64 ? 8 : 4, columns = 2 * (GEMM_COLUMNS + MAX_NR);
+static scratch_map scratch_layout(gemm_kind kind) {
+    const int64_t real = real_size(kind), columns = 2 * (GEMM_COLUMNS + GEMM_MAX_NR);
     scratch_map s = {0};
-    s.b     = s.a     + real * (TILE_ROWS + MAX_MR) * CHUNK;
+    s.b     = s.a     + real * (TILE_ROWS + GEMM_MAX_MR) * CHUNK;
     s.c     = s.b     + BYTES_B + real * CHUNK * columns;
-    s.edge  = s.c     + real * (TILE_ROWS + MAX_MR) * columns;
-    s.stage = s.edge  + real * MAX_MR * MAX_NR;
-    s.size  = s.stage + real * STAGE * columns;
+    s.edge  = s.c     + real * (TILE_ROWS + GEMM_MAX_MR) * columns;
+    s.stage = s.edge  + real * GEMM_MAX_MR * GEMM_MAX_NR;
+    s.size  = s.stage + real * GEMM_STAGE * columns;
     return s;
 }
-int64_t gemm_scratch_size(bool f64) { return gemm_align(scratch_layout(f64).size); }
+int64_t gemm_scratch_size(gemm_kind kind) { return gemm_align(scratch_layout(kind).size); }
 
 // Fewer columns for a long sum, as long as that keeps B packed over the row tiles.
-int64_t gemm_columns(bool f64, int64_t n, int64_t k, int parts) {
-    const int64_t nr = moe_k->gemm[f64].nr, fit = BYTES_B / ((f64 ? 8 : 4) * (k > 0 ? k : 1));
+int64_t gemm_columns(gemm_kind kind, int64_t n, int64_t k, int parts) {
+    const int64_t nr = moe_k->gemm[kind].nr, fit = BYTES_B / (panel_size(kind) * (k > 0 ? k : 1));
     const int64_t most = GEMM_COLUMNS / parts / nr * nr, least = most / 2 / nr * nr;
     return even(n, fit >= most * parts || fit < least * parts ? most : round_up(fit / parts - nr + 1, nr), nr);
 }
 
-// -- packing ---------------------------------------------------------------------------------------------------------
-typedef float v4 __attribute__((vector_size(16)));
-typedef int   i4 __attribute__((vector_size(16)));
-
-static const char *factor_at(const gemm_factor *f, int64_t i, int64_t k) {
-    if (f->index) {
-        if (f->index_on_k) k = f->index[k] / f->index_div;
-        else               i = f->index[i] / f->index_div;
-    }
-    return f->p + (i * f->si + k * f->sk) * moe_size(f->dtype);
-}
-
-// dst[k*width + r] = row[r][k] for r < rows, k < n; the rest of the width is left.
-static void transpose_f32(int64_t rows, int64_t n, const float *const *row, int64_t width, float *dst) {
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += r + 4 <= rows ? 4 : 2) {
-        const bool four = r + 4 <= rows;
-        const float *r0 = row[r], *r1 = row[r + 1], *r2 = four ? row[r + 2] : r0, *r3 = four ? row[r + 3] : r1;
-        int64_t k = 0;
-        for (; k + 4 <= n; k += 4) {
-            v4 x0, x1, x2, x3;
-            memcpy(&x0, r0 + k, 16), memcpy(&x1, r1 + k, 16), memcpy(&x2, r2 + k, 16), memcpy(&x3, r3 + k, 16);
-            const v4 a = __builtin_shuffle(x0, x1, (i4){0, 4, 1, 5}), b = __builtin_shuffle(x0, x1, (i4){2, 6, 3, 7});
-            const v4 c = __builtin_shuffle(x2, x3, (i4){0, 4, 1, 5}), d = __builtin_shuffle(x2, x3, (i4){2, 6, 3, 7});
-            const v4 y[4] = {
-                __builtin_shuffle(a, c, (i4){0, 1, 4, 5}), __builtin_shuffle(a, c, (i4){2, 3, 6, 7}),
-                __builtin_shuffle(b, d, (i4){0, 1, 4, 5}), __builtin_shuffle(b, d, (i4){2, 3, 6, 7}),
-            };
-            float *to = dst + k * width + r;
-            if (four) for (int l = 0; l < 4; l++) memcpy(to + l * width, &y[l], 16);
-            else      for (int l = 0; l < 4; l++) memcpy(to + l * width, &y[l], 8);
-        }
-        for (; k < n; k++)
-            for (int l = 0; l < (four ? 4 : 2); l++) dst[k * width + r + l] = row[r + l][k];
-    }
-    if (r < rows) for (int64_t k = 0; k < n; k++) dst[k * width + r] = row[r][k];
-}
-static void transpose_f64(int64_t rows, int64_t n, const double *const *row, int64_t width, double *dst) {
-    for (int64_t k = 0; k < n; k++)
-        for (int64_t r = 0; r < rows; r++) dst[k * width + r] = row[r][k];
-}
-
-static inline __attribute__((always_inline))
-void copy_pieces(int64_t n, const char *const *src, int64_t offset, int64_t bytes, char *dst, int64_t width) {
-    for (int64_t k = 0; k < n; k++) memcpy(dst + k * width, src[k] + offset, (size_t)bytes);
-}
-// A constant size makes each memcpy a few instructions; these are the panels of the three instruction sets.
-static void copy_panel(int64_t n, const char *const *src, int64_t offset, int64_t bytes, char *dst, int64_t width) {
-#define PANEL(size) case size: copy_pieces(n, src, offset, size, dst, width); break;
-    switch (bytes) {
-    PANEL(16) PANEL(24) PANEL(32) PANEL(48) PANEL(56) PANEL(64) PANEL(112) PANEL(128)
-    default: copy_pieces(n, src, offset, bytes, dst, width);
-    }
-#undef PANEL
-}
-
-// Packs elements (i0 .. i0+m, k0 .. k0+n) into panels of `width`; panel s begins at dst + s*width*n.
-// si = 1: for each k the elements of all panels lie side by side: copied.
-static void pack_along_i(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n,
-                         int64_t width, char *stage, char *dst) {
-    const bool widen = moe_size(f->dtype) != real;
-    for (int64_t k = 0; k < n; k += STAGE) {
-        const int64_t some = min64(STAGE, n - k);
-        const char *src[STAGE];
-        for (int64_t l = 0; l < some; l++) {
-            src[l] = factor_at(f, i0, k0 + k + l);
-            if (widen) {
-                moe_k->load(f->dtype, m, src[l], stage + l * m * real);
-                src[l] = stage + l * m * real;
-            }
-        }
-        for (int64_t i = 0; i < m; i += width)
-            copy_panel(some, src, i * real, min64(width, m - i) * real, dst + (i * n + k * width) * real, width * real);
-    }
-}
-// sk = 1: each i is a row along the sum: transposed, 4 x 4 at a time.
-static void pack_along_k(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n,
-                         int64_t width, char *stage, char *dst) {
-    const bool widen = moe_size(f->dtype) != real;
-    for (int64_t i = 0; i < m; i += width) {
-        const int64_t rows = min64(width, m - i);
-        const void *row[MAX_NR];
-        for (int64_t r = 0; r < rows; r++) row[r] = factor_at(f, i0 + i + r, k0);
-        if (widen)
-            for (int64_t r = 0; r < rows; r++) {
-                moe_k->load(f->dtype, n, row[r], stage + r * n * real);
-                row[r] = stage + r * n * real;
-            }
-        if (real == 8) transpose_f64(rows, n, (const double *const *)row, width, (double *)dst + i * n);
-        else           transpose_f32(rows, n, (const float *const *)row, width, (float *)dst + i * n);
-    }
-}
-// No stride is 1: element by element.
-static void pack_strided(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n,
-                         int64_t width, char *dst) {
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t k = 0; k < n; k++)
-            moe_k->load(f->dtype, 1, factor_at(f, i0 + i, k0 + k),
-                        dst + ((i - i % width) * n + k * width + i % width) * real);
-}
-static void pack(const gemm_factor *f, int64_t real, int64_t i0, int64_t m, int64_t k0, int64_t n, int64_t width,
-                 char *stage, char *dst) {
-    if (m % width) memset(dst + (m - m % width) * n * real, 0, (size_t)(width * n * real));
-    const bool rows_on_k = f->index && f->index_on_k, rows_on_i = f->index && !f->index_on_k;
-    if (f->si == 1 && !rows_on_i)      pack_along_i(f, real, i0, m, k0, n, width, stage, dst);
-    else if (f->sk == 1 && !rows_on_k) pack_along_k(f, real, i0, m, k0, n, width, stage, dst);
-    else                               pack_strided(f, real, i0, m, k0, n, width, dst);
-}
-
 // -- one task --------------------------------------------------------------------------------------------------------
 // C[rows, n] (+)= A B over one chunk of the sum; panels of B outside, so that each is read from L1 by all panels of A.
-static void multiply_panels(bool f64, int64_t rows, int64_t n, int64_t k, const char *a, const char *b,
+static void multiply_panels(gemm_kind kind, int64_t rows, int64_t n, int64_t k, const char *a, const char *b,
                             char *c, int64_t ldc, bool accumulate, char *edge) {
-    const int64_t real = f64 ? 8 : 4, mr = moe_k->gemm[f64].mr, nr = moe_k->gemm[f64].nr;
+    const moe_gemm *const gemm = &moe_k->gemm[kind];
+    const int64_t real = real_size(kind), panel = k * panel_size(kind), mr = gemm->mr, nr = gemm->nr;
     for (int64_t j = 0; j < n; j += nr)
         for (int64_t i = 0; i < rows; i += mr) {
             char *to = c + (i * ldc + j) * real;
             const int64_t height = min64(mr, rows - i), width = min64(nr, n - j);
             for (int64_t r = 0; r < height; r++) __builtin_prefetch(to + r * ldc * real, 1);    // needed after the sum
-            if (height == mr && width == nr) {
-                moe_k->gemm[f64].run(k, a + i * k * real, b + j * k * real, to, ldc, accumulate);
+            if (width == nr) {
+                gemm->run(height, k, a + i * panel, b + j * panel, to, ldc, accumulate);
                 continue;
             }
             for (int64_t r = 0; accumulate && r < height; r++)
                 memcpy(edge + r * nr * real, to + r * ldc * real, (size_t)(width * real));
-            moe_k->gemm[f64].run(k, a + i * k * real, b + j * k * real, edge, nr, accumulate);
+            gemm->run(height, k, a + i * panel, b + j * panel, edge, nr, accumulate);
             for (int64_t r = 0; r < height; r++)
                 memcpy(to + r * ldc * real, edge + r * nr * real, (size_t)(width * real));
         }
 }
 
 void gemm_multiply(const gemm_product *g, void *scratch) {
-    const int64_t real = g->f64 ? 8 : 4, mr = moe_k->gemm[g->f64].mr, nr = moe_k->gemm[g->f64].nr;
-    const scratch_map at = scratch_layout(g->f64);
-    char *const s = scratch, *const a = s + at.a, *const stage = s + at.stage, *const edge = s + at.edge;
-    const int64_t part = round_up(g->n, nr), columns = g->parts * part;
-    const bool keep_b = g->k * columns * real <= BYTES_B;
-    const int64_t tile = even(g->m, TILE_ROWS, mr), chunk = even(g->k, CHUNK, 8);
+    const moe_gemm *const gemm = &moe_k->gemm[g->kind];
+    const int64_t real = real_size(g->kind), size = panel_size(g->kind), mr = gemm->mr, nr = gemm->nr;
+    const scratch_map at = scratch_layout(g->kind);
+    char *const s = scratch, *const a = s + at.a, *const edge = s + at.edge, *const stage = s + at.stage;
+    const int64_t part = round_up(g->n, nr), columns = g->parts * part, padded = round_up(g->k, gemm->ku);
+    const bool keep_b = columns * padded * size <= BYTES_B;                         // over the row tiles
+    const int64_t tile = even(g->m, TILE_ROWS, mr), chunk = even(g->k, CHUNK, CHUNK_UNIT);
     for (int64_t i = 0; i < g->m; i += tile) {
         const int64_t rows = min64(tile, g->m - i), ldc = g->c ? g->ldc : columns;
         char *const c = g->c ? (char *)g->c + i * ldc * real : s + at.c;
         int64_t k = 0;
         do {                                            // once even for an empty sum, which writes zeros
-            const int64_t n = min64(chunk, g->k - k);
-            char *const b = s + at.b + (keep_b ? k * columns * real : 0);
+            const int64_t n = min64(chunk, g->k - k), steps = round_up(n, gemm->ku);
+            char *const b = s + at.b + (keep_b ? k * columns * size : 0);
             if (i == 0 || !keep_b)
                 for (int q = 0; q < g->parts; q++)
-                    pack(&g->b[q], real, 0, g->n, k, n, nr, stage, b + q * part * n * real);
-            pack(&g->a, real, i, rows, k, n, mr, stage, a);
+                    gemm->pack_b(&g->b[q], 0, g->n, k, n, stage, b + q * part * steps * size);
+            gemm->pack_a(&g->a, i, rows, k, n, stage, a);
             for (int q = 0; q < g->parts; q++)
-                multiply_panels(g->f64, rows, g->n, n, a, b + q * part * n * real, c + q * part * real, ldc,
+                multiply_panels(g->kind, rows, g->n, steps, a, b + q * part * steps * size, c + q * part * real, ldc,
                                 k > 0 || g->accumulate, edge);
             k += chunk;
         } while (k < g->k);
@@ -292,7 +191,7 @@ static void forward_tile(const void *arg, int64_t task, void *scratch) {
     const int64_t size = moe_size(job->dtype), row = t.begin + t.i;
     const moe_mat w = job->w;
     gemm_product g = {
-        .f64 = job->dtype == MOE_F64, .m = t.m, .n = t.n, .k = job->I, .parts = 1,
+        .kind = moe_gemm_kind(job->dtype), .m = t.m, .n = t.n, .k = job->I, .parts = 1,
         .a = {job->dtype, job->x + row * job->I * size, .si = job->I, .sk = 1},
         .b = {{job->dtype, (char *)w.p + (t.e * w.se + t.j * w.sc) * size, .si = w.sc, .sk = w.sr}},
         .emit = emit_rows, .job = job, .task = &t,
@@ -315,16 +214,16 @@ static int check(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, const in
 
 size_t moe_grouped_gemm_workspace(int dtype, int64_t R, int64_t E, int64_t I, int64_t O) {
     (void)R, (void)E, (void)I, (void)O;
-    return (size_t)(moe_threads() * gemm_scratch_size(dtype == MOE_F64));
+    return (size_t)(moe_threads() * gemm_scratch_size(moe_gemm_kind(dtype)));
 }
 int moe_grouped_gemm(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, const void *x_RI, moe_mat w_EIO,
                      const int32_t *bins_E, void *workspace, void *y_RO) {
     const int status = check(dtype, R, E, I, O, bins_E);
     if (status != MOE_OK) return status;
-    const bool f64 = dtype == MOE_F64;
-    const forward_job job = {dtype, {E, O, gemm_columns(f64, O, I, 1), -1, bins_E}, I, O, x_RI, w_EIO, y_RO};
+    const gemm_kind kind = moe_gemm_kind(dtype);
+    const forward_job job = {dtype, {E, O, gemm_columns(kind, O, I, 1), -1, bins_E}, I, O, x_RI, w_EIO, y_RO};
     gemm_huge_pages(y_RO, R * O * moe_size(dtype));
-    gemm_run(gemm_grid_tasks(&job.grid), forward_tile, &job, workspace, gemm_scratch_size(f64));
+    gemm_run(gemm_grid_tasks(&job.grid), forward_tile, &job, workspace, gemm_scratch_size(kind));
     const int64_t used = bins_E[E - 1] * O * moe_size(dtype), all = R * O * moe_size(dtype);
     if (all > used) memset((char *)y_RO + used, 0, (size_t)(all - used));
     return MOE_OK;
@@ -347,10 +246,10 @@ static void emit_matrix(const gemm_product *g, int64_t i0, int64_t rows, void *c
 }
 bool gemm_wgrad_swap(moe_mat dw) { return dw.sc != 1 && dw.sr == 1; }
 
-gemm_grid gemm_wgrad_grid(bool f64, int64_t E, int64_t I, int64_t O, const int32_t *bins_E, moe_mat dw) {
+gemm_grid gemm_wgrad_grid(gemm_kind kind, int64_t E, int64_t I, int64_t O, const int32_t *bins_E, moe_mat dw) {
     const bool swap = gemm_wgrad_swap(dw);
     const int64_t rows = swap ? O : I, n = swap ? I : O;
-    return (gemm_grid){E, n, even(n, GEMM_COLUMNS, moe_k->gemm[f64].nr), rows, bins_E};
+    return (gemm_grid){E, n, even(n, GEMM_COLUMNS, moe_k->gemm[kind].nr), rows, bins_E};
 }
 void gemm_wgrad(int dtype, gemm_task t, gemm_factor a, gemm_factor b, moe_mat dw, void *scratch) {
     if (gemm_wgrad_swap(dw)) {                          // dw^T = b^T a has its rows in one piece
@@ -363,7 +262,7 @@ void gemm_wgrad(int dtype, gemm_task t, gemm_factor a, gemm_factor b, moe_mat dw
     b.p += t.j * b.si * moe_size(b.dtype);
     const wgrad_out out = {dtype, t, dw};
     gemm_product g = {
-        .f64 = dtype == MOE_F64, .m = t.m, .n = t.n, .k = t.end - t.begin, .parts = 1,
+        .kind = moe_gemm_kind(dtype), .m = t.m, .n = t.n, .k = t.end - t.begin, .parts = 1,
         .a = a, .b = {b}, .emit = emit_matrix, .job = &out,
     };
     if (size == moe_real_size(dtype) && dw.sc == 1) {
@@ -390,9 +289,9 @@ int moe_grouped_gemm_wgrad(int dtype, int64_t R, int64_t E, int64_t I, int64_t O
                            const int32_t *bins_E, void *workspace, moe_mat dw_EIO) {
     const int status = check(dtype, R, E, I, O, bins_E);
     if (status != MOE_OK) return status;
-    const bool f64 = dtype == MOE_F64;
-    const wgrad_job job = {dtype, gemm_wgrad_grid(f64, E, I, O, bins_E, dw_EIO), I, O, x_RI, dy_RO, dw_EIO};
+    const gemm_kind kind = moe_gemm_kind(dtype);
+    const wgrad_job job = {dtype, gemm_wgrad_grid(kind, E, I, O, bins_E, dw_EIO), I, O, x_RI, dy_RO, dw_EIO};
     gemm_huge_pages(dw_EIO.p, gemm_extent(dw_EIO, E, I, O) * moe_size(dtype));
-    gemm_run(gemm_grid_tasks(&job.grid), wgrad_tile, &job, workspace, gemm_scratch_size(f64));
+    gemm_run(gemm_grid_tasks(&job.grid), wgrad_tile, &job, workspace, gemm_scratch_size(kind));
     return MOE_OK;
 }

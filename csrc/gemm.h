@@ -3,22 +3,11 @@
 #define MOE_GEMM_H
 #include "kernels.h"
 
-// One factor as the packer sees it: element (i, k) at p + (i*si + k*sk) * size, i along the panel, k along the sum.
-// With `index`, coordinate x of one axis (k if index_on_k, else i) stands for index[x] / index_div.
-typedef struct {
-    int            dtype;
-    const char    *p;
-    int64_t        si, sk;
-    const int32_t *index;
-    int64_t        index_div;
-    bool           index_on_k;
-} gemm_factor;
-
 // c[i, q*stride + j] = sum_k a(i,k) b[q](j,k) for i < m, j < n, and q < parts factors b side by side (gate and up).
 typedef struct gemm_product gemm_product;
 typedef void (*gemm_emit)(const gemm_product *g, int64_t i0, int64_t rows, void *c, int64_t ldc, int64_t part);
 struct gemm_product {
-    bool        f64;
+    gemm_kind   kind;
     int64_t     m, n, k;
     int         parts;
     gemm_factor a, b[2];
@@ -29,9 +18,9 @@ struct gemm_product {
     const void *job, *task;     // for emit
 };
 enum { GEMM_COLUMNS = 512 };            // the most columns that one product may have, all parts together
-int64_t gemm_scratch_size(bool f64);                    // bytes; 64-byte aligned
+int64_t gemm_scratch_size(gemm_kind kind);               // bytes; 64-byte aligned
 void    gemm_multiply(const gemm_product *g, void *scratch);
-int64_t gemm_columns(bool f64, int64_t n, int64_t k, int parts);       // how many columns of b to give to one product
+int64_t gemm_columns(gemm_kind kind, int64_t n, int64_t k, int parts);       // how many columns of b to give to one product
 
 // The tiles of one grouped product: of expert e, [rows x n] cut into pieces. rows: its bin's, or `fixed_rows`.
 typedef struct {
@@ -58,6 +47,6 @@ static inline int64_t gemm_extent(moe_mat w, int64_t E, int64_t rows, int64_t co
 // dw = a^T b over the rows of one task's expert, written to `dw` (any strides): a(i,k) with i < I, b(j,k) with j < O.
 // The grid runs over the factor that is to be the rows of c: gemm_wgrad_swap says whether those are b's.
 bool gemm_wgrad_swap(moe_mat dw);
-gemm_grid gemm_wgrad_grid(bool f64, int64_t E, int64_t I, int64_t O, const int32_t *bins_E, moe_mat dw);
+gemm_grid gemm_wgrad_grid(gemm_kind kind, int64_t E, int64_t I, int64_t O, const int32_t *bins_E, moe_mat dw);
 void gemm_wgrad(int dtype, gemm_task t, gemm_factor a, gemm_factor b, moe_mat dw, void *scratch);
 #endif

@@ -9,6 +9,7 @@
 //   softmax.inc   softmax_row
 //   random.inc    random_row
 //   gemm.inc      gemm_f32 gemm_f64 and the panel sizes GEMM_MR_F32 GEMM_NR_F32 GEMM_MR_F64 GEMM_NR_F64
+//   pack.inc      pack_a_f32 pack_b_f32 pack_a_f64 pack_b_f64
 // ISA_VECTOR is the vector width in bytes; a kernel written with it and without intrinsics gives the same bits when a
 // narrower machine compiles it, which is how the AVX-512 table is tested where there is no AVX-512.
 #include "kernels.h"
@@ -22,6 +23,7 @@
 #include "softmax.inc"
 #include "random.inc"
 #include "gemm.inc"
+#include "pack.inc"
 
 const moe_kernels ISA_TABLE = {
     .isa     = ISA_NAME,
@@ -35,5 +37,8 @@ const moe_kernels ISA_TABLE = {
     .dact    = act_bwd,
     .softmax = softmax_row,
     .random  = random_row,
-    .gemm    = {{GEMM_MR_F32, GEMM_NR_F32, gemm_f32}, {GEMM_MR_F64, GEMM_NR_F64, gemm_f64}},
+    .gemm    = {
+        [GEMM_F32] = {GEMM_MR_F32, GEMM_NR_F32, 1, pack_a_f32, pack_b_f32, gemm_f32},
+        [GEMM_F64] = {GEMM_MR_F64, GEMM_NR_F64, 1, pack_a_f64, pack_b_f64, gemm_f64},
+    },
 };

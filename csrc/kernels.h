@@ -1,11 +1,34 @@
 // kernels.h: the inner loops that are compiled once per instruction set, and the table that picks them at run time.
-// isa_base.c, isa_avx2.c and isa_avx512.c are the same four .inc files under other compiler flags; isa.c chooses.
-// The place of a matrix unit (AMX) is another table with its own gemm entry.
+// isa_base.c, isa_avx2.c and isa_avx512.c are the same .inc files under other compiler flags; isa.c chooses.
 // Inside the core only. "real" is double if f64 / dtype is MOE_F64, else float.
 #ifndef MOE_KERNELS_H
 #define MOE_KERNELS_H
 #include "moe.h"
 #include <stdbool.h>
+
+// One factor of a product as the packer sees it: element (i, k) at p + (i*si + k*sk) * size, i along the panel, k along the sum.
+// With `index`, coordinate x of one axis (k if index_on_k, else i) stands for index[x] / index_div.
+typedef struct {
+    int            dtype;
+    const char    *p;
+    int64_t        si, sk;
+    const int32_t *index;
+    int64_t        index_div;
+    bool           index_on_k;
+} gemm_factor;
+
+// A product by what its panels hold: float (16-bit storage is widened), double, or bf16, whose sums are float. gemm.c has
+// the contract of panels and tiles.
+typedef enum { GEMM_F32, GEMM_F64, GEMM_BF16, GEMM_KINDS } gemm_kind;
+typedef struct {
+    int   mr, nr;               // a tile of C; 0: not on this instruction set
+    int   ku;                   // a panel is filled up with zeros to a multiple of ku steps of the sum
+    void (*pack_a)(const gemm_factor *f, int64_t i0, int64_t m, int64_t k0, int64_t n, void *stage, void *a_panels);
+    void (*pack_b)(const gemm_factor *f, int64_t i0, int64_t m, int64_t k0, int64_t n, void *stage, void *b_panels);
+    // rows <= mr of C[mr,nr] (+)= A[mr,k] B[k,nr] on packed panels; k is a multiple of ku
+    void (*run)(int64_t rows, int64_t k, const void *a, const void *b, void *c, int64_t ldc, bool accumulate);
+} moe_gemm;
+enum { GEMM_MAX_MR = 32, GEMM_MAX_NR = 64, GEMM_STAGE = 16 };       // stage: GEMM_STAGE rows of what is packed, in real
 
 typedef struct {
     const char *isa;
@@ -25,11 +48,8 @@ typedef struct {
     double (*softmax)(bool f64, int64_t n, const void *x, void *p);
     // random.inc: u[0 .. n rounded up to 64) = uniform or normal numbers of columns col .. (a multiple of 4) of a row
     void   (*random)(bool normal, const moe_random_key *key, int64_t row, int64_t col, int64_t n, float *u);
-    // gemm.inc: C[mr,nr] (+)= A[k,mr]^T B[k,nr] on packed panels; see gemm.c for the contract. [0] float, [1] double
-    struct {
-        int  mr, nr;
-        void (*run)(int64_t k, const void *a_km, const void *b_kn, void *c, int64_t ldc, bool accumulate);
-    } gemm[2];
+    // pack.inc, gemm.inc
+    moe_gemm gemm[GEMM_KINDS];
 } moe_kernels;
 
 extern const moe_kernels moe_kernels_base, moe_kernels_avx2, moe_kernels_avx512;
@@ -41,5 +61,8 @@ void moe_parallel(int64_t n, int64_t grain, moe_body body, void *arg);
 static inline int64_t moe_row_grain(int64_t width) { return 16384 / (width > 1 ? width : 1) + 1; }
 
 static inline bool    moe_is_float(int dtype) { return dtype >= MOE_F64 && dtype <= MOE_F16; }
+static inline gemm_kind moe_gemm_kind(int dtype) {
+    return dtype == MOE_F64 ? GEMM_F64 : dtype == MOE_BF16 && moe_k->gemm[GEMM_BF16].mr ? GEMM_BF16 : GEMM_F32;
+}
 static inline int64_t moe_real_size(int dtype) { return dtype == MOE_F64 ? 8 : 4; }
 #endif
