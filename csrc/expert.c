@@ -10,8 +10,9 @@
 //              A gradient that is not wanted, and what only it needs, is left out: its place in the call is NULL.
 //
 // Each step is one parallel region. Rows of x and dy are gathered while they are packed; no sorted copy of them exists.
-// Saved for the backward: h_NU in storage type, nothing else. a, y, dh, sA, dx per copy live in the caller's workspace,
-// in real and in full: a tile of y would need all of F, and with it the weights again for every tile of rows.
+// Saved for the backward: h_NU in storage type, nothing else. a, y, dh, sA, dx per copy live in the caller's workspace
+// in full: a tile of y would need all of F, and with it the weights again for every tile of rows. They are real, but for
+// a, sA and dh where products take bf16: those are rounded to it.
 #include "gemm.h"
 #include <string.h>
 
@@ -22,8 +23,8 @@ typedef struct {                // one call: the arguments and what is derived f
     const moe_expert_grads *g;
     bool     f64, gated;
     gemm_kind kind;
-    int      real_type;
-    int64_t  size, real, U, pieces;                     // pieces: column tiles of F, each with its part of ds
+    int      real_type, factor_type;                    // factor: of a, sA and dh, which are factors of products
+    int64_t  size, real, factor, U, pieces;             // pieces: column tiles of F, each with its part of ds
     gemm_grid up, down;                                 // tiles [p, F] and [p, D]
     gemm_grid ddown, dgate, dup;                        // tiles of the weight gradients
     const void *h_in;
@@ -36,6 +37,8 @@ static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
     c.kind      = moe_gemm_kind(a->dtype);
     c.real_type = c.f64 ? MOE_F64 : MOE_F32;
     c.real      = moe_real_size(a->dtype);
+    c.factor_type = c.kind == GEMM_BF16 ? MOE_BF16 : c.real_type;
+    c.factor    = moe_size(c.factor_type);
     c.U         = c.gated ? 2 * a->F : a->F;
     const int64_t first_sum = a->D, parts = c.gated && !g ? 2 : 1;
     c.up     = (gemm_grid){a->E, a->F, gemm_columns(c.kind, a->F, first_sum, (int)parts), -1, a->bins_E};
@@ -59,9 +62,9 @@ static int64_t carve(call *c, void *workspace) {
     const moe_expert_grads *g = c->g;
     const bool dh = g && (g->dx_RD || g->dgate_EFD.p || g->dup_EFD.p || g->dgate_bias_EF || g->dup_bias_EF);
     int64_t used = 0;
-    c->act = take(workspace, &used, !g || g->ddown_EDF.p, a->N * a->F * c->real);
+    c->act = take(workspace, &used, !g || g->ddown_EDF.p, a->N * a->F * c->factor);
     c->out = take(workspace, &used, !g || g->dx_RD, a->N * a->D * c->real);
-    c->dh  = take(workspace, &used, dh, a->N * c->U * c->real);
+    c->dh  = take(workspace, &used, dh, a->N * c->U * c->factor);
     c->ds  = take(workspace, &used, g && g->dweights_RK, a->N * c->pieces * c->real);
     c->scratch = take(workspace, &used, true, moe_threads() * gemm_scratch_size(c->kind));
     return used;
@@ -129,7 +132,9 @@ static void emit_up(const gemm_product *g, int64_t i0, int64_t rows, void *tile_
                 moe_k->axpy(a->dtype, t->n, 1.0, bias_of(c, a->up_bias_EF, a->up_bias_se, t->e, t->j), up);
             moe_k->store(a->dtype, t->n, up, h + a->F * c->size);
         }
-        moe_k->act(c->f64, a->act, t->n, gate, up, c->act + (p * a->F + t->j) * c->real);
+        tile act;
+        moe_k->act(c->f64, a->act, t->n, gate, up, &act);
+        moe_k->store(c->factor_type, t->n, &act, c->act + (p * a->F + t->j) * c->factor);
     }
 }
 static void up_tile(const void *arg, int64_t task, void *scratch) {
@@ -154,7 +159,7 @@ static void down_tile(const void *arg, int64_t task, void *scratch) {
     const int64_t p = t.begin + t.i;
     const gemm_product g = {
         .kind = c->kind, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
-        .a = {c->real_type, c->act + p * a->F * c->real, .si = a->F, .sk = 1},
+        .a = {c->factor_type, c->act + p * a->F * c->factor, .si = a->F, .sk = 1},
         .b = {{a->dtype, matrix_at(c, a->down_EDF, t.e, t.j, 0), .si = a->down_EDF.sr, .sk = a->down_EDF.sc}},
         .c = c->out + (p * a->D + t.j) * c->real, .ldc = a->D,
     };
@@ -221,11 +226,17 @@ static void emit_dact(const gemm_product *g, int64_t i0, int64_t rows, void *til
             if (c->f64) ((double *)c->ds)[at] = ds;
             else        ((float *)c->ds)[at] = (float)ds;
         }
-        if (c->act) moe_k->scale(c->real_type, t->n, s, &act, c->act + (p * a->F + t->j) * c->real);
+        if (c->act) {
+            moe_k->scale(c->real_type, t->n, s, &act, &act);
+            moe_k->store(c->factor_type, t->n, &act, c->act + (p * a->F + t->j) * c->factor);
+        }
         if (c->dh) {
-            char *dgate = c->dh + (p * c->U + t->j) * c->real, *dup = c->gated ? dgate + a->F * c->real : NULL;
+            char *dh = c->dh + (p * c->U + t->j) * c->factor;
+            tile dgate, dup;
             moe_k->scale(c->real_type, t->n, s, da, da);
-            moe_k->dact(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, da, dgate, dup);
+            moe_k->dact(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, da, &dgate, c->gated ? &dup : NULL);
+            moe_k->store(c->factor_type, t->n, &dgate, dh);
+            if (c->gated) moe_k->store(c->factor_type, t->n, &dup, dh + a->F * c->factor);
         }
     }
 }
@@ -250,13 +261,13 @@ static void dx_tile(const call *c, int64_t task, void *scratch) {
     const int64_t p = t.begin + t.i;
     gemm_product g = {
         .kind = c->kind, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
-        .a = {c->real_type, c->dh + p * c->U * c->real, .si = c->U, .sk = 1},
+        .a = {c->factor_type, c->dh + p * c->U * c->factor, .si = c->U, .sk = 1},
         .b = {{a->dtype, matrix_at(c, a->gate_EFD, t.e, 0, t.j), .si = a->gate_EFD.sc, .sk = a->gate_EFD.sr}},
         .c = c->out + (p * a->D + t.j) * c->real, .ldc = a->D,
     };
     gemm_multiply(&g, scratch);
     if (!c->gated) return;
-    g.a.p += a->F * c->real;
+    g.a.p += a->F * c->factor;
     g.b[0] = (gemm_factor){a->dtype, matrix_at(c, a->up_EFD, t.e, 0, t.j), .si = a->up_EFD.sc, .sk = a->up_EFD.sr};
     g.accumulate = true;
     gemm_multiply(&g, scratch);
@@ -264,13 +275,13 @@ static void dx_tile(const call *c, int64_t task, void *scratch) {
 static void ddown_tile(const call *c, int64_t task, void *scratch) {
     const moe_expert_args *a = c->a;
     const gemm_task t = gemm_grid_task(&c->ddown, task);
-    const gemm_factor sa = {c->real_type, c->act + t.begin * a->F * c->real, .si = 1, .sk = a->F};
+    const gemm_factor sa = {c->factor_type, c->act + t.begin * a->F * c->factor, .si = 1, .sk = a->F};
     gemm_wgrad(a->dtype, t, gathered(c, c->g->dy_RD, t.begin, true), sa, c->g->ddown_EDF, scratch);
 }
 static void dgate_tile(const call *c, const gemm_grid *grid, moe_mat dw, int64_t column, int64_t task, void *scratch) {
     const moe_expert_args *a = c->a;
     const gemm_task t = gemm_grid_task(grid, task);
-    const gemm_factor dh = {c->real_type, c->dh + (t.begin * c->U + column) * c->real, .si = 1, .sk = c->U};
+    const gemm_factor dh = {c->factor_type, c->dh + (t.begin * c->U + column) * c->factor, .si = 1, .sk = c->U};
     gemm_wgrad(a->dtype, t, dh, gathered(c, a->x_RD, t.begin, true), dw, scratch);
 }
 // out[j] = sum over the copies of e, in order, of weight * row[j].
@@ -293,10 +304,10 @@ static void dbias(const call *c, int64_t e) {
     const moe_expert_args *a = c->a;
     const moe_expert_grads *g = c->g;
     if (g->dgate_bias_EF)
-        bias_sum(c, e, a->F, c->real_type, c->dh, c->U, false,
+        bias_sum(c, e, a->F, c->factor_type, c->dh, c->U, false,
                  (char *)g->dgate_bias_EF + e * g->dgate_bias_se * c->size);
     if (g->dup_bias_EF)
-        bias_sum(c, e, a->F, c->real_type, c->dh + a->F * c->real, c->U, false,
+        bias_sum(c, e, a->F, c->factor_type, c->dh + a->F * c->factor, c->U, false,
                  (char *)g->dup_bias_EF + e * g->dup_bias_se * c->size);
     if (g->ddown_bias_ED)
         bias_sum(c, e, a->D, a->dtype, g->dy_RD, a->D, true, (char *)g->ddown_bias_ED + e * g->ddown_bias_se * c->size);
