@@ -1,8 +1,9 @@
-// isa_base.c: the table of kernels for one instruction set. isa_avx2.c and isa_avx512.c are this file under another
-// name and other compiler flags:
-//   base     none                                                          any CPU; fma by libm
-//   avx2     -mavx2 -mfma -mf16c
-//   avx512   -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
+// isa_base.c: the table of kernels for one instruction set. The other isa_*.c are this file under another name and
+// other compiler flags:
+//   base         none                                                      any CPU; fma by libm
+//   avx2         -mavx2 -mfma -mf16c
+//   avx512       avx2's, -mavx512f -mavx512bw -mavx512vl -mavx512dq
+//   avx512bf16   avx512's, -mavx512bf16
 // Each .inc looks at the compiler's own macros (__AVX2__, __FMA__, __F16C__, __AVX512F__) and defines, all static,
 //   rows.inc      rows_load rows_store rows_scale rows_axpy rows_sum rows_dot
 //   act.inc       act_fwd act_bwd

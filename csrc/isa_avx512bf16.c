@@ -1,0 +1,5 @@
+// isa_avx512bf16.c: the kernels of isa_avx512.c, and products of bf16 by its own instruction. Compiled on x86-64 only.
+#define ISA_TABLE  moe_kernels_avx512bf16
+#define ISA_NAME   "avx512bf16"
+#define ISA_VECTOR 64
+#include "isa_base.c"
