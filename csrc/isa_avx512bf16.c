@@ -2,4 +2,5 @@
 #define ISA_TABLE  moe_kernels_avx512bf16
 #define ISA_NAME   "avx512bf16"
 #define ISA_VECTOR 64
+#define ISA_BF16   "gemm_bf16.inc"
 #include "isa_base.c"
