@@ -63,7 +63,10 @@ test-python: build
 # ---- C tests: each under every instruction set of this CPU, and AVX-512's kernels lowered to AVX2 where that is the best ---
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -D_GNU_SOURCE -ffp-contract=off -Icsrc
 C_TESTS := $(basename $(notdir $(wildcard tests/c/test_*.c)))
-ISAS    := base $(foreach isa,avx2 avx512,$(if $(shell grep -m1 -ow $(isa:avx512=avx512dq) /proc/cpuinfo),$(isa)))
+CPUINFO_avx2 = avx2
+CPUINFO_avx512 = avx512dq
+CPUINFO_avx512bf16 = avx512_bf16
+ISAS    := base $(foreach isa,avx2 avx512 avx512bf16,$(if $(shell grep -m1 -ow $(CPUINFO_$(isa)) /proc/cpuinfo),$(isa)))
 # $(call run-c-tests,build folder,extra flags,instruction sets)
 define run-c-tests
 	@mkdir -p $(1)/tests

@@ -47,9 +47,12 @@ C_FLAGS = (
 CXX_FLAGS = (
     f"-std=c++20 -O2 -Wall -Wextra {WERROR} -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000"
 )
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 ISA_FLAGS = {  # files compiled once per instruction set; isa.c picks one when the module is loaded
-    "isa_avx2": "-mavx2 -mfma -mf16c",
-    "isa_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
+    "isa_avx2": AVX2,
+    "isa_avx512": AVX512,
+    "isa_avx512bf16": f"{AVX512} -mavx512bf16",
 }
 # Hopper files (*_sm90.cu) use instructions that exist only there; the others carry PTX for newer devices.
 NVCC_FLAGS = (

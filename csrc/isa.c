@@ -23,7 +23,7 @@ const char *moe_status_text(int status) {
     case MOE_CUDA_FAILED: return "work on the CUDA device failed";
     case MOE_PEER_SILENT: return "a rank did not answer in time";
     case MOE_WIRE_FAILED: return "ranks could not exchange rows through shared memory";
-    case MOE_NO_ISA:    return "MOE_ISA must be base, avx2 or avx512, and one that this CPU has";
+    case MOE_NO_ISA:    return "MOE_ISA must be base, avx2, avx512 or avx512bf16, and one that this CPU has";
     }
     return "unknown status";
 }
@@ -31,11 +31,12 @@ const char *moe_status_text(int status) {
 // Best first. __builtin_cpu_supports asks the CPU and, for the wide registers, the operating system.
 static bool can_run(const moe_kernels *k) {
 #ifdef __x86_64__
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (k == &moe_kernels_avx2) return avx2;
-    if (k == &moe_kernels_avx512)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (k == &moe_kernels_avx512) return avx512;
+    if (k == &moe_kernels_avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     return k == &moe_kernels_base;
 }
@@ -43,7 +44,7 @@ static bool can_run(const moe_kernels *k) {
 static void choose(void) {
     static const moe_kernels *const tables[] = {
 #ifdef __x86_64__
-        &moe_kernels_avx512, &moe_kernels_avx2,
+        &moe_kernels_avx512bf16, &moe_kernels_avx512, &moe_kernels_avx2,
 #endif
         &moe_kernels_base,
     };

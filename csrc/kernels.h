@@ -1,5 +1,5 @@
 // kernels.h: the inner loops that are compiled once per instruction set, and the table that picks them at run time.
-// isa_base.c, isa_avx2.c and isa_avx512.c are the same .inc files under other compiler flags; isa.c chooses.
+// The isa_*.c are the same .inc files under other compiler flags; isa.c chooses.
 // Inside the core only. "real" is double if f64 / dtype is MOE_F64, else float.
 #ifndef MOE_KERNELS_H
 #define MOE_KERNELS_H
@@ -52,7 +52,7 @@ typedef struct {
     moe_gemm gemm[GEMM_KINDS];
 } moe_kernels;
 
-extern const moe_kernels moe_kernels_base, moe_kernels_avx2, moe_kernels_avx512;
+extern const moe_kernels moe_kernels_base, moe_kernels_avx2, moe_kernels_avx512, moe_kernels_avx512bf16;
 extern const moe_kernels *moe_k;            // the chosen table, set by moe_init
 
 // Runs body over [0, n) in pieces of at least `grain`, through the pool.
