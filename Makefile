@@ -43,6 +43,7 @@ train: build
 
 test: build lint test-c .venv/parity
 	$(PY) -m pytest
+	$(MAKE) test-lowered
 	$(MAKE) test-simt
 
 # ---- another torch: a copy of the tree, with an environment and a build of its own -------------------------------------
@@ -60,30 +61,38 @@ test-python: build
 	$(PY) -m moe_ext
 	$(PY) -m pytest -rfEs --ignore=tests/simt --ignore=tests/test_megablocks.py
 
-# ---- C tests: each under every instruction set of this CPU, and AVX-512's kernels lowered to AVX2 where that is the best ---
+# ---- C tests: each under every instruction set of this CPU -----------------------------------------------------------
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -D_GNU_SOURCE -ffp-contract=off -Icsrc
 C_TESTS := $(basename $(notdir $(wildcard tests/c/test_*.c)))
 CPUINFO_avx2 = avx2
 CPUINFO_avx512 = avx512dq
 CPUINFO_avx512bf16 = avx512_bf16
 ISAS    := base $(foreach isa,avx2 avx512 avx512bf16,$(if $(shell grep -m1 -ow $(CPUINFO_$(isa)) /proc/cpuinfo),$(isa)))
-# $(call run-c-tests,build folder,extra flags,instruction sets)
+# $(call run-c-tests,build folder,extra flags,instruction sets,tests)
 define run-c-tests
 	@mkdir -p $(1)/tests
-	@for t in $(C_TESTS); do \
+	@for t in $(4); do \
 	    gcc $(C_FLAGS) $(2) -o $(1)/tests/$$t tests/c/$$t.c $$(ls $(1)/csrc/*.o | grep -v -e /ops.o -e /wires.o -e /module.o -e /cuda.o) -lm -lpthread -ldl; \
 	    for isa in $(3); do echo "$$t $$isa $(2)"; MOE_ISA=$$isa $(1)/tests/$$t; done; \
 	done
 endef
-LOWERED := build/release/lowered
 .PHONY: test-c
 test-c: build
-	$(call run-c-tests,build/release,,$(ISAS))
-ifeq ($(strip $(ISAS)),base avx2)
-	@mkdir -p $(LOWERED)/csrc
-	@cp build/release/csrc/*.o $(LOWERED)/csrc
-	gcc $(C_FLAGS) -O2 -mavx2 -mfma -mf16c -Wno-psabi -fPIC -c csrc/isa_avx512.c -o $(LOWERED)/csrc/isa_avx512.o
-	$(call run-c-tests,$(LOWERED),-DCHECK_LOWERED,avx2)
+	$(call run-c-tests,build/release,,$(ISAS),$(C_TESTS))
+
+# ---- the kernels of wider instruction sets than this CPU's, lowered to AVX2 in a second build; of bf16, products alone ---
+LOWERED      := $(if $(filter avx2,$(ISAS)),$(filter-out $(ISAS),avx512 avx512bf16))
+LOWERED_BF16 := $(filter-out avx512,$(LOWERED))
+LOWERED_TESTS := tests/test_gemm.py tests/test_expert.py tests/test_determinism.py tests/test_mutants.py
+.PHONY: test-lowered
+test-lowered: build
+ifneq ($(LOWERED),)
+	MOE_LOWERED=1 $(PY) setup.py -q build_ext
+	$(if $(filter avx512,$(LOWERED)),$(call run-c-tests,build/lowered,,avx512,$(C_TESTS)))
+	$(call run-c-tests,build/lowered,,$(LOWERED_BF16),test_gemm test_expert)
+	@for isa in $(LOWERED_BF16); do \
+	    MOE_BINARY=build/lowered/moe_ext MOE_ISA=$$isa $(PY) -m pytest $(LOWERED_TESTS) -k "bfloat16 and (gemm or expert)"; \
+	done
 endif
 
 # ---- the CUDA kernels on the host: the op tests again, served by cuda/; then with every access under ASan ----------------
@@ -104,11 +113,11 @@ ASAN_PRELOAD := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file
 OP_TESTS     := $(addprefix tests/test_,$(addsuffix .py,index permute gemm expert route head random))
 sanitize: build
 	MOE_SANITIZE=address $(PY) setup.py -q build_ext
-	$(call run-c-tests,build/address,-fsanitize=address$(comma)undefined,$(ISAS))
+	$(call run-c-tests,build/address,-fsanitize=address$(comma)undefined,$(ISAS),$(C_TESTS))
 	MOE_BINARY=build/address/moe_ext LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	    $(PY) -m pytest $(OP_TESTS)
 	MOE_SANITIZE=thread $(PY) setup.py -q build_ext
-	$(call run-c-tests,build/thread,-fsanitize=thread,$(lastword $(ISAS)))
+	$(call run-c-tests,build/thread,-fsanitize=thread,$(lastword $(ISAS)),$(C_TESTS))
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
 proof: build

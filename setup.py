@@ -11,6 +11,8 @@ Environment
     CC, CXX, NVCC, MAX_JOBS      compilers and parallel jobs
     MOE_CUDA=auto|0|1            build cuda/ if nvcc is found | never | or stop
     MOE_SANITIZE=address|thread  build into build/<name>/ beside the normal build (see `make sanitize`)
+    MOE_LOWERED=1                build into build/lowered/, for tests on a CPU that has only AVX2: every wider set of
+                                 kernels is compiled for AVX2, which gives their bits, slowly (see `make test-lowered`)
     MOE_WERROR=0                 a warning, which another compiler than CI's may have, does not stop the build
 """
 
@@ -36,7 +38,9 @@ os.chdir(Path(__file__).resolve().parent)
 MIN_TORCH = (2, 11)
 SANITIZE = os.environ.get("MOE_SANITIZE", "")
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-BUILD = Path("build", SANITIZE or "release")
+LOWERED = os.environ.get("MOE_LOWERED") == "1"
+BESIDE = SANITIZE or "lowered" * LOWERED  # the name of a build beside the normal one
+BUILD = Path("build", BESIDE or "release")
 
 WERROR, NVCC_WERROR = ("", "") if os.environ.get("MOE_WERROR") == "0" else ("-Werror", "-Werror all-warnings")
 
@@ -54,6 +58,10 @@ ISA_FLAGS = {  # files compiled once per instruction set; isa.c picks one when t
     "isa_avx512": AVX512,
     "isa_avx512bf16": f"{AVX512} -mavx512bf16",
 }
+LOWERED_FLAGS = {"isa": "-DMOE_LOWERED"}  # what is compiled anew in build/lowered/
+LOWERED_FLAGS |= {isa: f"{AVX2} -O1 -ftree-vectorize -Wno-psabi" for isa in ISA_FLAGS if isa != "isa_avx2"}
+if LOWERED:
+    ISA_FLAGS |= LOWERED_FLAGS
 # Hopper files (*_sm90.cu) use instructions that exist only there; the others carry PTX for newer devices.
 NVCC_FLAGS = (
     f"-std=c++20 -O3 --fmad=false {NVCC_WERROR} -Xcompiler -fPIC,-fvisibility=hidden -lineinfo "
@@ -94,7 +102,7 @@ TORCH = torch_folder()
 def build_lock():
     """One build at a time in this folder: a second one waits, then finds its work done."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
+    with open("build/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -147,7 +155,8 @@ def write_ptxas(objects: list[Path]) -> None:
 
 def compile_command(source: Path) -> list[str]:
     """The command that compiles one source into BUILD/<source>.o and writes the .d file of what it included."""
-    target = BUILD / source.with_suffix(".o")
+    build = Path("build/release") if LOWERED and source.stem not in LOWERED_FLAGS else BUILD
+    target = build / source.with_suffix(".o")
     if source.suffix == ".c":
         compiler, flags = os.environ.get("CC", "gcc"), f"{C_FLAGS} {ISA_FLAGS.get(source.stem, '')} {SANITIZE_FLAGS}"
         if source.stem == "module":
@@ -168,7 +177,7 @@ def nvcc() -> str | None:
     wanted = os.environ.get("MOE_CUDA", "auto")
     if wanted == "1" and not found:
         sys.exit("moe_ext: MOE_CUDA=1, but there is no nvcc. Set CUDA_HOME to the CUDA toolkit, or MOE_CUDA=0.")
-    return None if wanted == "0" or SANITIZE else found
+    return None if wanted == "0" or BESIDE else found
 
 
 def binaries() -> dict[str, tuple[list[Path], list[str]]]:
@@ -195,7 +204,7 @@ class Build(build_ext):
 
     def run(self) -> None:
         inplace = self.inplace or getattr(self, "editable_mode", False)
-        package_root = BUILD if SANITIZE else Path("." if inplace else self.build_lib)
+        package_root = BUILD if BESIDE else Path("." if inplace else self.build_lib)
         with build_lock(), ThreadPoolExecutor(JOBS) as pool:
             for name, (sources, link) in binaries().items():
                 commands = [compile_command(source) for source in sources]
@@ -203,12 +212,15 @@ class Build(build_ext):
                 objects = [Path(c[-1]) for c in commands]
                 library = BUILD / Path(self.get_ext_filename(name)).name
                 make([*link[:2], *map(str, objects), *link[2:], "-o", str(library)], library, objects)
+                if LOWERED:  # beside its own, for the C tests
+                    for shared in objects:
+                        place(shared, BUILD / "csrc" / shared.name)
                 place(library, package_root / self.get_ext_filename(name))
                 if name.endswith("cuda"):
                     write_ptxas(objects)
             if "moe_ext.libmoe_cuda" not in binaries():  # never an older one beside a new extension
                 Path(package_root, "moe_ext", "libmoe_cuda.so").unlink(missing_ok=True)
-            if not SANITIZE:
+            if not BESIDE:
                 write_compile_commands()
 
 

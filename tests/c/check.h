@@ -4,8 +4,7 @@
 // A test file is a set of void functions and
 //     static void tests(void) { test_this(); test_that(); }
 //     int main(void) { return check_main(tests); }
-// which runs under the instruction set that MOE_ISA names, or the best one. With -DCHECK_LOWERED it runs the AVX-512
-// table on a narrower CPU, for which isa_avx512.c was compiled (with the flags of avx2, or none).
+// which runs under the instruction set that MOE_ISA names, or the best one.
 #ifndef CHECK_H
 #define CHECK_H
 #include "kernels.h"
@@ -114,9 +113,6 @@ static inline int32_t check_pool(int64_t begin, int64_t end, int64_t grain, moe_
 // -- main -------------------------------------------------------------------------------------------------------------
 static inline int check_main(void (*tests)(void)) {
     CHECK_OK(moe_init());
-#ifdef CHECK_LOWERED
-    moe_k = &moe_kernels_avx512;
-#endif
     moe_set_pool(check_pool, check_thread_count);
     if (moe_k) tests();
     printf("%d checks, %d failed\n", check_count, check_failures);

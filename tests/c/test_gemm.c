@@ -89,6 +89,30 @@ static void test_products(void) {
     check_threads = 1;
 }
 
+// What a product of bf16 may lose beside its roundings: instructions for bf16 take an element or a sum below 2^-126 in
+// size for zero; where bf16 is widened to float, such numbers count.
+static void test_tiny_numbers(void) {
+    static const double factors[][2] = {{0x1p-130, 0x1p100}, {0x1p100, -0x1p-130}, {0x1p-65, 0x1p-65}};
+    static const double normal[2] = {0x1p-63, -0x1p-63};            // whose product, 2^-126, is kept
+    enum { I = 2, TINY = 3 };
+    const bool flushed = moe_gemm_kind(MOE_BF16) == GEMM_BF16;
+    for (int c = 0; c <= TINY; c++)
+        for (int at = 0; at < I; at++) {                            // the first or the second step of a pair
+            const double *const f = c < TINY ? factors[c] : normal;
+            float wide[2][I] = {{0}};
+            uint16_t x[I], w[I], y;
+            wide[0][at] = (float)f[0], wide[1][at] = (float)f[1];
+            moe_k->store(MOE_BF16, I, wide[0], x);
+            moe_k->store(MOE_BF16, I, wide[1], w);
+            const int32_t bins[] = {1};
+            void *work = check_alloc((int64_t)moe_grouped_gemm_workspace(MOE_BF16, 1, 1, I, 1));
+            CHECK_OK(moe_grouped_gemm(MOE_BF16, 1, 1, I, 1, x, (moe_mat){w, I, 1, 1}, bins, work, &y));
+            free(work);
+            const double got = check_get(MOE_BF16, &y, 0), want = flushed && c < TINY ? 0 : f[0] * f[1];
+            CHECK(got == want, "%g * %g = %g, want %g", f[0], f[1], got, want);
+        }
+}
+
 static void test_refusals(void) {
     float x[4] = {0}, y[4];
     const moe_mat w = {x, 1, 1, 1};
@@ -195,6 +219,7 @@ static void test_float_line(void) {
 
 static void tests(void) {
     test_products();
+    test_tiny_numbers();
     test_refusals();
     test_activations();
     test_float_line();
