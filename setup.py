@@ -53,6 +53,7 @@ ISA_FLAGS = {  # files compiled once per instruction set; isa.c picks one when t
     "isa_avx2": AVX2,
     "isa_avx512": AVX512,
     "isa_avx512bf16": f"{AVX512} -mavx512bf16",
+    "isa_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 # Hopper files (*_sm90.cu) use instructions that exist only there; the others carry PTX for newer devices.
 NVCC_FLAGS = (
