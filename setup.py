@@ -57,6 +57,7 @@ ISA_FLAGS = {  # files compiled once per instruction set; isa.c picks one when t
     "isa_avx2": AVX2,
     "isa_avx512": AVX512,
     "isa_avx512bf16": f"{AVX512} -mavx512bf16",
+    "isa_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 LOWERED_FLAGS = {"isa": "-DMOE_LOWERED"}  # what is compiled anew in build/lowered/
 LOWERED_FLAGS |= {isa: f"{AVX2} -O1 -ftree-vectorize -Wno-psabi" for isa in ISA_FLAGS if isa != "isa_avx2"}

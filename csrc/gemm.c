@@ -102,6 +102,7 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
     const int64_t part = round_up(g->n, nr), columns = g->parts * part, padded = round_up(g->k, gemm->ku);
     const bool keep_b = columns * padded * size <= BYTES_B;                         // over the row tiles
     const int64_t tile = even(g->m, TILE_ROWS, mr), chunk = even(g->k, CHUNK, CHUNK_UNIT);
+    if (gemm->begin) gemm->begin();
     for (int64_t i = 0; i < g->m; i += tile) {
         const int64_t rows = min64(tile, g->m - i), ldc = g->c ? g->ldc : columns;
         char *const c = g->c ? (char *)g->c + i * ldc * real : s + at.c;
@@ -120,6 +121,7 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
         } while (k < g->k);
         if (!g->c) g->emit(g, i, rows, c, ldc, part);
     }
+    if (gemm->end) gemm->end();
 }
 
 // -- tasks -----------------------------------------------------------------------------------------------------------

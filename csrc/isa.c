@@ -7,6 +7,10 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined __linux__ && defined __x86_64__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 const moe_kernels *moe_k;
 static moe_pool    run_pool;
@@ -23,11 +27,20 @@ const char *moe_status_text(int status) {
     case MOE_CUDA_FAILED: return "work on the CUDA device failed";
     case MOE_PEER_SILENT: return "a rank did not answer in time";
     case MOE_WIRE_FAILED: return "ranks could not exchange rows through shared memory";
-    case MOE_NO_ISA:    return "MOE_ISA must be base, avx2, avx512 or avx512bf16, and one that this CPU has";
+    case MOE_NO_ISA:    return "MOE_ISA must be base, avx2, avx512, avx512bf16 or amx, and one that this CPU has";
     }
     return "unknown status";
 }
 
+// Linux gives AMX's 8 KB of registers only to a process that asks, once for all its threads and children.
+static bool may_use_tiles(void) {
+#if defined __linux__ && defined __x86_64__
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
 // Best first. __builtin_cpu_supports asks the CPU and, for the wide registers, the operating system.
 static bool can_run(const moe_kernels *k) {
 #ifdef __x86_64__
@@ -40,6 +53,8 @@ static bool can_run(const moe_kernels *k) {
     if (k == &moe_kernels_avx2) return avx2;
     if (k == &moe_kernels_avx512) return avx512;
     if (k == &moe_kernels_avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (k == &moe_kernels_amx)
+        return avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
 #endif
     return k == &moe_kernels_base;
 }
@@ -47,7 +62,7 @@ static bool can_run(const moe_kernels *k) {
 static void choose(void) {
     static const moe_kernels *const tables[] = {
 #ifdef __x86_64__
-        &moe_kernels_avx512bf16, &moe_kernels_avx512, &moe_kernels_avx2,
+        &moe_kernels_amx, &moe_kernels_avx512bf16, &moe_kernels_avx512, &moe_kernels_avx2,
 #endif
         &moe_kernels_base,
     };

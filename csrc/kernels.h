@@ -6,7 +6,8 @@
 #include "moe.h"
 #include <stdbool.h>
 
-// One factor of a product as the packer sees it: element (i, k) at p + (i*si + k*sk) * size, i along the panel, k along the sum.
+// One factor of a product as the packer sees it: element (i, k) at p + (i*si + k*sk) * size, i along the panel, k along the
+// sum.
 // With `index`, coordinate x of one axis (k if index_on_k, else i) stands for index[x] / index_div.
 typedef struct {
     int            dtype;
@@ -25,6 +26,8 @@ typedef struct {
     int   ku;                   // a panel is filled up with zeros to a multiple of ku steps of the sum
     void (*pack_a)(const gemm_factor *f, int64_t i0, int64_t m, int64_t k0, int64_t n, void *stage, void *a_panels);
     void (*pack_b)(const gemm_factor *f, int64_t i0, int64_t m, int64_t k0, int64_t n, void *stage, void *b_panels);
+    void (*begin)(void);        // before and after this thread's runs; NULL: nothing to do
+    void (*end)(void);
     // rows <= mr of C[mr,nr] (+)= A[mr,k] B[k,nr] on packed panels; k is a multiple of ku
     void (*run)(int64_t rows, int64_t k, const void *a, const void *b, void *c, int64_t ldc, bool accumulate);
 } moe_gemm;
@@ -52,7 +55,8 @@ typedef struct {
     moe_gemm gemm[GEMM_KINDS];
 } moe_kernels;
 
-extern const moe_kernels moe_kernels_base, moe_kernels_avx2, moe_kernels_avx512, moe_kernels_avx512bf16;
+extern const moe_kernels moe_kernels_base, moe_kernels_avx2, moe_kernels_avx512, moe_kernels_avx512bf16,
+                         moe_kernels_amx;
 extern const moe_kernels *moe_k;            // the chosen table, set by moe_init
 
 // Runs body over [0, n) in pieces of at least `grain`, through the pool.

@@ -265,6 +265,7 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static void test_wanted(const problem *p, int dtype) {
     run r = start(p, dtype, dtype, dtype);
     const int64_t real = dtype == MOE_F64 ? 8 : 4, N = r.a.N, U = moe_act_gated(p->act) ? 2 * p->F : p->F;
+    const int64_t factor = moe_gemm_kind(dtype) == GEMM_BF16 ? 2 : real;            // of sA and dh
     forward(&r);
     const int64_t all = backward(&r, p);
     const int sets = 1 << INPUTS;
@@ -280,9 +281,9 @@ static void test_wanted(const problem *p, int dtype) {
         }
         const int dh = 1 << X | 1 << GATE | 1 << UP | (p->biases ? 1 << GATE_BIAS | 1 << UP_BIAS : 0);
         int64_t most = all;
-        if (!(wanted & 1 << DOWN)) most -= aligned(N * p->F * real);
+        if (!(wanted & 1 << DOWN)) most -= aligned(N * p->F * factor);
         if (!(wanted & 1 << X)) most -= aligned(N * p->D * real);
-        if (!(wanted & dh)) most -= aligned(N * U * real);
+        if (!(wanted & dh)) most -= aligned(N * U * factor);
         CHECK(lent <= most, "gradients %d were lent %d bytes of %d", wanted, (int)lent, (int)all);
     }
     finish(&r);
