@@ -67,7 +67,8 @@ C_TESTS := $(basename $(notdir $(wildcard tests/c/test_*.c)))
 CPUINFO_avx2 = avx2
 CPUINFO_avx512 = avx512dq
 CPUINFO_avx512bf16 = avx512_bf16
-ISAS    := base $(foreach isa,avx2 avx512 avx512bf16,$(if $(shell grep -m1 -ow $(CPUINFO_$(isa)) /proc/cpuinfo),$(isa)))
+CPUINFO_amx = amx_bf16
+ISAS    := base $(foreach isa,avx2 avx512 avx512bf16 amx,$(if $(shell grep -m1 -ow $(CPUINFO_$(isa)) /proc/cpuinfo),$(isa)))
 # $(call run-c-tests,build folder,extra flags,instruction sets,tests)
 define run-c-tests
 	@mkdir -p $(1)/tests
@@ -81,7 +82,7 @@ test-c: build
 	$(call run-c-tests,build/release,,$(ISAS),$(C_TESTS))
 
 # ---- the kernels of wider instruction sets than this CPU's, lowered to AVX2 in a second build; of bf16, products alone ---
-LOWERED      := $(if $(filter avx2,$(ISAS)),$(filter-out $(ISAS),avx512 avx512bf16))
+LOWERED      := $(if $(filter avx2,$(ISAS)),$(filter-out $(ISAS),avx512 avx512bf16 amx))
 LOWERED_BF16 := $(filter-out avx512,$(LOWERED))
 LOWERED_TESTS := tests/test_gemm.py tests/test_expert.py tests/test_determinism.py tests/test_mutants.py
 .PHONY: test-lowered

@@ -32,7 +32,7 @@ static int to_address(PyObject *object, void *out) {
 
 PyDoc_STRVAR(versions_doc,
     "versions() -> {'compiler', 'isa', 'api'}: the C compiler of this binary, the kernels that run on this CPU\n"
-    "(MOE_ISA in the environment forces one: base, avx2, avx512, avx512bf16), the Python ABI.");
+    "(MOE_ISA in the environment forces one: base, avx2, avx512, avx512bf16, amx), the Python ABI.");
 static PyObject *versions(PyObject *module, PyObject *none) {
     (void)module, (void)none;
     return Py_BuildValue("{s:s,s:s,s:s}", "compiler", COMPILER, "isa", moe_isa(), "api", "cp310-abi3");

@@ -84,7 +84,7 @@ def test_instruction_sets():
     from moe_ext import _C
 
     best = _C.versions()["isa"]
-    isas = ["base", "avx2", "avx512", "avx512bf16"]
+    isas = ["base", "avx2", "avx512", "avx512bf16", "amx"]
     runs = {isa: run_with(isa) for isa in isas[: isas.index(best) + 1]}
     for isa, done in runs.items():
         assert done.returncode == 0, f"{isa}: {done.stderr}"
