@@ -13,18 +13,21 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
-#include <mutex>
+#include <cstring>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../cuda/api.h"
 #include "cuda.h"
+#include "memory.h"
 #include "moe.h"
 
 using torch::headeronly::ScalarType;
@@ -59,6 +62,11 @@ inline int dtype_of(In t) { return dtype_of(t.scalar_type()); }
 inline int real_of(int dtype) { return dtype == MOE_F64 ? MOE_F64 : MOE_F32; }
 inline unsigned weight_dtypes(In x) { return only(MOE_F32) | only(dtype_of(x)); }
 inline int dtype_of_weights(MaybeIn weights) { return weights ? dtype_of(*weights) : MOE_F32; }
+
+inline bool checked() {  // MOE_CHECK=1 in the environment
+    static const bool is = std::getenv("MOE_CHECK") && *std::getenv("MOE_CHECK") == '1';
+    return is;
+}
 
 // ---- the door -------------------------------------------------------------------------------------------------------
 
@@ -182,10 +190,9 @@ struct Door {
     // Throws unless the C function succeeded; `wanted` says what the values of the arguments must obey.
     template <class... Parts>
     void done(int status, const Parts &...wanted) const {
-        static const bool check = std::getenv("MOE_CHECK") && *std::getenv("MOE_CHECK") == '1';
         if (status == MOE_CUDA_FAILED) fail(cuda->error());
         if (status != MOE_OK) fail(moe_status_text(status), ". ", wanted...);
-        if (cuda && check) read_verdict(true);
+        if (cuda && checked()) read_verdict(true);
     }
 
     // After MOE_BAD_INDEX: says which of n ids is outside [0, end) and not `other`.
@@ -205,58 +212,60 @@ struct Door {
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-inline Tensor empty(Place place, ScalarType scalar, std::initializer_list<int64_t> shape) {
-    int64_t strides[4], stride = 1;
-    for (size_t i = shape.size(); i-- > 0; stride *= shape.begin()[i]) strides[i] = stride;
+// A new tensor, which the op fills. The large ones of the CPU come from the arena (memory.h), so their storage cannot be
+// resized. MOE_CHECK=1 in the environment fills these with NaN, as torch's deterministic mode does the others.
+inline Tensor empty(Place place, ScalarType scalar, const std::vector<int64_t> &shape,
+                    const std::vector<int64_t> &strides) {
+    const int64_t dims = static_cast<int64_t>(shape.size());
+    const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar));
+    int64_t elements = 1;
+    for (int64_t n : shape) elements *= n;
+    const int64_t bytes = elements * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+    // the host harness of cuda/ looks for what its kernels do beyond the borders of malloc's blocks
+    void *kept = place.type == CPU && !moe_cpu_served_by() ? moe_memory_take(bytes) : nullptr;
     AtenTensorHandle made;
-    if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar)), place.type,
-                                 place.index, &made))
-        throw std::runtime_error("moe_ext: torch has no memory for " + std::to_string(stride) + " elements on " +
+    if (kept) {
+        if (checked()) std::memset(kept, 0xff, static_cast<size_t>(bytes));
+        if (!torch_from_blob(kept, dims, shape.data(), strides.data(), 0, dtype, place.type, place.index, &made,
+                             aoti_torch_layout_strided(), nullptr, 0,
+                             [](void *data, void *) { moe_memory_give(data); }, nullptr))
+            return Tensor(made);
+        moe_memory_give(kept);
+    }
+    const auto of_torch = [&] {
+        return aoti_torch_empty_strided(dims, shape.data(), strides.data(), dtype, place.type, place.index, &made);
+    };
+    if (of_torch() && (moe_memory_release(), of_torch()))
+        throw std::runtime_error("moe_ext: torch has no memory for " + std::to_string(elements) + " elements on " +
                                  place.text() + ". Hint: fewer tokens in a batch");
     return Tensor(made);
 }
-inline Tensor empty(In like, int dtype, std::initializer_list<int64_t> shape) {
+inline Tensor empty(Place place, ScalarType scalar, const std::vector<int64_t> &shape) {
+    std::vector<int64_t> strides(shape.size());
+    for (int64_t i = std::ssize(shape) - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(shape[i--], 1)) strides[i] = stride;
+    return empty(place, scalar, shape, strides);
+}
+inline Tensor empty(In like, int dtype, const std::vector<int64_t> &shape) {
     return empty(Place(like), DTYPES[dtype].scalar, shape);
 }
+// Of like's shape and dtype, dense, its axes in the order in which like's lie in memory.
+inline Tensor dense_like(In like) {
+    std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end()), strides(shape.size()), axes(shape.size());
+    std::iota(axes.begin(), axes.end(), 0);
+    std::stable_sort(axes.begin(), axes.end(), [&](auto i, auto j) { return like.stride(i) > like.stride(j); });
+    for (int64_t i = std::ssize(axes) - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(shape[axes[i--]], 1))
+        strides[axes[i]] = stride;
+    return empty(Place(like), like.scalar_type(), shape, strides);
+}
 
-// Bytes lent to one call of the core, for as long as the object lives. On a GPU they are torch's, whose allocator
-// knows the stream. On the CPU fresh memory costs a page fault for every 4 KB, so the process keeps one spare piece,
-// the largest that a call gave back. A call beside another allocates its own.
+// Bytes lent to one call of the core, for as long as the object lives.
 class Workspace {
-    struct Piece {
-        std::unique_ptr<char[]> bytes;
-        size_t size;
-    };
-    static inline std::mutex lock;
-    static inline Piece spare{};
-    Piece piece{};
-    Maybe lent = {};
+    Tensor lent;
 
    public:
     void *p;
-    Workspace(const Door &door, size_t bytes) {
-        if (door.cuda) {
-            lent = empty(*door.place, ScalarType::Byte, {static_cast<int64_t>(bytes)});
-            p = lent->data_ptr();
-            return;
-        }
-        {
-            std::lock_guard<std::mutex> guard(lock);
-            std::swap(piece, spare);
-        }
-        if (piece.size < bytes + 63) {
-            piece = Piece();  // gone before its successor comes
-            piece = {std::unique_ptr<char[]>(new char[bytes + 63]), bytes + 63};
-        }
-        p = reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(piece.bytes.get()) + 63) & ~uintptr_t{63});
-    }
-    ~Workspace() {
-        std::lock_guard<std::mutex> guard(lock);
-        if (piece.size > spare.size) std::swap(piece, spare);
-    }
-    Workspace(const Workspace &) = delete;
-    Workspace &operator=(const Workspace &) = delete;
+    Workspace(const Door &door, size_t bytes)  // never none: a null pointer has no pieces
+        : lent(empty(*door.place, ScalarType::Byte, {static_cast<int64_t>(bytes) + !bytes})), p(lent.data_ptr()) {}
 };
 
 inline int32_t *i32(In t) { return static_cast<int32_t *>(t.data_ptr()); }

@@ -7,6 +7,7 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include "cuda.h"
+#include "memory.h"
 #include "moe.h"
 
 static PyObject *checked(int status, const char *function) {
@@ -56,6 +57,14 @@ static PyObject *cpu_features(PyObject *module, PyObject *none) {
 #else
     return PyDict_New();
 #endif
+}
+
+PyDoc_STRVAR(empty_cache_doc,
+    "empty_cache(): gives the memory that is kept for the next tensors on the CPU back to the system.");
+static PyObject *empty_cache(PyObject *module, PyObject *none) {
+    (void)module, (void)none;
+    moe_memory_release();
+    Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(cuda_doc, "cuda() -> None if the CUDA kernels of this build can be loaded, else why not.");
@@ -157,6 +166,7 @@ static PyObject *samples(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {
     {"versions", versions, METH_NOARGS, versions_doc},
     {"cpu_features", cpu_features, METH_NOARGS, cpu_features_doc},
+    {"empty_cache", empty_cache, METH_NOARGS, empty_cache_doc},
     {"cuda", cuda, METH_NOARGS, cuda_doc},
     {"shuffle", shuffle, METH_VARARGS, shuffle_doc},
     {"sample_index", sample_index, METH_VARARGS, sample_index_doc},

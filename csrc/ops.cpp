@@ -43,7 +43,7 @@ Tensor cumsum(In x, bool exclusive) {
     Door door{"cumsum"};
     Dim rows{"rows", 1}, n{"n"};
     void *x_rn = x.dim() == 1 ? door.in("x", x, INTS, {&n}) : door.in("x", x, INTS, {&(rows.n = -1, rows), &n});
-    Tensor y = torch::stable::empty_like(x);
+    Tensor y = dense_like(x);
     door.done(RUN(cumsum, dtype_of(x), rows, n, exclusive, x_rn, y.data_ptr()));
     return y;
 }
@@ -283,7 +283,7 @@ ExpertGrads expert_mlp_backward(In dy, In h, MaybeIn x, In gate, MaybeIn up,
     if (!x) a.x_RD = nullptr;
     auto grad = [&, i = 0](MaybeIn t) mutable {
         const bool is_wanted = wanted >> i++ & 1;
-        return t && is_wanted ? torch::stable::empty_like(*t) : empty(dy, a.dtype, {0});
+        return t && is_wanted ? dense_like(*t) : empty(dy, a.dtype, {0});
     };
     auto data = [](In dt) { return dt.numel() ? dt.data_ptr() : nullptr; };
     auto into = [](In dt) { return dt.numel() ? matrix(dt.data_ptr(), dt) : moe_mat{}; };

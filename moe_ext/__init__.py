@@ -59,12 +59,19 @@ _LAYERS = {
     "dMoE": "moe_ext.layers.dmoe",
     "get_load_balancing_loss": "moe_ext.layers.moe",
 }
-__all__ = ["__version__", "has_cuda", "ops", "synchronize", *_LAYERS]
+__all__ = ["__version__", "empty_cache", "has_cuda", "ops", "synchronize", *_LAYERS]
 
 
 def has_cuda() -> bool:
     """Whether the ops run on CUDA here: torch sees a device, and this build has kernels for it."""
     return _C.cuda() is None and torch.cuda.is_available()
+
+
+def empty_cache():
+    """Gives the memory that the ops keep on the CPU back to the system. They keep what their large results and their
+    workspaces have had, as much as was in use at once, because a step that has to ask for it anew loses up to a quarter
+    of its time to page faults. Memory of tensors that still live stays. Of CUDA's: torch.cuda.empty_cache()."""
+    _C.empty_cache()
 
 
 def synchronize(device=None):
