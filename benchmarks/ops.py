@@ -8,10 +8,10 @@ Layer: route_index + expert_mlp (SwiGLU), forward and forward + backward, on the
                count. bf16 only: torch's shape function of grouped_mm refuses fp32
   widened-mm   bf16 only: sorted-mm in fp32, the better form on a CPU without bf16 instructions. There the others take
                minutes in bf16 and are left out, which the report says, unless --peers names them
-Every round draws a new routing, and each contender runs once on it, so that all see the same load of the machine. A
-ratio is the median over rounds of (their time / our time): above 1 we are faster. With one thread the time is the
-process's CPU time, which a loaded machine disturbs least; with more it is wall time. What is below the best form of
-torch is printed bold.
+Every round draws a new routing and changes the weights, and each contender runs once on them, in turns, so that all see
+the same load of the machine and none gains by what it kept of the weights. A ratio is the median over rounds of (their
+time / our time): above 1 we are faster. With one thread the time is the process's CPU time, which a loaded machine
+disturbs least; with more it is wall time. What is below the best form of torch is printed bold.
 
 Tuned malloc: the lines again, ours beside sorted-mm and the best form, in a process whose malloc maps nothing and gives
 nothing back, so that no allocation meets a page fault twice. Anyone can have that by an environment variable, so it
@@ -51,7 +51,7 @@ import torch.nn.functional as F
 
 import moe_ext
 from moe_ext import ops
-from tests.cases import LAYERS, random
+from tests.cases import LAYERS, Shape, random
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARES_OF = "fine"  # where experts are small, so that what is no product shows most
@@ -177,6 +177,12 @@ class Layer:
         self.leaves += w13 + w2
         return w13, w2
 
+    @torch.no_grad()
+    def update(self):
+        """Other weights, as after an optimizer's step: what is made of them is made anew."""
+        for w in self.stacked:
+            w.neg_()
+
     def clear(self):
         for leaf in self.leaves:
             leaf.grad = None
@@ -197,16 +203,18 @@ class Layer:
         return took, y_TD.detach(), self.x_TD.grad
 
 
-def time_layer(name, dtype, backward, rounds, peers):
+def time_layer(name, shape, dtype, backward, rounds, peers):
     """-> one line of the table."""
-    shape, generator = LAYERS[name], torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     T, D, width, E, K = shape
     layer = Layer(shape, dtype, backward, generator)
     contenders = ["ours", *peers]
     times = {contender: [] for contender in contenders}
     for round in range(rounds + 1):  # the first warms up and compares
         ids_TK = random(T, K, E, generator)
-        results = {contender: layer.run(contender, ids_TK) for contender in contenders}
+        layer.update()
+        turn = round % len(contenders)
+        results = {contender: layer.run(contender, ids_TK) for contender in contenders[turn:] + contenders[:turn]}
         for contender, (took, *tensors) in results.items():
             if round > 0:
                 times[contender].append(took)
@@ -249,8 +257,9 @@ def time_tuned(lines, rounds):
     for line in lines:
         torch.set_num_threads(line["threads"])
         peers = [peer for peer in line["ratio"] if peer in ("sorted-mm", best(line))]
-        dtype = getattr(torch, line["dtype"])
-        found.append(time_layer(line["shape"], dtype, line["pass"] == "F+B", rounds, peers) | {"malloc": "tuned"})
+        shape, dtype = Shape(*(line[size] for size in Shape._fields)), getattr(torch, line["dtype"])
+        timed = time_layer(line["shape"], shape, dtype, line["pass"] == "F+B", rounds, peers)
+        found.append(timed | {"malloc": "tuned"})
     return found
 
 
@@ -270,6 +279,7 @@ def peak_memory(shape, dtype, contender):
     ids = [random(shape.T, shape.k, shape.E, generator) for _ in range(2)]
     before = resident("VmRSS")
     for ids_TK in ids:
+        layer.update()
         layer.run(contender, ids_TK)
     return resident("VmHWM"), before
 
@@ -296,6 +306,7 @@ def time_shares(name, dtype, rounds):
     times = {"F": [], "F+B": []}
     for _ in range(rounds + 1):
         layer.clear()
+        layer.update()
         logits_TE = torch.randn(T, E, generator=generator).requires_grad_()
         router, (weights_TK, ids_TK, _) = seconds(ops.router, logits_TE, K)
         route_index, index = seconds(ops.route_index, ids_TK, E)
@@ -462,7 +473,7 @@ def main(
             report["movement"] += time_movement(dtype, 2 * rounds)
             report["shares"] += time_shares(SHARES_OF, dtype, 2 * rounds)
             for name in shapes:
-                report["layers"] += [time_layer(name, dtype, backward, rounds, peers_of(dtype, peers))
+                report["layers"] += [time_layer(name, LAYERS[name], dtype, backward, rounds, peers_of(dtype, peers))
                                      for backward in (False, True)]  # fmt: skip
     print_layers(report["layers"])
     if tuned:

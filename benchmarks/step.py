@@ -326,23 +326,27 @@ def main(
         out: folder of the JSON file.
     """
     config = load(recipe)
+    train = replace(config.train, device="cpu", micro_batch=config.sequences_per_step, accumulation=1)
+    one = replace(config, mesh=MeshConfig(), train=train)
+    configs = {dtype: replace(one, train=replace(train, dtype=dtype)) for dtype in dtypes}
     report = {**machine(), "recipe": str(recipe), "tokens per step": config.tokens_per_step, "steps": [], "shares": []}
     print(f"{report['cpu']}, {report['isa']}, torch {report['torch']}, commit {report['commit']}, {recipe}")
-    for n, dtype in itertools.product(threads, dtypes):
-        torch.set_num_threads(n)
-        train = replace(config.train, dtype=dtype, device="cpu", micro_batch=config.sequences_per_step, accumulation=1)
-        one = replace(config, mesh=MeshConfig(), train=train)
-        report["steps"].append(race(one, steps))
-        if profile:
-            report["shares"].append({"dtype": dtype, "threads": n, "of": shares(one, steps)})
+
+    def rows():
+        for n, dtype in itertools.product(threads, dtypes):
+            torch.set_num_threads(n)
+            line, bar = race(configs[dtype], steps), BARS[dtype]
+            report["steps"].append(line)
+            yield [dtype, f"{n}", *(f"{line[name][of]:.0f}" for name in ("ours", "plain") for of in ("tokens/s", "ms")),
+                   bold_below(line["ratio"], bar), f"{bar}", f"{line['bound']:.2f}"]  # fmt: skip
+
     table("dtype | threads | ours, tokens/s | ms | plain torch, tokens/s | ms | x | bar | x at the rate of torch.mm",
-          ([line["dtype"], f"{line['threads']}",
-            *(f"{line[name][of]:.0f}" for name in ("ours", "plain") for of in ("tokens/s", "ms")),
-            bold_below(line["ratio"], BARS[line["dtype"]]), f"{BARS[line['dtype']]}", f"{line['bound']:.2f}"]
-           for line in report["steps"]))  # fmt: skip
-    for line in report["shares"]:
-        print(f"\n{line['dtype']}, threads: {line['threads']}")
-        print_shares(line["of"])
+          rows())  # fmt: skip
+    for n, dtype in itertools.product(threads, dtypes) if profile else ():
+        torch.set_num_threads(n)
+        print(f"\n{dtype}, threads: {n}")
+        report["shares"].append({"dtype": dtype, "threads": n, "of": shares(configs[dtype], steps)})
+        print_shares(report["shares"][-1]["of"])
     write(report, out, "step-{cpu}.json")
 
 
