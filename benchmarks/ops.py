@@ -17,8 +17,8 @@ Tuned malloc: the lines again, ours beside sorted-mm and the best form, in a pro
 nothing back, so that no allocation meets a page fault twice. Anyone can have that by an environment variable, so it
 counts among torch's best; ours has the same malloc there.
 
-Memory: each contender in a fresh process, which makes inputs and weights and runs forward and backward twice: its peak
-resident memory, and that less what was resident before the first forward.
+Memory: ours and sorted-mm (or widened-mm, where that stands for it), each in a fresh process of one thread, which makes
+inputs and weights and runs forward and backward: its peak resident memory, and that less what was resident before.
 
 Shares: of the time of router + route_index + expert_mlp, those of the router (from logits), of the index, and of the
 passes over rows that expert_mlp has beside its products: the weighted sum of each token's copies, and in the backward
@@ -272,25 +272,23 @@ def resident(which):
 
 
 def peak_memory(shape, dtype, contender):
-    """-> bytes: the peak of this process after two steps on one thread, and what was resident before them."""
+    """-> bytes: the peak of this process after forward and backward, and what was resident before."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     layer = Layer(shape, dtype, True, generator)
-    ids = [random(shape.T, shape.k, shape.E, generator) for _ in range(2)]
-    before = resident("VmRSS")
-    for ids_TK in ids:
-        layer.update()
-        layer.run(contender, ids_TK)
+    ids_TK, before = random(shape.T, shape.k, shape.E, generator), resident("VmRSS")
+    layer.run(contender, ids_TK)
     return resident("VmHWM"), before
 
 
-def measure_memory(name, dtype):
+def measure_memory(name, shape, dtype, peers):
     """-> one line of the table."""
-    line = {"shape": name, "dtype": str(dtype)[6:]}
-    for contender in ("ours", "sorted-mm"):
-        peak, before = in_process(peak_memory, LAYERS[name], dtype, contender)
-        line[contender] = {"peak": peak, "growth": peak - before}
-    line["ratio"] = {of: line["ours"][of] / line["sorted-mm"][of] for of in ("peak", "growth")}
+    peer = next(peer for peer in ("sorted-mm", "widened-mm", *peers) if peer in peers)
+    line = {"shape": name, "dtype": str(dtype)[6:], "peer": peer}
+    for whose, contender in (("ours", "ours"), ("torch", peer)):
+        peak, before = in_process(peak_memory, shape, dtype, contender)
+        line[whose] = {"peak": peak, "growth": peak - before}
+    line["ratio"] = {of: line["ours"][of] / line["torch"][of] for of in ("peak", "growth")}
     return line
 
 
@@ -399,12 +397,12 @@ def print_layers(lines):
 
 
 def print_memory(lines):
-    print("\n| memory | dtype | ours, peak MB | sorted-mm | ratio | ours, growth MB | sorted-mm | ratio |\n"
-          + "|---" * 8 + "|")  # fmt: skip
+    print("\n| memory | dtype | beside | peak MB, ours | torch | ratio | growth MB, ours | torch | ratio |\n"
+          + "|---" * 9 + "|")  # fmt: skip
     for l in lines:
-        both = (f"{l['ours'][of] / 1e6:.0f} | {l['sorted-mm'][of] / 1e6:.0f} | {l['ratio'][of]:.2f}"
+        both = (f"{l['ours'][of] / 1e6:.0f} | {l['torch'][of] / 1e6:.0f} | {l['ratio'][of]:.2f}"
                 for of in ("peak", "growth"))  # fmt: skip
-        print(f"| {l['shape']} | {l['dtype']} | {' | '.join(both)} |")
+        print(f"| {l['shape']} | {l['dtype']} | {l['peer']} | {' | '.join(both)} |", flush=True)
 
 
 def print_shares(lines):
@@ -456,7 +454,7 @@ def main(
         dtypes: of activations and weights.
         threads: numbers of threads, each timed.
         peers: the forms of plain torch to compare with; at least one that takes fp32, if fp32 is timed. By default
-            all, but in bf16 only widened-mm where the CPU has no bf16 instructions (of memory always sorted-mm).
+            all, but in bf16 only widened-mm where the CPU has no bf16 instructions.
         rounds: timed rounds per line, after one that warms up.
         tuned: all lines of the layer again under a tuned malloc.
         memory: measure it.
@@ -480,7 +478,8 @@ def main(
         report["tuned"] = in_process(time_tuned, report["layers"], rounds)
         print_layers(report["tuned"])
     if memory:
-        report["memory"] = [measure_memory(name, dtype) for dtype in kinds for name in shapes]
+        report["memory"] = [measure_memory(name, LAYERS[name], dtype, peers_of(dtype, peers))
+                            for dtype in kinds for name in shapes]  # fmt: skip
         print_memory(report["memory"])
     print_shares(report["shares"])
     print_movement(report["movement"])
