@@ -8,9 +8,9 @@
 Plain begins with our weights. Both take each step in turn, on the same batch; the first steps do not count, but their
 losses are compared, the balance loss too: a plain model that computes something else ends the benchmark. A ratio is the
 median over the steps of (plain's time / ours). With one thread the time is the process's CPU time, with more it is wall
-time. After each step torch.mm multiplies large matrices: no form of the model can be expected to do all its FLOPs
-(GPT.flops_per_token) much faster than it does, so beside the ratio stands that of a step at this rate. Tokens are drawn
-by Zipf's law, so there need be no text.
+time. After each step torch.mm multiplies large matrices: beside the ratio stands the one that a step would have whose
+FLOPs (GPT.flops_per_token) all ran at this rate and which had nothing else to do. Tokens are drawn by Zipf's law, so
+there need be no text.
 
 With --profile also what takes which share of our step, by torch.profiler, which makes small ops look larger: the
 innermost module around an op's forward has its backward too. Prints Markdown, writes
@@ -155,7 +155,7 @@ class PlainTrainee:
     def gradients(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         with precision(self.config, torch.device("cpu")):
             loss, balance = self.model(batch.tokens, batch.targets)
-            (loss + self.config.model.moe.balance_weight * balance).backward()
+        (loss + self.config.model.moe.balance_weight * balance).backward()
         return {"loss": loss.detach(), "balance": balance.detach()}
 
     def update(self, step: int) -> None:
@@ -182,7 +182,7 @@ def step_of(trainee, batch: Batch, step: int) -> dict[str, torch.Tensor]:
     return losses
 
 
-def compare(ours: dict, plain: dict, dtype: str) -> None:
+def check(ours: dict, plain: dict, dtype: str) -> None:
     """AssertionError if they are losses of different models."""
     for name, loss in plain.items():
         far = abs(float(ours[name]) / float(loss) - 1)
@@ -193,34 +193,33 @@ def race(config: Config, steps: int) -> dict:
     """-> one line of the table."""
     trainee, dtype = Trainee(config), config.train.dtype
     trainees = {"ours": trainee, "plain": PlainTrainee(config, trainee.model)}
-    times = {name: [] for name in (*trainees, "at the rate of torch.mm")}
+    times = {name: [] for name in (*trainees, "mm")}
     large = torch.randn(1024, 1024, dtype=half_dtype(config) or parameter_dtype(config))
-    flops = config.tokens_per_step * trainee.model.flops_per_token()
+    products = config.tokens_per_step * trainee.model.flops_per_token() / (2 * len(large) ** 3)
     for step, batch in zip(range(1, WARMUP + steps + 1), batches(config), strict=False):
         losses = {}
         for name in sorted(trainees, reverse=step % 2):
             took, losses[name] = seconds(step_of, trainees[name], batch, step)
             times[name].append(took)
-        mm, _ = seconds(torch.mm, large, large)
-        times["at the rate of torch.mm"].append(mm * flops / (2 * len(large) ** 3))
+        times["mm"].append(products * seconds(torch.mm, large, large)[0])
         if step <= WARMUP:
-            compare(losses["ours"], losses["plain"], dtype)
+            check(losses["ours"], losses["plain"], dtype)
+    times = {name: taken[WARMUP:] for name, taken in times.items()}
     line = {"dtype": dtype, "threads": torch.get_num_threads()}
     for name, taken in times.items():
-        took = statistics.median(taken[WARMUP:])
+        took = statistics.median(taken)
         line[name] = {"ms": 1e3 * took, "tokens/s": config.tokens_per_step / took}
-    ratio, bound = (_ratio(times["plain"][WARMUP:], times[name][WARMUP:]) for name in list(times)[::2])
-    return line | {"ratio": ratio, "bound": bound}
+    return line | {"ratio": _ratio(times["plain"], times["ours"]), "bound": _ratio(times["plain"], times["mm"])}
 
 
 # ---- the profile -----------------------------------------------------------------------------------------------------
 MARK = "in "  # how the name of a span around a module or a part of the step begins
-PARTS = {  # of the places that match, the first
+PARTS = {  # by how a place begins: the first that matches
     r"self_attn scaled_dot_product": "attention",
-    r"self_attn\.\w+_proj": "attention's projections",
-    r"norm\b": "norms",
-    r"self_attn": "RoPE, and what else is in attention",
-    r"mlp\.(experts|\w+_proj)": "experts",
+    r"self_attn\.\w+_proj ": "attention's projections",
+    r"\S*norm ": "norms",
+    r"self_attn ": "RoPE, and what else is in attention",
+    r"mlp\.(experts|\w+_proj) ": "experts",
     r"mlp": "router and its losses",
     r"embed": "embedding",
     r"lm_head": "head and cross-entropy",
@@ -260,10 +259,10 @@ def ancestors(event):
 def place(event) -> str:
     """Where an event of a forward or an update lies: the innermost span, and its op there."""
     op = ""
-    for event in ancestors(event):  # noqa: B020
-        if event.name.startswith(MARK):
-            return f"{event.name.removeprefix(MARK)} {op}"
-        op = event.name.split("::")[-1]
+    for around in ancestors(event):
+        if around.name.startswith(MARK):
+            return f"{around.name.removeprefix(MARK)} {op}"
+        op = around.name.split("::")[-1]
     return f" {op}"
 
 
@@ -283,12 +282,13 @@ def shares(config: Config, steps: int) -> list[dict]:
         node = next((of for of in ancestors(event) if of.name.startswith("autograd::engine")), None)
         if node is None:
             where = place(event)
-            places[event.sequence_nr] = where
+            if event.sequence_nr >= 0:
+                places[event.sequence_nr] = where
             found[where]["forward"] += 1e-3 * event.self_cpu_time_total / steps
         else:
-            where = places[node.sequence_nr] if node.sequence_nr >= 0 else node.name.split("::")[-1]
+            where = places.get(node.sequence_nr, " " + node.name.split("::")[-1])  # such as AccumulateGrad
             found[where]["backward"] += 1e-3 * event.self_cpu_time_total / steps
-    return [{"part": next(part for pattern, part in PARTS.items() if re.search(pattern, where)), "place": where, **ms}
+    return [{"part": next(part for pattern, part in PARTS.items() if re.match(pattern, where)), "place": where, **ms}
             for where, ms in found.items()]  # fmt: skip
 
 
