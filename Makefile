@@ -1,5 +1,5 @@
 # make train   a GPT with experts from real text to samples and a plot      make test    everything CI checks
-# make build   compile what changed     make bench   the benchmark table     make lint    ruff
+# make build   compile what changed     make bench   the benchmark tables    make lint    ruff
 # make test-torch VERSION=2.14.1   the Python tests with another torch, in a copy of the tree under build/ (docs/torch.md)
 # make proof   every mesh of 1, 2, 4 and 8 ranks against one process, in fp64: the whole table (moe_ext/proof.py)
 # make compare   a dense, a capacity and a dropless GPT beside each other: docs/compare.md, in 15 minutes on two quiet cores
@@ -126,6 +126,7 @@ proof: build
 
 bench: build
 	$(PY) -m benchmarks.ops
+	$(PY) -m benchmarks.step
 
 compare: build
 	$(PY) -m moe_ext.data prepare --overwrite --out data/compare --max-mb 12 --vocab-size 8192

@@ -1,17 +1,20 @@
-"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and ranks that share a
-sequence, and optimizers, with few tokens."""
+"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and the layer, a training
+step, ranks that share a sequence, and optimizers, with few tokens."""
 
 import json
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_train import data  # noqa: F401
 
-from benchmarks import optimizers, sequence
+from benchmarks import ops, optimizers, sequence, step
+from moe_ext.config import MeshConfig, dumps, load
+from tests.cases import Shape
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +68,74 @@ def test_a_limit_leaves_out_and_says_what(tmp_path):
     report = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert not report["gemm"] and len(report["left out"]) == 8
     assert "left out: movement, other, gemm dry balanced, layer dry balanced" in done.stdout
+
+
+def test_the_layer_beside_torch(tmp_path, monkeypatch, capsys):
+    """Every table; of torch's forms all but the one that takes half a minute to compile."""
+    monkeypatch.setattr(ops, "LAYERS", {"small": Shape(40, 16, 24, 4, 2)})
+    monkeypatch.setattr(ops, "SHARES_OF", "small")
+    ops.main(shapes=("small",), dtypes=("fp32",), threads=(1,), rounds=1, out=tmp_path)
+    said = capsys.readouterr().out
+    report = json.loads(next(tmp_path.glob("*.json")).read_text())
+    for line, again in zip(report["layers"], report["tuned"], strict=True):
+        assert set(line["ratio"]) == {"sorted-mm", "grouped-mm", "batched-mm"}
+        assert set(again["ratio"]) == {"sorted-mm", ops.best(line)} and again["malloc"] == "tuned"
+        assert [line[key] == again[key] for key in ("pass", "shape", "dtype", *Shape._fields)] == 8 * [True]
+        assert line["ratio_of_best"] == line["ratio"][ops.best(line)] == min(line["ratio"].values())
+        assert f"| {ops.bold_below(line['ratio_of_best'], 1)} |" in said
+    (line,) = report["memory"]
+    assert all(0 < line[of]["growth"] < line[of]["peak"] < 2**30 for of in ("ours", "torch"))
+    assert line["peer"] == "sorted-mm"
+    assert [line["pass"] for line in report["shares"]] == ["F", "F+B"]
+    assert all(line["share"] >= line["router"] + line["index"] > 0 for line in report["shares"])
+    assert ops.bold_below(0.994, 1) == "**0.99**" and ops.bold_below(1.0, 1) == "1.00"
+
+
+def test_a_form_of_the_layer_that_is_wrong_is_found(monkeypatch):
+    monkeypatch.setitem(ops.PEERS, "batched-mm", lambda *args: 1.1 * ops.batched_mm(*args))
+    with pytest.raises(AssertionError, match="batched-mm and ours compute different things on small"):
+        ops.time_layer("small", Shape(40, 16, 24, 4, 2), torch.float32, True, 1, ["batched-mm"])
+
+
+def test_which_forms_of_the_layer(monkeypatch):
+    assert ops.peers_of(torch.float32, None) == ["sorted-mm", "grouped-mm", "batched-mm"]
+    for instructions, forms in ((True, list(ops.PEERS)), (False, ["widened-mm"])):
+        monkeypatch.setattr(ops, "BF16_INSTRUCTIONS", instructions)
+        assert ops.peers_of(torch.bfloat16, None) == forms
+
+
+@pytest.fixture
+def small_recipe(tmp_path):
+    config = load(ROOT / "recipes" / "tiny.toml")
+    model = replace(config.model, vocab_size=96, seq_len=16, layers=2, dim=32, kv_heads=2,
+                    moe=replace(config.model.moe, experts=4, hidden=24))  # fmt: skip
+    path = tmp_path / "small.toml"
+    path.write_text(dumps(replace(config, model=model)))
+    return path
+
+
+def test_a_step_beside_plain_torch(small_recipe, tmp_path, capsys):
+    """In fp64, so that it is seen to be the same model, its optimizer too."""
+    step.main(small_recipe, dtypes=("fp64",), threads=(1,), steps=2, profile=True, out=tmp_path)
+    said = capsys.readouterr().out
+    report = json.loads((next(tmp_path.glob("step-*.json"))).read_text())
+    (line,), (profiled,) = report["steps"], report["shares"]
+    assert f"| {ops.bold_below(line['ratio'], 1.0)} | 1.0 |" in said and line["bound"] > 0
+    parts = {line["part"]: line for line in profiled["of"]}
+    assert set(parts) == set(step.PARTS.values()), said
+    places = {line["place"]: line for line in profiled["of"]}
+    for op in ("mlp.experts expert_mlp", "self_attn scaled_dot_product_attention", "self_attn.q_proj linear"):
+        assert places[op]["forward"] > 0 and places[op]["backward"] > 0
+
+
+@pytest.mark.parametrize("changes, what", [({"score": "sigmoid"}, "loss"), ({"balance_form": "mse"}, "balance")])
+def test_a_plain_model_that_is_another_is_found(small_recipe, changes, what):
+    config = load(small_recipe)
+    moe = replace(config.model.moe, **changes)
+    one = replace(config, model=replace(config.model, moe=moe), mesh=MeshConfig(),
+                  train=replace(config.train, dtype="fp64", micro_batch=4))  # fmt: skip
+    with pytest.raises(AssertionError, match=f"the plain model is another: its {what} is"):
+        step.race(one, 1)
 
 
 def test_ranks_that_share_a_sequence(tmp_path, monkeypatch, capsys):
