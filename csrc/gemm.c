@@ -16,12 +16,12 @@
 //    +-----+ +----------+
 //     in L2
 //
-// Columns that a panel has too many of are zeros, and their sums go to a tile that is thrown away; steps are filled up
-// with zeros to a multiple of ku. Packing also gathers rows by index, widens 16-bit storage, and turns whichever stride
-// is 1 into consecutive loads.
+// Columns that a panel has too many of hold any numbers, and their sums go to a tile that is thrown away; steps are
+// filled up with zeros to a multiple of ku. Packing also gathers rows by index, widens 16-bit storage, and turns
+// whichever stride is 1 into consecutive loads.
 //
 // One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512]. Its loops, outside in:
-//   row tiles of <= 192 > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
+//   row tiles (L2) > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
 // and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,
 // whatever the number of threads. Tasks come from a queue; no task waits for another.
 #include "gemm.h"
@@ -33,8 +33,8 @@
 
 enum {
     TASK_ROWS = 768,            // packing B is amortised, and there are still enough tasks to share out
-    TILE_ROWS = 192,            // [192 x 256] of A and as much of C and B pass through a 512 KiB L2
-    CHUNK     = 256,            // a panel of B, [256 x NR] floats, is half of L1 (avx2)
+    LEAST_TILE = 96,            // rows of a tile; the most are TASK_ROWS
+    CHUNK     = 256,            // a panel of B and two of A in L1: of 32 KiB (avx2), of 48 (avx512)
     CHUNK_UNIT = 32,            // of a chunk's length: a multiple of every ku
     BYTES_B   = 4 << 20,        // 512 columns of a sum of 2048 floats; [256 x NR] at a time comes from L3 to L1
 };
@@ -50,14 +50,21 @@ static int64_t even(int64_t n, int64_t most, int64_t unit) {
 static int64_t real_size(gemm_kind kind) { return kind == GEMM_F64 ? 8 : 4; }                              // of C
 static int64_t panel_size(gemm_kind kind) { return kind == GEMM_F64 ? 8 : kind == GEMM_F32 ? 4 : 2; }      // of A and B
 
+// Rows of A that are packed together: three eighths of L2 (192 floats in 512 KiB); as much of C and B pass through it.
+static int64_t tile_rows(gemm_kind kind) {
+    const int64_t fit = moe_l2 * 3 / 8 / (CHUNK * panel_size(kind));
+    return fit < LEAST_TILE ? LEAST_TILE : min64(fit, TASK_ROWS);
+}
+
 // -- scratch of one thread: sizes and carving in one struct ----------------------------------------------------------
 typedef struct { int64_t a, b, c, edge, stage, size; } scratch_map;
 static scratch_map scratch_layout(gemm_kind kind) {
-    const int64_t real = real_size(kind), columns = 2 * (GEMM_COLUMNS + GEMM_MAX_NR);
+    const int64_t real = real_size(kind), rows = tile_rows(kind) + GEMM_MAX_MR;
+    const int64_t columns = 2 * (GEMM_COLUMNS + GEMM_MAX_NR);
     scratch_map s = {0};
-    s.b     = s.a     + real * (TILE_ROWS + GEMM_MAX_MR) * CHUNK;
+    s.b     = s.a     + real * rows * CHUNK;
     s.c     = s.b     + BYTES_B + real * CHUNK * columns;
-    s.edge  = s.c     + real * (TILE_ROWS + GEMM_MAX_MR) * columns;
+    s.edge  = s.c     + real * rows * columns;
     s.stage = s.edge  + real * GEMM_MAX_MR * GEMM_MAX_NR;
     s.size  = s.stage + real * GEMM_STAGE * columns;
     return s;
@@ -101,7 +108,7 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
     char *const s = scratch, *const a = s + at.a, *const edge = s + at.edge, *const stage = s + at.stage;
     const int64_t part = round_up(g->n, nr), columns = g->parts * part, padded = round_up(g->k, gemm->ku);
     const bool keep_b = columns * padded * size <= BYTES_B;                         // over the row tiles
-    const int64_t tile = even(g->m, TILE_ROWS, mr), chunk = even(g->k, CHUNK, CHUNK_UNIT);
+    const int64_t tile = even(g->m, tile_rows(g->kind), mr), chunk = even(g->k, CHUNK, CHUNK_UNIT);
     if (gemm->begin) gemm->begin();
     for (int64_t i = 0; i < g->m; i += tile) {
         const int64_t rows = min64(tile, g->m - i), ldc = g->c ? g->ldc : columns;

@@ -1,4 +1,4 @@
-// isa.c: what is decided once per process: which kernel table runs (moe_k) and through which pool.
+// isa.c: what is decided once per process: which kernel table runs (moe_k), for which cache, and through which pool.
 //
 // The choice is the best table that this CPU can run, or the one that the environment's MOE_ISA names. A name that
 // nobody knows, or that this CPU cannot run, is MOE_NO_ISA: nothing is silently replaced. Only x86-64 has more than the
@@ -7,12 +7,16 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined __linux__ && defined __x86_64__
-#include <sys/syscall.h>
 #include <unistd.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #endif
 
 const moe_kernels *moe_k;
+int64_t            moe_l2;
 static moe_pool    run_pool;
 static int       (*pool_threads)(void);
 
@@ -59,7 +63,21 @@ static bool can_run(const moe_kernels *k) {
     return k == &moe_kernels_base;
 }
 
+// sysconf says nothing with some C libraries and in some containers; the CPU does: leaf 0x80000006, KiB in ecx.
+static int64_t find_l2(void) {
+    int64_t bytes = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+#ifdef __x86_64__
+    unsigned a, b, c = 0, d;
+    if (bytes <= 0 && __get_cpuid(0x80000006, &a, &b, &c, &d)) bytes = (int64_t)(c >> 16) << 10;
+#endif
+    return bytes > 0 ? bytes : 512 << 10;
+}
+
 static void choose(void) {
+    moe_l2 = find_l2();
     static const moe_kernels *const tables[] = {
 #ifdef __x86_64__
         &moe_kernels_amx, &moe_kernels_avx512bf16, &moe_kernels_avx512, &moe_kernels_avx2,

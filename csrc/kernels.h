@@ -58,6 +58,7 @@ typedef struct {
 extern const moe_kernels moe_kernels_base, moe_kernels_avx2, moe_kernels_avx512, moe_kernels_avx512bf16,
                          moe_kernels_amx;
 extern const moe_kernels *moe_k;            // the chosen table, set by moe_init
+extern int64_t moe_l2;                      // bytes of a core's second-level cache, set by moe_init; decides no bits
 
 // Runs body over [0, n) in pieces of at least `grain`, through the pool.
 void moe_parallel(int64_t n, int64_t grain, moe_body body, void *arg);

@@ -70,8 +70,9 @@ static void test_products(void) {
                 void *x = check_floats(dtype, s->R * s->I, 1), *dy = check_floats(dtype, s->R * s->O, 3);
                 w.p = check_floats(dtype, extent, 2);
                 char *y[2], *grad[2];
-                for (int run = 0; run < 2; run++) {                 // one thread, then three: the same bits
+                for (int run = 0; run < 2; run++) {     // one thread, then three and a larger cache: the same bits
                     check_threads = run ? 3 : 1;
+                    moe_l2 = run ? 4 << 20 : 128 << 10;
                     void *work = check_alloc((int64_t)moe_grouped_gemm_workspace(dtype, s->R, s->E, s->I, s->O));
                     y[run] = check_alloc(s->R * s->O * size);
                     dw.p = grad[run] = check_alloc(extent * size);
