@@ -1,5 +1,5 @@
 """The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and ranks that share a
-sequence, and optimizers, with few tokens."""
+sequence, optimizers, and the layer on a busy machine, with few tokens."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_train import data  # noqa: F401
 
-from benchmarks import optimizers, sequence
+from benchmarks import load, optimizers, sequence
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,3 +142,9 @@ class NoText:
 def test_optimizers_without_text(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no text: python -m moe_ext\.data prepare"):
         optimizers.main(data=tmp_path)
+
+
+def test_load(capsys):
+    lines = load.main(("tiny",), (2,), tokens=8, rounds=1)
+    assert [(line["shape"], line["threads"]) for line in lines] == [("tiny", 2)] and lines[0]["ratio"] > 0
+    assert "| tiny | 2 | " in capsys.readouterr().out

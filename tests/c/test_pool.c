@@ -30,16 +30,18 @@ static void count_rows(int64_t begin, int64_t end, void *arg) {
     if (!pthread_equal(pthread_self(), c->caller)) c->others++;
     for (int64_t i = begin; i < end; i++) c->times[i]++;
 }
-static void check_once(const count *c, int64_t n, const char *what) {
-    int64_t wrong = 0;
+static int wrong_rows(const count *c, int64_t n) {
+    int wrong = 0;
     for (int64_t i = 0; i < MANY; i++) wrong += c->times[i] != (i < n);
-    CHECK(wrong == 0, "%s: %lld of %lld rows not done once", what, (long long)wrong, (long long)n);
+    return wrong;
 }
-static void run(int64_t n, int64_t grain, const char *what) {
+static _Atomic int wrong;                                       // CHECK is not for several threads
+static void run(int64_t n, int64_t grain) {
     count c = {.caller = pthread_self()};
     moe_parallel(n, grain, count_rows, &c);
-    check_once(&c, n, what);
+    wrong += wrong_rows(&c, n);
 }
+static void check_wrong(const char *what) { CHECK(wrong == 0, "%s: %d rows not done once", what, wrong); }
 
 // -- threads that never come, or too late -----------------------------------------------------------------------------
 static void test_alone(void) {
@@ -48,7 +50,7 @@ static void test_alone(void) {
     check_threads = 5;
     count c = {.caller = pthread_self()};
     moe_parallel(MANY, 1, count_rows, &c);
-    check_once(&c, MANY, "alone");
+    CHECK(wrong_rows(&c, MANY) == 0, "rows not done once");
     CHECK(c.others == 0 && made == 4, "%d pieces by others, %d threads wanted", c.others, made);
     const count before = c;
     help();                             // who wakes up now
@@ -66,8 +68,9 @@ static void test_rows(void) {
             for (int g = 0; g < 5; g++) {
                 const int threads[] = {1, 2, 3, 5, 2};          // more and fewer than before
                 check_threads = threads[(round + n + g) % 5];
-                run(ns[n], grains[g], "own");
+                run(ns[n], grains[g]);
             }
+    check_wrong("own");
     CHECK(own.threads == 4, "%lld threads", (long long)own.threads);
 }
 
@@ -89,7 +92,7 @@ static void test_helpers_come(void) {
 
 // -- regions beside and inside each other -----------------------------------------------------------------------------
 static void *many_regions(void *none) {
-    for (int i = 0; i < 300; i++) run(1 + i % 50, 1, "beside");
+    for (int i = 0; i < 300; i++) run(1 + i % 50, 1);
     return none;
 }
 static void test_callers(void) {
@@ -100,9 +103,10 @@ static void test_callers(void) {
         if (pthread_create(&other[i], NULL, many_regions, NULL)) abort();
     many_regions(NULL);
     for (int i = 0; i < 2; i++) pthread_join(other[i], NULL);
+    check_wrong("beside");
 }
 static void region_inside(int64_t begin, int64_t end, void *arg) {
-    for (int64_t i = begin; i < end; i++) run(20, 1, "inside");
+    for (int64_t i = begin; i < end; i++) run(20, 1);
     count_rows(begin, end, arg);
 }
 static void test_nested(void) {
@@ -112,7 +116,8 @@ static void test_nested(void) {
         memset(&c.times, 0, sizeof c.times);
         moe_set_pool(lends ? check_pool : NULL, check_thread_count);
         moe_parallel(50, 1, region_inside, &c);
-        check_once(&c, 50, "outside");
+        wrong += wrong_rows(&c, 50);
+        check_wrong("inside");
     }
 }
 
@@ -128,7 +133,7 @@ static int32_t lending(int64_t begin, int64_t end, int64_t grain, moe_body body,
 }
 static int lent_of(int regions) {
     lent_regions = 0;
-    for (int i = 0; i < regions; i++) run(100, 1, "lent");
+    for (int i = 0; i < regions; i++) run(100, 1);
     return lent_regions;
 }
 static void test_late(void) {
@@ -141,7 +146,8 @@ static void test_late(void) {
     CHECK(left_own == MOST_OWN, "%lld regions without lent, at most", (long long)left_own);
     in_child();
     CHECK(lent_of(5) == 0, "a child used threads that it does not have");
-    left_own = 0, comes_late = false;
+    left_own = 0;
+    check_wrong("lent");
 }
 
 // -- tasks that await others ------------------------------------------------------------------------------------------
@@ -161,9 +167,9 @@ static void test_chain(void) {
         chain c = {.next = 0};
         for (int i = 0; i < 200; i++) c.missing[i] = 1;
         moe_parallel(check_threads, 1, links, &c);
-        int wrong = c.next != 200;
-        for (int i = 0; i < 200; i++) wrong += c.order[i] != i;
-        CHECK(wrong == 0, "%d tasks out of their order", wrong);
+        int early = c.next != 200;
+        for (int i = 0; i < 200; i++) early += c.order[i] != i;
+        CHECK(early == 0, "%d tasks out of their order", early);
     }
 }
 
