@@ -9,16 +9,26 @@
 //              3  row r:         dx_RD = sum over slots in order of dx_ND[p]    dweights = sum of ds (+ <dy[r], bd_e>)
 //              A gradient that is not wanted, and what only it needs, is left out: its place in the call is NULL.
 //
-// Each step is one parallel region. Rows of x and dy are gathered while they are packed; no sorted copy of them exists.
+// A pass is one parallel region. Its tasks stand in one queue: tiles of step 1, then of step 2, then sums of rows, in each
+// step the costliest experts first. No step waits for the end of the one before: a tile of step 2 awaits the tiles of
+// step 1 of its expert, a sum all that it may read, and most of that is long done by then. Rows of x and dy are gathered
+// while they are packed; no sorted copy of them exists.
 // Saved for the backward: h_NU in storage type, nothing else. a, y, dh, sA, dx per copy live in the caller's workspace
 // in full: a tile of y would need all of F, and with it the weights again for every tile of rows. They are real, but for
 // a, sA and dh where products take bf16: those are rounded to it.
 #include "gemm.h"
+#include "pool.h"
 #include <string.h>
 
 typedef union { float f32[GEMM_COLUMNS]; double f64[GEMM_COLUMNS]; } tile;      // a piece of a row, on the stack
 
-typedef struct {                // one call: the arguments and what is derived from them
+typedef struct call call;
+typedef struct {                // tasks of one kind
+    const gemm_grid *grid;
+    void           (*tile)(const call *c, const gemm_task *t, void *scratch);
+    int64_t          tasks;
+} stage;
+struct call {                   // the arguments and what is derived from them
     const moe_expert_args  *a;
     const moe_expert_grads *g;
     bool     f64, gated;
@@ -27,10 +37,17 @@ typedef struct {                // one call: the arguments and what is derived f
     int64_t  size, real, factor, U, pieces;             // pieces: column tiles of F, each with its part of ds
     gemm_grid up, down;                                 // tiles [p, F] and [p, D]
     gemm_grid ddown, dgate, dup;                        // tiles of the weight gradients
+    gemm_grid each;                                     // one task for each expert
     const void *h_in;
     char    *h, *y;
     char    *act, *out, *dh, *ds, *scratch;             // a or sA [N,F], y or dx [N,D], dh [N,U], ds [N,pieces]
-} call;
+    stage    stages[6];                                 // of the pass, in the order of their tasks; then come the sums
+    int      n_stages;
+    moe_body sum;                                       // of the slots of rows
+    int64_t  sum_rows;                                  // that one task sums
+    int32_t *order_E;
+    moe_missing *missing;                               // [E] tiles of stages[0] of each expert, [1] what the sums await
+};
 
 static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
     call c = {.a = a, .g = g, .f64 = a->dtype == MOE_F64, .gated = moe_act_gated(a->act), .size = moe_size(a->dtype)};
@@ -40,9 +57,10 @@ static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
     c.factor_type = c.kind == GEMM_BF16 ? MOE_BF16 : c.real_type;
     c.factor    = moe_size(c.factor_type);
     c.U         = c.gated ? 2 * a->F : a->F;
+    c.each   = (gemm_grid){a->E, 1, 1, 1, a->bins_E, NULL};
     const int64_t first_sum = a->D, parts = c.gated && !g ? 2 : 1;
-    c.up     = (gemm_grid){a->E, a->F, gemm_columns(c.kind, a->F, first_sum, (int)parts), -1, a->bins_E};
-    c.down   = (gemm_grid){a->E, a->D, gemm_columns(c.kind, a->D, a->F, 1), -1, a->bins_E};
+    c.up     = (gemm_grid){a->E, a->F, gemm_columns(c.kind, a->F, first_sum, (int)parts), -1, a->bins_E, NULL};
+    c.down   = (gemm_grid){a->E, a->D, gemm_columns(c.kind, a->D, a->F, 1), -1, a->bins_E, NULL};
     c.pieces = (a->F + c.up.columns - 1) / c.up.columns;
     if (g) {
         c.ddown = gemm_wgrad_grid(c.kind, a->E, a->D, a->F, a->bins_E, g->ddown_EDF);
@@ -66,8 +84,54 @@ static int64_t carve(call *c, void *workspace) {
     c->out = take(workspace, &used, !g || g->dx_RD, a->N * a->D * c->real);
     c->dh  = take(workspace, &used, dh, a->N * c->U * c->factor);
     c->ds  = take(workspace, &used, g && g->dweights_RK, a->N * c->pieces * c->real);
+    c->order_E = (int32_t *)take(workspace, &used, true, a->E * (int64_t)sizeof *c->order_E);
+    c->missing = (moe_missing *)take(workspace, &used, true, (a->E + 1) * (int64_t)sizeof *c->missing);
     c->scratch = take(workspace, &used, true, moe_threads() * gemm_scratch_size(c->kind));
     return used;
+}
+
+// -- a pass ----------------------------------------------------------------------------------------------------------
+static void add_stage(call *c, bool wanted, gemm_grid *grid, void (*tile)(const call *, const gemm_task *, void *)) {
+    grid->order_E = c->order_E;
+    c->stages[c->n_stages++] = (stage){grid, tile, wanted ? gemm_grid_tasks(grid) : 0};
+}
+// Experts by the binary digits of their rows, most first: sorted well enough for the last tasks to be small.
+static void order_experts(const moe_expert_args *a, int32_t *order_E) {
+    for (int digits = 31; digits >= 0; digits--)
+        for (int32_t e = 0; e < a->E; e++) {
+            const int32_t rows = a->bins_E[e] - (e ? a->bins_E[e - 1] : 0);
+            if (digits ? rows >> (digits - 1) == 1 : rows == 0) *order_E++ = e;
+        }
+}
+// stages[0] is step 1, stages[1] the part of step 2 that the sums read.
+static void pass_task(const void *arg, int64_t task, void *scratch) {
+    const call *c = arg;
+    const moe_expert_args *a = c->a;
+    int i = 0;
+    while (i < c->n_stages && task >= c->stages[i].tasks) task -= c->stages[i++].tasks;
+    if (i == c->n_stages) {
+        const int64_t begin = task * c->sum_rows, end = begin + c->sum_rows;
+        moe_await(&c->missing[a->E]);
+        c->sum(begin, end < a->R ? end : a->R, (void *)c);
+        return;
+    }
+    const gemm_task t = gemm_grid_task(c->stages[i].grid, task);
+    if (i > 0) moe_await(&c->missing[t.e]);
+    c->stages[i].tile(c, &t, scratch);
+    if (i == 0) moe_arrive(&c->missing[t.e]);
+    if (i <= 1) moe_arrive(&c->missing[a->E]);
+}
+static void run_pass(call *c, moe_body sum) {
+    const moe_expert_args *a = c->a;
+    const stage *first = &c->stages[0], *out = &c->stages[1];
+    order_experts(a, c->order_E);
+    for (int64_t e = 0; e < a->E; e++) c->missing[e] = first->tasks ? (uint32_t)gemm_grid_tasks_of(first->grid, e) : 0;
+    c->missing[a->E] = (uint32_t)(first->tasks + out->tasks);
+    c->sum      = sum;
+    c->sum_rows = 4 * moe_row_grain(a->K * a->D);
+    int64_t tasks = sum ? (a->R + c->sum_rows - 1) / c->sum_rows : 0;
+    for (int i = 0; i < c->n_stages; i++) tasks += c->stages[i].tasks;
+    gemm_run(tasks, pass_task, c, c->scratch, gemm_scratch_size(c->kind));
 }
 
 // -- small things ----------------------------------------------------------------------------------------------------
@@ -137,10 +201,9 @@ static void emit_up(const gemm_product *g, int64_t i0, int64_t rows, void *tile_
         moe_k->store(c->factor_type, t->n, &act, c->act + (p * a->F + t->j) * c->factor);
     }
 }
-static void up_tile(const void *arg, int64_t task, void *scratch) {
-    const call *c = arg;
+static void up_tile(const call *c, const gemm_task *task, void *scratch) {
     const moe_expert_args *a = c->a;
-    const gemm_task t = gemm_grid_task(&c->up, task);
+    const gemm_task t = *task;
     const gemm_product g = {
         .kind = c->kind, .m = t.m, .n = t.n, .k = a->D, .parts = c->gated ? 2 : 1,
         .a = gathered(c, a->x_RD, t.begin + t.i, false),
@@ -152,10 +215,9 @@ static void up_tile(const void *arg, int64_t task, void *scratch) {
 }
 
 // -- forward 2: y = a Wd^T -------------------------------------------------------------------------------------------
-static void down_tile(const void *arg, int64_t task, void *scratch) {
-    const call *c = arg;
+static void down_tile(const call *c, const gemm_task *task, void *scratch) {
     const moe_expert_args *a = c->a;
-    const gemm_task t = gemm_grid_task(&c->down, task);
+    const gemm_task t = *task;
     const int64_t p = t.begin + t.i;
     const gemm_product g = {
         .kind = c->kind, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
@@ -198,9 +260,9 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
     gemm_huge_pages(workspace, carve(&c, workspace));
     gemm_huge_pages(h_NU, a->N * c.U * c.size);
     c.y = y_RD, c.h = h_NU;
-    gemm_run(gemm_grid_tasks(&c.up), up_tile, &c, c.scratch, gemm_scratch_size(c.kind));
-    gemm_run(gemm_grid_tasks(&c.down), down_tile, &c, c.scratch, gemm_scratch_size(c.kind));
-    moe_parallel(a->R, moe_row_grain(a->K * a->D), sum_slots, &c);
+    add_stage(&c, true, &c.up, up_tile);
+    add_stage(&c, true, &c.down, down_tile);
+    run_pass(&c, sum_slots);
     return MOE_OK;
 }
 
@@ -241,10 +303,9 @@ static void emit_dact(const gemm_product *g, int64_t i0, int64_t rows, void *til
     }
 }
 // For sA alone dA' is a sum of nothing.
-static void dact_tile(const void *arg, int64_t task, void *scratch) {
-    const call *c = arg;
+static void dact_tile(const call *c, const gemm_task *task, void *scratch) {
     const moe_expert_args *a = c->a;
-    const gemm_task t = gemm_grid_task(&c->up, task);
+    const gemm_task t = *task;
     const gemm_product g = {
         .kind = c->kind, .m = t.m, .n = t.n, .k = c->ds || c->dh ? a->D : 0, .parts = 1,
         .a = gathered(c, c->g->dy_RD, t.begin + t.i, false),
@@ -255,9 +316,9 @@ static void dact_tile(const void *arg, int64_t task, void *scratch) {
 }
 
 // -- backward 2: dx per copy, the weight gradients, the bias sums ----------------------------------------------------
-static void dx_tile(const call *c, int64_t task, void *scratch) {
+static void dx_tile(const call *c, const gemm_task *task, void *scratch) {
     const moe_expert_args *a = c->a;
-    const gemm_task t = gemm_grid_task(&c->down, task);
+    const gemm_task t = *task;
     const int64_t p = t.begin + t.i;
     gemm_product g = {
         .kind = c->kind, .m = t.m, .n = t.n, .k = a->F, .parts = 1,
@@ -272,17 +333,22 @@ static void dx_tile(const call *c, int64_t task, void *scratch) {
     g.accumulate = true;
     gemm_multiply(&g, scratch);
 }
-static void ddown_tile(const call *c, int64_t task, void *scratch) {
+static void ddown_tile(const call *c, const gemm_task *task, void *scratch) {
     const moe_expert_args *a = c->a;
-    const gemm_task t = gemm_grid_task(&c->ddown, task);
+    const gemm_task t = *task;
     const gemm_factor sa = {c->factor_type, c->act + t.begin * a->F * c->factor, .si = 1, .sk = a->F};
     gemm_wgrad(a->dtype, t, gathered(c, c->g->dy_RD, t.begin, true), sa, c->g->ddown_EDF, scratch);
 }
-static void dgate_tile(const call *c, const gemm_grid *grid, moe_mat dw, int64_t column, int64_t task, void *scratch) {
+static void dup_or_dgate(const call *c, const gemm_task *t, moe_mat dw, int64_t column, void *scratch) {
     const moe_expert_args *a = c->a;
-    const gemm_task t = gemm_grid_task(grid, task);
-    const gemm_factor dh = {c->factor_type, c->dh + (t.begin * c->U + column) * c->factor, .si = 1, .sk = c->U};
-    gemm_wgrad(a->dtype, t, dh, gathered(c, a->x_RD, t.begin, true), dw, scratch);
+    const gemm_factor dh = {c->factor_type, c->dh + (t->begin * c->U + column) * c->factor, .si = 1, .sk = c->U};
+    gemm_wgrad(a->dtype, *t, dh, gathered(c, a->x_RD, t->begin, true), dw, scratch);
+}
+static void dgate_tile(const call *c, const gemm_task *t, void *scratch) {
+    dup_or_dgate(c, t, c->g->dgate_EFD, 0, scratch);
+}
+static void dup_tile(const call *c, const gemm_task *t, void *scratch) {
+    dup_or_dgate(c, t, c->g->dup_EFD, c->a->F, scratch);
 }
 // out[j] = sum over the copies of e, in order, of weight * row[j].
 static void bias_sum(const call *c, int64_t e, int64_t n, int dtype, const char *rows, int64_t stride, bool of_dy,
@@ -300,9 +366,11 @@ static void bias_sum(const call *c, int64_t e, int64_t n, int dtype, const char 
         moe_k->store(a->dtype, some, &sum, out + j * c->size);
     }
 }
-static void dbias(const call *c, int64_t e) {
+static void dbias(const call *c, const gemm_task *t, void *scratch) {
+    (void)scratch;
     const moe_expert_args *a = c->a;
     const moe_expert_grads *g = c->g;
+    const int64_t e = t->e;
     if (g->dgate_bias_EF)
         bias_sum(c, e, a->F, c->factor_type, c->dh, c->U, false,
                  (char *)g->dgate_bias_EF + e * g->dgate_bias_se * c->size);
@@ -311,24 +379,6 @@ static void dbias(const call *c, int64_t e) {
                  (char *)g->dup_bias_EF + e * g->dup_bias_se * c->size);
     if (g->ddown_bias_ED)
         bias_sum(c, e, a->D, a->dtype, g->dy_RD, a->D, true, (char *)g->ddown_bias_ED + e * g->ddown_bias_se * c->size);
-}
-// How many of each there are.
-typedef struct { int64_t dx, ddown, dgate, dup; } second_tasks;
-static second_tasks second_tasks_of(const call *c) {
-    const moe_expert_grads *g = c->g;
-    return (second_tasks){.dx = g->dx_RD ? gemm_grid_tasks(&c->down) : 0,
-                          .ddown = g->ddown_EDF.p ? gemm_grid_tasks(&c->ddown) : 0,
-                          .dgate = g->dgate_EFD.p ? gemm_grid_tasks(&c->dgate) : 0,
-                          .dup = c->gated && g->dup_EFD.p ? gemm_grid_tasks(&c->dup) : 0};
-}
-static void second_tile(const void *arg, int64_t task, void *scratch) {
-    const call *c = arg;
-    const second_tasks n = second_tasks_of(c);
-    if (task < n.dx)                      dx_tile(c, task, scratch);
-    else if ((task -= n.dx) < n.ddown)    ddown_tile(c, task, scratch);
-    else if ((task -= n.ddown) < n.dgate) dgate_tile(c, &c->dgate, c->g->dgate_EFD, 0, task, scratch);
-    else if ((task -= n.dgate) < n.dup)   dgate_tile(c, &c->dup, c->g->dup_EFD, c->a->F, task, scratch);
-    else                                  dbias(c, task - n.dup);
 }
 
 // -- backward 3: dx as the forward's sum, and dweights ---------------------------------------------------------------
@@ -367,10 +417,12 @@ int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe
     prepare(&c, g->dgate_EFD, a->F, a->D);
     prepare(&c, g->dup_EFD, a->F, a->D);
     c.h_in = g->h_NU, c.y = g->dx_RD;
-    const int64_t scratch_size = gemm_scratch_size(c.kind);
-    const second_tasks n = second_tasks_of(&c);
-    if (c.act || c.dh || c.ds) gemm_run(gemm_grid_tasks(&c.up), dact_tile, &c, c.scratch, scratch_size);
-    gemm_run(n.dx + n.ddown + n.dgate + n.dup + a->E, second_tile, &c, c.scratch, scratch_size);
-    if (c.out || c.ds) moe_parallel(a->R, moe_row_grain(a->K * a->D), sum_dslots, &c);
+    add_stage(&c, c.act || c.dh || c.ds, &c.up, dact_tile);
+    add_stage(&c, g->dx_RD, &c.down, dx_tile);
+    add_stage(&c, g->ddown_EDF.p, &c.ddown, ddown_tile);
+    add_stage(&c, g->dgate_EFD.p, &c.dgate, dgate_tile);
+    add_stage(&c, c.gated && g->dup_EFD.p, &c.dup, dup_tile);
+    add_stage(&c, g->dgate_bias_EF || g->dup_bias_EF || g->ddown_bias_ED, &c.each, dbias);
+    run_pass(&c, c.out || c.ds ? sum_dslots : NULL);
     return MOE_OK;
 }

@@ -23,7 +23,7 @@
 // One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512]. Its loops, outside in:
 //   row tiles (L2) > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
 // and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,
-// whatever the number of threads. Tasks come from a queue; no task waits for another.
+// whatever the number of threads. Tasks come from a queue; here no task waits for another.
 #include "gemm.h"
 #include <stdatomic.h>
 #include <string.h>
@@ -132,23 +132,29 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
 }
 
 // -- tasks -----------------------------------------------------------------------------------------------------------
-static int64_t grid_rows(const gemm_grid *grid, int64_t e, int64_t begin) {
-    return grid->fixed_rows < 0 ? grid->bins_E[e] - begin : grid->fixed_rows;
+static int64_t grid_begin(const gemm_grid *grid, int64_t e) { return e ? grid->bins_E[e - 1] : 0; }
+static int64_t grid_rows(const gemm_grid *grid, int64_t e) {
+    return grid->fixed_rows < 0 ? grid->bins_E[e] - grid_begin(grid, e) : grid->fixed_rows;
+}
+int64_t gemm_grid_tasks_of(const gemm_grid *grid, int64_t e) {
+    return ceil_div(grid_rows(grid, e), TASK_ROWS) * ceil_div(grid->n, grid->columns);
 }
 int64_t gemm_grid_tasks(const gemm_grid *grid) {
-    int64_t pieces = 0;
-    for (int64_t e = 0, begin = 0; e < grid->E; begin = grid->bins_E[e++])
-        pieces += ceil_div(grid_rows(grid, e, begin), TASK_ROWS);
-    return pieces * ceil_div(grid->n, grid->columns);
+    int64_t tasks = 0;
+    for (int64_t e = 0; e < grid->E; e++) tasks += gemm_grid_tasks_of(grid, e);
+    return tasks;
 }
 gemm_task gemm_grid_task(const gemm_grid *grid, int64_t task) {
     const int64_t across = ceil_div(grid->n, grid->columns);
-    int64_t e = 0, begin = 0, piece = task / across;
-    while (piece >= ceil_div(grid_rows(grid, e, begin), TASK_ROWS)) {
-        piece -= ceil_div(grid_rows(grid, e, begin), TASK_ROWS);
-        begin = grid->bins_E[e++];
+    int64_t e, piece = task / across;
+    for (int64_t i = 0;; i++) {
+        e = grid->order_E ? grid->order_E[i] : i;
+        const int64_t pieces = ceil_div(grid_rows(grid, e), TASK_ROWS);
+        if (piece < pieces) break;
+        piece -= pieces;
     }
-    const int64_t rows = grid_rows(grid, e, begin), size = ceil_div(rows, ceil_div(rows, TASK_ROWS));
+    const int64_t begin = grid_begin(grid, e);
+    const int64_t rows = grid_rows(grid, e), size = ceil_div(rows, ceil_div(rows, TASK_ROWS));
     gemm_task t = {e, begin, grid->bins_E[e], piece * size, 0, task % across * grid->columns, 0};
     t.m = min64(size, rows - t.i);
     t.n = min64(grid->columns, grid->n - t.j);
@@ -230,7 +236,7 @@ int moe_grouped_gemm(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, cons
     const int status = check(dtype, R, E, I, O, bins_E);
     if (status != MOE_OK) return status;
     const gemm_kind kind = moe_gemm_kind(dtype);
-    const forward_job job = {dtype, {E, O, gemm_columns(kind, O, I, 1), -1, bins_E}, I, O, x_RI, w_EIO, y_RO};
+    const forward_job job = {dtype, {E, O, gemm_columns(kind, O, I, 1), -1, bins_E, NULL}, I, O, x_RI, w_EIO, y_RO};
     gemm_huge_pages(y_RO, R * O * moe_size(dtype));
     gemm_run(gemm_grid_tasks(&job.grid), forward_tile, &job, workspace, gemm_scratch_size(kind));
     const int64_t used = bins_E[E - 1] * O * moe_size(dtype), all = R * O * moe_size(dtype);
@@ -258,7 +264,7 @@ bool gemm_wgrad_swap(moe_mat dw) { return dw.sc != 1 && dw.sr == 1; }
 gemm_grid gemm_wgrad_grid(gemm_kind kind, int64_t E, int64_t I, int64_t O, const int32_t *bins_E, moe_mat dw) {
     const bool swap = gemm_wgrad_swap(dw);
     const int64_t rows = swap ? O : I, n = swap ? I : O;
-    return (gemm_grid){E, n, even(n, GEMM_COLUMNS, moe_k->gemm[kind].nr), rows, bins_E};
+    return (gemm_grid){E, n, even(n, GEMM_COLUMNS, moe_k->gemm[kind].nr), rows, bins_E, NULL};
 }
 void gemm_wgrad(int dtype, gemm_task t, gemm_factor a, gemm_factor b, moe_mat dw, void *scratch) {
     if (gemm_wgrad_swap(dw)) {                          // dw^T = b^T a has its rows in one piece

@@ -25,13 +25,15 @@ int64_t gemm_columns(gemm_kind kind, int64_t n, int64_t k, int parts);       // 
 // The tiles of one grouped product: of expert e, [rows x n] cut into pieces. rows: its bin's, or `fixed_rows`.
 typedef struct {
     int64_t        E, n, columns, fixed_rows;           // fixed_rows < 0: ragged rows
-    const int32_t *bins_E;
+    const int32_t *bins_E, *order_E;                    // experts in the order of their tasks; NULL: by number
 } gemm_grid;
 typedef struct { int64_t e, begin, end, i, m, j, n; } gemm_task;       // copies begin..end; rows i..i+m, columns j..j+n
 int64_t gemm_grid_tasks(const gemm_grid *grid);
+int64_t gemm_grid_tasks_of(const gemm_grid *grid, int64_t e);
 gemm_task gemm_grid_task(const gemm_grid *grid, int64_t task);
 
-// Runs body(arg, task, scratch) for every task < n. Idle threads take the next one; scratch holds one piece per thread.
+// Runs body(arg, task, scratch) for every task < n. Idle threads take the next one, in order, so that a task may await
+// what those before it do (pool.h). scratch holds one piece per thread.
 typedef void (*gemm_body)(const void *arg, int64_t task, void *scratch);
 void gemm_run(int64_t n, gemm_body body, const void *arg, void *scratch, int64_t scratch_size);
 static inline int64_t gemm_align(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }

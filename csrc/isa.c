@@ -1,4 +1,4 @@
-// isa.c: what is decided once per process: which kernel table runs (moe_k), for which cache, and through which pool.
+// isa.c: what is decided once per process: which kernel table runs (moe_k), and for which cache.
 //
 // The choice is the best table that this CPU can run, or the one that the environment's MOE_ISA names. A name that
 // nobody knows, or that this CPU cannot run, is MOE_NO_ISA: nothing is silently replaced. Only x86-64 has more than the
@@ -17,8 +17,6 @@
 
 const moe_kernels *moe_k;
 int64_t            moe_l2;
-static moe_pool    run_pool;
-static int       (*pool_threads)(void);
 
 const char *moe_status_text(int status) {
     switch (status) {
@@ -96,17 +94,3 @@ int moe_init(void) {
 }
 
 const char *moe_isa(void) { return moe_k ? moe_k->isa : NULL; }
-
-void moe_set_pool(moe_pool pool, int (*threads)(void)) {
-    run_pool     = pool;
-    pool_threads = threads;
-}
-
-int moe_threads(void) { return pool_threads ? pool_threads() : 1; }
-
-// The pool's status is not read: bodies are C functions that cannot fail, and so it has nothing to report.
-void moe_parallel(int64_t n, int64_t grain, moe_body body, void *arg) {
-    if (n <= 0) return;
-    if (!run_pool || n <= grain) body(0, n, arg);
-    else run_pool(0, n, grain < 1 ? 1 : grain, body, arg);
-}

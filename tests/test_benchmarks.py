@@ -1,5 +1,5 @@
-"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and the layer, a training
-step, ranks that share a sequence, and optimizers, with few tokens."""
+"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and the layer, alone and on a
+busy machine, a training step, ranks that share a sequence, and optimizers, with few tokens."""
 
 import json
 import subprocess
@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_train import data  # noqa: F401
 
+from benchmarks import load as busy
 from benchmarks import ops, optimizers, sequence, step
 from moe_ext.config import MeshConfig, dumps, load
 from tests.cases import Shape
@@ -213,3 +214,9 @@ class NoText:
 def test_optimizers_without_text(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no text: python -m moe_ext\.data prepare"):
         optimizers.main(data=tmp_path)
+
+
+def test_load(capsys):
+    lines = busy.main(("tiny",), (2,), tokens=8, rounds=1)
+    assert [(line["shape"], line["threads"]) for line in lines] == [("tiny", 2)] and lines[0]["ratio"] > 0
+    assert "| tiny | 2 | " in capsys.readouterr().out
