@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from moe_ext.ops.define import Function, once_differentiable
+from moe_ext.ops.dense import HALVES, torch_knows
 
 
 def runs(x, w):
@@ -164,6 +165,10 @@ def attend(q_BHSd, k_BGLd, v_BGLd, seen=None, sinks_H=None):
     """
     if isinstance(seen, Documents):
         return attend_documents(q_BHSd, k_BGLd, v_BGLd, seen, sinks_H)
+    if q_BHSd.device.type == "cpu" and q_BHSd.dtype in HALVES and not torch_knows(q_BHSd.dtype):
+        mask = seen if seen is None or seen.dtype == torch.bool else seen.float()
+        y_BHSd = attend(q_BHSd.float(), k_BGLd.float(), v_BGLd.float(), mask, sinks_H)
+        return y_BHSd.to(q_BHSd.dtype)
     (B, _, S, d), past, first = q_BHSd.shape, k_BGLd.shape[2] - q_BHSd.shape[2], 0
     if seen is not None and seen.ndim == 5:
         w = seen.shape[-2]

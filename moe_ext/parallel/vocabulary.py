@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from moe_ext import ops
 from moe_ext.ops.define import Function, real
+from moe_ext.ops.dense import outer, product
 from moe_ext.parallel.collectives import as_autocast, gather_rows
 
 _xent_ = torch.ops.moe_ext.xent_.default
@@ -113,7 +114,7 @@ class _CrossEntropy(Function):
             x_CD, counts_C, owner_C, here_C, near_C = (
                 t[begin : begin + chunk] for t in (x_TD, counts_T, owner_T, here_T, near_T)
             )
-            logits_Cv = torch.mm(x_CD, w_vD.T, out=buffer[: len(x_CD)])
+            logits_Cv = product(x_CD, w_vD.T, buffer[: len(x_CD)])
             own_C, at_C = loss.new_zeros(len(x_CD)), loss.new_full((len(x_CD),), -torch.inf)
             if v:
                 at_C = logits_Cv.gather(1, near_C[:, None])[:, 0].to(loss.dtype).where(counts_C, 0)
@@ -125,9 +126,10 @@ class _CrossEntropy(Function):
                 exact_C = ((-own_C).exp() * share_C - here_C).where(counts_C, 0)
                 dlogits_Cv.scatter_(1, near_C[:, None], exact_C[:, None].to(dlogits_Cv.dtype))
             if need_dx:
-                torch.mm(dlogits_Cv, w_vD, out=dx_TD[begin : begin + chunk])
+                dx_CD = dx_TD[begin : begin + chunk]
+                dx_CD.copy_(product(dlogits_Cv, w_vD, dx_CD))
             if need_dw:
-                dw_vD += dlogits_Cv.T @ x_CD
+                dw_vD += outer(dlogits_Cv, x_CD)
         ctx.save_for_backward(dx_TD, dw_vD.to(w_vD.dtype) if need_dw else None, loss)
         return loss
 
