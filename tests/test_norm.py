@@ -29,8 +29,9 @@ def check_rotate(impl, case, dtype, device, heads=3, columns=None):
     n = d // 2 if columns is None else columns // 2
     angle = case.randn(T, 1, n, salt=5, device=device)
     x_BSHd = case.randn(2, T, heads, d, salt=6, dtype=dtype, device=device)
-    against_reference(impl, lambda ops, x_BSHd: ops.rotate(x_BSHd, cos=angle.cos(), sin=angle.sin()),
-                      {"x_BSHd": x_BSHd})  # fmt: skip
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    against_reference(impl, lambda ops, **inputs: ops.rotate(**inputs),
+                      {"x_BSHd": x_BSHd, "cos": angle.cos().to(real), "sin": angle.sin().to(real)})  # fmt: skip
 
 
 def check_square_sum(impl, case, dtype, device):

@@ -1,8 +1,8 @@
 """y = x W^T + b: torch's product, or that of csrc/gemm.c where torch's leaves the CPU's instructions unused.
 
 torch multiplies bfloat16 through oneDNN, which wants AVX-512, float16 likewise with AVX512-FP16, and without these by
-loops that take 10 to 60 times as long as ours. float32 is MKL's, which knows no AVX-512 but Intel's: on AMD's ours takes
-0.6 of its time. Elsewhere the two are as fast, and torch's shares small matrices out to more threads.
+loops that take 10 to 60 times as long as ours. float32 is MKL's, which knows no AVX-512 but Intel's: on AMD's ours
+takes 0.6 of its time. Elsewhere the two are as fast, and torch's shares small matrices out to more threads.
 """
 
 import functools

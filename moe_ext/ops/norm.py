@@ -50,15 +50,26 @@ def rms_norm(x, w_n, eps):
 
 
 def _save_rotate(ctx, inputs, output):
-    _, cos, sin, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
+    x, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, cos, sin)
+
+
+def _backward_rotate(ctx, dy):
+    x, cos, sin = ctx.saved_tensors
+    dx = _rotate(dy.contiguous(), cos, sin, not ctx.inverse)
+    if x is None:
+        return dx, None, None, None
+    P, n = cos.shape
+    a, b, da, db = (t[..., i : i + n].to(cos.dtype) for t in (x, dy) for i in (0, n))
+    dcos, dsin = (t.unflatten(0, (-1, P)).sum((0, 2)) for t in (a * da + b * db, a * db - b * da))
+    return dx, dcos, -dsin if ctx.inverse else dsin, None
 
 
 _rotate = define(
     "rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
     fake=lambda x, cos, sin, inverse: torch.empty_like(x),
     save=_save_rotate,
-    backward=lambda ctx, dy: (_rotate(dy.contiguous(), *ctx.saved_tensors, not ctx.inverse), None, None, None),
+    backward=_backward_rotate,
 )
 
 
@@ -66,7 +77,7 @@ def rotate(x_BSHd, cos, sin):
     """Turns the pairs (x[i], x[i + n]) of the first 2n columns of every head; the others stay (Su et al., 2021, by
     halves as in Hugging Face's models).
 
-    cos, sin [S,1,n] or [B,S,1,n], of any floating dtype, constants to the derivative. -> x's shape and dtype.
+    cos, sin [S,1,n] or [B,S,1,n], of any floating dtype. -> x's shape and dtype. Differentiable in all.
     """
     cos, sin = (t.to(real(x_BSHd.dtype) if not x_BSHd.is_cuda else x_BSHd.dtype) for t in (cos, sin))
     if x_BSHd.is_cuda:
