@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 from moe_ext import ops
-from moe_ext.attention import Documents, attend, visible
+from moe_ext.attention import Documents, attend, computed_in, visible
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, site
 from moe_ext.ops.define import real
@@ -333,6 +333,7 @@ class GPT(nn.Module):
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = computed_in(x.device.type, dtype)
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)
 
     def forward(self, tokens_BS, targets_BS, draws: Draws | None = None, token_mask=None, documents_BS=None,
