@@ -40,7 +40,7 @@ def ours(device, dtype, rows) -> bool:
 
 
 def product(x_RI, w_IO, out_RO):
-    """x w, below autograd, of matrices with any strides: in out_RO, or a tensor of its own."""
+    """x w, below autograd, of matrices with any strides: torch's in out_RO, which fits or is empty, ours anew."""
     if ours(x_RI.device, x_RI.dtype, len(x_RI)):
         return _product(x_RI.contiguous(), w_IO)
     return torch.mm(x_RI, w_IO, out=out_RO)

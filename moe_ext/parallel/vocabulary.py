@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from moe_ext import ops
 from moe_ext.ops.define import Function, real
-from moe_ext.ops.dense import outer, product
+from moe_ext.ops.dense import ours, outer, product
 from moe_ext.parallel.collectives import as_autocast, gather_rows
 
 _xent_ = torch.ops.moe_ext.xent_.default
@@ -109,7 +109,8 @@ class _CrossEntropy(Function):
         loss = x_TD.new_zeros((), dtype=real(x_TD.dtype))
         dx_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format) if need_dx else None
         dw_vD = torch.zeros_like(w_vD, dtype=loss.dtype) if need_dw else None
-        buffer = x_TD.new_empty(min(chunk, len(x_TD)), v)
+        rows = min(chunk, len(x_TD))
+        buffer = x_TD.new_empty(0 if ours(x_TD.device, x_TD.dtype, rows) else rows, v)
         for begin in range(0, len(x_TD), chunk):
             x_CD, counts_C, owner_C, here_C, near_C = (
                 t[begin : begin + chunk] for t in (x_TD, counts_T, owner_T, here_T, near_T)
@@ -130,6 +131,7 @@ class _CrossEntropy(Function):
                 dx_CD.copy_(product(dlogits_Cv, w_vD, dx_CD))
             if need_dw:
                 dw_vD += outer(dlogits_Cv, x_CD)
+            del logits_Cv, dlogits_Cv  # before the next are made
         ctx.save_for_backward(dx_TD, dw_vD.to(w_vD.dtype) if need_dw else None, loss)
         return loss
 
