@@ -9,6 +9,7 @@
 //   rows.inc      rows_load rows_store rows_scale rows_axpy rows_sum rows_dot
 //   act.inc       act_fwd act_bwd
 //   softmax.inc   softmax_row
+//   norm.inc      norm_row norm_dot norm_row_bwd rotate_row square_sum
 //   random.inc    random_row
 //   gemm.inc      gemm_f32 gemm_f64 and the panel sizes GEMM_MR_F32 GEMM_NR_F32 GEMM_MR_F64 GEMM_NR_F64
 //   pack.inc      pack_a_f32 pack_b_f32 pack_a_f64 pack_b_f64
@@ -26,6 +27,7 @@
 #include "rows.inc"
 #include "act.inc"
 #include "softmax.inc"
+#include "norm.inc"
 #include "random.inc"
 #include "gemm.inc"
 #include "pack.inc"
@@ -45,6 +47,11 @@ const moe_kernels ISA_TABLE = {
     .act     = act_fwd,
     .dact    = act_bwd,
     .softmax = softmax_row,
+    .norm    = norm_row,
+    .norm_dot = norm_dot,
+    .dnorm   = norm_row_bwd,
+    .rotate  = rotate_row,
+    .square_sum = square_sum,
     .random  = random_row,
     .gemm    = {
         [GEMM_F32] = {GEMM_MR_F32, GEMM_NR_F32, 1, pack_a_f32, pack_b_f32, NULL, NULL, gemm_f32},

@@ -49,6 +49,15 @@ typedef struct {
                    void *dup);
     // softmax.inc: p may be x. Returns logsumexp; NaN in x gives NaN
     double (*softmax)(bool f64, int64_t n, const void *x, void *p);
+    // norm.inc: rows of real. y = x r w; the sum of x w dy; its backward dx = r w dy - c x, dw += r x dy; a turn of the
+    // pairs (a[i], b[i]), backwards for sign -1; the sum of x^2
+    void   (*norm    )(bool f64, int64_t n, double r, const void *x, const void *w, void *y);
+    double (*norm_dot)(bool f64, int64_t n, const void *x, const void *w, const void *dy);
+    void   (*dnorm   )(bool f64, int64_t n, double r, double c, const void *x, const void *w, const void *dy, void *dx,
+                       void *dw);
+    void   (*rotate  )(bool f64, int64_t n, int sign, const void *cos, const void *sin, const void *a, const void *b,
+                       void *ya, void *yb);
+    double (*square_sum)(bool f64, int64_t n, const void *x);
     // random.inc: u[0 .. n rounded up to 64) = uniform or normal numbers of columns col .. (a multiple of 4) of a row
     void   (*random)(bool normal, const moe_random_key *key, int64_t row, int64_t col, int64_t n, float *u);
     // pack.inc, gemm.inc

@@ -322,6 +322,22 @@ int moe_samples(int dtype, int64_t bytes, const void *tokens, int64_t starts_n, 
                 const void *docs, int64_t rows, const int64_t *doc_R, const int64_t *offset_R, int64_t length,
                 void *tokens_RL, int32_t *documents_RL);
 
+// ---- norm.c, rope.c: on the CPU alone; a GPU runs torch's ----------------------------------------------------------
+// y_Rn = r_R x_Rn w_n with r = 1 / sqrt(mean of x^2 + eps), real. wdtype: of w_n and dw_n, dtype or its real.
+size_t moe_rms_norm_workspace(int64_t n);
+int moe_rms_norm(int dtype, int wdtype, int64_t R, int64_t n, double eps, const void *x_Rn, const void *w_n,
+                 void *workspace, void *y_Rn, void *r_R);
+size_t moe_rms_norm_backward_workspace(int64_t R, int64_t n);
+int moe_rms_norm_backward(int dtype, int wdtype, int64_t R, int64_t n, const void *x_Rn, const void *w_n,
+                          const void *r_R, const void *dy_Rn, void *workspace, void *dx_Rn, void *dw_n);
+// The sum of x_n^2 in double.
+size_t moe_square_sum_workspace(int64_t n);
+int moe_square_sum(int dtype, int64_t n, const void *x_n, void *workspace, double *sum);
+// Turns the pairs (x[i], x[i+n]) of each of H heads of d columns by the angle whose cosine and sine, real, stand in row
+// r % P of cos_Pn and sin_Pn; backwards if inverse. P divides R.
+int moe_rotate(int dtype, int64_t R, int64_t P, int64_t H, int64_t d, int64_t n, int inverse, const void *x_RHd,
+               const void *cos_Pn, const void *sin_Pn, void *y_RHd);
+
 #ifdef __cplusplus
 }
 #endif

@@ -538,6 +538,57 @@ Tensor xent_(In logits, In targets, int64_t ignore_index, double grad_scale) {
     return loss;
 }
 
+// ---- norms and RoPE: on the CPU alone -------------------------------------------------------------------------------
+
+// Of w beside x.
+unsigned norm_dtypes(In x) { return only(dtype_of(x)) | only(real_of(dtype_of(x))); }
+
+std::tuple<Tensor, Tensor> rms_norm(In x, In w, double eps) {
+    Door door{"rms_norm"};
+    Dim R{"R"}, n{"n"};
+    void *x_Rn = door.in("x", x, FLOATS, {&R, &n}), *w_n = door.in("w", w, norm_dtypes(x), {&n});
+    Tensor y = empty(x, dtype_of(x), {R, n}), r = empty(x, real_of(dtype_of(x)), {R});
+    Workspace work(door, moe_rms_norm_workspace(n));
+    door.done(moe_rms_norm(dtype_of(x), dtype_of(w), R, n, eps, x_Rn, w_n, work.p, y.data_ptr(), r.data_ptr()),
+              "x has n=", n.n, " columns");
+    return {y, r};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(In x, In w, In r, In dy) {
+    Door door{"rms_norm_backward"};
+    Dim R{"R"}, n{"n"};
+    void *x_Rn = door.in("x", x, FLOATS, {&R, &n}), *w_n = door.in("w", w, norm_dtypes(x), {&n});
+    void *r_R = door.in("r", r, only(real_of(dtype_of(x))), {&R});
+    void *dy_Rn = door.in("dy", dy, only(dtype_of(x)), {&R, &n});
+    Tensor dx = empty(x, dtype_of(x), {R, n}), dw = empty(x, dtype_of(w), {n});
+    Workspace work(door, moe_rms_norm_backward_workspace(R, n));
+    door.done(moe_rms_norm_backward(dtype_of(x), dtype_of(w), R, n, x_Rn, w_n, r_R, dy_Rn, work.p, dx.data_ptr(),
+                                    dw.data_ptr()), "x has n=", n.n, " columns");
+    return {dx, dw};
+}
+
+Tensor square_sum(In x) {
+    Door door{"square_sum"};
+    Dim n{"n"};
+    void *x_n = door.in("x", x, FLOATS, {&n});
+    Tensor sum = empty(x, MOE_F64, {});
+    Workspace work(door, moe_square_sum_workspace(n));
+    door.done(moe_square_sum(dtype_of(x), n, x_n, work.p, static_cast<double *>(sum.data_ptr())));
+    return sum;
+}
+
+Tensor rotate(In x, In cos, In sin, bool inverse) {
+    Door door{"rotate"};
+    Dim R{"R"}, H{"H"}, d{"d"}, P{"P"}, n{"n"};
+    void *x_RHd = door.in("x", x, FLOATS, {&R, &H, &d});
+    void *cos_Pn = door.in("cos", cos, only(real_of(dtype_of(x))), {&P, &n});
+    void *sin_Pn = door.in("sin", sin, only(real_of(dtype_of(x))), {&P, &n});
+    Tensor y = empty(x, dtype_of(x), {R, H, d});
+    door.done(moe_rotate(dtype_of(x), R, P, H, d, n, inverse, x_RHd, cos_Pn, sin_Pn, y.data_ptr()),
+              "wanted rows of cos, P=", P.n, ", that divide R=", R.n, ", and pairs n=", n.n, " <= d/2, d=", d.n);
+    return y;
+}
+
 // ---- random numbers -------------------------------------------------------------------------------------------------
 
 struct Key : moe_random_key {
@@ -601,7 +652,8 @@ void check(In like) {
 // ---- the table ------------------------------------------------------------------------------------------------------
 
 #define OP(name) {#name, TORCH_BOX(&name)}
-const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_t); } OPS[] = {
+struct Op { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_t); };
+const Op OPS[] = {
     OP(sort), OP(histogram), OP(cumsum), OP(topology), OP(replicate), OP(replicate_backward), OP(route_index),
     OP(gather), OP(scatter), OP(scatter_dweights),
     OP(grouped_gemm), OP(grouped_gemm_wgrad), OP(activation), OP(activation_backward),
@@ -611,6 +663,7 @@ const struct { const char *name; void (*boxed)(StableIValue *, uint64_t, uint64_
     OP(z_loss), OP(z_loss_backward), OP(select_bias_update),
     OP(xent_), OP(random_uniform), OP(random_normal), OP(dropout), OP(check),
 };
+const Op CPU_OPS[] = {OP(rms_norm), OP(rms_norm_backward), OP(square_sum), OP(rotate)};
 
 }  // namespace
 extern "C" const size_t moe_cuda_size = sizeof(moe_cuda);
@@ -627,6 +680,7 @@ int threads() {
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
     moe_set_pool(torch_parallel_for, threads);
     for (const auto &op : OPS) m.impl(op.name, op.boxed);
+    for (const auto &op : CPU_OPS) m.impl(op.name, op.boxed);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {

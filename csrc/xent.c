@@ -5,13 +5,14 @@
 //
 // logits_MV: row-major, any floating dtype, overwritten. loss_M, lse_M: real. A row whose target is ignore_index gets
 // zeros in all three. A row may mask logits with -inf; NaN, +inf or a row of nothing but -inf gives NaN.
-// A row of any length passes twice through an L1 tile of reals: its softmax is the tile's, times the tile's share of
-// the row. Rows are independent.
+// A row passes twice through an L1 tile of reals: its softmax is the tile's, times the tile's share of the row. A row of
+// reals keeps the tiles' softmax in its own place; one of halves, or of more than TILE * TILES, computes it again. Rows
+// are independent.
 #include "real.h"
 #include <math.h>
 #include <string.h>
 
-enum { TILE = 1024 };
+enum { TILE = 1024, TILES = 256 };
 
 typedef struct {
     int            dtype;
@@ -32,7 +33,9 @@ static void xent_rows(int64_t begin, int64_t end, void *arg) {
     const xent_job *job = arg;
     const int dtype = job->dtype, real = dtype == MOE_F64 ? MOE_F64 : MOE_F32;
     const int64_t V = job->V, size = moe_size(dtype);
+    const bool in_place = dtype == real && V <= TILE * TILES;
     union { float f32[TILE]; double f64[TILE]; } tile;
+    double parts[TILES];
     for (int64_t m = begin; m < end; m++) {
         char *row = job->logits_MV + m * V * size;
         const int64_t target = job->targets_M[m];
@@ -42,24 +45,29 @@ static void xent_rows(int64_t begin, int64_t end, void *arg) {
             real_set(dtype, job->lse_M, m, 0);
             continue;
         }
+        moe_k->load(dtype, 1, row + target * size, &tile);
+        const double at_target = real_get(dtype, &tile, 0);
         double lse = -INFINITY;
         for (int64_t v = 0; v < V; v += TILE) {
             const int64_t n = V - v < TILE ? V - v : TILE;
-            moe_k->load(dtype, n, row + v * size, &tile);
-            lse = log_add(lse, moe_k->softmax(dtype == MOE_F64, n, &tile, &tile));
+            void *p = in_place ? row + v * size : (char *)&tile;
+            if (!in_place) moe_k->load(dtype, n, row + v * size, p);
+            const double part = moe_k->softmax(dtype == MOE_F64, n, p, p);
+            if (in_place) parts[v / TILE] = part;
+            lse = log_add(lse, part);
         }
-        moe_k->load(dtype, 1, row + target * size, &tile);
-        real_set(dtype, job->loss_M, m, lse - real_get(dtype, &tile, 0));
+        real_set(dtype, job->loss_M, m, lse - at_target);
         real_set(dtype, job->lse_M, m, lse);
 
         for (int64_t v = 0; v < V; v += TILE) {
             const int64_t n = V - v < TILE ? V - v : TILE, hit = target - v;
-            moe_k->load(dtype, n, row + v * size, &tile);
-            const double share = exp(moe_k->softmax(dtype == MOE_F64, n, &tile, &tile) - lse);
-            moe_k->scale(real, n, share, &tile, &tile);
-            if (hit >= 0 && hit < n) real_set(dtype, &tile, hit, real_get(dtype, &tile, hit) - 1);
-            moe_k->scale(real, n, job->grad_scale, &tile, &tile);
-            moe_k->store(dtype, n, &tile, row + v * size);
+            void *p = in_place ? row + v * size : (char *)&tile;
+            if (!in_place) moe_k->load(dtype, n, row + v * size, p);
+            const double part = in_place ? parts[v / TILE] : moe_k->softmax(dtype == MOE_F64, n, p, p);
+            moe_k->scale(real, n, exp(part - lse), p, p);
+            if (hit >= 0 && hit < n) real_set(dtype, p, hit, real_get(dtype, p, hit) - 1);
+            if (job->grad_scale != 1) moe_k->scale(real, n, job->grad_scale, p, p);
+            if (!in_place) moe_k->store(dtype, n, p, row + v * size);
         }
     }
 }

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from moe_ext.ops.define import Function, once_differentiable
+from moe_ext.ops.dense import HALVES, torch_knows
 
 
 def runs(x, w):
@@ -154,6 +155,11 @@ class _Move(Function):
         return _Move.apply(dy, ctx.back, ctx.there), None, None
 
 
+def computed_in(device: str, dtype):
+    """The dtype of the products of queries and keys of `dtype`: float32 for those that this CPU has only as loops."""
+    return torch.float32 if device == "cpu" and dtype in HALVES and not torch_knows(dtype) else dtype
+
+
 def attend(q_BHSd, k_BGLd, v_BGLd, seen=None, sinks_H=None):
     """softmax(q k^T / sqrt(d)) v -> [B,H,S,d], of the keys that are seen by the last S of L tokens; query head h reads
     key head h // (H/G).
@@ -164,6 +170,11 @@ def attend(q_BHSd, k_BGLd, v_BGLd, seen=None, sinks_H=None):
     """
     if isinstance(seen, Documents):
         return attend_documents(q_BHSd, k_BGLd, v_BGLd, seen, sinks_H)
+    dtype, given = computed_in(q_BHSd.device.type, q_BHSd.dtype), q_BHSd.dtype
+    if dtype != given:
+        mask = seen if seen is None or seen.dtype == torch.bool else seen.to(dtype)
+        with torch.autocast(q_BHSd.device.type, enabled=False):     # which would turn them back
+            return attend(q_BHSd.to(dtype), k_BGLd.to(dtype), v_BGLd.to(dtype), mask, sinks_H).to(given)
     (B, _, S, d), past, first = q_BHSd.shape, k_BGLd.shape[2] - q_BHSd.shape[2], 0
     if seen is not None and seen.ndim == 5:
         w = seen.shape[-2]

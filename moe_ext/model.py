@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 from moe_ext import ops
-from moe_ext.attention import Documents, attend, visible
+from moe_ext.attention import Documents, attend, computed_in, visible
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
-from moe_ext.layers.fused import MLP, Draws, FusedMoE, check_mask, site
+from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, site
 from moe_ext.ops.define import real
 
 
@@ -64,9 +64,15 @@ class KVCache:
         return tuple(kept[:, :, :end] for kept in self.layers[layer])
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computed in the weight's dtype, whatever x's, which the result has."""
+    def forward(self, x):
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
 def make_norm(c: ModelConfig, **options):
     if c.norm == "rmsnorm":
-        return nn.RMSNorm(c.dim, eps=c.norm_eps, **options)
+        return RMSNorm(c.dim, eps=c.norm_eps, **options)
     return nn.LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
 
 
@@ -88,14 +94,6 @@ def rope_angles(positions, columns, base, scale=1.0, context=0):
     return angle.cos() * length, angle.sin() * length
 
 
-def rotate(x_BSHd, rope):
-    """Turns the pairs (x[i], x[i + n/2]) of the first n columns by their position's angles, of which there are n/2."""
-    cos, sin = (t.to(x_BSHd.dtype) for t in rope)
-    n = 2 * cos.shape[-1]
-    a, b = x_BSHd[..., :n].chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, x_BSHd[..., n:]], dim=-1)
-
-
 class Attention(nn.Module):
     """Causal self-attention with H query and G key/value heads."""
     def __init__(self, c: ModelConfig, **options):
@@ -103,13 +101,13 @@ class Attention(nn.Module):
         self.head_width, self.wide_norm = c.head_width, c.qk_norm_over == "width"
         q_width, kv_width = c.heads * c.head_width, c.kv_groups * c.head_width
         qkv_bias, o_bias = c.attention_biases
-        self.q_proj = nn.Linear(c.dim, q_width, bias=qkv_bias, **options)
-        self.k_proj = nn.Linear(c.dim, kv_width, bias=qkv_bias, **options)
-        self.v_proj = nn.Linear(c.dim, kv_width, bias=qkv_bias, **options)
-        self.o_proj = nn.Linear(q_width, c.dim, bias=o_bias, **options)
+        self.q_proj = Linear(c.dim, q_width, bias=qkv_bias, **options)
+        self.k_proj = Linear(c.dim, kv_width, bias=qkv_bias, **options)
+        self.v_proj = Linear(c.dim, kv_width, bias=qkv_bias, **options)
+        self.o_proj = Linear(q_width, c.dim, bias=o_bias, **options)
         q_columns, k_columns = (q_width, kv_width) if self.wide_norm else (c.head_width, c.head_width)
-        self.q_norm = nn.RMSNorm(q_columns, eps=c.norm_eps, **options) if c.qk_norm else None
-        self.k_norm = nn.RMSNorm(k_columns, eps=c.norm_eps, **options) if c.qk_norm else None
+        self.q_norm = RMSNorm(q_columns, eps=c.norm_eps, **options) if c.qk_norm else None
+        self.k_norm = RMSNorm(k_columns, eps=c.norm_eps, **options) if c.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(c.heads, **options)) if c.sinks else None
         self.recompute = False      # keep what attend takes, not what it saves, and run it again in the backward
         self.across = None          # ranks that share the sequences (moe_ext.parallel.sequence)
@@ -124,7 +122,7 @@ class Attention(nn.Module):
         if not self.wide_norm:
             q, k = self.normed(q, k)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = ops.rotate(q, *rope), ops.rotate(k, *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # [B, H or G, S, d]
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -138,8 +136,7 @@ class Attention(nn.Module):
         """Query and key after their norms, if they have any, whose columns are the last dimension."""
         if self.q_norm is None:
             return q, k
-        real = self.q_norm.weight.dtype     # not autocast's
-        return self.q_norm(q.to(real)).to(q.dtype), self.k_norm(k.to(real)).to(k.dtype)
+        return self.q_norm(q), self.k_norm(k)
 
 
 class Block(nn.Module):
@@ -184,7 +181,7 @@ def drop(x_BSD, p, draws: Draws | None, name):
     return ops.dropout(x_BSD.flatten(0, 1), p, **draws.at(name())).view_as(x_BSD)
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """x_BSD -> logits_BSV; with targets the cross-entropy summed over the tokens, for which the logits never exist in
     full. `cross_entropy` takes (x_TD, w_VD, targets_T)."""
     def __init__(self, dim, vocab_size, **options):
@@ -336,6 +333,7 @@ class GPT(nn.Module):
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = computed_in(x.device.type, dtype)
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)
 
     def forward(self, tokens_BS, targets_BS, draws: Draws | None = None, token_mask=None, documents_BS=None,

@@ -381,6 +381,33 @@ def select_bias_update(bias_E, counts_E, rate):
     return bias_E + rate * (counts.mean() - counts).sign().to(bias_E.dtype)
 
 
+# ---- what surrounds the experts --------------------------------------------------------------------------------------
+
+
+def linear(x, w_OI, bias_O=None):
+    """x W^T + b."""
+    return F.linear(x, w_OI, bias_O)
+
+
+def rms_norm(x, w_n, eps):
+    """x / sqrt(mean of x^2 + eps) * w along the last dimension (Zhang and Sennrich, 2019)."""
+    r = (_real(x).square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (_real(x) * r * _real(w_n)).to(x.dtype)
+
+
+def rotate(x_BSHd, cos, sin):
+    """The pairs (x[i], x[i + n]) of the first 2n columns turned by the angles of cos, sin [..,n] (Su et al., 2021)."""
+    n, x = cos.shape[-1], _real(x_BSHd)
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    cos, sin = cos.to(x), sin.to(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x_BSHd.dtype)
+
+
+def square_sum(x):
+    """-> float64 scalar: the sum of x^2."""
+    return x.double().square().sum()
+
+
 # ---- head ------------------------------------------------------------------------------------------------------------
 
 

@@ -6,11 +6,13 @@ test_mutants.py distorts what flows through a tap and expects the check to fail;
 import functools
 import inspect
 
+import test_dense
 import test_exchange
 import test_expert
 import test_gemm
 import test_head
 import test_index
+import test_norm
 import test_permute
 import test_random
 import test_route
@@ -118,7 +120,11 @@ CHECKS = {  # op -> check(impl, case, dtype, device)
     "balance_loss": _balance,
     "z_loss": lambda impl, case, dtype, device: test_route.check_z_loss(impl, _logits(case, dtype, device)),
     "select_bias_update": _select_bias_update,
+    "linear": lambda impl, case, dtype, device: test_dense.check_linear(impl, case, dtype, device),
     "linear_cross_entropy": _linear_cross_entropy,
+    "rms_norm": lambda impl, case, dtype, device: test_norm.check_rms_norm(impl, case, dtype, device),
+    "rotate": lambda impl, case, dtype, device: test_norm.check_rotate(impl, case, dtype, device),
+    "square_sum": lambda impl, case, dtype, device: test_norm.check_square_sum(impl, case, dtype, device),
     "random_uniform": _random(test_random.check_uniform),
     "random_normal": _random(test_random.check_normal),
     "dropout": lambda impl, case, dtype, device: test_random.check_dropout(impl, _logits(case, dtype, device), 0.3),

@@ -18,8 +18,8 @@ from moe_ext import ops
 CONSTANT = {"capacity_drop", "check", "random_normal", "random_uniform"}  # of their floating arguments
 NO_GRADIENT = CONSTANT | {
     "activation_backward", "balance_loss_backward", "exchange_combine", "exchange_pack", "exchange_unpack",
-    "expert_mlp_backward", "linear_cross_entropy_backward", "router_backward", "select_bias_update", "xent_",
-    "z_loss_backward",
+    "expert_mlp_backward", "linear_cross_entropy_backward", "rms_norm_backward", "router_backward",
+    "select_bias_update", "square_sum", "xent_", "z_loss_backward",
 }  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def record(device):
             check(ops, Case("recorded", Shape(8, 6, 4, 3, 2), "random"), torch.float32, device)
         targets_M = torch.tensor([0, 4, -100, 2], device=device)
         torch.ops.moe_ext.xent_(torch.randn(4, 5, device=device), targets_M, -100, 1.0)
+        torch.ops.moe_ext.linear(torch.randn(8, 3, device=device), torch.randn(4, 3, device=device))
         torch.ops.moe_ext.check(torch.empty(0, device=device))
     return recorder.calls
 

@@ -65,6 +65,7 @@ REFUSED = {
     ),
     "grouped_gemm: w float64 wanted float32 Hint w.to": lambda i: ops.grouped_gemm(i.rows, i.w.double(), i.bins),
     "expert_mlp: gate bfloat16 wanted float32 Hint": lambda i: i.mlp(gate=i.gate.bfloat16()),
+    "linear: w float64 wanted float32 Hint w.to": lambda i: raw.linear(i.x, i.w[0].T.double()),
     "select_bias_update: counts int32 wanted int64": (
         lambda i: ops.select_bias_update(torch.zeros(E, device=i.device), i.i32(1, 2, 3), 0.1)
     ),
@@ -167,6 +168,18 @@ SHAPES = {
     "topology: padded_bins shape [1, 3] wanted [E]": lambda i: ops.topology(i.bins[None], 4, 2, 1),
     "replicate: bins shape [3] wanted [nb=4]": lambda i: ops.replicate(i.x, i.bins, 12),
 }
+# Of ops that a GPU has not.
+ON_CPU = {
+    "rms_norm: w float64 wanted float32 Hint w.to": lambda i: ops.rms_norm(i.x, i.x[0].double(), 1e-6),
+    "rms_norm: w [3] wanted [n=4]": lambda i: ops.rms_norm(i.x, i.x[0, 1:], 1e-6),
+    "rms_norm: x int32 wanted float": lambda i: ops.rms_norm(i.x.int(), i.x[0], 1e-6),
+    "rms_norm: a size is negative n=0 columns": lambda i: ops.rms_norm(i.x[:, :0], i.x[0, :0], 1e-6),
+    "square_sum: x int32 wanted float": lambda i: ops.square_sum(i.x.int()),
+    "rotate: x int32 wanted float": lambda i: ops.rotate(i.x.int()[None], i.x[None], i.x[None]),
+    "rotate: P=3 that divide R=4": lambda i: ops.rotate(i.x[:4].view(1, 4, 1, 4), i.x[:3, :1], i.x[:3, :1]),
+    "rotate: n=4 <= d/2 d=4": lambda i: ops.rotate(i.x[:, None, None], i.x[:1], i.x[:1]),
+}
+
 # RuntimeErrors again, about values in memory, in the words of the C core.
 VALUES = {
     "route_index: ids 3 wanted < 3 or -1": lambda i: ops.route_index(i.ids + 1, E),
@@ -201,6 +214,12 @@ def test_message(words, device):
         REFUSED[words](Inputs(device))
 
 
+@pytest.mark.parametrize("words", ON_CPU)
+def test_message_on_a_cpu(words):
+    with pytest.raises(RuntimeError, match=pattern(words)):
+        ON_CPU[words](Inputs("cpu"))
+
+
 @pytest.mark.parametrize("name", CHECKS)
 def test_an_argument_elsewhere_is_called_as_its_caller_calls_it(name, device):
     def call(tap):
@@ -209,9 +228,11 @@ def test_an_argument_elsewhere_is_called_as_its_caller_calls_it(name, device):
     places = []
     call(lambda place, x: places.append(place) or x)
     arguments = {place.removeprefix("argument "): place for place in places if place.startswith("argument ")}
-    torchs_own = {"padded_gather": "padded_bins", "noisy": "scale_E"}  # .item(), an operator
+    torchs_own = {("padded_gather", "padded_bins"), ("noisy", "scale_E"), ("linear", "w_OI"), ("linear", "bias_O")}
+    if device == "cuda":
+        torchs_own |= {("rms_norm", "w_n"), ("rotate", "cos"), ("rotate", "sin")}
     for argument in list(arguments)[1:]:
-        if argument == torchs_own.get(name):
+        if (name, argument) in torchs_own:  # .item(), an operator, whole ops
             continue
         with pytest.raises(RuntimeError, match=r"is on device .*, the first argument on ") as error:
             call(lambda place, x, here=arguments[argument]: x.to(ELSEWHERE[device]) if place == here else x)

@@ -9,10 +9,10 @@ from devices import widest
 
 import moe_ext.layers.fused
 import moe_ext.model
-from moe_ext import reference
+from moe_ext import ops, reference
 from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.layers.fused import Draws, FusedMoE, site
-from moe_ext.model import GPT, KVCache, build, precision, rope_angles, rotate
+from moe_ext.model import GPT, KVCache, build, precision, rope_angles
 
 MOE = dict(experts=4, top_k=2, hidden=12, balance_weight=0.1, z_weight=0.01)
 SMALL = dict(vocab_size=61, seq_len=12, layers=2, dim=16, heads=4, hidden=24)
@@ -263,7 +263,7 @@ def test_causal_and_rope_is_relative():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def score(i, j):
-        a, b = (rotate(x, rope_angles(torch.tensor([n]), 8, 100.0)) for x, n in ((q, i), (k, j)))
+        a, b = (ops.rotate(x, *rope_angles(torch.tensor([n]), 8, 100.0)) for x, n in ((q, i), (k, j)))
         return (a * b).sum()
 
     torch.testing.assert_close(score(3, 1), score(9, 7))

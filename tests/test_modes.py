@@ -20,8 +20,8 @@ from moe_ext.parallel.experts import ExpertExchange
 from moe_ext.parallel.transport import TorchTransport
 from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy
 
-TWICE = {"dropout", "gather", "grouped_gemm", "grouped_gemm_wgrad", "replicate", "replicate_backward", "scatter",
-         "scatter_dweights"}  # fmt: skip
+TWICE = {"dropout", "gather", "grouped_gemm", "grouped_gemm_wgrad", "linear", "replicate", "replicate_backward",
+         "rotate", "scatter", "scatter_dweights"}  # fmt: skip
 REFUSAL = re.compile(r"has no (second derivative|gradient|forward mode).*Hint: ")
 
 
@@ -117,6 +117,7 @@ PRESENT = int(INDEX.bins_E[-1])
 PADDED = reference.inclusive_cumsum(reference.round_up(INDEX.counts_E, 4), 0)
 COUNTS = reference.balance_counts(SMALLEST.ids(), SMALLEST.shape.E)
 TARGETS = torch.tensor([0, 2, 1, -100, 1])
+ANGLES = [f(torch.arange(6.0).view(3, 1, 2)) for f in (torch.cos, torch.sin)]
 KEY = dict(seed=1, step=2, site=3)
 N = INDEX.order_N
 FUNCTIONS = {  # name -> call of ops or reference, and the shapes of its floating arguments
@@ -138,15 +139,19 @@ FUNCTIONS = {  # name -> call of ops or reference, and the shapes of its floatin
     "balance_loss": (lambda o, scores: o.balance_loss(scores, COUNTS, 2, form="mse"), (5, 3)),
     "z_loss": (lambda o, logits: o.z_loss(logits), (5, 3)),
     "linear_cross_entropy": (lambda o, x, w: o.linear_cross_entropy(x, w, TARGETS, chunk=2), (5, 4), (3, 4)),
+    "linear": (lambda o, x, w, b: o.linear(x, w, b), (5, 4), (3, 4), (3,)),
+    "rms_norm": (lambda o, x, w: o.rms_norm(x, w, 1e-3), (5, 4), (4,)),
+    "rotate": (lambda o, x: o.rotate(x, *ANGLES), (2, 3, 2, 5)),
     "dropout": (lambda o, x: o.dropout(x, 0.3, **KEY), (5, 4)),
     "jitter": (lambda o, x: o.jitter(x, 0.3, **KEY), (5, 4)),
     "noisy": (lambda o, x, scale: o.noisy(x, scale, **KEY), (5, 3), (3,)),
 }  # fmt: skip
-WIRED = {"exchange_pack", "exchange_unpack", "exchange_combine", "select_bias_update", "capacity_drop"}  # above, as ops
+WIRED = {"exchange_pack", "exchange_unpack", "exchange_combine", "select_bias_update", "capacity_drop",
+         "square_sum"}  # above, as ops
 NO_FLOATS = {"ExchangePlan", "RouteIndex", "balance_counts", "exchange_plan", "exclusive_cumsum", "histogram",
              "inclusive_cumsum", "random_normal", "random_uniform", "repeat", "round_up", "route_index", "sort", "sum",
              "topology"}  # fmt: skip
-EVERY_MODE = {"jitter", "noisy"}
+EVERY_MODE = {"jitter", "linear", "noisy"}    # linear: of few rows, which are torch's
 # The linear ones' gradients are made of ops with gradients.
 TWO_MODES = EVERY_MODE | {name for name in FUNCTIONS if name.endswith(("gather", "scatter"))} | TWICE & set(FUNCTIONS)
 

@@ -130,15 +130,21 @@ class Peers(Protocol):
         """The part of gather's result that this rank gave."""
 
 
+class Linear(nn.Linear):
+    """x W^T + b by the better product of x's device."""
+    def forward(self, x):
+        return ops.linear(x, self.weight, self.bias)
+
+
 class MLP(nn.Module):
     """The dense MLP act(gate x) * up x -> down, or act(up x) -> down without a gate. x [..., D] -> [..., D]."""
     def __init__(self, dim, hidden, *, act="swiglu", bias=False, dtype=None, device=None):
         super().__init__()
         options = dict(bias=bias, dtype=dtype, device=device)
         self.act = act
-        self.gate_proj = nn.Linear(dim, hidden, **options) if act in GATED else None
-        self.up_proj = nn.Linear(dim, hidden, **options)
-        self.down_proj = nn.Linear(hidden, dim, **options)
+        self.gate_proj = Linear(dim, hidden, **options) if act in GATED else None
+        self.up_proj = Linear(dim, hidden, **options)
+        self.down_proj = Linear(hidden, dim, **options)
 
     def forward(self, x):
         h = self.up_proj(x) if self.gate_proj is None else torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)

@@ -7,6 +7,7 @@ MegaBlocks' names. The functions copy data that is not contiguous; the ops below
 contiguous.
 """
 
+from moe_ext.ops.dense import linear
 from moe_ext.ops.exchange import (
     ExchangePlan,
     exchange_combine,
@@ -29,6 +30,7 @@ from moe_ext.ops.index import (
     sum,
     topology,
 )
+from moe_ext.ops.norm import rms_norm, rotate, square_sum
 from moe_ext.ops.permute import binned_gather, binned_scatter, gather, padded_gather, padded_scatter, scatter
 from moe_ext.ops.random import dropout, jitter, noisy, random_normal, random_uniform
 from moe_ext.ops.route import (
@@ -62,6 +64,7 @@ __all__ = [
     "histogram",
     "inclusive_cumsum",
     "jitter",
+    "linear",
     "linear_cross_entropy",
     "noisy",
     "padded_gather",
@@ -70,12 +73,15 @@ __all__ = [
     "random_uniform",
     "repeat",
     "replicate",
+    "rms_norm",
+    "rotate",
     "round_up",
     "route_index",
     "router",
     "scatter",
     "select_bias_update",
     "sort",
+    "square_sum",
     "sum",
     "topology",
     "z_loss",

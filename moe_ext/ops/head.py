@@ -7,6 +7,7 @@ its parts of dx and dw at once; the backward only multiplies these by the incomi
 import torch
 
 from moe_ext.ops.define import define, real
+from moe_ext.ops.dense import ours, outer, product
 
 _xent_ = define(
     "xent_(Tensor(a!) logits, Tensor targets, int ignore_index, float grad_scale) -> Tensor",
@@ -32,18 +33,24 @@ def _linear_cross_entropy_kernel(x_TD, w_VD, targets_T, ignore_index, chunk, nee
         )
     loss = x_TD.new_zeros((), dtype=real(x_TD.dtype))
     dx_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format) if need_dx else x_TD.new_empty(0)
-    dw_VD = torch.zeros_like(w_VD, dtype=loss.dtype) if need_dw else w_VD.new_empty(0)
-    buffer = x_TD.new_empty(min(chunk, x_TD.shape[0]), w_VD.shape[0])
+    dw_VD = None
+    rows = min(chunk, x_TD.shape[0])
+    buffer = x_TD.new_empty(0 if ours(x_TD.device, x_TD.dtype, rows) else rows, w_VD.shape[0])
     for begin in range(0, x_TD.shape[0], chunk):
         x_CD, targets_C = x_TD[begin : begin + chunk], targets_T[begin : begin + chunk]
-        logits_CV = torch.mm(x_CD, w_VD.T, out=buffer[: x_CD.shape[0]])
+        logits_CV = product(x_CD, w_VD.T, buffer[: x_CD.shape[0]])
         loss += _xent_(logits_CV, targets_C, ignore_index, 1.0).sum()
         dlogits_CV = logits_CV
         if need_dx:
-            torch.mm(dlogits_CV, w_VD, out=dx_TD[begin : begin + chunk])
+            dx_CD = dx_TD[begin : begin + chunk]
+            dx_CD.copy_(product(dlogits_CV, w_VD, dx_CD))
         if need_dw:
-            dw_VD += dlogits_CV.T @ x_CD
-    return loss, dx_TD, dw_VD.to(w_VD.dtype)
+            part_VD = outer(dlogits_CV, x_CD)
+            dw_VD = part_VD if dw_VD is None else dw_VD.to(loss.dtype).add_(part_VD)
+        del logits_CV, dlogits_CV  # before the next are made
+    if need_dw and dw_VD is None:
+        dw_VD = torch.zeros_like(w_VD)
+    return loss, dx_TD, dw_VD.to(w_VD.dtype) if need_dw else w_VD.new_empty(0)
 
 
 def _fake_linear_cross_entropy(x, w, targets, ignore_index, chunk, need_dx, need_dw):

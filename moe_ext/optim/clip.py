@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moe_ext import private
+from moe_ext.ops import square_sum
 from moe_ext.optim.state import local
 
 private.require("moe_ext.optim")
@@ -20,13 +21,6 @@ private.require("moe_ext.optim")
 
 class NonFiniteGradient(FloatingPointError):
     """A gradient holds NaN or infinity; no gradient and no parameter has been changed."""
-
-
-def _square(x: torch.Tensor) -> torch.Tensor:
-    """|x|^2 in float64, piece by piece: torch widens what it measures, and a piece of 2^15 stays in the cache."""
-    pieces = x.flatten().split(2**15) if x.device.type == "cpu" else [x.flatten()]
-    norms = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces])
-    return torch.linalg.vector_norm(norms).square()
 
 
 def _copies(name: str, x: torch.Tensor, ranks: int) -> int:
@@ -69,7 +63,7 @@ def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], m
     copies = {name: _copies(name, grad, holders[name]) for name, grad in grads.items()}
     shards = {name: local(grad) for name, grad in grads.items()}
     none = torch.zeros((), dtype=torch.float64, device=named[0][1].device)
-    squares = torch.stack([_square(shards[name]) / copies[name] if name in shards else none for name in holders])
+    squares = torch.stack([square_sum(shards[name]) / copies[name] if name in shards else none for name in holders])
     if world > 1:
         dist.all_reduce(squares)
     norms = {name: math.sqrt(square) for name, square in zip(holders, squares.tolist(), strict=True)}
@@ -98,7 +92,7 @@ def clip_grad_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], m
 def parameter_norm(named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
                    holders: Mapping[str, int] | None = None) -> float:
     """|p| = sqrt(sum over all parameters of p^2). All ranks call, and parameters may lie, as in clip_grad_norm."""
-    return math.sqrt(_total(named_parameters, holders, lambda p: p, _square))
+    return math.sqrt(_total(named_parameters, holders, lambda p: p, square_sum))
 
 
 @torch.no_grad()

@@ -76,9 +76,10 @@ def whole_sequences(module: nn.Module, dim: int, group) -> None:
 
 def width_norm(norm: nn.RMSNorm, rank: int, group, x):
     """RMSNorm over columns of which each rank of the group has a part, as x is this rank's."""
+    dtype, x = x.dtype, x.to(norm.weight.dtype)     # not autocast's
     sums = gather(x.square().sum(-1, keepdim=True), -1, group)
     mean = sums.sum(-1, keepdim=True) / norm.weight.shape[0]
-    return x * torch.rsqrt(mean + norm.eps) * norm.weight.chunk(sums.shape[-1])[rank]
+    return (x * torch.rsqrt(mean + norm.eps) * norm.weight.chunk(sums.shape[-1])[rank]).to(dtype)
 
 
 def distribute(root: nn.Module, device_mesh, placements, used) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from moe_ext import ops
 from moe_ext.ops.define import Function, real
+from moe_ext.ops.dense import ours, outer, product
 from moe_ext.parallel.collectives import as_autocast, gather_rows
 
 _xent_ = torch.ops.moe_ext.xent_.default
@@ -108,12 +109,13 @@ class _CrossEntropy(Function):
         loss = x_TD.new_zeros((), dtype=real(x_TD.dtype))
         dx_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format) if need_dx else None
         dw_vD = torch.zeros_like(w_vD, dtype=loss.dtype) if need_dw else None
-        buffer = x_TD.new_empty(min(chunk, len(x_TD)), v)
+        rows = min(chunk, len(x_TD))
+        buffer = x_TD.new_empty(0 if ours(x_TD.device, x_TD.dtype, rows) else rows, v)
         for begin in range(0, len(x_TD), chunk):
             x_CD, counts_C, owner_C, here_C, near_C = (
                 t[begin : begin + chunk] for t in (x_TD, counts_T, owner_T, here_T, near_T)
             )
-            logits_Cv = torch.mm(x_CD, w_vD.T, out=buffer[: len(x_CD)])
+            logits_Cv = product(x_CD, w_vD.T, buffer[: len(x_CD)])
             own_C, at_C = loss.new_zeros(len(x_CD)), loss.new_full((len(x_CD),), -torch.inf)
             if v:
                 at_C = logits_Cv.gather(1, near_C[:, None])[:, 0].to(loss.dtype).where(counts_C, 0)
@@ -125,9 +127,11 @@ class _CrossEntropy(Function):
                 exact_C = ((-own_C).exp() * share_C - here_C).where(counts_C, 0)
                 dlogits_Cv.scatter_(1, near_C[:, None], exact_C[:, None].to(dlogits_Cv.dtype))
             if need_dx:
-                torch.mm(dlogits_Cv, w_vD, out=dx_TD[begin : begin + chunk])
+                dx_CD = dx_TD[begin : begin + chunk]
+                dx_CD.copy_(product(dlogits_Cv, w_vD, dx_CD))
             if need_dw:
-                dw_vD += dlogits_Cv.T @ x_CD
+                dw_vD += outer(dlogits_Cv, x_CD)
+            del logits_Cv, dlogits_Cv  # before the next are made
         ctx.save_for_backward(dx_TD, dw_vD.to(w_vD.dtype) if need_dw else None, loss)
         return loss
 

@@ -1,8 +1,7 @@
 """Bytes that a rank holds: its state, what autograd saves of a forward, and what comes and goes beside them.
 
 The saved activations are those of model.py and layers/fused.py, module by module; S tokens, B sequences on the rank, T
-tokens between the modules, B S / (sp tp), and B S / sp `inside` them, `real` and `half` bytes as in shares.widths. On a
-CPU torch's RMSNorm is made of single ops and saves its input twice, once normalised; on a GPU it is one op.
+tokens between the modules, B S / (sp tp), and B S / sp `inside` them, `real` and `half` bytes as in shares.widths.
 """
 from __future__ import annotations
 
@@ -10,7 +9,9 @@ import collections
 import functools
 from typing import NamedTuple
 
+from moe_ext.attention import computed_in
 from moe_ext.config import Config, MeshConfig, ModelConfig
+from moe_ext.model import half_dtype
 from moe_ext.ops.enums import GATED
 from moe_ext.plan.optimizer import cost
 from moe_ext.plan.pipeline import alive
@@ -90,7 +91,7 @@ def saved(config: Config, device: str, piece: range) -> Saved:
     real, half = widths(config)
     (T, inside), size = tokens(config), 0
     for (sparse, window), count in blocks(c, (piece,)).items():
-        shared, own = mask(config, window)
+        shared, own = mask(config, window, device)
         size += shared
         if t.recompute:
             size += count * T * c.dim * real
@@ -99,7 +100,7 @@ def saved(config: Config, device: str, piece: range) -> Saved:
     if c.position == "rope" and (t.recompute or half == 8):     # RoPE's angles in fp64
         size += 8 * places(config) * c.rope_columns
     if ends(c, (piece,))[1]:    # the last norm; the gradients of the head's input and matrix, which its forward makes
-        size += norm(config, device) + half * (inside + -(-c.vocab_size // config.mesh.tp)) * c.dim
+        size += norm(config) + half * (inside + -(-c.vocab_size // config.mesh.tp)) * c.dim
     return Saved(size, 0 if t.recompute else sum(count * size for size, count in casts(config, (piece,))))
 
 
@@ -108,9 +109,9 @@ def again(config: Config, device: str, pieces: Pieces) -> Saved:
     each = blocks(config.model, pieces)
     if config.train.recompute:
         return Saved(max((block(config, *kind, device) for kind in each), default=0)
-                     + sum(mask(config, window)[1] for _, window in each),
+                     + sum(mask(config, window, device)[1] for _, window in each),
                      max((size for size, _ in casts(config, pieces)), default=0))
-    return Saved(max((core(config, window)[1] for _, window in each), default=0), 0)
+    return Saved(max((core(config, window, device)[1] for _, window in each), default=0), 0)
 
 
 def block(config: Config, sparse: bool, window: int, device: str) -> int:
@@ -119,19 +120,13 @@ def block(config: Config, sparse: bool, window: int, device: str) -> int:
     inner = routed(config) if sparse else mlp(config, c.hidden)
     if sparse and moe.shared_hidden:
         inner += mlp(config, moe.shared_hidden, shared=True)
-    return 2 * norm(config, device) + attended(config, window, device) + inner
+    return 2 * norm(config) + attended(config, window, device) + inner
 
 
-def normed(config: Config, rows: int, columns: int, rmsnorm: bool, device: str) -> int:
-    """Of a norm over so many columns: its input, statistics and perhaps the normalised input."""
-    real, _ = widths(config)
-    return rows * real * (columns * (2 if rmsnorm and device == "cpu" else 1) + (1 if rmsnorm else 2))
-
-
-def norm(config: Config, device: str) -> int:
-    """One of a block's two, or the last."""
+def norm(config: Config) -> int:
+    """One of a block's two, or the last: its input and statistics."""
     c = config.model
-    return normed(config, tokens(config)[0], c.dim, c.norm == "rmsnorm", device)
+    return tokens(config)[0] * widths(config)[0] * (c.dim + (1 if c.norm == "rmsnorm" else 2))
 
 
 def copies(config: Config, readers: int) -> int:
@@ -167,10 +162,16 @@ def met(config: Config) -> tuple[int, int, int, int]:
     return c.seq_len, c.seq_len, H // mesh.sp, max(1, G // mesh.sp)
 
 
-def mask(config: Config, window: int) -> tuple[int, int]:
+def met_in(config: Config, device: str) -> int:
+    """Bytes of an element of queries, keys and values where they meet."""
+    _, half = widths(config)
+    return computed_in(device, half_dtype(config)).itemsize if device == "cpu" and half == 2 else half
+
+
+def mask(config: Config, window: int, device: str) -> tuple[int, int]:
     """(of all blocks together, of each): that of a window, for each sequence, and document, again."""
     c, B = config.model, config.train.micro_batch
-    row = widths(config)[1] * (2 * window + c.sinks)
+    row = met_in(config, device) * (2 * window + c.sinks)
     if not window:
         return 0, 0
     if B == 1 and not config.data.reset_attention:
@@ -181,19 +182,20 @@ def mask(config: Config, window: int) -> tuple[int, int]:
 def attended(config: Config, window: int, device: str) -> int:
     """The input of q, k and v, their norms and angles, attention itself."""
     c, tp, inside = config.model, config.mesh.tp, tokens(config)[1]
-    _, half = widths(config)
-    size = half * inside * copies(config, 3) * c.dim + core(config, window)[0]
+    real, half = widths(config)
+    size = half * inside * copies(config, 3) * c.dim + core(config, window, device)[0]
     if c.position == "rope" and half < 8:               # angles as q and k want them
-        size += half * 2 * places(config) * c.rope_columns
+        size += (real if device == "cpu" else half) * 2 * places(config) * c.rope_columns
     if c.qk_norm:
         wide = c.qk_norm_over == "width"
         for n in (c.heads // tp, c.kv_groups // tp):
             rows, over = (inside, n * c.head_width) if wide else (inside * n, c.head_width)
-            size += normed(config, rows, over, True, device)
+            width = 2 * real if wide and tp > 1 else half if device == "cpu" else real      # made of single ops with tp
+            size += rows * (over * width + real)
     return size
 
 
-def core(config: Config, window: int) -> tuple[int, int]:
+def core(config: Config, window: int, device: str) -> tuple[int, int]:
     """(saved of attention itself, made again in the backward): q, k and v after norm, RoPE and sinks; the output; the
     sums of softmax; the input of o. With train.recompute_attention the first is q, k and v before sinks, and the input
     of o."""
@@ -201,13 +203,14 @@ def core(config: Config, window: int) -> tuple[int, int]:
     real, half = widths(config)
     asking, asked, H, G = met(config)
     queries, keys, columns = spans(config, window)
-    full = B * (half * 2 * (queries * H + keys * G) * columns + queries * H * real)
+    width = met_in(config, device)
+    full = B * (width * 2 * (queries * H + keys * G) * columns + queries * H * real)
     copied = half * B * asking * H * c.head_width
     if config.train.recompute_attention:
         given = half * B * (asking * H + 2 * asked * G) * c.head_width
-        return given + copied, full - (0 if c.sinks or window or documents else given)
+        return given + copied, full - (0 if c.sinks or window or documents or width > half else given)
     # tokens that sinks, fillings of runs, documents or Ulysses have moved come back as a copy, which is o's input
-    moved = c.sinks or queries != asking or documents or (mesh.sp > 1 and mesh.attention == "ulysses")
+    moved = c.sinks or queries != asking or documents or width > half or (mesh.sp > 1 and mesh.attention == "ulysses")
     return full + (copied if moved else 0), 0
 
 

@@ -1,0 +1,158 @@
+// norm.c: RMSNorm and its backward; the sum of squares of a tensor.
+//
+//   r_m = 1 / sqrt(mean_i x[m,i]^2 + eps)        y[m,i] = r_m x[m,i] w[i]
+//   dx[m,i] = r_m w[i] dy[m,i] - c_m x[m,i],     c_m = r_m^3 mean_i(dy[m,i] w[i] x[m,i])
+//   dw[i] = sum_m r_m x[m,i] dy[m,i]
+//
+// A row passes through L1 tiles of reals. dw is summed over BLOCK rows in real, over blocks in double: blocks depend on
+// R alone, so no result knows the number of threads.
+#include "real.h"
+#include <math.h>
+#include <string.h>
+
+enum { TILE = 1024, BLOCK = 64, PIECE = 1 << 15 };
+typedef union { float f32[TILE]; double f64[TILE]; } real_tile;
+
+typedef struct {
+    int         dtype;
+    int64_t     R, n;
+    double      eps;
+    const char *x_Rn, *dy_Rn;
+    const void *w_n;            // real
+    char       *y_Rn, *dx_Rn;
+    void       *r_R;
+    char       *dw_Bn;          // real, a row per block
+} norm_job;
+
+static const char *at(const void *real, int64_t i, int dtype) { return (const char *)real + i * moe_real_size(dtype); }
+static int64_t blocks_of(int64_t R) { return (R + BLOCK - 1) / BLOCK; }
+
+// `n` elements as reals: where they are, or in `tile`.
+static const void *reals(int dtype, int64_t n, const void *x, real_tile *tile) {
+    if (dtype == MOE_F64 || dtype == MOE_F32) return x;
+    moe_k->load(dtype, n, x, tile);
+    return tile;
+}
+// Where reals that become `y` are made, which `stored` then rounds.
+static void *making(int dtype, void *y, real_tile *tile) { return dtype == MOE_F64 || dtype == MOE_F32 ? y : tile; }
+static void stored(int dtype, int64_t n, const real_tile *tile, void *y) {
+    if (dtype != MOE_F64 && dtype != MOE_F32) moe_k->store(dtype, n, tile, y);
+}
+
+static void norm_rows(int64_t begin, int64_t end, void *arg) {
+    const norm_job *job = arg;
+    const int dtype = job->dtype;
+    const int64_t n = job->n, size = moe_size(dtype);
+    real_tile in, out;
+    for (int64_t m = begin; m < end; m++) {
+        const char *x = job->x_Rn + m * n * size;
+        char *y = job->y_Rn + m * n * size;
+        real_set(dtype, job->r_R, m, 1 / sqrt(moe_k->dot(dtype, n, x, x) / (double)n + job->eps));
+        const double r = real_get(dtype, job->r_R, m);
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int64_t k = n - i < TILE ? n - i : TILE;
+            moe_k->norm(dtype == MOE_F64, k, r, reals(dtype, k, x + i * size, &in), at(job->w_n, i, dtype),
+                        making(dtype, y + i * size, &out));
+            stored(dtype, k, &out, y + i * size);
+        }
+    }
+}
+
+static void dnorm_blocks(int64_t begin, int64_t end, void *arg) {
+    const norm_job *job = arg;
+    const int dtype = job->dtype;
+    const bool f64 = dtype == MOE_F64;
+    const int64_t n = job->n, size = moe_size(dtype), first = begin * BLOCK;
+    const int64_t last = end * BLOCK < job->R ? end * BLOCK : job->R;
+    real_tile x_tile, dy_tile, dx_tile;
+    memset(job->dw_Bn + begin * n * moe_real_size(dtype), 0, (size_t)((end - begin) * n * moe_real_size(dtype)));
+    for (int64_t m = first; m < last; m++) {
+        const char *x = job->x_Rn + m * n * size, *dy = job->dy_Rn + m * n * size;
+        char *dx = job->dx_Rn + m * n * size, *dw = job->dw_Bn + m / BLOCK * n * moe_real_size(dtype);
+        const double r = real_get(dtype, job->r_R, m);
+        double sum = 0;
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int64_t k = n - i < TILE ? n - i : TILE;
+            sum += moe_k->norm_dot(f64, k, reals(dtype, k, x + i * size, &x_tile), at(job->w_n, i, dtype),
+                                   reals(dtype, k, dy + i * size, &dy_tile));
+        }
+        const double c = r * r * r * sum / (double)n;
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int64_t k = n - i < TILE ? n - i : TILE;
+            moe_k->dnorm(f64, k, r, c, reals(dtype, k, x + i * size, &x_tile), at(job->w_n, i, dtype),
+                         reals(dtype, k, dy + i * size, &dy_tile), making(dtype, dx + i * size, &dx_tile),
+                         dw + i * moe_real_size(dtype));
+            stored(dtype, k, &dx_tile, dx + i * size);
+        }
+    }
+}
+
+static int check_norm(int dtype, int wdtype, int64_t R, int64_t n) {
+    if (!moe_is_float(dtype) || !moe_is_float(wdtype)) return MOE_BAD_DTYPE;
+    if (wdtype != dtype && (dtype == MOE_F64 || wdtype != MOE_F32)) return MOE_BAD_DTYPE;
+    return R < 0 || n < 1 || R > INT64_MAX / 16 / n ? MOE_BAD_SHAPE : MOE_OK;
+}
+
+size_t moe_rms_norm_workspace(int64_t n) { return (size_t)(8 * n); }
+
+int moe_rms_norm(int dtype, int wdtype, int64_t R, int64_t n, double eps, const void *x_Rn, const void *w_n,
+                 void *workspace, void *y_Rn, void *r_R) {
+    const int status = check_norm(dtype, wdtype, R, n);
+    if (status != MOE_OK) return status;
+    moe_k->load(wdtype, n, w_n, workspace);
+    norm_job job = {.dtype = dtype, .R = R, .n = n, .eps = eps, .x_Rn = x_Rn, .w_n = workspace, .y_Rn = y_Rn,
+                    .r_R = r_R};
+    moe_parallel(R, moe_row_grain(n), norm_rows, &job);
+    return MOE_OK;
+}
+
+size_t moe_rms_norm_backward_workspace(int64_t R, int64_t n) { return (size_t)(8 * n * (1 + blocks_of(R))); }
+
+int moe_rms_norm_backward(int dtype, int wdtype, int64_t R, int64_t n, const void *x_Rn, const void *w_n,
+                          const void *r_R, const void *dy_Rn, void *workspace, void *dx_Rn, void *dw_n) {
+    const int status = check_norm(dtype, wdtype, R, n);
+    if (status != MOE_OK) return status;
+    moe_k->load(wdtype, n, w_n, workspace);
+    norm_job job = {.dtype = dtype, .R = R, .n = n, .x_Rn = x_Rn, .dy_Rn = dy_Rn, .w_n = workspace, .dx_Rn = dx_Rn,
+                    .r_R = (void *)r_R, .dw_Bn = (char *)workspace + 8 * n};
+    moe_parallel(blocks_of(R), moe_row_grain(n * BLOCK), dnorm_blocks, &job);
+    for (int64_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (int64_t b = 0; b < blocks_of(R); b++) sum += real_get(dtype, job.dw_Bn, b * n + i);
+        real_tile tile;
+        real_set(dtype, &tile, 0, sum);
+        moe_k->store(wdtype, 1, &tile, (char *)dw_n + i * moe_size(wdtype));
+    }
+    return MOE_OK;
+}
+
+// ---- the sum of squares ---------------------------------------------------------------------------------------------
+typedef struct { int dtype; int64_t n; const char *x_n; double *sums; } square_job;
+
+static void square_pieces(int64_t begin, int64_t end, void *arg) {
+    const square_job *job = arg;
+    const int64_t size = moe_size(job->dtype);
+    real_tile tile;
+    for (int64_t p = begin; p < end; p++) {
+        const int64_t last = (p + 1) * PIECE < job->n ? (p + 1) * PIECE : job->n;
+        double sum = 0;
+        for (int64_t i = p * PIECE; i < last; i += TILE) {
+            const int64_t k = last - i < TILE ? last - i : TILE;
+            sum += moe_k->square_sum(job->dtype == MOE_F64, k, reals(job->dtype, k, job->x_n + i * size, &tile));
+        }
+        job->sums[p] = sum;
+    }
+}
+
+size_t moe_square_sum_workspace(int64_t n) { return (size_t)(8 * (n / PIECE + 1)); }
+
+int moe_square_sum(int dtype, int64_t n, const void *x_n, void *workspace, double *sum) {
+    if (!moe_is_float(dtype)) return MOE_BAD_DTYPE;
+    if (n < 0) return MOE_BAD_SHAPE;
+    square_job job = {dtype, n, x_n, workspace};
+    const int64_t pieces = (n + PIECE - 1) / PIECE;
+    moe_parallel(pieces, 1, square_pieces, &job);
+    *sum = 0;
+    for (int64_t p = 0; p < pieces; p++) *sum += job.sums[p];
+    return MOE_OK;
+}

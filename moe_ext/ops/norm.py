@@ -1,0 +1,101 @@
+"""RMSNorm, RoPE's rotation and the sum of squares, each one pass on the CPU: csrc/norm.c, rope.c. On a GPU they are
+torch's own ops, and what those promise."""
+
+import torch
+import torch.nn.functional as F
+
+from moe_ext.ops.define import define, real
+
+# ---- RMSNorm ---------------------------------------------------------------------------------------------------------
+
+
+def _save_rms_norm(ctx, inputs, output):
+    x, w, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w, output[1])
+
+
+def _backward_rms_norm(ctx, dy, _):
+    if dy is None:
+        return None, None, None
+    return *_rms_norm_backward(*ctx.saved_tensors, dy.contiguous()), None
+
+
+_rms_norm = define(
+    "rms_norm(Tensor x, Tensor w, float eps) -> (Tensor, Tensor)",
+    fake=lambda x, w, eps: (torch.empty_like(x), x.new_empty(x.shape[0], dtype=real(x.dtype))),
+    save=_save_rms_norm,
+    backward=_backward_rms_norm,
+)
+_rms_norm_backward = define(
+    "rms_norm_backward(Tensor x, Tensor w, Tensor r, Tensor dy) -> (Tensor, Tensor)",
+    fake=lambda x, w, r, dy: (torch.empty_like(x), torch.empty_like(w)),
+)
+
+
+def rms_norm(x, w_n, eps):
+    """x / sqrt(mean over the last dimension of x^2 + eps) * w (Zhang and Sennrich, 2019), computed in float32 (float64
+    for float64), rounded once.
+
+    x [..,n]; w_n of x's dtype or of the one that it is computed in. -> x's shape and dtype. Differentiable in x and w.
+    """
+    if x.is_cuda:
+        return F.rms_norm(x.to(w_n.dtype), (x.shape[-1],), w_n, eps).to(x.dtype)
+    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
+    return _rms_norm(rows.contiguous(), w_n, eps)[0].view(x.shape)
+
+
+# ---- RoPE ------------------------------------------------------------------------------------------------------------
+
+
+def _save_rotate(ctx, inputs, output):
+    x, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, cos, sin)
+
+
+def _backward_rotate(ctx, dy):
+    x, cos, sin = ctx.saved_tensors
+    dx = _rotate(dy.contiguous(), cos, sin, not ctx.inverse)
+    if x is None:
+        return dx, None, None, None
+    P, n = cos.shape
+    a, b, da, db = (t[..., i : i + n].to(cos.dtype) for t in (x, dy) for i in (0, n))
+    dcos, dsin = (t.unflatten(0, (-1, P)).sum((0, 2)) for t in (a * da + b * db, a * db - b * da))
+    return dx, dcos, -dsin if ctx.inverse else dsin, None
+
+
+_rotate = define(
+    "rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    fake=lambda x, cos, sin, inverse: torch.empty_like(x),
+    save=_save_rotate,
+    backward=_backward_rotate,
+)
+
+
+def rotate(x_BSHd, cos, sin):
+    """Turns the pairs (x[i], x[i + n]) of the first 2n columns of every head; the others stay (Su et al., 2021, by
+    halves as in Hugging Face's models).
+
+    cos, sin [S,1,n] or [B,S,1,n], of any floating dtype. -> x's shape and dtype. Differentiable in all.
+    """
+    cos, sin = (t.to(real(x_BSHd.dtype) if not x_BSHd.is_cuda else x_BSHd.dtype) for t in (cos, sin))
+    if x_BSHd.is_cuda:
+        n = cos.shape[-1]
+        a, b = x_BSHd[..., : 2 * n].chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, x_BSHd[..., 2 * n :]], dim=-1)
+    tables = (t.flatten(0, -2).contiguous() for t in (cos, sin))
+    return _rotate(x_BSHd.flatten(0, 1).contiguous(), *tables, False).view(x_BSHd.shape)
+
+
+# ---- the sum of squares ----------------------------------------------------------------------------------------------
+
+_square_sum = define("square_sum(Tensor x) -> Tensor", fake=lambda x: x.new_empty((), dtype=torch.float64))
+
+
+def square_sum(x):
+    """-> float64 scalar, the sum of x^2, squared and added in float64: finite and exact to its rounding for float32 of
+    any size. x: any shape and floating dtype. It has no gradient."""
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    return _square_sum(x.reshape(-1).contiguous())

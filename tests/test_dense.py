@@ -1,0 +1,91 @@
+"""The product of a linear layer by the C core, where torch's leaves instructions unused."""
+
+import sys
+
+import pytest
+import torch
+from cases import Case, Shape
+from compare import against_reference, each_set_alone, gradcheck, same
+
+from moe_ext import attention, ops
+
+dense = sys.modules["moe_ext.ops.dense"]
+CASE = Case("dense", Shape(301, 37, 23, 1, 1), "balanced")
+
+
+@pytest.fixture
+def slow_torch(monkeypatch):
+    """A CPU on which torch has a fast product of no dtype."""
+    for module in (dense, attention):
+        monkeypatch.setattr(module, "torch_knows", lambda dtype: False)
+
+
+def linear_inputs(case, dtype, device):
+    T, D, F, *_ = case.shape
+    return {"x": case.randn(T, D, salt=1, dtype=dtype, device=device),
+            "w_OI": case.randn(F, D, salt=2, dtype=dtype, device=device),
+            "bias_O": case.randn(F, salt=3, dtype=dtype, device=device)}  # fmt: skip
+
+
+def check_linear(impl, case, dtype, device):
+    against_reference(impl, lambda ops, **inputs: ops.linear(**inputs), linear_inputs(case, dtype, device))
+
+
+@pytest.mark.parametrize("T", [0, 1, 127, 128, 301])
+def test_linear(T, dtype, device, slow_torch):
+    check_linear(ops, CASE._replace(shape=CASE.shape._replace(T=T)), dtype, device)
+
+
+def test_it_is_ours_of_many_rows_alone(slow_torch, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [dense.ours(cpu, torch.float32, T) for T in (127, 128)] == [False, True]
+    assert [dense.ours(cpu, torch.bfloat16, T) for T in (7, 8)] == [False, True]
+    assert not dense.ours(cuda, torch.bfloat16, 1000)
+    monkeypatch.setattr(dense, "torch_knows", lambda dtype: True)
+    assert not dense.ours(cpu, torch.bfloat16, 1000)
+
+
+def test_what_torch_knows(monkeypatch):
+    knows = dense.torch_knows.__wrapped__
+    for capability, bf16 in (("AVX2", False), ("AVX512", True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert (knows(torch.bfloat16), knows(torch.float16)) == (bf16, False)
+    for isa, vendor, fp32 in (("avx2", "AuthenticAMD", True), ("avx512", "AuthenticAMD", False),
+                              ("avx512", "GenuineIntel", True)):
+        monkeypatch.setattr(dense._C, "versions", lambda isa=isa: {"isa": isa})
+        monkeypatch.setattr(dense, "_vendor", lambda vendor=vendor: f"vendor_id : {vendor}\n")
+        assert knows(torch.float32) == knows(torch.float64) == fp32
+
+
+@pytest.mark.c_core
+def test_only_the_gradients_that_are_wanted(slow_torch):
+    each_set_alone(lambda **inputs: ops.linear(**inputs), linear_inputs(CASE, torch.float64, "cpu"))
+
+
+@pytest.mark.c_core
+def test_gradcheck():
+    x, w = (CASE.randn(*size, salt=1) for size in ((5, 3), (4, 3)))
+    gradcheck(torch.ops.moe_ext.linear, {"x": x, "w": w})
+
+
+@pytest.mark.c_core
+def test_the_head_by_our_product(slow_torch):
+    x, w = CASE.randn(300, 37, salt=1), CASE.randn(50, 37, salt=2)
+    targets_T = torch.arange(300) % 50
+    against_reference(ops, lambda o, x, w: o.linear_cross_entropy(x, w, targets_T, chunk=140), {"x": x, "w": w})
+
+
+@pytest.mark.c_core
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_halves(masked, slow_torch):
+    """In float32, rounded once: as near to the truth as can be."""
+    q, k, v = (CASE.randn(2, 4, 9, 8, salt=s, dtype=torch.bfloat16).requires_grad_() for s in range(3))
+    seen = torch.zeros(9, 9, dtype=torch.bfloat16).masked_fill_(attention.visible(9)[0, 0].logical_not(), -torch.inf)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention.attend(q, k, v, seen[None, None] if masked else None)
+    exact = attention.attend(q.float(), k.float(), v.float())
+    same(y, exact.bfloat16())
+    dy = torch.ones_like(y)
+    for got, want in zip(torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(exact, (q, k, v), dy.float()),
+                         strict=True):  # fmt: skip
+        same(got, want)

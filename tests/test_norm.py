@@ -1,0 +1,105 @@
+"""RMSNorm, RoPE's rotation, the sum of squares."""
+
+import math
+
+import pytest
+import torch
+from cases import SMALLEST, Case, Shape
+from compare import against_reference, each_set_alone, gradcheck, same
+
+from moe_ext import ops, reference
+
+WIDE = Case("wide", Shape(70, 1500, 1, 1, 1), "balanced")  # rows of two tiles, blocks of rows that are not full
+
+
+def norm_inputs(case, dtype, device, wdtype=None):
+    T, D, *_ = case.shape
+    return {"x": case.randn(T, D, salt=1, dtype=dtype, device=device),
+            "w_n": case.randn(D, salt=2, dtype=wdtype or dtype, device=device)}  # fmt: skip
+
+
+def check_rms_norm(impl, case, dtype, device, wdtype=None):
+    against_reference(impl, lambda ops, x, w_n: ops.rms_norm(x, w_n, 1e-5),
+                      norm_inputs(case, dtype, device, wdtype))  # fmt: skip
+
+
+def check_rotate(impl, case, dtype, device, heads=3, columns=None):
+    """The positions of T tokens in each of two sequences turn `columns` of d columns."""
+    T, d, *_ = case.shape
+    n = d // 2 if columns is None else columns // 2
+    angle = case.randn(T, 1, n, salt=5, device=device)
+    x_BSHd = case.randn(2, T, heads, d, salt=6, dtype=dtype, device=device)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    against_reference(impl, lambda ops, **inputs: ops.rotate(**inputs),
+                      {"x_BSHd": x_BSHd, "cos": angle.cos().to(real), "sin": angle.sin().to(real)})  # fmt: skip
+
+
+def check_square_sum(impl, case, dtype, device):
+    T, d, *_ = case.shape
+    x = case.randn(T, d, salt=7, dtype=dtype, device=device)
+    got, want = impl.square_sum(x=x), reference.square_sum(x)
+    assert got.dtype == torch.float64 and got.shape == ()
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+
+
+def test_rms_norm(case, dtype, device):
+    check_rms_norm(ops, case, dtype, device)
+
+
+@pytest.mark.parametrize("wdtype", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_rows(half, wdtype, device):
+    check_rms_norm(ops, WIDE, half, device, wdtype)
+    check_rms_norm(ops, WIDE, torch.float32, device)
+
+
+def test_rms_norm_of_any_shape_and_strides(device):
+    x, w_n = torch.randn(3, 8, 5, device=device).transpose(1, 2), torch.randn(8, device=device)
+    same(ops.rms_norm(x, w_n, 1e-6), ops.rms_norm(x.contiguous().view(15, 8), w_n, 1e-6).view(3, 5, 8))
+
+
+def test_rms_norm_keeps_nan_and_infinity_to_their_rows(device):
+    x = torch.ones(4, 6, device=device)
+    x[1, 2], x[2, 3] = math.nan, math.inf
+    bad = ops.rms_norm(x, torch.ones(6, device=device), 0.0).isnan().any(1)
+    assert bad.tolist() == [False, True, True, False]
+    assert ops.rms_norm(x[:1] * 0, torch.ones(6, device=device), 1e-6).eq(0).all()
+
+
+@pytest.mark.parametrize("columns", [0, 2, 6, 8])
+def test_rotate(columns, dtype, device):
+    check_rotate(ops, Case("rope", Shape(13, 8, 1, 1, 1), "balanced"), dtype, device, columns=columns)
+
+
+def test_rotate_by_tables_of_each_sequence(device):
+    x = torch.randn(2, 5, 3, 8, device=device)
+    angle = torch.randn(2, 5, 1, 4, dtype=torch.float64, device=device)
+    whole = ops.rotate(x, angle.cos(), angle.sin())
+    for b in range(2):
+        same(whole[b:][:1], ops.rotate(x[b:][:1], angle[b].cos(), angle[b].sin()))
+
+
+@pytest.mark.c_core
+def test_long_heads():
+    check_rotate(ops, Case("long", Shape(2, 4200, 1, 1, 1), "balanced"), torch.bfloat16, "cpu", heads=1)
+
+
+@pytest.mark.c_core
+def test_gradcheck():
+    inputs = norm_inputs(SMALLEST, torch.float64, "cpu")
+    gradcheck(lambda x, w_n: ops.rms_norm(x, w_n, 1e-3), inputs)
+    each_set_alone(lambda x, w_n: ops.rms_norm(x, w_n, 1e-3), inputs)
+    angle = torch.arange(10.0, dtype=torch.float64).view(5, 1, 2)
+    gradcheck(lambda x: ops.rotate(x, angle.cos(), angle.sin()), {"x": SMALLEST.randn(2, 5, 3, 5, salt=1)})
+
+
+@pytest.mark.parametrize("n", [0, 1, 17, 2**15, 2**15 + 1, 100_003])
+def test_square_sum(n, dtype, device):
+    x = torch.randn(n, dtype=torch.float64).to(dtype).to(device)
+    torch.testing.assert_close(ops.square_sum(x), reference.square_sum(x), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e38])
+def test_squares_neither_overflow_nor_vanish(scale, device):
+    x = torch.full((1000,), scale, device=device)
+    torch.testing.assert_close(ops.square_sum(x), 1000 * x[0].double().square(), rtol=1e-14, atol=0)
