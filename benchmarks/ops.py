@@ -399,7 +399,7 @@ def print_layers(lines):
 
 
 def print_memory(lines):
-    print("\n| memory | dtype | weights MB | beside | peak MB, ours | torch | ratio | growth MB, ours | torch | ratio |\n"
+    print("\n| memory | dtype | weights MB | beside | peak MB, ours | torch | x | growth MB, ours | torch | x |\n"
           + "|---" * 10 + "|")  # fmt: skip
     for l in lines:
         both = (f"{l['ours'][of] / 1e6:.0f} | {l['torch'][of] / 1e6:.0f} | {l['ratio'][of]:.2f}"
