@@ -18,7 +18,8 @@ nothing back, so that no allocation meets a page fault twice. Anyone can have th
 counts among torch's best; ours has the same malloc there.
 
 Memory: ours and sorted-mm (or widened-mm, where that stands for it), each in a fresh process of one thread, which makes
-inputs and weights and runs forward and backward: its peak resident memory, and that less what was resident before.
+inputs and weights and runs forward and backward: its peak resident memory, and that less what was resident before. The
+growth of both has the gradients of the weights, which are as large as these.
 
 Shares: of the time of router + route_index + expert_mlp, those of the router (from logits), of the index, and of the
 passes over rows that expert_mlp has beside its products: the weighted sum of each token's copies, and in the backward
@@ -285,6 +286,7 @@ def measure_memory(name, shape, dtype, peers):
     """-> one line of the table."""
     peer = next(peer for peer in ("sorted-mm", "widened-mm", *peers) if peer in peers)
     line = {"shape": name, "dtype": str(dtype)[6:], "peer": peer}
+    line["weights"] = 3 * shape.E * shape.h * shape.d * dtype.itemsize
     for whose, contender in (("ours", "ours"), ("torch", peer)):
         peak, before = in_process(peak_memory, shape, dtype, contender)
         line[whose] = {"peak": peak, "growth": peak - before}
@@ -397,12 +399,12 @@ def print_layers(lines):
 
 
 def print_memory(lines):
-    print("\n| memory | dtype | beside | peak MB, ours | torch | ratio | growth MB, ours | torch | ratio |\n"
-          + "|---" * 9 + "|")  # fmt: skip
+    print("\n| memory | dtype | weights MB | beside | peak MB, ours | torch | x | growth MB, ours | torch | x |\n"
+          + "|---" * 10 + "|")  # fmt: skip
     for l in lines:
         both = (f"{l['ours'][of] / 1e6:.0f} | {l['torch'][of] / 1e6:.0f} | {l['ratio'][of]:.2f}"
                 for of in ("peak", "growth"))  # fmt: skip
-        print(f"| {l['shape']} | {l['dtype']} | {l['peer']} | {' | '.join(both)} |", flush=True)
+        print(f"| {l['shape']} | {l['dtype']} | {l['weights'] / 1e6:.0f} | {l['peer']} | {' | '.join(both)} |")
 
 
 def print_shares(lines):
