@@ -50,7 +50,7 @@ static int64_t even(int64_t n, int64_t most, int64_t unit) {
 static int64_t real_size(gemm_kind kind) { return kind == GEMM_F64 ? 8 : 4; }                              // of C
 static int64_t panel_size(gemm_kind kind) { return kind == GEMM_F64 ? 8 : kind == GEMM_F32 ? 4 : 2; }      // of A and B
 
-// Rows of A that are packed together: three eighths of L2 (192 floats in 512 KiB); as much of C and B pass through it.
+// Rows of A that are packed together: 3/8 of L2 (192 rows of floats in 512 KiB); B and C pass through the rest.
 static int64_t tile_rows(gemm_kind kind) {
     const int64_t fit = moe_l2 * 3 / 8 / (CHUNK * panel_size(kind));
     return fit < LEAST_TILE ? LEAST_TILE : min64(fit, TASK_ROWS);
