@@ -7,6 +7,7 @@
 //   rows.inc      rows_load rows_store rows_scale rows_axpy rows_sum rows_dot
 //   act.inc       act_fwd act_bwd
 //   softmax.inc   softmax_row
+//   topk.inc      top_k
 //   random.inc    random_row
 //   gemm.inc      gemm_f32 gemm_f64 and the panel sizes GEMM_MR_F32 GEMM_NR_F32 GEMM_MR_F64 GEMM_NR_F64
 // ISA_VECTOR is the vector width in bytes; a kernel written with it and without intrinsics gives the same bits when a
@@ -20,6 +21,7 @@
 #include "rows.inc"
 #include "act.inc"
 #include "softmax.inc"
+#include "topk.inc"
 #include "random.inc"
 #include "gemm.inc"
 
@@ -34,6 +36,7 @@ const moe_kernels ISA_TABLE = {
     .act     = act_fwd,
     .dact    = act_bwd,
     .softmax = softmax_row,
+    .top_k   = top_k,
     .random  = random_row,
     .gemm    = {{GEMM_MR_F32, GEMM_NR_F32, gemm_f32}, {GEMM_MR_F64, GEMM_NR_F64, gemm_f64}},
 };

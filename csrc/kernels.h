@@ -23,6 +23,8 @@ typedef struct {
                    void *dup);
     // softmax.inc: p may be x. Returns logsumexp; NaN in x gives NaN
     double (*softmax)(bool f64, int64_t n, const void *x, void *p);
+    // topk.inc: ids = the K largest keys (reals) in descending order, the lowest id first among equals
+    void   (*top_k)(bool f64, int64_t n, int64_t K, const void *key, int32_t *ids);
     // random.inc: u[0 .. n rounded up to 64) = uniform or normal numbers of columns col .. (a multiple of 4) of a row
     void   (*random)(bool normal, const moe_random_key *key, int64_t row, int64_t col, int64_t n, float *u);
     // gemm.inc: C[mr,nr] (+)= A[k,mr]^T B[k,nr] on packed panels; see gemm.c for the contract. [0] float, [1] double
