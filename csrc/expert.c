@@ -18,6 +18,7 @@
 // a, sA and dh where products take bf16: those are rounded to it.
 #include "gemm.h"
 #include "pool.h"
+#include "real.h"
 #include <string.h>
 
 typedef union { float f32[GEMM_COLUMNS]; double f64[GEMM_COLUMNS]; } tile;      // a piece of a row, on the stack
@@ -135,11 +136,6 @@ static void run_pass(call *c, moe_body sum) {
 }
 
 // -- small things ----------------------------------------------------------------------------------------------------
-static double get(int dtype, const void *x, int64_t i) {
-    tile t;
-    moe_k->load(dtype, 1, (const char *)x + i * moe_size(dtype), &t);
-    return dtype == MOE_F64 ? t.f64[0] : (double)t.f32[0];
-}
 static const char *bias_of(const call *c, const void *bias, int64_t se, int64_t e, int64_t j) {
     return (const char *)bias + (e * se + j) * c->size;
 }
@@ -229,24 +225,69 @@ static void down_tile(const call *c, const gemm_task *task, void *scratch) {
 }
 
 // -- forward 3: y[r] = sum_k s (y[p] + bd) ---------------------------------------------------------------------------
+enum { SLOTS = 64, SUM_COLUMNS = 256 };
+typedef struct {                // the rows of c->out that belong to one row r, and their weights
+    int64_t     n;
+    const char *row[SLOTS];
+    union { double f64[SLOTS]; float f32[SLOTS]; } s;
+} slots;
+static void find_slots(const call *c, int out_type, int64_t r, slots *found) {
+    const moe_expert_args *a = c->a;
+    found->n = 0;
+    for (int64_t f = r * a->K; r < a->R && f < (r + 1) * a->K; f++) {
+        const int64_t p = a->inverse_RK[f];
+        if (p < 0) continue;
+        real_set(a->dtype, &found->s, found->n, c->g ? 1.0 : moe_get(a->wdtype, a->weights_RK, f));   // in dh already
+        found->row[found->n++] = c->out + p * a->D * moe_size(out_type);
+    }
+}
+// The rows are far apart: those of the next sum are asked for while this one is under way.
+static void sum_row(const call *c, int out_type, const slots *now, const slots *next, char *y) {
+    const int64_t D = c->a->D, out_size = moe_size(out_type);
+    const void *row[SLOTS];
+    for (int64_t j = 0; j < D; j += SUM_COLUMNS) {
+        const int64_t n = D - j < SUM_COLUMNS ? D - j : SUM_COLUMNS;
+        tile sum;
+        for (int64_t k = 0; k < next->n; k++)
+            for (int64_t i = j * out_size; i < (j + n) * out_size; i += 64) __builtin_prefetch(next->row[k] + i);
+        for (int64_t k = 0; k < now->n; k++) row[k] = now->row[k] + j * out_size;
+        void *sum_n = out_type == c->a->dtype ? (void *)(y + j * c->size) : &sum;
+        moe_k->sum(out_type, n, now->n, &now->s, row, sum_n);
+        if (sum_n == &sum) moe_k->store(c->a->dtype, n, &sum, y + j * c->size);
+    }
+}
+// Any number of slots, with the biases.
+static void sum_biased_row(const call *c, int out_type, int64_t r, char *y) {
+    const moe_expert_args *a = c->a;
+    for (int64_t j = 0; j < a->D; j += GEMM_COLUMNS) {
+        const int64_t n = a->D - j < GEMM_COLUMNS ? a->D - j : GEMM_COLUMNS;
+        tile sum;
+        memset(&sum, 0, (size_t)(n * c->real));
+        for (int64_t f = r * a->K; f < (r + 1) * a->K; f++) {
+            const int64_t p = a->inverse_RK[f];
+            if (p < 0) continue;
+            const double s = c->g ? 1.0 : moe_get(a->wdtype, a->weights_RK, f);
+            moe_k->axpy(out_type, n, s, c->out + (p * a->D + j) * moe_size(out_type), &sum);
+            if (a->down_bias_ED && !c->g)
+                moe_k->axpy(a->dtype, n, s, bias_of(c, a->down_bias_ED, a->down_bias_se, expert_at(a, p), j), &sum);
+        }
+        moe_k->store(a->dtype, n, &sum, y + j * c->size);
+    }
+}
 static void sum_slots(int64_t begin, int64_t end, void *arg) {
     const call *c = arg;
     const moe_expert_args *a = c->a;
-    for (int64_t r = begin; r < end; r++)
-        for (int64_t j = 0; j < a->D; j += GEMM_COLUMNS) {
-            const int64_t n = a->D - j < GEMM_COLUMNS ? a->D - j : GEMM_COLUMNS;
-            tile sum;
-            memset(&sum, 0, (size_t)(n * c->real));
-            for (int64_t f = r * a->K; f < (r + 1) * a->K; f++) {
-                const int64_t p = a->inverse_RK[f];
-                if (p < 0) continue;
-                const double s = c->g ? 1.0 : get(a->wdtype, a->weights_RK, f);         // the backward's s is in dh
-                moe_k->axpy(c->real_type, n, s, c->out + (p * a->D + j) * c->real, &sum);
-                if (a->down_bias_ED && !c->g)
-                    moe_k->axpy(a->dtype, n, s, bias_of(c, a->down_bias_ED, a->down_bias_se, expert_at(a, p), j), &sum);
-            }
-            moe_k->store(a->dtype, n, &sum, c->y + (r * a->D + j) * c->size);
-        }
+    const int out_type = c->real_type;
+    const bool plain = a->K <= SLOTS && (!a->down_bias_ED || c->g);
+    slots of[2];
+    if (plain) find_slots(c, out_type, begin, &of[begin % 2]);
+    for (int64_t r = begin; r < end; r++) {
+        char *y = c->y + r * a->D * c->size;
+        if (plain) {
+            find_slots(c, out_type, r + 1, &of[(r + 1) % 2]);
+            sum_row(c, out_type, &of[r % 2], &of[(r + 1) % 2], y);
+        } else sum_biased_row(c, out_type, r, y);
+    }
 }
 
 size_t moe_expert_mlp_workspace(const moe_expert_args *a) {
@@ -274,7 +315,7 @@ static void emit_dact(const gemm_product *g, int64_t i0, int64_t rows, void *til
     const gemm_task *t = g->task;
     for (int64_t i = 0; i < rows; i++) {
         const int64_t p = t->begin + t->i + i0 + i;
-        const double s = get(a->wdtype, a->weights_RK, a->order_RK[p]);
+        const double s = moe_get(a->wdtype, a->weights_RK, a->order_RK[p]);
         const char *h = (const char *)c->h_in + (p * c->U + t->j) * c->size;
         char *da = (char *)tile_c + i * ldc * c->real;
         tile gate, up, act;
@@ -360,7 +401,7 @@ static void bias_sum(const call *c, int64_t e, int64_t n, int dtype, const char 
         memset(&sum, 0, (size_t)(some * c->real));
         for (int64_t p = e ? a->bins_E[e - 1] : 0; p < a->bins_E[e]; p++) {
             const int64_t f = a->order_RK[p], row = of_dy ? f / a->K : p;
-            const double s = of_dy ? get(a->wdtype, a->weights_RK, f) : 1.0;
+            const double s = of_dy ? moe_get(a->wdtype, a->weights_RK, f) : 1.0;
             moe_k->axpy(dtype, some, s, rows + (row * stride + j) * moe_size(dtype), &sum);
         }
         moe_k->store(a->dtype, some, &sum, out + j * c->size);
@@ -390,7 +431,7 @@ static void sum_dslots(int64_t begin, int64_t end, void *arg) {
         const int64_t p = a->inverse_RK[f];
         double ds = 0;
         for (int64_t piece = 0; p >= 0 && piece < c->pieces; piece++)
-            ds += get(c->real_type, c->ds, p * c->pieces + piece);
+            ds += moe_get(c->real_type, c->ds, p * c->pieces + piece);
         if (p >= 0 && a->down_bias_ED)
             ds += moe_k->dot(a->dtype, a->D, (const char *)c->g->dy_RD + f / a->K * a->D * c->size,
                              bias_of(c, a->down_bias_ED, a->down_bias_se, expert_at(a, p), 0));

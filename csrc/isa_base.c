@@ -10,6 +10,7 @@
 //   act.inc       act_fwd act_bwd
 //   softmax.inc   softmax_row
 //   norm.inc      norm_row norm_dot norm_row_bwd rotate_row square_sum
+//   topk.inc      top_k
 //   random.inc    random_row
 //   gemm.inc      gemm_f32 gemm_f64 and the panel sizes GEMM_MR_F32 GEMM_NR_F32 GEMM_MR_F64 GEMM_NR_F64
 //   pack.inc      pack_a_f32 pack_b_f32 pack_a_f64 pack_b_f64
@@ -28,6 +29,7 @@
 #include "act.inc"
 #include "softmax.inc"
 #include "norm.inc"
+#include "topk.inc"
 #include "random.inc"
 #include "gemm.inc"
 #include "pack.inc"
@@ -52,6 +54,7 @@ const moe_kernels ISA_TABLE = {
     .dnorm   = norm_row_bwd,
     .rotate  = rotate_row,
     .square_sum = square_sum,
+    .top_k   = top_k,
     .random  = random_row,
     .gemm    = {
         [GEMM_F32] = {GEMM_MR_F32, GEMM_NR_F32, 1, pack_a_f32, pack_b_f32, NULL, NULL, gemm_f32},

@@ -58,6 +58,8 @@ typedef struct {
     void   (*rotate  )(bool f64, int64_t n, int sign, const void *cos, const void *sin, const void *a, const void *b,
                        void *ya, void *yb);
     double (*square_sum)(bool f64, int64_t n, const void *x);
+    // topk.inc: ids = the K largest keys (reals) in descending order, the lowest id first among equals
+    void   (*top_k)(bool f64, int64_t n, int64_t K, const void *key, int32_t *ids);
     // random.inc: u[0 .. n rounded up to 64) = uniform or normal numbers of columns col .. (a multiple of 4) of a row
     void   (*random)(bool normal, const moe_random_key *key, int64_t row, int64_t col, int64_t n, float *u);
     // pack.inc, gemm.inc

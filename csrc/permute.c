@@ -10,6 +10,7 @@
 // owns a region of the expert rows, filled from its start with as many of its copies as fit.
 // Limits: N fits in int32, K <= MOE_MAX_EXPERTS.
 #include "gemm.h"
+#include "real.h"
 #include <string.h>
 
 typedef struct {
@@ -42,14 +43,6 @@ static int64_t expert_at(const moe_layout *l, int64_t row) {
         else low = e + 1;
     }
     return low;
-}
-
-static double weight(const move_job *j, int64_t f) {
-    const char *w = j->weights + f * moe_size(j->wdtype);
-    if (j->wdtype == MOE_F64) return *(const double *)w;
-    float real;
-    moe_k->load(j->wdtype, 1, w, &real);
-    return real;
 }
 
 // -- checks at the door -----------------------------------------------------------------------------------------------
@@ -101,7 +94,7 @@ static void gather_rows(int64_t begin, int64_t end, void *arg) {
             else if (!j->weights) memcpy(y_D, j->x + order[0] / l->K * bytes, (size_t)bytes);
             else {
                 if (row + 1 < filled) prefetch_row(j->x + order[1] / l->K * bytes, bytes);
-                moe_k->scale(j->dtype, j->D, weight(j, order[0]), j->x + order[0] / l->K * bytes, y_D);
+                moe_k->scale(j->dtype, j->D, moe_get(j->wdtype, j->weights, order[0]), j->x + order[0] / l->K * bytes, y_D);
             }
         }
     }
@@ -136,16 +129,14 @@ static void scatter_rows(int64_t begin, int64_t end, void *arg) {
     const move_job *j = arg;
     int64_t         bytes = j->D * moe_size(j->dtype), K = j->l->K;
     const void     *x_K[MOE_MAX_EXPERTS];
-    union { double f64[MOE_MAX_EXPERTS]; float f32[MOE_MAX_EXPERTS]; } w_K;
+    real_row        w_K;
     for (int64_t t = begin; t < end; t++) {
         for (int64_t f = (t + 1) * K; f < (t + 2) * K && t + 1 < end; f++)
             if (j->row_N[f] >= 0) prefetch_row(j->x + j->row_N[f] * bytes, bytes);
         int64_t present = 0;
         for (int64_t f = t * K; f < (t + 1) * K; f++) {
             if (j->row_N[f] < 0) continue;
-            double w = j->weights ? weight(j, f) : 1;
-            if (j->dtype == MOE_F64) w_K.f64[present] = w;
-            else w_K.f32[present] = (float)w;
+            real_set(j->dtype, &w_K, present, j->weights ? moe_get(j->wdtype, j->weights, f) : 1);
             x_K[present++] = j->x + j->row_N[f] * bytes;
         }
         char *y_D = j->y + t * bytes;
@@ -170,13 +161,16 @@ int moe_scatter(int dtype, int wdtype, int64_t D, const moe_layout *layout, cons
 // y[t] += w[f] * x[row(f)]  gives  dw[f] = <x[row(f)], dy[t]>
 static void dweights_rows(int64_t begin, int64_t end, void *arg) {
     const move_job *j = arg;
-    int64_t bytes = j->D * moe_size(j->dtype), K = j->l->K;
-    for (int64_t f = begin * K; f < end * K; f++) {
-        double dw = 0;
-        if (f + 1 < end * K && j->row_N[f + 1] >= 0) prefetch_row(j->x + j->row_N[f + 1] * bytes, bytes);
-        if (j->row_N[f] >= 0) dw = moe_k->dot(j->dtype, j->D, j->x + j->row_N[f] * bytes, j->dy + f / K * bytes);
-        float real = (float)dw;
-        moe_k->store(j->wdtype, 1, j->wdtype == MOE_F64 ? (void *)&dw : (void *)&real, j->y + f * moe_size(j->wdtype));
+    int64_t         bytes = j->D * moe_size(j->dtype), K = j->l->K;
+    real_row        dw_K;
+    for (int64_t t = begin; t < end; t++) {
+        for (int64_t k = 0, f = t * K; k < K; k++, f++) {
+            if (f + 1 < end * K && j->row_N[f + 1] >= 0) prefetch_row(j->x + j->row_N[f + 1] * bytes, bytes);
+            bool here = j->row_N[f] >= 0;
+            real_set(j->wdtype, &dw_K, k,
+                     here ? moe_k->dot(j->dtype, j->D, j->x + j->row_N[f] * bytes, j->dy + t * bytes) : 0);
+        }
+        moe_k->store(j->wdtype, K, &dw_K, j->y + t * K * moe_size(j->wdtype));
     }
 }
 

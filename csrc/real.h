@@ -3,6 +3,7 @@
 #ifndef MOE_REAL_H
 #define MOE_REAL_H
 #include "kernels.h"
+#include <string.h>
 
 static inline double real_get(int dtype, const void *real, int64_t i) {
     return dtype == MOE_F64 ? ((const double *)real)[i] : (double)((const float *)real)[i];
@@ -10,6 +11,18 @@ static inline double real_get(int dtype, const void *real, int64_t i) {
 static inline void real_set(int dtype, void *real, int64_t i, double value) {
     if (dtype == MOE_F64) ((double *)real)[i] = value;
     else ((float *)real)[i] = (float)value;
+}
+
+// Element i of storage, exactly.
+static inline double moe_get(int dtype, const void *x, int64_t i) {
+    float real;
+    if (dtype == MOE_F64) return ((const double *)x)[i];
+    if (dtype == MOE_F32) return ((const float *)x)[i];
+    if (dtype == MOE_BF16) {                                        // the upper half of a float
+        const uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+        memcpy(&real, &bits, sizeof real);
+    } else moe_k->load(dtype, 1, (const uint16_t *)x + i, &real);
+    return real;
 }
 
 // One row over experts, on the stack.

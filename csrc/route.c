@@ -52,26 +52,27 @@ static int check_router(const moe_router_args *a) {
     return known && a->norm_p >= 0 && isfinite(a->scale) ? MOE_OK : MOE_BAD_VALUE;
 }
 
+// How many of a row are finite, and how many -inf.
+#define COUNT(NAME, REAL)                                                                                             \
+    static void NAME(int64_t n, const REAL *x, int64_t *finite, int64_t *masked) {                                    \
+        int32_t is_finite = 0, is_masked = 0;                                                                         \
+        for (int64_t i = 0; i < n; i++) is_finite += x[i] - x[i] == 0, is_masked += x[i] == -(REAL)INFINITY;          \
+        *finite = is_finite, *masked = is_masked;                                                                     \
+    }
+COUNT(count_f32, float)
+COUNT(count_f64, double)
+
 static void check_logits(int64_t begin, int64_t end, void *arg) {
     router_job *job = arg;
+    const int dtype = job->a->dtype;
     const int64_t E = job->a->E, least = job->a->balanced ? E : job->a->K;
-    double logit[MOE_MAX_EXPERTS];
     for (int64_t t = begin; t < end; t++) {
-        load_row(job->a->dtype, E, at(job->a->dtype, job->logits_TE, t * E), logit);
-        int64_t finite = 0, masked = 0;
-        for (int64_t e = 0; e < E; e++) finite += isfinite(logit[e]) != 0, masked += logit[e] == -INFINITY;
+        real_row logit;
+        int64_t finite, masked;
+        moe_k->load(dtype, E, at(dtype, job->logits_TE, t * E), &logit);
+        if (dtype == MOE_F64) count_f64(E, logit.f64, &finite, &masked);
+        else                  count_f32(E, logit.f32, &finite, &masked);
         if (finite < least || finite + masked < E) atomic_store_explicit(&job->bad_value, 1, memory_order_relaxed);
-    }
-}
-
-// ids_K = the K largest keys in descending order, the lowest id first among equals: insertion into a sorted list,
-// where a newcomer passes only those that are strictly smaller.
-static void top_k(int64_t E, int64_t K, const double *key_E, int32_t *ids_K) {
-    for (int64_t e = 0; e < E; e++) {
-        int64_t k = e < K ? e : K;
-        if (k == K && key_E[e] <= key_E[ids_K[--k]]) continue;     // else the last one falls out
-        for (; k > 0 && key_E[e] > key_E[ids_K[k - 1]]; k--) ids_K[k] = ids_K[k - 1];
-        ids_K[k] = (int32_t)e;
     }
 }
 
@@ -80,8 +81,8 @@ static double p_norm(double p, int64_t K, const double *u_K) {
     double top = 0, sum = 0;
     for (int64_t k = 0; k < K; k++) top = fmax(top, u_K[k]);
     if (top == 0 || isinf(p)) return top;
-    for (int64_t k = 0; k < K; k++) sum += pow(u_K[k] / top, p);
-    return top * pow(sum, 1 / p);
+    for (int64_t k = 0; k < K; k++) sum += p == 1 ? u_K[k] / top : pow(u_K[k] / top, p);
+    return top * (p == 1 ? sum : pow(sum, 1 / p));
 }
 
 // d|u|_p / du_k = (u_k / |u|_p)^(p-1); 0 at u_k = 0, and shared by all maxima if p = INFINITY (both as in torch).
@@ -91,50 +92,66 @@ static void p_norm_backward(double p, int64_t K, const double *u_K, double norm,
     for (int64_t k = 0; k < K; k++) {
         if (u_K[k] == 0) continue;
         if (isinf(p)) du_K[k] += u_K[k] == norm ? dnorm / (double)maxima : 0;
-        else du_K[k] += dnorm * pow(u_K[k] / norm, p - 1);
+        else du_K[k] += p == 1 ? dnorm : dnorm * pow(u_K[k] / norm, p - 1);
     }
 }
 
-// u_K: the kept weights before norm and scale. The kept logits are finite.
-static void kept_weights(const moe_router_args *a, const double *logit_E, const double *score_E,
-                         const int32_t *ids_K, double *u_K) {
+// u_K: the kept weights before norm and scale. The rows are of real, whatever their dtypes. The kept logits are finite.
+static void kept_weights(const moe_router_args *a, int logit_type, const void *logit_E, int score_type,
+                         const void *score_E, const int32_t *ids_K, double *u_K) {
     if (a->score != MOE_TOPK_SOFTMAX) {
-        for (int64_t k = 0; k < a->K; k++) u_K[k] = score_E[ids_K[k]];
+        for (int64_t k = 0; k < a->K; k++) u_K[k] = real_get(score_type, score_E, ids_K[k]);
         return;
     }
     double top = -INFINITY, sum = 0;
-    for (int64_t k = 0; k < a->K; k++) top = fmax(top, logit_E[ids_K[k]]);
-    for (int64_t k = 0; k < a->K; k++) sum += u_K[k] = exp(logit_E[ids_K[k]] - top);
+    for (int64_t k = 0; k < a->K; k++) top = fmax(top, u_K[k] = real_get(logit_type, logit_E, ids_K[k]));
+    for (int64_t k = 0; k < a->K; k++) sum += u_K[k] = exp(u_K[k] - top);
     for (int64_t k = 0; k < a->K; k++) u_K[k] /= sum;
+}
+
+// What the K largest are chosen by: real if that is exact, else double. -> whether it is double
+static bool choice_keys(const router_job *job, const real_row *logit, int score_type, const real_row *score,
+                        real_row *key) {
+    const moe_router_args *a = job->a;
+    if (a->score == MOE_TOPK_SOFTMAX) {
+        memcpy(key, logit, (size_t)(a->E * moe_real_size(a->dtype)));
+        return a->dtype == MOE_F64;
+    }
+    if (score_type != MOE_F64 && !job->select_bias_E) {
+        for (int64_t e = 0; e < a->E; e++) key->f32[e] = logit->f32[e] == -INFINITY ? -INFINITY : score->f32[e];
+        return false;
+    }
+    for (int64_t e = 0; e < a->E; e++) {
+        const double bias = job->select_bias_E ? job->select_bias_E[e] : 0;
+        const bool masked = real_get(a->dtype, logit, e) == -INFINITY;
+        key->f64[e] = masked ? -INFINITY : real_get(score_type, score, e) + bias;
+    }
+    return true;
 }
 
 static void router_rows(int64_t begin, int64_t end, void *arg) {
     const router_job *job = arg;
     const moe_router_args *a = job->a;
-    const int dtype = a->dtype;
+    const int dtype = a->dtype, score_type = a->score == MOE_SIGMOID ? MOE_F64 : dtype;
     const int64_t E = a->E, K = a->K;
-    real_row real;
-    double logit[MOE_MAX_EXPERTS], score[MOE_MAX_EXPERTS], key[MOE_MAX_EXPERTS], u[MOE_MAX_EXPERTS];
+    real_row logit, score, key;
+    double u[MOE_MAX_EXPERTS];
     for (int64_t t = begin; t < end; t++) {
-        moe_k->load(dtype, E, at(dtype, job->logits_TE, t * E), &real);
-        for (int64_t e = 0; e < E; e++) logit[e] = real_get(dtype, &real, e);
+        moe_k->load(dtype, E, at(dtype, job->logits_TE, t * E), &logit);
+        void *scores = out_at(dtype, job->scores_TE, t * E);
         if (a->score == MOE_SIGMOID) {
-            for (int64_t e = 0; e < E; e++) score[e] = 1 / (1 + exp(-logit[e]));
+            for (int64_t e = 0; e < E; e++) score.f64[e] = 1 / (1 + exp(-real_get(dtype, &logit, e)));
+            store_row(dtype, E, score.f64, scores);
         } else {
-            moe_k->softmax(dtype == MOE_F64, E, &real, &real);
-            for (int64_t e = 0; e < E; e++) score[e] = real_get(dtype, &real, e);
+            moe_k->softmax(dtype == MOE_F64, E, &logit, &score);
+            moe_k->store(dtype, E, &score, scores);
         }
-        store_row(dtype, E, score, out_at(dtype, job->scores_TE, t * E));
 
         int32_t *ids = job->ids_TK + t * K;
-        for (int64_t e = 0; e < E; e++) {
-            double bias = job->select_bias_E ? job->select_bias_E[e] : 0;
-            key[e] = a->score == MOE_TOPK_SOFTMAX || logit[e] == -INFINITY ? logit[e] : score[e] + bias;
-        }
         if (a->balanced) for (int64_t k = 0; k < K; k++) ids[k] = (int32_t)((t * K + k) % E);
-        else top_k(E, K, key, ids);
+        else moe_k->top_k(choice_keys(job, &logit, score_type, &score, &key), E, K, &key, ids);
 
-        kept_weights(a, logit, score, ids, u);
+        kept_weights(a, dtype, &logit, score_type, &score, ids, u);
         const double norm = a->norm_p > 0 ? p_norm(a->norm_p, K, u) : 1;
         for (int64_t k = 0; k < K; k++) u[k] = norm > 0 ? a->scale * u[k] / norm : 0;
         store_row(dtype, K, u, out_at(dtype, job->weights_TK, t * K));
@@ -172,7 +189,7 @@ static void router_rows_backward(int64_t begin, int64_t end, void *arg) {
     double u[MOE_MAX_EXPERTS], du[MOE_MAX_EXPERTS];
     for (int64_t t = begin; t < end; t++) {
         const int32_t *ids = job->ids_TK + t * K;
-        load_row(dtype, E, at(dtype, job->logits_TE, t * E), logit);
+        if (a->score != MOE_SOFTMAX_TOPK) load_row(dtype, E, at(dtype, job->logits_TE, t * E), logit);
         load_row(dtype, E, at(dtype, job->scores_TE, t * E), score);
         if (job->dscores_TE) load_row(dtype, E, at(dtype, job->dscores_TE, t * E), dscore);
         else memset(dscore, 0, (size_t)E * sizeof *dscore);
@@ -180,7 +197,7 @@ static void router_rows_backward(int64_t begin, int64_t end, void *arg) {
 
         if (job->dweights_TK) {
             load_row(dtype, K, at(dtype, job->dweights_TK, t * K), du);
-            kept_weights(a, logit, score, ids, u);
+            kept_weights(a, MOE_F64, logit, MOE_F64, score, ids, u);
             const double norm = a->norm_p > 0 ? p_norm(a->norm_p, K, u) : 1;
             double sum = 0;                                             // sum_k dw_k u_k
             for (int64_t k = 0; k < K; k++) sum += du[k] * u[k];
