@@ -8,6 +8,7 @@
 numpy. The environment's MOE_ISA=base|avx2|avx512|avx512bf16|amx forces a set of kernels.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -59,7 +60,7 @@ _LAYERS = {
     "dMoE": "moe_ext.layers.dmoe",
     "get_load_balancing_loss": "moe_ext.layers.moe",
 }
-__all__ = ["__version__", "empty_cache", "has_cuda", "ops", "synchronize", *_LAYERS]
+__all__ = ["__version__", "empty_cache", "has_cuda", "keep_freed_memory", "ops", "synchronize", *_LAYERS]
 
 
 def has_cuda() -> bool:
@@ -72,6 +73,14 @@ def empty_cache():
     workspaces have had, as much as was in use at once, because a step that has to ask for it anew loses up to a quarter
     of its time to page faults. Memory of tensors that still live stays. Of CUDA's: torch.cuda.empty_cache()."""
     _C.empty_cache()
+
+
+def keep_freed_memory() -> bool:
+    """Makes malloc keep what this process frees, for its next allocations: then torch's own tensors are not faulted in
+    anew at every step either, as those of the ops never are. For all of the process and for good, so a program asks
+    for it, early; moe_ext.train does. False where malloc is not glibc's, and nothing changes."""
+    mallopt, trim_threshold, mmap_max = getattr(ctypes.CDLL(None), "mallopt", None), -1, -4  # <malloc.h>
+    return mallopt is not None and mallopt(mmap_max, 0) == mallopt(trim_threshold, -1) == 1
 
 
 def synchronize(device=None):

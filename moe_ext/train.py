@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from moe_ext import checkpoint, choices, private
+from moe_ext import checkpoint, choices, keep_freed_memory, private
 from moe_ext.config import Config, named_sets, parse, plain, require
 from moe_ext.data import Loader, open_data
 from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
@@ -347,6 +347,7 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
 
 
 def main() -> None:
+    keep_freed_memory()     # a step whose tensors are faulted in anew takes longer
     try:
         command = parse(sys.argv[1:], Command)
         if not command.dry_run:
