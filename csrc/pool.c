@@ -81,12 +81,13 @@ static void help(void) {
         ticket = atomic_load_explicit(&own.ticket, memory_order_acquire);
     }
 }
+
 // A bound OpenMP (OMP_PROC_BIND, GOMP_CPU_AFFINITY) has left the caller, whose CPUs a new thread inherits, one place of
 // many. Ours may run in all of them. Weak: where there is no OpenMP these are NULL.
 int  omp_get_num_places(void) __attribute__((weak));
 int  omp_get_place_num_procs(int place) __attribute__((weak));
 void omp_get_place_proc_ids(int place, int *ids) __attribute__((weak));
-static void roam(void) {
+static void let_roam(pthread_t thread) {
     cpu_set_t cpus;
     const int places = omp_get_num_places ? omp_get_num_places() : 0;
     CPU_ZERO(&cpus);
@@ -97,11 +98,9 @@ static void roam(void) {
         omp_get_place_proc_ids(place, ids);
         for (int i = 0; i < n; i++) CPU_SET((size_t)ids[i], &cpus);
     }
-    if (places) pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus);
+    if (places) pthread_setaffinity_np(thread, sizeof cpus, &cpus);
 }
 static void *thread_main(void *none) {
-    pthread_setname_np(pthread_self(), "moe_ext");
-    roam();
     for (;;) {
         const uint32_t heard = atomic_load(&own.bell);
         help();
@@ -117,6 +116,8 @@ static void make_threads(int64_t wanted) {
     pthread_sigmask(SIG_SETMASK, &all, &old);
     for (pthread_t thread; own.threads < wanted; own.threads++) {
         if (pthread_create(&thread, NULL, thread_main, NULL)) break;
+        pthread_setname_np(thread, "moe_ext");
+        let_roam(thread);
         pthread_detach(thread);
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
