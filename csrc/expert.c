@@ -47,7 +47,7 @@ struct call {                   // the arguments and what is derived from them
     moe_body sum;                                       // of the slots of rows
     int64_t  sum_rows;                                  // that one task sums
     int32_t *order_E;
-    moe_missing *missing;                               // [E] tiles of stages[0] of each expert, [1] what the sums await
+    moe_missing *missing;                               // [E] tiles of stages[0] by expert; [1] what the sums await
 };
 
 static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
@@ -380,16 +380,16 @@ static void ddown_tile(const call *c, const gemm_task *task, void *scratch) {
     const gemm_factor sa = {c->factor_type, c->act + t.begin * a->F * c->factor, .si = 1, .sk = a->F};
     gemm_wgrad(a->dtype, t, gathered(c, c->g->dy_RD, t.begin, true), sa, c->g->ddown_EDF, scratch);
 }
-static void dup_or_dgate(const call *c, const gemm_task *t, moe_mat dw, int64_t column, void *scratch) {
+static void dh_wgrad(const call *c, const gemm_task *t, moe_mat dw, int64_t column, void *scratch) {
     const moe_expert_args *a = c->a;
     const gemm_factor dh = {c->factor_type, c->dh + (t->begin * c->U + column) * c->factor, .si = 1, .sk = c->U};
     gemm_wgrad(a->dtype, *t, dh, gathered(c, a->x_RD, t->begin, true), dw, scratch);
 }
 static void dgate_tile(const call *c, const gemm_task *t, void *scratch) {
-    dup_or_dgate(c, t, c->g->dgate_EFD, 0, scratch);
+    dh_wgrad(c, t, c->g->dgate_EFD, 0, scratch);
 }
 static void dup_tile(const call *c, const gemm_task *t, void *scratch) {
-    dup_or_dgate(c, t, c->g->dup_EFD, c->a->F, scratch);
+    dh_wgrad(c, t, c->g->dup_EFD, c->a->F, scratch);
 }
 // out[j] = sum over the copies of e, in order, of weight * row[j].
 static void bias_sum(const call *c, int64_t e, int64_t n, int dtype, const char *rows, int64_t stride, bool of_dy,

@@ -2,22 +2,22 @@
 //
 // A region is a number of pieces that threads take one by one; the caller takes them too, until none is left. There are
 // two kinds of helpers:
-//   lent   those of moe_set_pool, in practice torch's OpenMP threads. They spin between torch's ops and so begin at once;
-//          any other thread would have to share their cores with their spinning. But a region of theirs ends when all
-//          have come to its end, and on a machine with more work than cores one that found no core in time, and did
+//   lent   those of moe_set_pool, in practice torch's OpenMP threads. They spin between torch's ops and so begin at
+//          once; any other thread would have to share their cores with their spinning. But a region of theirs ends when
+//          all have come to its end, and on a machine with more work than cores one that found no core in time, and did
 //          nothing, is waited for by a caller that spins.
-//   own    threads of this file, which sleep between regions. The caller waits for the pieces that others have begun and
-//          for nothing else: a thread that wakes up late finds the region closed and has cost nothing.
+//   own    threads of this file, which sleep between regions. The caller waits for the pieces that others have begun
+//          and for nothing else: a thread that wakes up late finds the region closed and has cost nothing.
 // So regions are lent's until the caller has had to wait for more than LATE after the last piece of one had ended. The
 // next ones are own: more of them each time that it happens again, fewer the longer it does not.
 //
 //   ticket   region number << 32 | pieces that nobody has taken     taking one is one compare-and-swap. A late thread
 //                                                                   holds an old number or finds 0, and reads nothing
 //   ended    pieces that are done                                   the last one wakes the caller
-//   bell     region number; sleepers wait for its change            each who takes a piece wakes two more if any is left
+//   bell     region number; sleepers wait for its change            who takes a piece wakes two more if any is left
 //
-// One region at a time: one inside another, or beside that of another thread, is run by its caller alone. Own threads are
-// made when first needed and never joined. A child process has none, and since the lent ones are gone there too, it
+// One region at a time: one inside another, or beside that of another thread, is run by its caller alone. Own threads
+// are made when first needed and never joined. A child process has none, and since the lent ones are gone there too, it
 // makes its own. No thread waits in a spin for longer than going to sleep and waking up would take.
 #include "pool.h"
 #include "kernels.h"
@@ -58,7 +58,7 @@ void moe_arrive(moe_missing *missing) {
     if (atomic_fetch_sub(missing, 1) == 1) futex_wake(missing, INT_MAX);
 }
 
-// -- own threads ---------------------------------------------------------------------------------------------------------
+// -- own threads -----------------------------------------------------------------------------------------------------
 static struct {
     _Atomic uint64_t ticket;
     _Atomic uint32_t ended, bell;
@@ -81,6 +81,25 @@ static void help(void) {
         ticket = atomic_load_explicit(&own.ticket, memory_order_acquire);
     }
 }
+
+// A bound OpenMP (OMP_PROC_BIND, GOMP_CPU_AFFINITY) has left the caller, whose CPUs a new thread inherits, one place of
+// many. Ours may run in all of them. Weak: where there is no OpenMP these are NULL.
+int  omp_get_num_places(void) __attribute__((weak));
+int  omp_get_place_num_procs(int place) __attribute__((weak));
+void omp_get_place_proc_ids(int place, int *ids) __attribute__((weak));
+static void let_roam(pthread_t thread) {
+    cpu_set_t cpus;
+    const int places = omp_get_num_places ? omp_get_num_places() : 0;
+    CPU_ZERO(&cpus);
+    for (int place = 0; place < places; place++) {
+        int ids[CPU_SETSIZE];
+        const int n = omp_get_place_num_procs(place);
+        if (n > CPU_SETSIZE) return;
+        omp_get_place_proc_ids(place, ids);
+        for (int i = 0; i < n; i++) CPU_SET((size_t)ids[i], &cpus);
+    }
+    if (places) pthread_setaffinity_np(thread, sizeof cpus, &cpus);
+}
 static void *thread_main(void *none) {
     for (;;) {
         const uint32_t heard = atomic_load(&own.bell);
@@ -90,37 +109,15 @@ static void *thread_main(void *none) {
     return none;
 }
 
-// A bound OpenMP (OMP_PROC_BIND, GOMP_CPU_AFFINITY) has left the caller, whose CPUs a new thread inherits, one place of
-// many. Ours may run in all of them. Weak: where there is no OpenMP these are NULL.
-int  omp_get_num_places(void) __attribute__((weak));
-int  omp_get_place_num_procs(int place) __attribute__((weak));
-void omp_get_place_proc_ids(int place, int *ids) __attribute__((weak));
-static void roam(void) {
-    cpu_set_t cpus;
-    CPU_ZERO(&cpus);
-    const int places = omp_get_num_places ? omp_get_num_places() : 0;
-    for (int place = 0; place < places; place++) {
-        int ids[CPU_SETSIZE];
-        const int n = omp_get_place_num_procs(place);
-        if (n > CPU_SETSIZE) return;
-        omp_get_place_proc_ids(place, ids);
-        for (int i = 0; i < n; i++) CPU_SET((size_t)ids[i], &cpus);
-    }
-    if (places) pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus);
-}
-static void *thread_begin(void *none) {
-    pthread_setname_np(pthread_self(), "moe_ext");
-    roam();
-    return thread_main(none);
-}
-
 // Signals are for the threads of the program. If the system gives no more threads, those that there are do the work.
 static void make_threads(int64_t wanted) {
     sigset_t all, old;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     for (pthread_t thread; own.threads < wanted; own.threads++) {
-        if (pthread_create(&thread, NULL, thread_begin, NULL)) break;
+        if (pthread_create(&thread, NULL, thread_main, NULL)) break;
+        pthread_setname_np(thread, "moe_ext");
+        let_roam(thread);
         pthread_detach(thread);
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -141,7 +138,7 @@ static void run_own(int64_t pieces, moe_body body, void *arg) {
 static moe_pool    lent;
 static int       (*pool_threads)(void);
 static atomic_flag busy = ATOMIC_FLAG_INIT;             // who sets it has `own` and what follows
-static int64_t     left_own, most_own = LEAST_OWN;      // regions until lent is tried again; when it has been late next
+static int64_t     left_own, most_own = LEAST_OWN;      // regions until lent is tried again; and if it is late then
 
 static void in_child(void) {
     own.threads = 0;

@@ -4,7 +4,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-// How much is still missing: set before the region, in memory that outlives it. Each task says when it has done its part.
+// How much is still missing: set before the region, in memory that outlives it. Each task says when its part is done.
 // A task may await only what tasks before it do, in an order in which threads take them one by one (gemm_run): then all
 // that is awaited is under way, however few threads there are.
 typedef _Atomic uint32_t moe_missing;

@@ -13,6 +13,7 @@ static int  give_thread(pthread_t *thread, void *(*body)(void *)) {
 static int give_detach(pthread_t thread) { return no_threads ? 0 : pthread_detach(thread); }
 #define pthread_create(thread, none, body, arg) give_thread(thread, body)
 #define pthread_detach give_detach
+#define pthread_setname_np(thread, name) ((void)0)
 #define moe_set_pool test_set_pool
 #define moe_threads  test_threads
 #define moe_parallel test_parallel
@@ -21,6 +22,7 @@ static int give_detach(pthread_t thread) { return no_threads ? 0 : pthread_detac
 #include "../../csrc/pool.c"
 #undef pthread_create
 #undef pthread_detach
+#undef pthread_setname_np
 
 enum { MANY = 1000 };
 typedef struct { _Atomic int times[MANY], calls; pthread_t caller; _Atomic int others; } count;
