@@ -212,8 +212,8 @@ struct Door {
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-// A new tensor, which the op fills. The large ones of the CPU come from the arena (memory.h), so their storage cannot be
-// resized. MOE_CHECK=1 in the environment fills these with NaN, as torch's deterministic mode does the others.
+// A new tensor, which the op fills. The large ones of the CPU come from the arena (memory.h), so their storage cannot
+// be resized. MOE_CHECK=1 in the environment fills these with NaN, as torch's deterministic mode does the others.
 inline Tensor empty(Place place, ScalarType scalar, const std::vector<int64_t> &shape,
                     const std::vector<int64_t> &strides) {
     const int64_t dims = static_cast<int64_t>(shape.size());
@@ -242,7 +242,8 @@ inline Tensor empty(Place place, ScalarType scalar, const std::vector<int64_t> &
 }
 inline Tensor empty(Place place, ScalarType scalar, const std::vector<int64_t> &shape) {
     std::vector<int64_t> strides(shape.size());
-    for (int64_t i = std::ssize(shape) - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(shape[i--], 1)) strides[i] = stride;
+    for (int64_t i = std::ssize(shape) - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(shape[i--], 1))
+        strides[i] = stride;
     return empty(place, scalar, shape, strides);
 }
 inline Tensor empty(In like, int dtype, const std::vector<int64_t> &shape) {

@@ -94,7 +94,8 @@ static void gather_rows(int64_t begin, int64_t end, void *arg) {
             else if (!j->weights) memcpy(y_D, j->x + order[0] / l->K * bytes, (size_t)bytes);
             else {
                 if (row + 1 < filled) prefetch_row(j->x + order[1] / l->K * bytes, bytes);
-                moe_k->scale(j->dtype, j->D, moe_get(j->wdtype, j->weights, order[0]), j->x + order[0] / l->K * bytes, y_D);
+                const double w = moe_get(j->wdtype, j->weights, order[0]);
+                moe_k->scale(j->dtype, j->D, w, j->x + order[0] / l->K * bytes, y_D);
             }
         }
     }

@@ -71,6 +71,12 @@ def check_expert_mlp(impl, case, dtype, device, act="swiglu", biases=(), stored=
     against_reference(impl, mlp_call(case, act, device, stored), inputs)
 
 
+@pytest.mark.parametrize("K", [1, 64, 65])
+def test_many_copies_of_wide_rows(K, dtype, device):
+    """As many as the sum over a row's copies takes in registers, one more, and rows of more than a piece of it."""
+    check_expert_mlp(ops, Case("many", Shape(4, 300, 8, 66, K), "some_absent"), dtype, device)
+
+
 @pytest.mark.parametrize("biases", [(), BIASES], ids=["plain", "biased"])
 def test_expert_mlp(case, dtype, device, biases):
     check_expert_mlp(ops, case, dtype, device, biases=biases)

@@ -57,6 +57,12 @@ static void test_row_arithmetic(void) {
             moe_kernels_base.store(dtype, n, raw, want);
             CHECK(!memcmp(got, want, (size_t)(n * size)), "store %s, n = %d", check_dtype[dtype], (int)n);
 
+            if (size == 2) {                                            // NaN, infinity and subnormals among them
+                moe_k->scale(dtype, n, 1, raw, got);
+                moe_kernels_base.load(dtype, n, raw, acc);
+                moe_kernels_base.store(dtype, n, acc, want);
+                CHECK(!memcmp(got, want, (size_t)(n * size)), "scale any %s, n = %d", check_dtype[dtype], (int)n);
+            }
             moe_k->scale(dtype, n, w, x, got);
             moe_k->load(dtype, n, y, acc);
             moe_k->axpy(dtype, n, w, x, acc);

@@ -220,6 +220,32 @@ static void test_ties(void) {
         }
 }
 
+// Few different keys, of both signs and with both zeros: the order is by (-key, id).
+static void test_top_k(void) {
+    static const int64_t lengths[] = {1, 2, 15, 16, 17, 64, 100, 1000, MOE_MAX_EXPERTS};
+    static float  f32[MOE_MAX_EXPERTS];
+    static double f64[MOE_MAX_EXPERTS];
+    int32_t ids[2][40];
+    uint64_t seed = 5;
+    for (int c = 0; c < 9; c++)
+        for (int different = 1; different <= 1000; different *= 10) {
+            const int64_t n = lengths[c], K = n < 40 ? n : 40;
+            for (int64_t i = 0; i < n; i++) {
+                const int64_t value = check_below(&seed, different) - different / 2;
+                f64[i] = value == 4 ? -INFINITY : value || i % 2 ? (double)value * 0x1p-3 : -0.0;
+                f32[i] = (float)f64[i];
+            }
+            moe_k->top_k(false, n, K, f32, ids[0]);
+            moe_k->top_k(true, n, K, f64, ids[1]);
+            for (int64_t k = 0; k < K; k++) {
+                int64_t ahead = 0, id = ids[0][k];
+                for (int64_t i = 0; i < n; i++) ahead += f64[i] > f64[id] || (f64[i] == f64[id] && i < id);
+                CHECK(ahead == k && ids[1][k] == id, "%d keys: %d and %d in place %d", (int)n, (int)id, ids[1][k],
+                      (int)k);
+            }
+        }
+}
+
 static void test_masks(void) {
     // A masked expert is never chosen, not for its bias and not where every other score has underflowed to the same 0.
     enum { E = 5, K = 4 };
@@ -289,6 +315,7 @@ static void tests(void) {
     test_gradient();
     test_shared_maximum();
     test_ties();
+    test_top_k();
     test_masks();
     test_bad_input();
 }
