@@ -58,10 +58,10 @@ static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
     c.factor_type = c.kind == GEMM_BF16 ? MOE_BF16 : c.real_type;
     c.factor    = moe_size(c.factor_type);
     c.U         = c.gated ? 2 * a->F : a->F;
-    c.each   = (gemm_grid){a->E, 1, 1, 1, a->bins_E, NULL};
+    c.each   = (gemm_grid){a->E, 1, 1, 1, a->bins_E, NULL, 0};
     const int64_t first_sum = a->D, parts = c.gated && !g ? 2 : 1;
-    c.up     = (gemm_grid){a->E, a->F, gemm_columns(c.kind, a->F, first_sum, (int)parts), -1, a->bins_E, NULL};
-    c.down   = (gemm_grid){a->E, a->D, gemm_columns(c.kind, a->D, a->F, 1), -1, a->bins_E, NULL};
+    c.up     = (gemm_grid){a->E, a->F, gemm_columns(c.kind, a->F, first_sum, (int)parts), -1, a->bins_E, NULL, 0};
+    c.down   = (gemm_grid){a->E, a->D, gemm_columns(c.kind, a->D, a->F, 1), -1, a->bins_E, NULL, 0};
     c.pieces = (a->F + c.up.columns - 1) / c.up.columns;
     if (g) {
         c.ddown = gemm_wgrad_grid(c.kind, a->E, a->D, a->F, a->bins_E, g->ddown_EDF);
@@ -94,6 +94,7 @@ static int64_t carve(call *c, void *workspace) {
 // -- a pass ----------------------------------------------------------------------------------------------------------
 static void add_stage(call *c, bool wanted, gemm_grid *grid, void (*tile)(const call *, const gemm_task *, void *)) {
     grid->order_E = c->order_E;
+    if (wanted) gemm_share(grid);
     c->stages[c->n_stages++] = (stage){grid, tile, wanted ? gemm_grid_tasks(grid) : 0};
 }
 // Experts by the binary digits of their rows, most first: sorted well enough for the last tasks to be small.

@@ -20,7 +20,7 @@
 // filled up with zeros to a multiple of ku. Packing also gathers rows by index, widens 16-bit storage, and turns
 // whichever stride is 1 into consecutive loads.
 //
-// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512]. Its loops, outside in:
+// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], fewer for many threads. Its loops, outside in:
 //   row tiles (L2) > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
 // and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,
 // whatever the number of threads. Tasks come from a queue; here no task waits for another.
@@ -32,7 +32,9 @@
 #endif
 
 enum {
-    TASK_ROWS = 768,            // packing B is amortised, and there are still enough tasks to share out
+    TASK_ROWS = 768,            // the most rows of a task: packing B is amortised
+    LEAST_TASK = 128,           // the fewest, where threads would have no work: a tenth of the time goes into packing B
+    TASKS     = 4,              // for each thread, at the least, so that they end at about the same time
     LEAST_TILE = 96,            // rows of a tile; the most are TASK_ROWS
     CHUNK     = 256,            // a panel of B and two of A in L1: of 32 KiB (avx2), of 48 (avx512)
     CHUNK_UNIT = 32,            // of a chunk's length: a multiple of every ku
@@ -136,8 +138,13 @@ static int64_t grid_begin(const gemm_grid *grid, int64_t e) { return e ? grid->b
 static int64_t grid_rows(const gemm_grid *grid, int64_t e) {
     return grid->fixed_rows < 0 ? grid->bins_E[e] - grid_begin(grid, e) : grid->fixed_rows;
 }
+void gemm_share(gemm_grid *grid) {
+    const int64_t rows = grid->fixed_rows < 0 ? grid_begin(grid, grid->E) : grid->E * grid->fixed_rows;
+    const int64_t share = rows * ceil_div(grid->n, grid->columns) / (TASKS * moe_threads());
+    grid->task_rows = moe_threads() == 1 || share > TASK_ROWS ? TASK_ROWS : share < LEAST_TASK ? LEAST_TASK : share;
+}
 int64_t gemm_grid_tasks_of(const gemm_grid *grid, int64_t e) {
-    return ceil_div(grid_rows(grid, e), TASK_ROWS) * ceil_div(grid->n, grid->columns);
+    return ceil_div(grid_rows(grid, e), grid->task_rows) * ceil_div(grid->n, grid->columns);
 }
 int64_t gemm_grid_tasks(const gemm_grid *grid) {
     int64_t tasks = 0;
@@ -149,12 +156,12 @@ gemm_task gemm_grid_task(const gemm_grid *grid, int64_t task) {
     int64_t e, piece = task / across;
     for (int64_t i = 0;; i++) {
         e = grid->order_E ? grid->order_E[i] : i;
-        const int64_t pieces = ceil_div(grid_rows(grid, e), TASK_ROWS);
+        const int64_t pieces = ceil_div(grid_rows(grid, e), grid->task_rows);
         if (piece < pieces) break;
         piece -= pieces;
     }
     const int64_t begin = grid_begin(grid, e);
-    const int64_t rows = grid_rows(grid, e), size = ceil_div(rows, ceil_div(rows, TASK_ROWS));
+    const int64_t rows = grid_rows(grid, e), size = ceil_div(rows, ceil_div(rows, grid->task_rows));
     gemm_task t = {e, begin, grid->bins_E[e], piece * size, 0, task % across * grid->columns, 0};
     t.m = min64(size, rows - t.i);
     t.n = min64(grid->columns, grid->n - t.j);
@@ -236,8 +243,11 @@ int moe_grouped_gemm(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, cons
     const int status = check(dtype, R, E, I, O, bins_E);
     if (status != MOE_OK) return status;
     const gemm_kind kind = moe_gemm_kind(dtype);
-    const forward_job job = {dtype, {E, O, gemm_columns(kind, O, I, 1), -1, bins_E, NULL}, I, O, x_RI, w_EIO, y_RO};
+    forward_job job = {
+        dtype, {E, O, gemm_columns(kind, O, I, 1), -1, bins_E, NULL, 0}, I, O, x_RI, w_EIO, y_RO,
+    };
     gemm_huge_pages(y_RO, R * O * moe_size(dtype));
+    gemm_share(&job.grid);
     gemm_run(gemm_grid_tasks(&job.grid), forward_tile, &job, workspace, gemm_scratch_size(kind));
     const int64_t used = bins_E[E - 1] * O * moe_size(dtype), all = R * O * moe_size(dtype);
     if (all > used) memset((char *)y_RO + used, 0, (size_t)(all - used));
@@ -264,7 +274,7 @@ bool gemm_wgrad_swap(moe_mat dw) { return dw.sc != 1 && dw.sr == 1; }
 gemm_grid gemm_wgrad_grid(gemm_kind kind, int64_t E, int64_t I, int64_t O, const int32_t *bins_E, moe_mat dw) {
     const bool swap = gemm_wgrad_swap(dw);
     const int64_t rows = swap ? O : I, n = swap ? I : O;
-    return (gemm_grid){E, n, even(n, GEMM_COLUMNS, moe_k->gemm[kind].nr), rows, bins_E, NULL};
+    return (gemm_grid){E, n, even(n, GEMM_COLUMNS, moe_k->gemm[kind].nr), rows, bins_E, NULL, 0};
 }
 void gemm_wgrad(int dtype, gemm_task t, gemm_factor a, gemm_factor b, moe_mat dw, void *scratch) {
     if (gemm_wgrad_swap(dw)) {                          // dw^T = b^T a has its rows in one piece
@@ -305,8 +315,9 @@ int moe_grouped_gemm_wgrad(int dtype, int64_t R, int64_t E, int64_t I, int64_t O
     const int status = check(dtype, R, E, I, O, bins_E);
     if (status != MOE_OK) return status;
     const gemm_kind kind = moe_gemm_kind(dtype);
-    const wgrad_job job = {dtype, gemm_wgrad_grid(kind, E, I, O, bins_E, dw_EIO), I, O, x_RI, dy_RO, dw_EIO};
+    wgrad_job job = {dtype, gemm_wgrad_grid(kind, E, I, O, bins_E, dw_EIO), I, O, x_RI, dy_RO, dw_EIO};
     gemm_huge_pages(dw_EIO.p, gemm_extent(dw_EIO, E, I, O) * moe_size(dtype));
+    gemm_share(&job.grid);
     gemm_run(gemm_grid_tasks(&job.grid), wgrad_tile, &job, workspace, gemm_scratch_size(kind));
     return MOE_OK;
 }

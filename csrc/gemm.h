@@ -26,8 +26,11 @@ int64_t gemm_columns(gemm_kind kind, int64_t n, int64_t k, int parts);       // 
 typedef struct {
     int64_t        E, n, columns, fixed_rows;           // fixed_rows < 0: ragged rows
     const int32_t *bins_E, *order_E;                    // experts in the order of their tasks; NULL: by number
+    int64_t        task_rows;                           // the most rows of a task; gemm_share sets it
 } gemm_grid;
 typedef struct { int64_t e, begin, end, i, m, j, n; } gemm_task;       // copies begin..end; rows i..i+m, columns j..j+n
+// Before the tasks are counted, by the caller of gemm_run: pieces for every thread, of any size that decides no bits.
+void gemm_share(gemm_grid *grid);
 int64_t gemm_grid_tasks(const gemm_grid *grid);
 int64_t gemm_grid_tasks_of(const gemm_grid *grid, int64_t e);
 gemm_task gemm_grid_task(const gemm_grid *grid, int64_t task);
