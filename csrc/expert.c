@@ -299,8 +299,7 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
     const int status = check(a);
     if (status != MOE_OK) return status;
     call c = call_of(a, NULL);
-    gemm_huge_pages(workspace, carve(&c, workspace));
-    gemm_huge_pages(h_NU, a->N * c.U * c.size);
+    carve(&c, workspace);
     c.y = y_RD, c.h = h_NU;
     add_stage(&c, true, &c.up, up_tile);
     add_stage(&c, true, &c.down, down_tile);
@@ -442,10 +441,6 @@ static void sum_dslots(int64_t begin, int64_t end, void *arg) {
     }
 }
 
-// Where a weight's gradient goes, before it is written.
-static void prepare(const call *c, moe_mat dw, int64_t rows, int64_t columns) {
-    if (dw.p) gemm_huge_pages(dw.p, gemm_extent(dw, c->a->E, rows, columns) * c->size);
-}
 size_t moe_expert_mlp_backward_workspace(const moe_expert_args *a, const moe_expert_grads *g) {
     call c = call_of(a, g);
     return (size_t)carve(&c, NULL);
@@ -454,10 +449,7 @@ int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe
     const int status = check(a);
     if (status != MOE_OK) return status;
     call c = call_of(a, g);
-    gemm_huge_pages(workspace, carve(&c, workspace));
-    prepare(&c, g->ddown_EDF, a->D, a->F);
-    prepare(&c, g->dgate_EFD, a->F, a->D);
-    prepare(&c, g->dup_EFD, a->F, a->D);
+    carve(&c, workspace);
     c.h_in = g->h_NU, c.y = g->dx_RD;
     add_stage(&c, c.act || c.dh || c.ds, &c.up, dact_tile);
     add_stage(&c, g->dx_RD, &c.down, dx_tile);

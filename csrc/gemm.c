@@ -27,9 +27,6 @@
 #include "gemm.h"
 #include <stdatomic.h>
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 enum {
     TASK_ROWS = 768,            // the most rows of a task: packing B is amortised
@@ -168,16 +165,6 @@ gemm_task gemm_grid_task(const gemm_grid *grid, int64_t task) {
     return t;
 }
 
-void gemm_huge_pages(const void *p, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = 2 << 20, first = (uintptr_t)p;
-    const uintptr_t begin = (first + page - 1) & ~(page - 1), end = (first + (uintptr_t)bytes) & ~(page - 1);
-    if (bytes >= 4 << 20) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
-#else
-    (void)p, (void)bytes;
-#endif
-}
-
 typedef struct {
     gemm_body      body;
     const void    *arg;
@@ -246,7 +233,6 @@ int moe_grouped_gemm(int dtype, int64_t R, int64_t E, int64_t I, int64_t O, cons
     forward_job job = {
         dtype, {E, O, gemm_columns(kind, O, I, 1), -1, bins_E, NULL, 0}, I, O, x_RI, w_EIO, y_RO,
     };
-    gemm_huge_pages(y_RO, R * O * moe_size(dtype));
     gemm_share(&job.grid);
     gemm_run(gemm_grid_tasks(&job.grid), forward_tile, &job, workspace, gemm_scratch_size(kind));
     const int64_t used = bins_E[E - 1] * O * moe_size(dtype), all = R * O * moe_size(dtype);
@@ -316,7 +302,6 @@ int moe_grouped_gemm_wgrad(int dtype, int64_t R, int64_t E, int64_t I, int64_t O
     if (status != MOE_OK) return status;
     const gemm_kind kind = moe_gemm_kind(dtype);
     wgrad_job job = {dtype, gemm_wgrad_grid(kind, E, I, O, bins_E, dw_EIO), I, O, x_RI, dy_RO, dw_EIO};
-    gemm_huge_pages(dw_EIO.p, gemm_extent(dw_EIO, E, I, O) * moe_size(dtype));
     gemm_share(&job.grid);
     gemm_run(gemm_grid_tasks(&job.grid), wgrad_tile, &job, workspace, gemm_scratch_size(kind));
     return MOE_OK;

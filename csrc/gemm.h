@@ -41,14 +41,6 @@ typedef void (*gemm_body)(const void *arg, int64_t task, void *scratch);
 void gemm_run(int64_t n, gemm_body body, const void *arg, void *scratch, int64_t scratch_size);
 static inline int64_t gemm_align(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
-// Asks for huge pages under memory about to be written for the first time: a fresh 100 MB costs 25 thousand page
-// faults, as much time as the products themselves. Only a hint; where the system has none, nothing happens.
-void gemm_huge_pages(const void *p, int64_t bytes);
-// Elements from w.p to the last one.
-static inline int64_t gemm_extent(moe_mat w, int64_t E, int64_t rows, int64_t columns) {
-    return E && rows && columns ? (E - 1) * w.se + (rows - 1) * w.sr + (columns - 1) * w.sc + 1 : 0;
-}
-
 // dw = a^T b over the rows of one task's expert, written to `dw` (any strides): a(i,k) with i < I, b(j,k) with j < O.
 // The grid runs over the factor that is to be the rows of c: gemm_wgrad_swap says whether those are b's.
 bool gemm_wgrad_swap(moe_mat dw);

@@ -20,6 +20,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char   *base, *top, *open_end, *limit;
 static char   *reach;                                       // no lent block has ended behind it in this window
 static int64_t passed;                                      // bytes lent in this window
+static int64_t lent, most_lent;                             // bytes at once: now, and at the most (moe_memory_peak)
 static piece  *pieces;
 static int64_t pieces_n, pieces_room;
 
@@ -107,6 +108,8 @@ void *moe_memory_take(int64_t bytes) {
         block = pieces[i].begin;
         if (end_of(i) > block + size) insert(i + 1, (piece){block + size, false});
         pieces[i].lent = true;
+        lent += size;
+        if (lent > most_lent) most_lent = lent;
         if (block + size > reach) reach = block + size;
         if ((passed += size) / WINDOW > top - base) {
             cut(reach);
@@ -127,6 +130,7 @@ void moe_memory_give(void *block) {
         else end = middle;
     }
     pieces[i].lent = false;
+    lent -= end_of(i) - pieces[i].begin;
     if (i + 1 < pieces_n && !pieces[i + 1].lent) erase(i + 1);
     if (i > 0 && !pieces[i - 1].lent) erase(i);
     pthread_mutex_unlock(&lock);
@@ -140,4 +144,12 @@ void moe_memory_release(void) {
     reach  = top;
     passed = 0;
     pthread_mutex_unlock(&lock);
+}
+
+int64_t moe_memory_peak(void) {
+    pthread_mutex_lock(&lock);
+    const int64_t most = most_lent;
+    most_lent = lent;
+    pthread_mutex_unlock(&lock);
+    return most;
 }

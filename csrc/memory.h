@@ -24,6 +24,8 @@ void *moe_memory_take(int64_t bytes);
 // Such a block, once.
 void moe_memory_give(void *block);
 void moe_memory_release(void);
+// The most bytes that were lent at once since the last such call.
+int64_t moe_memory_peak(void);
 #ifdef __cplusplus
 }
 #endif

@@ -67,6 +67,14 @@ static PyObject *empty_cache(PyObject *module, PyObject *none) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(memory_peak_doc,
+    "memory_peak() -> the most bytes of tensors that this memory held at once since the last call. torch's profiler does\n"
+    "not see them.");
+static PyObject *memory_peak(PyObject *module, PyObject *none) {
+    (void)module, (void)none;
+    return PyLong_FromLongLong(moe_memory_peak());
+}
+
 PyDoc_STRVAR(cuda_doc, "cuda() -> None if the CUDA kernels of this build can be loaded, else why not.");
 static PyObject *cuda(PyObject *module, PyObject *none) {
     (void)module, (void)none;
@@ -167,6 +175,7 @@ static PyMethodDef methods[] = {
     {"versions", versions, METH_NOARGS, versions_doc},
     {"cpu_features", cpu_features, METH_NOARGS, cpu_features_doc},
     {"empty_cache", empty_cache, METH_NOARGS, empty_cache_doc},
+    {"memory_peak", memory_peak, METH_NOARGS, memory_peak_doc},
     {"cuda", cuda, METH_NOARGS, cuda_doc},
     {"shuffle", shuffle, METH_VARARGS, shuffle_doc},
     {"sample_index", sample_index, METH_VARARGS, sample_index_doc},

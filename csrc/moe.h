@@ -45,9 +45,10 @@ typedef enum {
 const char *moe_status_text(int status);
 
 // ---- run time (isa.c) ----------------------------------------------------------------------------------------------
-// Kernels are picked once: the best of base, avx2, avx512 that the CPU has, or what the environment's MOE_ISA names.
+// Kernels are picked once: the best of base, avx2, avx512, avx512bf16, amx that the CPU has, or what the environment's
+// MOE_ISA names.
 int         moe_init(void);                 // MOE_OK or MOE_NO_ISA; later calls return the first answer
-const char *moe_isa(void);                  // "base", "avx2", "avx512"; NULL if moe_init failed
+const char *moe_isa(void);                  // "base", "avx2", ..; NULL if moe_init failed
 // One parallel region: calls body(begin, end, arg) on disjoint pieces of [begin, end). Serial until a pool is set.
 typedef void    (*moe_body)(int64_t begin, int64_t end, void *arg);
 typedef int32_t (*moe_pool)(int64_t begin, int64_t end, int64_t grain, moe_body body, void *arg);
@@ -265,8 +266,6 @@ int moe_windows_room(moe_windows *windows, const int64_t *bytes_PP, void **to_P)
 int moe_windows_turn(moe_windows *windows, const void **received);
 // Both, around copies: `sent` holds a rank's pieces in the order of their receivers.
 int moe_windows_rows(moe_windows *windows, const int64_t *bytes_PP, const void *sent, void *received);
-// Before `memory`, which is new, is filled from a window: a page fault for each 4 KB would take longer than the copy.
-void moe_huge_pages(void *memory, int64_t bytes);
 // Lets go of what belongs to other ranks. When all have left, each may close.
 int  moe_windows_leave(moe_windows *windows);
 void moe_windows_close(moe_windows *windows);

@@ -106,7 +106,6 @@ int moe_gather(int dtype, int wdtype, int64_t D, const moe_layout *layout, const
     move_job j = {.dtype = dtype, .wdtype = wdtype, .D = D, .l = layout, .x = x_TD, .weights = weights_N, .y = y_PD};
     int status = check(&j);
     if (status != MOE_OK || D == 0) return status;
-    gemm_huge_pages(y_PD, layout->P * D * moe_size(dtype));
     moe_parallel(layout->P, row_grain(&j), gather_rows, &j);
     return MOE_OK;
 }

@@ -19,7 +19,6 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { HUGE = 1 << 21 };
 enum { COUNTS = 1024 };                 // numbers of one rank that a call of counts takes, at least
 
 typedef struct { alignas(LINE) _Atomic uint32_t epoch; } flag;
@@ -122,12 +121,6 @@ int moe_windows_counts(moe_windows *w, int64_t n, const int32_t *mine_n, int32_t
     return status;
 }
 
-void moe_huge_pages(void *memory, int64_t bytes) {
-    const uintptr_t begin = ((uintptr_t)memory + HUGE - 1) / HUGE * HUGE;
-    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) / HUGE * HUGE;
-    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);    // a system without them loses nothing
-}
-
 int moe_windows_rows(moe_windows *w, const int64_t *bytes_PP, const void *sent, void *received) {
     void       *to_P[MAX_RANKS];
     const void *pieces;
@@ -140,7 +133,6 @@ int moe_windows_rows(moe_windows *w, const int64_t *bytes_PP, const void *sent, 
         x += bytes_PP[w->rank * w->ranks + p];
         bytes += bytes_PP[p * w->ranks + w->rank];
     }
-    moe_huge_pages(received, bytes);
     status = moe_windows_turn(w, &pieces);
     if (status == MOE_OK) moe_copy(received, pieces, bytes);
     return status;

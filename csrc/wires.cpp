@@ -132,9 +132,7 @@ struct Exchange {
         for (int p = 0; p < ranks; p++) sent += rows[here * ranks + p], received += rows[p * ranks + here];
     }
     static Tensor result(In like, int dtype, int64_t rows, int64_t cols) {
-        Tensor made = empty(like, dtype, {rows, cols});
-        moe_huge_pages(made.data_ptr(), rows * cols * moe_size(dtype));
-        return made;
+        return empty(like, dtype, {rows, cols});
     }
     // pack(first, rows, to): writes the rows from `first` on. -> the rows received.
     template <class Pack>

@@ -1,5 +1,5 @@
-"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and the layer, alone and on a
-busy machine, a training step, ranks that share a sequence, and optimizers, with few tokens."""
+"""The GPU benchmark and `make gpu`, tried on the CPU, so that no typo meets the first card; and the layer, alone and on
+a busy machine, a training step, ranks that share a sequence, and optimizers, with few tokens."""
 
 import json
 import subprocess
