@@ -10,7 +10,7 @@
 //            | B panel  |  in L1             a panel of B holds NR columns likewise:    B[p*NR + j] = b(j, p)
 //            +----------+                  GEMM_BF16, in bf16:
 //      k          |                          A is row by row:                           A[i*k + p] = a(i, p)
-//    +-----+ +----v-----+                    B in pairs of steps, a pair in 4 bytes:    B[(p/2*NR + j)*2 + p%2] = b(j, p)
+//    +-----+ +----v-----+                    B in pairs of steps:                      B[(p/2*NR + j)*2 + p%2] = b(j, p)
 //    | A   |>| C tile   |  MR rows,
 //    |panel| | registers|                  run(rows, k, A, B, C):   C[i,j] (+)= sum_p A(i,p) B(p,j),   i < rows <= MR
 //    +-----+ +----------+
@@ -20,8 +20,9 @@
 // filled up with zeros to a multiple of ku. Packing also gathers rows by index, widens 16-bit storage, and turns
 // whichever stride is 1 into consecutive loads.
 //
-// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], fewer for many threads. Its loops, outside in:
-//   row tiles (L2) > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
+// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], smaller ones for many
+// threads. Its loops, outside in:
+//   row tiles (L2) > chunks of the sum > panels of B (L1) > panels of A (L2)
 // and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,
 // whatever the number of threads. Tasks come from a queue; here no task waits for another.
 #include "gemm.h"
@@ -33,7 +34,7 @@ enum {
     LEAST_TASK = 128,           // the fewest, where threads would have no work: a tenth of the time goes into packing B
     TASKS     = 4,              // for each thread, at the least, so that they end at about the same time
     LEAST_TILE = 96,            // rows of a tile; the most are TASK_ROWS
-    CHUNK     = 256,            // a panel of B and two of A in L1: of 32 KiB (avx2), of 48 (avx512)
+    CHUNK     = 256,            // steps, 512 of bf16: a panel of B and two of A in L1, of 32 KiB (avx2), of 48 (avx512)
     CHUNK_UNIT = 32,            // of a chunk's length: a multiple of every ku
     BYTES_B   = 4 << 20,        // 512 columns of a sum of 2048 floats; [256 x NR] at a time comes from L3 to L1
 };
@@ -49,20 +50,23 @@ static int64_t even(int64_t n, int64_t most, int64_t unit) {
 static int64_t real_size(gemm_kind kind) { return kind == GEMM_F64 ? 8 : 4; }                              // of C
 static int64_t panel_size(gemm_kind kind) { return kind == GEMM_F64 ? 8 : kind == GEMM_F32 ? 4 : 2; }      // of A and B
 
+// Steps of the sum that are packed together, the most. They decide the order of additions, and so the bits.
+static int64_t chunk_of(gemm_kind kind) { return kind == GEMM_BF16 ? 2 * CHUNK : CHUNK; }
+
 // Rows of A that are packed together: 3/8 of L2 (192 rows of floats in 512 KiB); B and C pass through the rest.
 static int64_t tile_rows(gemm_kind kind) {
-    const int64_t fit = moe_l2 * 3 / 8 / (CHUNK * panel_size(kind));
+    const int64_t fit = moe_l2 * 3 / 8 / (chunk_of(kind) * panel_size(kind));
     return fit < LEAST_TILE ? LEAST_TILE : min64(fit, TASK_ROWS);
 }
 
 // -- scratch of one thread: sizes and carving in one struct ----------------------------------------------------------
 typedef struct { int64_t a, b, c, edge, stage, size; } scratch_map;
 static scratch_map scratch_layout(gemm_kind kind) {
-    const int64_t real = real_size(kind), rows = tile_rows(kind) + GEMM_MAX_MR;
+    const int64_t real = real_size(kind), panel = panel_size(kind), rows = tile_rows(kind) + GEMM_MAX_MR;
     const int64_t columns = 2 * (GEMM_COLUMNS + GEMM_MAX_NR);
     scratch_map s = {0};
-    s.b     = s.a     + real * rows * CHUNK;
-    s.c     = s.b     + BYTES_B + real * CHUNK * columns;
+    s.b     = s.a     + panel * rows * chunk_of(kind);
+    s.c     = s.b     + BYTES_B + panel * chunk_of(kind) * columns;
     s.edge  = s.c     + real * rows * columns;
     s.stage = s.edge  + real * GEMM_MAX_MR * GEMM_MAX_NR;
     s.size  = s.stage + real * GEMM_STAGE * columns;
@@ -107,7 +111,7 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
     char *const s = scratch, *const a = s + at.a, *const edge = s + at.edge, *const stage = s + at.stage;
     const int64_t part = round_up(g->n, nr), columns = g->parts * part, padded = round_up(g->k, gemm->ku);
     const bool keep_b = columns * padded * size <= BYTES_B;                         // over the row tiles
-    const int64_t tile = even(g->m, tile_rows(g->kind), mr), chunk = even(g->k, CHUNK, CHUNK_UNIT);
+    const int64_t tile = even(g->m, tile_rows(g->kind), mr), chunk = even(g->k, chunk_of(g->kind), CHUNK_UNIT);
     if (gemm->begin) gemm->begin();
     for (int64_t i = 0; i < g->m; i += tile) {
         const int64_t rows = min64(tile, g->m - i), ldc = g->c ? g->ldc : columns;
