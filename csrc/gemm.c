@@ -10,7 +10,7 @@
 //            | B panel  |  in L1             a panel of B holds NR columns likewise:    B[p*NR + j] = b(j, p)
 //            +----------+                  GEMM_BF16, in bf16:
 //      k          |                          A is row by row:                           A[i*k + p] = a(i, p)
-//    +-----+ +----v-----+                    B in pairs of steps:                      B[(p/2*NR + j)*2 + p%2] = b(j, p)
+//    +-----+ +----v-----+                    B in pairs of steps:                     B[(p/2*NR + j)*2 + p%2] = b(j, p)
 //    | A   |>| C tile   |  MR rows,
 //    |panel| | registers|                  run(rows, k, A, B, C):   C[i,j] (+)= sum_p A(i,p) B(p,j),   i < rows <= MR
 //    +-----+ +----------+
