@@ -20,7 +20,7 @@
 // filled up with zeros to a multiple of ku. Packing also gathers rows by index, widens 16-bit storage, and turns
 // whichever stride is 1 into consecutive loads.
 //
-// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], smaller ones for many
+// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], fewer rows for many
 // threads. Its loops, outside in:
 //   row tiles (L2) > chunks of the sum > panels of B (L1) > panels of A (L2)
 // and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,

@@ -34,7 +34,8 @@ const char *moe_status_text(int status) {
     return "unknown status";
 }
 
-// Linux gives AMX's 8 KB of registers only to a process that asks, once for all its threads and children.
+// Linux gives AMX's 8 KB of registers only to a process that asks, once for all its threads and children. From then on
+// they take part in every signal frame: nobody asks who wants another table.
 static bool may_use_tiles(void) {
 #if defined __linux__ && defined __x86_64__
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
@@ -84,7 +85,7 @@ static void choose(void) {
     };
     const char *wanted = getenv("MOE_ISA");
     for (size_t i = 0; i < sizeof tables / sizeof *tables && !moe_k; i++)
-        if (can_run(tables[i]) && (!wanted || !strcmp(wanted, tables[i]->isa))) moe_k = tables[i];
+        if ((!wanted || !strcmp(wanted, tables[i]->isa)) && can_run(tables[i])) moe_k = tables[i];
 }
 
 int moe_init(void) {

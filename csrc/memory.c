@@ -1,7 +1,7 @@
 // memory.c: the arena of memory.h.
 //
-//   base             reach           top      open                           limit
-//   | lent | free | lent | free       | unused | not yet writable             |
+//   base                          top      open                           limit
+//   | lent | free | lent | free     | unused | not yet writable             |
 //
 // One array lists the pieces of [base, top) in the order of their addresses; no two free ones are neighbours.
 #include "memory.h"
@@ -14,11 +14,11 @@
 #include <unistd.h>
 
 enum { SMALLEST = 128 << 10, UNIT = 4096, HUGE_PAGE = 2 << 20, WINDOW = 16 };
-typedef struct { char *begin; bool lent; } piece;           // it ends where the next begins
+// It ends where the next begins. Of a free one what lies behind `reach` has not been lent in this window.
+typedef struct { char *begin, *reach; bool lent; } piece;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char   *base, *top, *open_end, *limit;
-static char   *reach;                                       // no lent block has ended behind it in this window
 static int64_t passed;                                      // bytes lent in this window
 static int64_t lent, most_lent;                             // bytes at once: now, and at the most (moe_memory_peak)
 static piece  *pieces;
@@ -38,7 +38,7 @@ static void reserve(void) {
     const size_t size = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
     char *p = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED || pthread_atfork(before_fork, after_fork, after_fork)) return;
-    base = top = reach = open_end = up(p);
+    base = top = open_end = up(p);
     limit = down(p + size);
 #ifdef MADV_HUGEPAGE
     madvise(base, (size_t)(limit - base), MADV_HUGEPAGE);   // a system without them loses nothing
@@ -83,9 +83,20 @@ static int64_t find(int64_t size) {
         if (mprotect(open_end, (size_t)(up(begin + size) - open_end), PROT_READ | PROT_WRITE)) return -1;
         open_end = up(begin + size);
     }
-    if (begin == top) insert(pieces_n, (piece){begin, false});
+    if (begin == top) insert(pieces_n, (piece){begin, begin, false});
     top = begin + size;
     return pieces_n - 1;
+}
+
+// The window ends: what was not lent in it goes back.
+static void trim(void) {
+    if (pieces_n) cut(pieces[pieces_n - 1].reach);
+    for (int64_t i = 0; i < pieces_n; i++) {
+        if (pieces[i].lent) continue;
+        drop(pieces[i].reach, end_of(i));
+        pieces[i].reach = pieces[i].begin;
+    }
+    passed = 0;
 }
 
 static bool room_for_two_more(void) {
@@ -106,16 +117,14 @@ void *moe_memory_take(int64_t bytes) {
     const int64_t i = base && room_for_two_more() ? find(size) : -1;
     if (i >= 0) {
         block = pieces[i].begin;
-        if (end_of(i) > block + size) insert(i + 1, (piece){block + size, false});
+        if (end_of(i) > block + size) {
+            char *reach = pieces[i].reach;
+            insert(i + 1, (piece){block + size, reach > block + size ? reach : block + size, false});
+        }
         pieces[i].lent = true;
         lent += size;
         if (lent > most_lent) most_lent = lent;
-        if (block + size > reach) reach = block + size;
-        if ((passed += size) / WINDOW > top - base) {
-            cut(reach);
-            reach  = last_lent_end();
-            passed = 0;
-        }
+        if ((passed += size) / WINDOW > top - base) trim();
     }
     pthread_mutex_unlock(&lock);
     return block;
@@ -129,10 +138,11 @@ void moe_memory_give(void *block) {
         if (pieces[middle].begin <= (char *)block) i = middle;
         else end = middle;
     }
-    pieces[i].lent = false;
+    pieces[i].lent  = false;
+    pieces[i].reach = end_of(i);
     lent -= end_of(i) - pieces[i].begin;
-    if (i + 1 < pieces_n && !pieces[i + 1].lent) erase(i + 1);
-    if (i > 0 && !pieces[i - 1].lent) erase(i);
+    if (i + 1 < pieces_n && !pieces[i + 1].lent) pieces[i].reach = pieces[i + 1].reach, erase(i + 1);
+    if (i > 0 && !pieces[i - 1].lent) pieces[i - 1].reach = pieces[i].reach, erase(i);
     pthread_mutex_unlock(&lock);
 }
 
@@ -141,7 +151,6 @@ void moe_memory_release(void) {
     cut(base);
     for (int64_t i = 0; i < pieces_n; i++)
         if (!pieces[i].lent) drop(pieces[i].begin, end_of(i));
-    reach  = top;
     passed = 0;
     pthread_mutex_unlock(&lock);
 }

@@ -6,13 +6,13 @@
 //
 //   fit      A block is cut from the smallest free piece that holds it, pieces that become free join: any free memory
 //            serves any size, and the arena is little more than what was lent at once at its peak.
-//   bound    What has not been in use while 16 times the arena's size was lent goes back to the system, which is what a
-//            peak of the past left. moe_memory_release gives back all that is free.
+//   bound    What has not been in use while 16 times the arena's size was lent goes back to the system, in whole huge
+//            pages, wherever it lies: a peak of the past left it. moe_memory_release gives back all that is free.
 //   threads  Any thread takes and gives, also while the process ends. A forked child has a copy of its own.
 //
 // The arena's addresses are reserved once, for as much as the machine has memory; only what is written takes some.
 // Where the process's addresses are limited (ulimit -v), and under ASan, which watches the borders of each block of
-// malloc, there is no arena.
+// malloc, there is no arena. A limit that is set later counts what is reserved: set it before the first large tensor.
 #ifndef MOE_MEMORY_H
 #define MOE_MEMORY_H
 #include <stdint.h>

@@ -168,6 +168,20 @@ def test_a_peak_of_the_past_is_let_go():
     assert resident() - before < 8 * MIB
 
 
+def test_a_peak_of_the_past_is_let_go_below_what_lives():
+    """One small tensor that was made at the peak keeps nothing but itself."""
+    moe_ext.empty_cache()
+    x = torch.ones(256, 1024)
+    before = resident()
+    y = big(40)
+    survivor = ops.activation(x, "relu")
+    del y
+    for _ in range(2 * 16 * 42):
+        ops.activation(x, "relu")
+    assert resident() - before < 8 * MIB
+    assert (survivor == 1).all()
+
+
 # ---- results behave as any tensor ------------------------------------------------------------------------------------
 
 
