@@ -6,8 +6,10 @@ import pytest
 import torch
 from cases import Case, Shape
 from compare import against_reference, each_set_alone, gradcheck, same
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe_ext import attention, ops
+from moe_ext.layers.fused import MLP
 
 dense = sys.modules["moe_ext.ops.dense"]
 CASE = Case("dense", Shape(301, 37, 23, 1, 1), "balanced")
@@ -45,16 +47,41 @@ def test_it_is_ours_of_many_rows_alone(slow_torch, monkeypatch):
     assert not dense.ours(cpu, torch.bfloat16, 1000)
 
 
-def test_what_torch_knows(monkeypatch):
-    knows = dense.torch_knows.__wrapped__
-    for capability, bf16 in (("AVX2", False), ("AVX512", True)):
+def test_what_torch_is_slow_at(monkeypatch):
+    halves, floats = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
+    for capability, slow in (("AVX2", halves), ("AVX512", (torch.float16,))):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert (knows(torch.bfloat16), knows(torch.float16)) == (bf16, False)
-    for isa, vendor, fp32 in (("avx2", "AuthenticAMD", True), ("avx512", "AuthenticAMD", False),
-                              ("avx512", "GenuineIntel", True)):
-        monkeypatch.setattr(dense._C, "versions", lambda isa=isa: {"isa": isa})
-        monkeypatch.setattr(dense, "_vendor", lambda vendor=vendor: f"vendor_id : {vendor}\n")
-        assert knows(torch.float32) == knows(torch.float64) == fp32
+        for isa, vendor, more in (("avx2", "AuthenticAMD", ()), ("avx512", "AuthenticAMD", floats),
+                                  ("avx512", "GenuineIntel", ())):
+            monkeypatch.setattr(dense._C, "versions", lambda isa=isa: {"isa": isa})
+            monkeypatch.setattr(dense, "_vendor", lambda vendor=vendor: f"vendor_id : {vendor}\n")
+            assert dense.slow_dtypes() == slow + more
+
+
+@pytest.fixture
+def slow_at_all(monkeypatch):
+    """The same in a way that torch.compile sees too."""
+    monkeypatch.setattr(dense, "SLOW", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+@pytest.mark.c_core
+def test_one_graph_for_any_number_of_rows(slow_at_all):
+    """Compiled and exported, be it ours or torch's."""
+    torch._dynamo.reset()
+    mlp, counter = MLP(8, 6), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mlp, backend=counter, fullgraph=True, dynamic=True)
+    exported = torch.export.export(mlp, (torch.randn(20, 8),), dynamic_shapes=({0: torch.export.Dim("T")},)).module()
+    for T in (2, 7, 8, 127, 128, 300):
+        x = CASE.randn(T, 8, salt=T, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x), mlp(x))
+        torch.testing.assert_close(exported(x), mlp(x))
+    assert counter.frame_count == 1
+    assert "moe_ext.linear" in counter.graphs[0].code
+
+
+def test_on_meta_it_has_a_shape():
+    x, w = (torch.empty(*size, device="meta", dtype=torch.bfloat16) for size in ((300, 4), (3, 4)))
+    assert ops.linear(x, w).shape == (300, 3)
 
 
 @pytest.mark.c_core

@@ -175,9 +175,15 @@ ON_CPU = {
     "rms_norm: x int32 wanted float": lambda i: ops.rms_norm(i.x.int(), i.x[0], 1e-6),
     "rms_norm: a size is negative n=0 columns": lambda i: ops.rms_norm(i.x[:, :0], i.x[0, :0], 1e-6),
     "square_sum: x int32 wanted float": lambda i: ops.square_sum(i.x.int()),
-    "rotate: x int32 wanted float": lambda i: ops.rotate(i.x.int()[None], i.x[None], i.x[None]),
-    "rotate: P=3 that divide R=4": lambda i: ops.rotate(i.x[:4].view(1, 4, 1, 4), i.x[:3, :1], i.x[:3, :1]),
-    "rotate: n=4 <= d/2 d=4": lambda i: ops.rotate(i.x[:, None, None], i.x[:1], i.x[:1]),
+    "rotate: x int32 wanted float": lambda i: ops.rotate(i.x.int()[None, :, None], *[i.x[:, None]] * 2),
+    "rotate: P=3 that divide R=4": lambda i: raw.rotate(i.x[:4, None], *[i.x[:3, :1].contiguous()] * 2, False),
+    "rotate: n=4 <= d/2 d=4": lambda i: ops.rotate(i.x[:, None, None], *[i.x[:1, None]] * 2),
+    "rotate: cos [2, 1, 1] wanted [S=4, 1, n] or [B=1, S=4": (
+        lambda i: ops.rotate(i.x[None, :4, None], *[i.x[:2, :1, None]] * 2)
+    ),
+    "rotate: sin [2, 4, 1, 1] wanted alike": (
+        lambda i: ops.rotate(i.x[None, :4, None].expand(2, 4, 1, 4), i.x[:4, :1, None], torch.ones(2, 4, 1, 1))
+    ),
 }
 
 # RuntimeErrors again, about values in memory, in the words of the C core.

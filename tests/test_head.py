@@ -43,6 +43,14 @@ def test_sizes(size, dtype, device):
     check_linear_cross_entropy(ops, dtype, device, size)
 
 
+def test_a_weight_that_is_transposed_has_a_gradient_as_the_shape_function_says():
+    inputs, targets_T = head_inputs(5, 3, 4, torch.float32, "cpu")
+    x, w = inputs["x_TD"], inputs["w_VD"].T.contiguous().T
+    for T in (0, 5):
+        args = x[:T], w, targets_T[:T], -100, 2, True, True
+        torch.library.opcheck(torch.ops.moe_ext.linear_cross_entropy, args, test_utils="test_faketensor")
+
+
 @pytest.mark.c_core
 def test_gradcheck():
     inputs, targets_T = head_inputs(5, 3, 7, torch.float64, "cpu")

@@ -263,7 +263,7 @@ def test_causal_and_rope_is_relative():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def score(i, j):
-        a, b = (ops.rotate(x, *rope_angles(torch.tensor([n]), 8, 100.0)) for x, n in ((q, i), (k, j)))
+        a, b = (ops.rotate(x, *rope_angles(torch.tensor([[n]]), 8, 100.0)) for x, n in ((q, i), (k, j)))
         return (a * b).sum()
 
     torch.testing.assert_close(score(3, 1), score(9, 7))

@@ -55,7 +55,9 @@ def test_wide_rows(half, wdtype, device):
 
 def test_rms_norm_of_any_shape_and_strides(device):
     x, w_n = torch.randn(3, 8, 5, device=device).transpose(1, 2), torch.randn(8, device=device)
-    same(ops.rms_norm(x, w_n, 1e-6), ops.rms_norm(x.contiguous().view(15, 8), w_n, 1e-6).view(3, 5, 8))
+    want = ops.rms_norm(x.contiguous().view(15, 8), w_n, 1e-6).view(3, 5, 8)
+    same(ops.rms_norm(x, w_n, 1e-6), want)
+    same(ops.rms_norm(x, w_n.repeat_interleave(2)[::2], 1e-6), want)
 
 
 def test_rms_norm_keeps_nan_and_infinity_to_their_rows(device):

@@ -5,7 +5,6 @@ loops that take 10 to 60 times as long as ours. float32 is MKL's, which knows no
 takes 0.6 of its time. Elsewhere the two are as fast.
 """
 
-import functools
 from pathlib import Path
 
 import torch
@@ -19,12 +18,11 @@ HALVES = torch.bfloat16, torch.float16
 FEW = 128, 8    # rows from which on our product, which packs w at every call, is worth it: of float32, of halves
 
 
-@functools.cache
-def torch_knows(dtype) -> bool:
-    """Whether torch's product of this dtype on the CPU uses the instructions that it has."""
-    if dtype in HALVES:
-        return dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return not _C.versions()["isa"].startswith(("avx512", "amx")) or "AuthenticAMD" not in _vendor()
+def slow_dtypes() -> tuple:
+    """Those whose product torch makes with less than the instructions of the CPU."""
+    knows_bf16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    knows_floats = not _C.versions()["isa"].startswith(("avx512", "amx")) or "AuthenticAMD" not in _vendor()
+    return HALVES[knows_bf16:] + (() if knows_floats else (torch.float32, torch.float64))
 
 
 def _vendor() -> str:
@@ -34,9 +32,19 @@ def _vendor() -> str:
         return ""
 
 
+SLOW = slow_dtypes()    # once: what torch.compile traces cannot ask the CPU
+
+
+def torch_knows(dtype) -> bool:
+    """Whether torch's product of this dtype on the CPU uses the instructions that it has."""
+    return dtype not in SLOW
+
+
 def ours(device, dtype, rows) -> bool:
-    """Whether our product takes so many rows."""
-    return device.type == "cpu" and rows >= FEW[dtype in HALVES] and not torch_knows(dtype)
+    """Whether our product takes so many rows; in a graph, which is for any number of them, whether it takes many."""
+    if device.type != "cpu" or torch_knows(dtype):
+        return False
+    return torch.compiler.is_compiling() or rows >= FEW[dtype in HALVES]
 
 
 def product(x_RI, w_IO, out_RO):
@@ -96,9 +104,11 @@ _linear = define(
 
 def linear(x, w_OI, bias_O=None):
     """x W^T + b as torch.nn.functional.linear: x [..,I] -> [..,O]. Differentiable in all; follows autocast."""
-    region = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    rows = x.numel() // max(1, x.shape[-1])
-    if not ours(x.device, torch.get_autocast_dtype(x.device.type) if region else x.dtype, rows):
+    if x.device.type != "cpu":
         return F.linear(x, w_OI, bias_O)
-    y = _linear(x.reshape(rows, -1).contiguous(), w_OI).view(*x.shape[:-1], -1)
+    region = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    rows = x.numel() // max(1, x.shape[-1])
+    if not ours(x.device, torch.get_autocast_dtype("cpu") if region else x.dtype, rows):
+        return F.linear(x, w_OI, bias_O)
+    y = _linear(x.reshape(rows, x.shape[-1]).contiguous(), w_OI).view(*x.shape[:-1], w_OI.shape[0])
     return y if bias_O is None else y + bias_O.to(y.dtype)

@@ -49,13 +49,13 @@ def _linear_cross_entropy_kernel(x_TD, w_VD, targets_T, ignore_index, chunk, nee
             dw_VD = part_VD if dw_VD is None else dw_VD.to(loss.dtype).add_(part_VD)
         del logits_CV, dlogits_CV  # before the next are made
     if need_dw and dw_VD is None:
-        dw_VD = torch.zeros_like(w_VD)
+        dw_VD = w_VD.new_zeros(w_VD.shape)
     return loss, dx_TD, dw_VD.to(w_VD.dtype) if need_dw else w_VD.new_empty(0)
 
 
 def _fake_linear_cross_entropy(x, w, targets, ignore_index, chunk, need_dx, need_dw):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0)
-    return x.new_empty((), dtype=real(x.dtype)), dx, torch.empty_like(w) if need_dw else w.new_empty(0)
+    return x.new_empty((), dtype=real(x.dtype)), dx, w.new_empty(w.shape) if need_dw else w.new_empty(0)
 
 
 def _save_linear_cross_entropy(ctx, inputs, output):

@@ -43,7 +43,7 @@ def rms_norm(x, w_n, eps):
     if x.is_cuda:
         return F.rms_norm(x.to(w_n.dtype), (x.shape[-1],), w_n, eps).to(x.dtype)
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-    return _rms_norm(rows.contiguous(), w_n, eps)[0].view(x.shape)
+    return _rms_norm(rows.contiguous(), w_n.contiguous(), eps)[0].view(x.shape)
 
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------
@@ -79,6 +79,11 @@ def rotate(x_BSHd, cos, sin):
 
     cos, sin [S,1,n] or [B,S,1,n], of any floating dtype. -> x's shape and dtype. Differentiable in all.
     """
+    B, S, *_ = x_BSHd.shape
+    for name, table in (("cos", cos), ("sin", sin)):    # the op knows rows alone, and repeats the tables of fewer
+        if table.shape != cos.shape or table.shape[:-1] not in ((S, 1), (B, S, 1)):
+            wanted = f"[S={S}, 1, n] or [B={B}, S={S}, 1, n], cos and sin alike"
+            raise RuntimeError(f"moe_ext::rotate: {name} has shape {list(table.shape)}, wanted {wanted}")
     cos, sin = (t.to(real(x_BSHd.dtype) if not x_BSHd.is_cuda else x_BSHd.dtype) for t in (cos, sin))
     if x_BSHd.is_cuda:
         n = cos.shape[-1]
