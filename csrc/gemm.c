@@ -20,7 +20,8 @@
 // filled up with zeros to a multiple of ku. Packing also gathers rows by index, widens 16-bit storage, and turns
 // whichever stride is 1 into consecutive loads.
 //
-// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], fewer for many threads. Its loops, outside in:
+// One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], smaller for many threads.
+// Its loops, outside in:
 //   row tiles (L2) > chunks of <= 256 of the sum > panels of B (L1) > panels of A (L2)
 // and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,
 // whatever the number of threads. Tasks come from a queue; here no task waits for another.

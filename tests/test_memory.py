@@ -43,8 +43,8 @@ def big(mib, value=1.0):
 
 # ---- no page fault in a steady step ----------------------------------------------------------------------------------
 # Counted for ten steps each, by this file as a program. Fewer than one a step: memory that a step loses costs a fault
-# for each 4 KB or, in huge pages, each 2 MB. Three times ten, of which the best counts: what a step loses, all have lost,
-# but Python's heap takes 256 KB more now and then.
+# for each 4 KB or, in huge pages, each 2 MB. Three times ten, of which the best counts: what every step loses shows in
+# all, but Python's heap takes 256 KB more now and then.
 
 STEPS = 10
 
