@@ -155,7 +155,8 @@ def write_ptxas(objects: list[Path]) -> None:
 
 
 def compile_command(source: Path) -> list[str]:
-    """The command that compiles one source into BUILD/<source>.o and writes the .d file of what it included."""
+    """The command that compiles one source into BUILD/<source>.o and writes the .d file of what it included. A lowered
+    build shares the release's objects where the flags are the same."""
     build = Path("build/release") if LOWERED and source.stem not in LOWERED_FLAGS else BUILD
     target = build / source.with_suffix(".o")
     if source.suffix == ".c":

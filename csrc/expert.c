@@ -232,33 +232,33 @@ typedef struct {                // the rows of c->out that belong to one row r, 
     const char *row[SLOTS];
     union { double f64[SLOTS]; float f32[SLOTS]; } s;
 } slots;
-static void find_slots(const call *c, int out_type, int64_t r, slots *found) {
+static void find_slots(const call *c, int64_t r, slots *found) {
     const moe_expert_args *a = c->a;
     found->n = 0;
     for (int64_t f = r * a->K; r < a->R && f < (r + 1) * a->K; f++) {
         const int64_t p = a->inverse_RK[f];
         if (p < 0) continue;
         real_set(a->dtype, &found->s, found->n, c->g ? 1.0 : moe_get(a->wdtype, a->weights_RK, f));   // in dh already
-        found->row[found->n++] = c->out + p * a->D * moe_size(out_type);
+        found->row[found->n++] = c->out + p * a->D * c->real;
     }
 }
 // The rows are far apart: those of the next sum are asked for while this one is under way.
-static void sum_row(const call *c, int out_type, const slots *now, const slots *next, char *y) {
-    const int64_t D = c->a->D, out_size = moe_size(out_type);
+static void sum_row(const call *c, const slots *now, const slots *next, char *y) {
+    const int64_t D = c->a->D;
     const void *row[SLOTS];
     for (int64_t j = 0; j < D; j += SUM_COLUMNS) {
         const int64_t n = D - j < SUM_COLUMNS ? D - j : SUM_COLUMNS;
         tile sum;
         for (int64_t k = 0; k < next->n; k++)
-            for (int64_t i = j * out_size; i < (j + n) * out_size; i += 64) __builtin_prefetch(next->row[k] + i);
-        for (int64_t k = 0; k < now->n; k++) row[k] = now->row[k] + j * out_size;
-        void *sum_n = out_type == c->a->dtype ? (void *)(y + j * c->size) : &sum;
-        moe_k->sum(out_type, n, now->n, &now->s, row, sum_n);
+            for (int64_t i = j * c->real; i < (j + n) * c->real; i += 64) __builtin_prefetch(next->row[k] + i);
+        for (int64_t k = 0; k < now->n; k++) row[k] = now->row[k] + j * c->real;
+        void *sum_n = c->real_type == c->a->dtype ? (void *)(y + j * c->size) : &sum;
+        moe_k->sum(c->real_type, n, now->n, &now->s, row, sum_n);
         if (sum_n == &sum) moe_k->store(c->a->dtype, n, &sum, y + j * c->size);
     }
 }
 // Any number of slots, with the biases.
-static void sum_biased_row(const call *c, int out_type, int64_t r, char *y) {
+static void sum_biased_row(const call *c, int64_t r, char *y) {
     const moe_expert_args *a = c->a;
     for (int64_t j = 0; j < a->D; j += GEMM_COLUMNS) {
         const int64_t n = a->D - j < GEMM_COLUMNS ? a->D - j : GEMM_COLUMNS;
@@ -268,7 +268,7 @@ static void sum_biased_row(const call *c, int out_type, int64_t r, char *y) {
             const int64_t p = a->inverse_RK[f];
             if (p < 0) continue;
             const double s = c->g ? 1.0 : moe_get(a->wdtype, a->weights_RK, f);
-            moe_k->axpy(out_type, n, s, c->out + (p * a->D + j) * moe_size(out_type), &sum);
+            moe_k->axpy(c->real_type, n, s, c->out + (p * a->D + j) * c->real, &sum);
             if (a->down_bias_ED && !c->g)
                 moe_k->axpy(a->dtype, n, s, bias_of(c, a->down_bias_ED, a->down_bias_se, expert_at(a, p), j), &sum);
         }
@@ -278,16 +278,15 @@ static void sum_biased_row(const call *c, int out_type, int64_t r, char *y) {
 static void sum_slots(int64_t begin, int64_t end, void *arg) {
     const call *c = arg;
     const moe_expert_args *a = c->a;
-    const int out_type = c->real_type;
     const bool plain = a->K <= SLOTS && (!a->down_bias_ED || c->g);
     slots of[2];
-    if (plain) find_slots(c, out_type, begin, &of[begin % 2]);
+    if (plain) find_slots(c, begin, &of[begin % 2]);
     for (int64_t r = begin; r < end; r++) {
         char *y = c->y + r * a->D * c->size;
         if (plain) {
-            find_slots(c, out_type, r + 1, &of[(r + 1) % 2]);
-            sum_row(c, out_type, &of[r % 2], &of[(r + 1) % 2], y);
-        } else sum_biased_row(c, out_type, r, y);
+            find_slots(c, r + 1, &of[(r + 1) % 2]);
+            sum_row(c, &of[r % 2], &of[(r + 1) % 2], y);
+        } else sum_biased_row(c, r, y);
     }
 }
 
@@ -325,9 +324,7 @@ static void emit_dact(const gemm_product *g, int64_t i0, int64_t rows, void *til
             moe_k->act(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, &act);       // A = act(h)
         if (c->ds) {
             const double ds = moe_k->dot(c->real_type, t->n, da, &act);                 // ds = <dA', A>
-            const int64_t at = p * c->pieces + t->j / c->up.columns;
-            if (c->f64) ((double *)c->ds)[at] = ds;
-            else        ((float *)c->ds)[at] = (float)ds;
+            real_set(a->dtype, c->ds, p * c->pieces + t->j / c->up.columns, ds);
         }
         if (c->act) {
             moe_k->scale(c->real_type, t->n, s, &act, &act);

@@ -6,9 +6,8 @@
 #include "moe.h"
 #include <stdbool.h>
 
-// One factor of a product as the packer sees it: element (i, k) at p + (i*si + k*sk) * size, i along the panel, k along the
-// sum.
-// With `index`, coordinate x of one axis (k if index_on_k, else i) stands for index[x] / index_div.
+// One factor of a product as the packer sees it: element (i, k) at p + (i*si + k*sk) * size, i along the panel, k along
+// the sum. With `index`, coordinate x of one axis (k if index_on_k, else i) stands for index[x] / index_div.
 typedef struct {
     int            dtype;
     const char    *p;

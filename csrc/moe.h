@@ -44,12 +44,12 @@ typedef enum {
 } moe_status;
 const char *moe_status_text(int status);
 
-// ---- run time (isa.c) ----------------------------------------------------------------------------------------------
+// ---- run time (isa.c, pool.c) --------------------------------------------------------------------------------------
 // Kernels are picked once: the best of base, avx2, avx512, avx512bf16, amx that the CPU has, or what the environment's
 // MOE_ISA names.
 int         moe_init(void);                 // MOE_OK or MOE_NO_ISA; later calls return the first answer
 const char *moe_isa(void);                  // "base", "avx2", ..; NULL if moe_init failed
-// One parallel region: calls body(begin, end, arg) on disjoint pieces of [begin, end). Serial until a pool is set.
+// One parallel region: calls body(begin, end, arg) on disjoint pieces of [begin, end). One thread until a pool is set.
 typedef void    (*moe_body)(int64_t begin, int64_t end, void *arg);
 typedef int32_t (*moe_pool)(int64_t begin, int64_t end, int64_t grain, moe_body body, void *arg);
 void moe_set_pool(moe_pool pool, int (*threads)(void));   // threads() bounds the pieces of one region

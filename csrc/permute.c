@@ -9,7 +9,6 @@
 // as bytes; a sum runs in slot order, fused, in real, and is rounded once. The three layouts are one here: expert e
 // owns a region of the expert rows, filled from its start with as many of its copies as fit.
 // Limits: N fits in int32, K <= MOE_MAX_EXPERTS.
-#include "gemm.h"
 #include "real.h"
 #include <string.h>
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 from cases import Case, Shape
 from compare import against_reference, each_set_alone, gradcheck, same
+from ranks import run_ranks
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe_ext import attention, ops
-from moe_ext.layers.fused import MLP
+from moe_ext.layers.fused import MLP, Linear
+from moe_ext.model import RMSNorm
 
 dense = sys.modules["moe_ext.ops.dense"]
 CASE = Case("dense", Shape(301, 37, 23, 1, 1), "balanced")
@@ -116,3 +119,24 @@ def test_attention_of_halves(masked, slow_torch):
     for got, want in zip(torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(exact, (q, k, v), dy.float()),
                          strict=True):  # fmt: skip
         same(got, want)
+
+
+def test_torch_shards_linear_layers_and_norms(tmp_path):
+    """torch's own tensor parallelism, on a mesh of one rank, of layers whose product or norm is ours without it."""
+    def body(rank):
+        import torch.distributed.tensor.parallel as tp
+
+        torch.manual_seed(0)
+        model = nn.Sequential(RMSNorm(32, eps=1e-6), Linear(32, 64), Linear(64, 32)).bfloat16()
+        x = torch.randn(2, 16, 32).bfloat16()
+        want = model(x)
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        plan = {"0": tp.SequenceParallel(), "1": tp.ColwiseParallel(), "2": tp.RowwiseParallel()}
+        model = tp.parallelize_module(model, mesh, plan)
+        model[0].register_forward_hook(lambda module, inputs, y: y.full_tensor())
+        got = model(x)
+        got.float().sum().backward()
+        return (got - want).abs().max().item(), all(p.grad is not None for p in model.parameters())
+
+    (difference, trained), = run_ranks(1, body, tmp_path)
+    assert difference < 0.05 and trained

@@ -103,8 +103,9 @@ _linear = define(
 
 
 def linear(x, w_OI, bias_O=None):
-    """x W^T + b as torch.nn.functional.linear: x [..,I] -> [..,O]. Differentiable in all; follows autocast."""
-    if x.device.type != "cpu":
+    """x W^T + b as torch.nn.functional.linear: x [..,I] -> [..,O]. Differentiable in all; follows autocast. Of DTensors
+    it is torch's, which knows how they are sharded."""
+    if x.device.type != "cpu" or hasattr(x, "placements") or hasattr(w_OI, "placements"):
         return F.linear(x, w_OI, bias_O)
     region = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     rows = x.numel() // max(1, x.shape[-1])

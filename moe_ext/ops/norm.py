@@ -39,8 +39,9 @@ def rms_norm(x, w_n, eps):
     for float64), rounded once.
 
     x [..,n]; w_n of x's dtype or of the one that it is computed in. -> x's shape and dtype. Differentiable in x and w.
+    Of DTensors it is torch's, which knows how they are sharded.
     """
-    if x.is_cuda:
+    if x.is_cuda or hasattr(x, "placements") or hasattr(w_n, "placements"):
         return F.rms_norm(x.to(w_n.dtype), (x.shape[-1],), w_n, eps).to(x.dtype)
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     return _rms_norm(rows.contiguous(), w_n.contiguous(), eps)[0].view(x.shape)

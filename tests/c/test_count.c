@@ -124,7 +124,7 @@ static void tests(void) {
     free(x), free(y), free(z), free(stage);
 }
 int main(void) {
-#if defined(__x86_64__) && !defined(CHECK_LOWERED) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     return check_main(tests);
 #else
     (void)tests;

@@ -69,6 +69,7 @@ static void check_xent(int dtype, int64_t M, int64_t V, bool masked) {
     void    *logits = check_floats(dtype, M * V, 7), *d[2], *loss[2], *lse[2];
     double  *x = check_alloc(8 * V), *p = check_alloc(8 * V), want_lse;
     for (int64_t m = 0; m < M; m++) targets[m] = m % 5 == 3 ? ignore : check_below(&seed, V);
+    if (M > 1 && V > 1024) targets[0] = 1023, targets[1] = 1024;        // the borders of a tile
     if (masked)                                 // as padding of a vocabulary is: a tail of -inf, longer than a tile
         for (int64_t m = 0; m < M; m++) {
             const double wide = -INFINITY;
