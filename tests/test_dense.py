@@ -93,6 +93,20 @@ def test_only_the_gradients_that_are_wanted(slow_torch):
 
 
 @pytest.mark.c_core
+def test_a_gradient_of_any_strides(slow_torch):
+    x, w, _ = (t.requires_grad_() for t in linear_inputs(CASE, torch.float64, "cpu").values())
+    ops.linear(x, w).sum().backward()
+    torch.testing.assert_close(w.grad, x.detach().sum(0).expand_as(w))
+    torch.testing.assert_close(x.grad, w.detach().sum(0).expand_as(x))
+
+
+@pytest.mark.c_core
+def test_a_bias_follows_autocast(slow_torch):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(**linear_inputs(CASE, torch.float32, "cpu")).dtype == torch.bfloat16
+
+
+@pytest.mark.c_core
 def test_gradcheck():
     x, w = (CASE.randn(*size, salt=1) for size in ((5, 3), (4, 3)))
     gradcheck(torch.ops.moe_ext.linear, {"x": x, "w": w})

@@ -93,6 +93,9 @@ def test_gradcheck():
     each_set_alone(lambda x, w_n: ops.rms_norm(x, w_n, 1e-3), inputs)
     angle = torch.arange(10.0, dtype=torch.float64).view(5, 1, 2)
     gradcheck(lambda x: ops.rotate(x, angle.cos(), angle.sin()), {"x": SMALLEST.randn(2, 5, 3, 5, salt=1)})
+    tables = {"cos": angle[:, 0].cos(), "sin": angle[:, 0].sin()}
+    gradcheck(lambda **inputs: torch.ops.moe_ext.rotate(**inputs, inverse=True),
+              {"x": SMALLEST.randn(5, 3, 5, salt=1), **tables})  # fmt: skip
 
 
 @pytest.mark.parametrize("n", [0, 1, 17, 2**15, 2**15 + 1, 100_003])

@@ -70,12 +70,13 @@ static void check_xent(int dtype, int64_t M, int64_t V, bool masked) {
     double  *x = check_alloc(8 * V), *p = check_alloc(8 * V), want_lse;
     for (int64_t m = 0; m < M; m++) targets[m] = m % 5 == 3 ? ignore : check_below(&seed, V);
     if (M > 1 && V > 1024) targets[0] = 1023, targets[1] = 1024;        // the borders of a tile
-    if (masked)                                 // as padding of a vocabulary is: a tail of -inf, longer than a tile
+    if (masked)                                 // a tail, as padding of a vocabulary is, or a head of whole tiles of -inf
         for (int64_t m = 0; m < M; m++) {
             const double wide = -INFINITY;
             const float  narrow = -INFINITY;
-            if (targets[m] != ignore) targets[m] %= V / 3;
-            for (int64_t v = V / 3; v < V; v++)
+            const int64_t left = V / 3, head = m % 2 ? V - left : 0;
+            if (targets[m] != ignore) targets[m] = head + targets[m] % left;
+            for (int64_t v = left - left * (m % 2); v < (m % 2 ? head : V); v++)
                 moe_k->store(dtype, 1, dtype == MOE_F64 ? (const void *)&wide : &narrow,
                              (char *)logits + (m * V + v) * size);
         }
