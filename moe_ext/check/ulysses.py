@@ -9,8 +9,8 @@ It prints the plan's lines, and beside each step what was measured: the bytes th
 (moe_ext.check.live), FLOP/s, and bytes/s of each collective. Then it compares results and gradients with those of one
 process, in plain torch on rank 0: in fp64 they differ by at most 1e-12 of a tensor's maximum; in fp32 and bf16 the
 ranks are at most twice as far from fp64 as one process in that dtype. With more than --alone tokens it leaves that out,
-and says so. The exit status is 0 only if all that was compared is equal and the memory is within 5 % of the plan; that of
-attention is left out where this CPU computes it in float32 (bf16 without AVX-512).
+and says so. The exit status is 0 only if all that was compared is equal and the memory is within 5 % of the plan; that
+of attention is left out where this CPU computes it in float32 (bf16 without AVX-512).
 
 The program runs twice: once to measure memory, then, warmed up, for time; there the ranks wait for each other between
 the steps, so that none is charged with another's delay; the slowest counts. Weights are random, as are the gradients
