@@ -39,7 +39,6 @@ enum {
     BYTES_B   = 4 << 20,        // 512 columns of a sum of 2048 floats; [256 x NR] at a time comes from L3 to L1
 };
 
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // The size of n cut into as few pieces of at most `most` as possible, evenly, in multiples of `unit`.

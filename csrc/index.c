@@ -10,7 +10,6 @@
 #include <stdatomic.h>
 #include <string.h>
 
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int moe_check_bins(int64_t E, int64_t rows, const int32_t *bins_E) {

@@ -75,6 +75,7 @@ void moe_parallel(int64_t n, int64_t grain, moe_body body, void *arg);
 // How many rows of `width` elements are worth a thread.
 static inline int64_t moe_row_grain(int64_t width) { return 16384 / (width > 1 ? width : 1) + 1; }
 
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline bool    moe_is_float(int dtype) { return dtype >= MOE_F64 && dtype <= MOE_F16; }
 static inline gemm_kind moe_gemm_kind(int dtype) {
     return dtype == MOE_F64 ? GEMM_F64 : dtype == MOE_BF16 && moe_k->gemm[GEMM_BF16].mr ? GEMM_BF16 : GEMM_F32;

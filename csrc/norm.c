@@ -10,8 +10,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { TILE = 1024, BLOCK = 64, PIECE = 1 << 15 };
-typedef union { float f32[TILE]; double f64[TILE]; } real_tile;
+enum { TILE = REAL_TILE, BLOCK = 64, PIECE = 1 << 15 };
 
 typedef struct {
     int         dtype;
@@ -27,18 +26,6 @@ typedef struct {
 static const char *at(const void *real, int64_t i, int dtype) { return (const char *)real + i * moe_real_size(dtype); }
 static int64_t blocks_of(int64_t R) { return (R + BLOCK - 1) / BLOCK; }
 
-// `n` elements as reals: where they are, or in `tile`.
-static const void *reals(int dtype, int64_t n, const void *x, real_tile *tile) {
-    if (dtype == MOE_F64 || dtype == MOE_F32) return x;
-    moe_k->load(dtype, n, x, tile);
-    return tile;
-}
-// Where reals that become `y` are made, which `stored` then rounds.
-static void *making(int dtype, void *y, real_tile *tile) { return dtype == MOE_F64 || dtype == MOE_F32 ? y : tile; }
-static void stored(int dtype, int64_t n, const real_tile *tile, void *y) {
-    if (dtype != MOE_F64 && dtype != MOE_F32) moe_k->store(dtype, n, tile, y);
-}
-
 static void norm_rows(int64_t begin, int64_t end, void *arg) {
     const norm_job *job = arg;
     const int dtype = job->dtype;
@@ -51,9 +38,9 @@ static void norm_rows(int64_t begin, int64_t end, void *arg) {
         const double r = real_get(dtype, job->r_R, m);
         for (int64_t i = 0; i < n; i += TILE) {
             const int64_t k = n - i < TILE ? n - i : TILE;
-            moe_k->norm(dtype == MOE_F64, k, r, reals(dtype, k, x + i * size, &in), at(job->w_n, i, dtype),
-                        making(dtype, y + i * size, &out));
-            stored(dtype, k, &out, y + i * size);
+            moe_k->norm(dtype == MOE_F64, k, r, real_load(dtype, k, x + i * size, &in), at(job->w_n, i, dtype),
+                        real_making(dtype, y + i * size, &out));
+            real_made(dtype, k, &out, y + i * size);
         }
     }
 }
@@ -73,16 +60,16 @@ static void dnorm_blocks(int64_t begin, int64_t end, void *arg) {
         double sum = 0;
         for (int64_t i = 0; i < n; i += TILE) {
             const int64_t k = n - i < TILE ? n - i : TILE;
-            sum += moe_k->norm_dot(f64, k, reals(dtype, k, x + i * size, &x_tile), at(job->w_n, i, dtype),
-                                   reals(dtype, k, dy + i * size, &dy_tile));
+            sum += moe_k->norm_dot(f64, k, real_load(dtype, k, x + i * size, &x_tile), at(job->w_n, i, dtype),
+                                   real_load(dtype, k, dy + i * size, &dy_tile));
         }
         const double c = r * r * r * sum / (double)n;
         for (int64_t i = 0; i < n; i += TILE) {
             const int64_t k = n - i < TILE ? n - i : TILE;
-            moe_k->dnorm(f64, k, r, c, reals(dtype, k, x + i * size, &x_tile), at(job->w_n, i, dtype),
-                         reals(dtype, k, dy + i * size, &dy_tile), making(dtype, dx + i * size, &dx_tile),
+            moe_k->dnorm(f64, k, r, c, real_load(dtype, k, x + i * size, &x_tile), at(job->w_n, i, dtype),
+                         real_load(dtype, k, dy + i * size, &dy_tile), real_making(dtype, dx + i * size, &dx_tile),
                          dw + i * moe_real_size(dtype));
-            stored(dtype, k, &dx_tile, dx + i * size);
+            real_made(dtype, k, &dx_tile, dx + i * size);
         }
     }
 }
@@ -138,7 +125,7 @@ static void square_pieces(int64_t begin, int64_t end, void *arg) {
         double sum = 0;
         for (int64_t i = p * PIECE; i < last; i += TILE) {
             const int64_t k = last - i < TILE ? last - i : TILE;
-            sum += moe_k->square_sum(job->dtype == MOE_F64, k, reals(job->dtype, k, job->x_n + i * size, &tile));
+            sum += moe_k->square_sum(job->dtype == MOE_F64, k, real_load(job->dtype, k, job->x_n + i * size, &tile));
         }
         job->sums[p] = sum;
     }

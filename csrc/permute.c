@@ -21,7 +21,6 @@ typedef struct {
     char             *y;
 } move_job;
 
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t first_copy(const moe_layout *l, int64_t e) { return e ? l->bins_E[e - 1] : 0; }

@@ -25,6 +25,21 @@ static inline double moe_get(int dtype, const void *x, int64_t i) {
     return real;
 }
 
+// A piece of a row as reals, in L1, and what passes through it: rows of f64 and f32 are reals where they are; those of
+// halves are loaded into the tile, or made in it and then stored.
+enum { REAL_TILE = 1024 };
+typedef union { float f32[REAL_TILE]; double f64[REAL_TILE]; } real_tile;
+static inline bool real_in_place(int dtype) { return dtype == MOE_F64 || dtype == MOE_F32; }
+static inline const void *real_load(int dtype, int64_t n, const void *x, real_tile *tile) {
+    if (real_in_place(dtype)) return x;
+    moe_k->load(dtype, n, x, tile);
+    return tile;
+}
+static inline void *real_making(int dtype, void *y, real_tile *tile) { return real_in_place(dtype) ? y : tile; }
+static inline void real_made(int dtype, int64_t n, const real_tile *tile, void *y) {
+    if (!real_in_place(dtype)) moe_k->store(dtype, n, tile, y);
+}
+
 // One row over experts, on the stack.
 typedef union { float f32[MOE_MAX_EXPERTS]; double f64[MOE_MAX_EXPERTS]; } real_row;
 

@@ -3,11 +3,8 @@
 //   y[i] = x[i] cos[i] - x[i+n] sin[i]      y[i+n] = x[i+n] cos[i] + x[i] sin[i]      for i < n;  the rest is copied
 //
 // The backward is the rotation back: inverse, with the other sign of sin.
-#include "kernels.h"
+#include "real.h"
 #include <string.h>
-
-enum { TILE = 1024 };
-typedef union { float f32[TILE]; double f64[TILE]; } real_tile;
 
 typedef struct {
     int         dtype, sign;
@@ -19,7 +16,6 @@ typedef struct {
 static void rotate_rows(int64_t begin, int64_t end, void *arg) {
     const rotate_job *job = arg;
     const int dtype = job->dtype;
-    const bool f64 = dtype == MOE_F64, whole = f64 || dtype == MOE_F32;
     const int64_t size = moe_size(dtype), real = moe_real_size(dtype), n = job->n, d = job->d;
     real_tile a_tile, b_tile, ya_tile, yb_tile;
     for (int64_t r = begin; r < end; r++)
@@ -27,20 +23,15 @@ static void rotate_rows(int64_t begin, int64_t end, void *arg) {
             const int64_t row = (r * job->H + h) * d * size;
             const char *x = job->x_RHd + row;
             char *y = job->y_RHd + row;
-            for (int64_t i = 0; i < n; i += TILE) {
-                const int64_t k = n - i < TILE ? n - i : TILE, at = (r % job->P * n + i) * real;
-                const void *a = x + i * size, *b = x + (i + n) * size;
-                void *ya = y + i * size, *yb = y + (i + n) * size;
-                if (!whole) {
-                    moe_k->load(dtype, k, a, &a_tile);
-                    moe_k->load(dtype, k, b, &b_tile);
-                }
-                moe_k->rotate(f64, k, job->sign, job->cos_Pn + at, job->sin_Pn + at, whole ? a : &a_tile,
-                              whole ? b : &b_tile, whole ? ya : &ya_tile, whole ? yb : &yb_tile);
-                if (!whole) {
-                    moe_k->store(dtype, k, &ya_tile, ya);
-                    moe_k->store(dtype, k, &yb_tile, yb);
-                }
+            for (int64_t i = 0; i < n; i += REAL_TILE) {
+                const int64_t k = n - i < REAL_TILE ? n - i : REAL_TILE, at = (r % job->P * n + i) * real;
+                const char *a = x + i * size, *b = x + (i + n) * size;
+                char *ya = y + i * size, *yb = y + (i + n) * size;
+                moe_k->rotate(dtype == MOE_F64, k, job->sign, job->cos_Pn + at, job->sin_Pn + at,
+                              real_load(dtype, k, a, &a_tile), real_load(dtype, k, b, &b_tile),
+                              real_making(dtype, ya, &ya_tile), real_making(dtype, yb, &yb_tile));
+                real_made(dtype, k, &ya_tile, ya);
+                real_made(dtype, k, &yb_tile, yb);
             }
             if (2 * n < d) memcpy(y + 2 * n * size, x + 2 * n * size, (size_t)((d - 2 * n) * size));
         }

@@ -12,7 +12,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { TILE = 1024, TILES = 256 };
+enum { TILE = REAL_TILE, TILES = 256 };
 
 typedef struct {
     int            dtype;
@@ -34,7 +34,7 @@ static void xent_rows(int64_t begin, int64_t end, void *arg) {
     const int dtype = job->dtype, real = dtype == MOE_F64 ? MOE_F64 : MOE_F32;
     const int64_t V = job->V, size = moe_size(dtype);
     const bool in_place = dtype == real && V <= TILE * TILES;
-    union { float f32[TILE]; double f64[TILE]; } tile;
+    real_tile tile;
     double parts[TILES];
     for (int64_t m = begin; m < end; m++) {
         char *row = job->logits_MV + m * V * size;
