@@ -97,20 +97,79 @@ def faults_of(step, warm_up):
     return min(counts)
 
 
-def count():
+# ---- what is kept is bounded -----------------------------------------------------------------------------------------
+# Resident memory, in the same process: in pytest's, what other tests have freed and malloc has kept would count too.
+
+
+class Grown:
+    """MiB that have become resident since the arena was last empty."""
+
+    def __init__(self):
+        moe_ext.empty_cache()
+        self.before = resident()
+
+    def __call__(self):
+        return (resident() - self.before) / MIB
+
+
+def grown_by_a_peak():
+    """After 64 MiB were lent and given back; when the arena is emptied while 2 MiB live."""
+    grown = Grown()
+    y = big(64)
+    del y
+    kept = grown()
+    z = big(2)
+    moe_ext.empty_cache()
+    emptied = grown()
+    assert (z == 1).all()                       # what lives, stays
+    assert (big(64, 2.0) == 2).all()            # and what was given back can be had again
+    return kept, emptied
+
+
+def grown_by_any_sizes():
+    """After 64 MiB were lent in pieces of any sizes, given back in no order."""
+    grown = Grown()
+    for sizes in [(64,), (32, 32), (16, 16, 16, 16), (40, 24), (8,) * 8, (63,)] * 2:
+        lent = [big(size) for size in sizes]
+        assert all((y == 1).all() for y in lent)
+        while lent:
+            lent.pop(len(lent) // 2)            # neither first nor last
+    return grown()
+
+
+def grown_after_a_past_peak(survives):
+    """After 16 times the arena's size has been lent without need for the rest, twice as a margin."""
+    x = torch.ones(256, 1024)
+    grown = Grown()
+    y = big(40)
+    survivor = ops.activation(x, "relu") if survives else None      # made at the peak: it keeps nothing but itself
+    del y
+    for _ in range(4 * 16 * 64):
+        ops.activation(x, "relu")
+    assert survivor is None or (survivor == 1).all()
+    return grown()
+
+
+def measure():
     torch.set_num_threads(1)
-    counts = {
+    kept, emptied = grown_by_a_peak()
+    measured = {
+        "kept": kept,
+        "emptied": emptied,
+        "any sizes": grown_by_any_sizes(),
+        "past peak": grown_after_a_past_peak(False),
+        "past peak below": grown_after_a_past_peak(True),
         "float32": faults_of(ops_step(torch.float32), 2),
         "bfloat16": faults_of(ops_step(torch.bfloat16), 2),
         "not kept": faults_of(ops_step(torch.float32, moe_ext.empty_cache), 0),
         "keep_freed_memory": moe_ext.keep_freed_memory(),
         "model": faults_of(model_step(), 10),
     }
-    print(json.dumps(counts))
+    print(json.dumps(measured))
 
 
 @pytest.fixture(scope="module")
-def counts():
+def measured():
     environment = {name: value for name, value in os.environ.items() if name != "MOE_CHECK"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
@@ -119,77 +178,31 @@ def counts():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_steady_step_of_the_ops_faults_nothing_in(counts, dtype):
-    assert counts[dtype] < STEPS
+def test_a_steady_step_of_the_ops_faults_nothing_in(measured, dtype):
+    assert measured[dtype] < STEPS
 
 
-def test_a_steady_step_of_the_drivers_model_faults_nothing_in(counts):
-    assert counts["keep_freed_memory"] and counts["model"] < STEPS
+def test_a_steady_step_of_the_drivers_model_faults_nothing_in(measured):
+    assert measured["keep_freed_memory"] and measured["model"] < STEPS
 
 
-def test_the_count_sees_memory_that_is_not_kept(counts):
-    assert counts["not kept"] >= 2 * STEPS
+def test_the_count_sees_memory_that_is_not_kept(measured):
+    assert measured["not kept"] >= 2 * STEPS
 
 
-# ---- what is kept is bounded -----------------------------------------------------------------------------------------
+def test_empty_cache(measured):
+    assert measured["kept"] > 60 and measured["emptied"] < 8
 
 
-def test_empty_cache():
-    moe_ext.empty_cache()
-    before = resident()
-    y = big(64)
-    del y
-    assert resident() - before > 60 * MIB       # kept
-    z = big(2)
-    moe_ext.empty_cache()
-    assert resident() - before < 8 * MIB
-    assert (z == 1).all()                       # what lives, stays
-    assert (big(64, 2.0) == 2).all()            # and what was given back can be had again
+def test_any_free_memory_serves_any_size(measured):
+    """Pieces join, and the arena is not larger than what was lent at once, 64; the rest is the op's arguments, which
+    are malloc's."""
+    assert measured["any sizes"] < 64 + 2 * 64 + 8
 
 
-def test_any_free_memory_serves_any_size():
-    """Pieces join, and the arena is not larger than what was lent at once."""
-    moe_ext.empty_cache()
-    before = resident()
-    for sizes in [(64,), (32, 32), (16, 16, 16, 16), (40, 24), (8,) * 8, (63,)] * 2:
-        lent = [big(size) for size in sizes]
-        assert all((y == 1).all() for y in lent)
-        while lent:
-            lent.pop(len(lent) // 2)            # neither first nor last
-    assert resident() - before < (64 + 2 * 64 + 8) * MIB        # the op's arguments are malloc's
-    moe_ext.empty_cache()
-
-
-def comes_back(x, before):
-    """Whether resident memory does while megabytes are lent; how many that takes depends on what other tests hold."""
-    for _ in range(64):
-        for _ in range(2 * 16 * 64):
-            ops.activation(x, "relu")
-        if resident() - before < 8 * MIB:
-            return True
-    return False
-
-
-def test_a_peak_of_the_past_is_let_go():
-    """After 16 times the arena's size has been lent without need for the rest."""
-    moe_ext.empty_cache()
-    x = torch.ones(256, 1024)
-    before = resident()
-    y = big(64)
-    del y
-    assert comes_back(x, before)
-
-
-def test_a_peak_of_the_past_is_let_go_below_what_lives():
-    """One small tensor that was made at the peak keeps nothing but itself."""
-    moe_ext.empty_cache()
-    x = torch.ones(256, 1024)
-    before = resident()
-    y = big(40)
-    survivor = ops.activation(x, "relu")
-    del y
-    assert comes_back(x, before)
-    assert (survivor == 1).all()
+@pytest.mark.parametrize("where", ["past peak", "past peak below"])
+def test_a_peak_of_the_past_is_let_go(measured, where):
+    assert measured[where] < 8
 
 
 # ---- results behave as any tensor ------------------------------------------------------------------------------------
@@ -282,4 +295,4 @@ def test_a_forked_child_has_its_own(tmp_path):
 
 
 if __name__ == "__main__":
-    count()
+    measure()
