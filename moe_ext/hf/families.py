@@ -252,16 +252,17 @@ class Family:
 
     def write(self, model: ModelConfig):
         """ModelConfig -> transformers' config. ConfigError names what this architecture cannot say."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
         c = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         for rule in self.rules:
             c |= rule.write(model)
-        config = AutoConfig.for_model(self.model_type, **c)
         try:
+            config = AutoConfig.for_model(self.model_type, **c)
             lost = [f"{name} {mine!r} (it would be {there!r})" for name, mine, there
                     in differences(model, self.read(config))]
-        except ConfigError as error:
-            lost = [str(error)]
+        except (ConfigError, StrictDataclassError) as error:       # the second is theirs, which validates
+            lost = [" ".join(str(error).split())]
         require(not lost, f"{self.model_type} does not have " + "; ".join(lost))
         return config
 
@@ -295,8 +296,11 @@ def effective(model: ModelConfig) -> dict:
         flat |= {"model.rope_stretch": None, "model.rope_context": None}
     if m.experts:
         flat |= {f"model.moe.{name}": value for name, value in dataclasses.asdict(m).items()}
-        flat |= {"model.moe.norm_p": norm_power(m.norm_p, m.top_k), "model.moe.select_bias_rate":
-                 m.select_bias_rate > 0}
+        rule = m.score, norm_power(m.norm_p, m.top_k)
+        if rule in (("topk_softmax", 0), ("topk_softmax", 1)):      # the softmax over all, normed over the chosen
+            rule = "softmax_topk", 1.0
+        flat |= {"model.moe.select_bias_rate": m.select_bias_rate > 0}
+        flat["model.moe.score"], flat["model.moe.norm_p"] = rule
         if not m.dense_layers:
             flat["model.hidden"] = None
     return {name: value for name, value in flat.items() if name not in TRAINING_ONLY}
@@ -330,7 +334,7 @@ FAMILIES = {family.model_type: family for family in (
         {"experts": SEPARATE, "fused": FUSED}),
     Family("mixtral", (
         *MOE, BALANCE, WINDOW, same("num_local_experts", "moe.experts"), same("intermediate_size", "moe.hidden"),
-        only("router_jitter_noise", 0.0), always(attention_bias="none", moe={"norm_p": 1.0})),
+        only("router_jitter_noise", 0.0), always(attention_bias="none", moe={"score": "topk_softmax", "norm_p": 0.0})),
         {"experts": Layout(one_by_one("w1", "w3", "w2"), {".mlp.": ".block_sparse_moe."}), "fused": FUSED}),
     Family("glm4_moe", (
         *MOE, NORM, read_bias("attention_bias", "qkv"), same("intermediate_size", "hidden"),
