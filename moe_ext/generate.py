@@ -20,6 +20,7 @@ from moe_ext.config import ConfigError, ModelConfig, require
 from moe_ext.data.tokenise import ENDS
 from moe_ext.evaluate import Run, load_run
 from moe_ext.model import GPT, KVCache, precision
+from moe_ext.replay import Tape
 from moe_ext.run import same_tokenizer
 
 
@@ -63,11 +64,12 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, **options) -> Itera
 
 @torch.no_grad()
 def generate_all(model: GPT, prompts: list[list[int]], max_tokens: int, *, temperature=0.8, top_k=50, top_p=1.0, seed=0,
-                 cache=True, end: int | None = None) -> Iterator[list[int | None]]:
+                 cache=True, end: int | None = None, tape: Tape | None = None) -> Iterator[list[int | None]]:
     """Yields the next token id of each of the prompts, None behind its first `end`; max_tokens times, or until all have
     ended. A prompt gets what it gets alone: its draws are those of `seed`, and pads before it make the lengths equal.
-    cache=False runs the whole text again for each token and gives the same. Errors: ValueError if a prompt and its
-    continuation do not fit into the model's context or an option is out of range; FloatingPointError."""
+    cache=False runs the whole text again for each token and gives the same. tape: takes down the experts of all tokens,
+    pads in front, but of the last, which runs through no layer. Errors: ValueError if a prompt and its continuation do
+    not fit into the model's context or an option is out of range; FloatingPointError."""
     for prompt in prompts:
         check_prompt(prompt, max_tokens, model.config)
     for name, value, ok, wanted in (
@@ -87,7 +89,7 @@ def generate_all(model: GPT, prompts: list[list[int]], max_tokens: int, *, tempe
         mask_BS = None      # the cache knows the pads; what is new is real
         if padded and new_BS.shape[1] >= longest:
             mask_BS = torch.arange(new_BS.shape[1], device=device) >= pads_B1
-        x_BSD, _ = model.hidden(new_BS, cache=kept, token_mask=mask_BS)
+        x_BSD, _ = model.hidden(new_BS, cache=kept, token_mask=mask_BS, tape=tape)
         logits_BV = model.lm_head(x_BSD[:, -1]).cpu()       # of the last token alone: a text's logits are large
         picked = [0 if done else pick(logits_V, temperature, top_k, top_p, generator)
                   for done, logits_V, generator in zip(ended, logits_BV, generators, strict=True)]

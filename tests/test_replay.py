@@ -1,8 +1,11 @@
 """Router replay: what is forced is what was recorded, in the model, on meshes, from engines and in transformers."""
 import base64
+import importlib.util
 import io
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from moe_ext import statistics
 from moe_ext.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, PipelineConfig, TrainConfig
 from moe_ext.data import IndexedWriter
 from moe_ext.evaluate import Run
+from moe_ext.generate import generate_all
 from moe_ext.layers.fused import FusedMoE
 from moe_ext.model import GPT, KVCache
 from moe_ext.parallel.mesh import Mesh
@@ -108,7 +112,8 @@ def test_a_token_without_ids_chooses_for_itself():
 
 @pytest.mark.c_core
 def test_a_generation_is_replayed_in_one_forward():
-    """Token by token with a cache, then all at once: the same experts and the same logits."""
+    """Token by token with a cache, then all at once: the same experts and the same logits. Of prompts of unequal length
+    with pads in front, with a cache and without."""
     config = VARIANTS["qwen3_moe"]
     model, (tokens, _) = make(config).eval(), text(config)
     tape, cache, steps = Tape(), KVCache(config), []
@@ -121,6 +126,17 @@ def test_a_generation_is_replayed_in_one_forward():
         model.hidden(tokens[:, :7], cache=KVCache(config), tape=forced)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-12)
     assert torch.equal(again.ids_LBSK, tape.ids_LBSK) and torch.equal(forced.ids_LBSK, tape.ids_LBSK[:, :, :7])
+
+    prompts = [tokens[0, :3].tolist(), tokens[1, :5].tolist()]
+    for cache in (True, False):
+        made = Tape()
+        new = torch.tensor(list(generate_all(model, prompts, 4, temperature=0.0, cache=cache, tape=made))).T
+        whole = torch.cat([torch.tensor([[0, 0, *prompts[0]], prompts[1]]), new[:, :-1]], dim=1)
+        mask, again = torch.ones_like(whole, dtype=torch.bool), Tape(made.ids_LBSK)
+        mask[0, :2] = False
+        logits = model.lm_head(model.hidden(whole, token_mask=mask, tape=again)[0])
+        assert torch.equal(again.ids_LBSK, made.ids_LBSK) and made.ids_LBSK[:, 0, :2].eq(-1).all()
+        assert torch.equal(logits[:, 4:].argmax(-1), new)
 
 
 # ---- meshes ----------------------------------------------------------------------------------------------------------
@@ -448,3 +464,15 @@ def test_statistics_as_csv_of_a_part_and_what_is_refused(run, tmp_path, monkeypa
         statistics.main()
     with pytest.raises(ValueError, match="the model is dense"):
         statistics.Statistics(GPT(small()))
+
+
+@pytest.mark.c_core
+def test_the_page_s_python_runs(tmp_path, monkeypatch):
+    """docs/replay.md from top to bottom; the part about transformers where it is installed."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs" / "replay.md").read_text(), re.S)
+    names = {}
+    for block in blocks:
+        if "transformers" not in block or importlib.util.find_spec("transformers"):
+            exec(block, names)
+    assert len(blocks) == 4 and names["ids_LBSK"].shape == (2, 2, 16, 2) and names["ids_LBSK"][:, 1, 9:].eq(-1).all()
