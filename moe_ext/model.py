@@ -26,6 +26,7 @@ from moe_ext.attention import Documents, attend, computed_in, visible
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, site
 from moe_ext.ops.define import real
+from moe_ext.replay import Tape
 
 
 class Losses(NamedTuple):
@@ -158,14 +159,14 @@ class Block(nn.Module):
                 shared_hidden=m.shared_hidden, capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
                 balance_form=m.balance_form, balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
 
-    def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None):
+    def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None, ids_BSK=None):
         """-> x_BSD, Routing (None for a dense block)."""
         p = self.dropout if self.training else 0.0
         y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, cache, self.layer, seen)
         x_BSD = x_BSD + drop(y_BSD, p, draws, lambda: self.name + ".self_attn")
         y_BSD, routing = self.post_attention_layernorm(x_BSD), None
         if isinstance(self.mlp, FusedMoE):
-            y_BSD, routing = self.mlp(y_BSD, draws, token_mask)
+            y_BSD, routing = self.mlp(y_BSD, draws, token_mask, ids_BSK)
         else:
             y_BSD = self.mlp(y_BSD)
         return x_BSD + drop(y_BSD, p, draws, lambda: self.name + ".mlp.dropout"), routing
@@ -262,7 +263,7 @@ class GPT(nn.Module):
                 moe.select_bias_E.zero_()
 
     def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None, token_mask=None,
-               documents_BS=None, positions_BS=None, x_BSD=None):
+               documents_BS=None, positions_BS=None, tape: Tape | None = None, x_BSD=None):
         """-> the last norm's output [B,S,D], list of Routing. x_BSD: what a piece without embeddings begins with; one
         without a norm returns what the next begins with.
 
@@ -270,8 +271,9 @@ class GPT(nn.Module):
         a real token. No other token sees a pad, and positions count real tokens alone, so that these get what they get
         without pads, on whichever side; a pad's own output means nothing. documents_BS: integers [B,S]; a token sees
         only tokens with its own number. None: all of its sequence; with a cache there is no other. positions_BS:
-        integers [B,S] from 0 to seq_len - 1, of RoPE or of the table; None: as they come. If ranks share the sequences
-        (`mine`), each gives all of these whole, the same, and gets the output of its own tokens, as x_BSD is of them.
+        integers [B,S] from 0 to seq_len - 1, of RoPE or of the table; None: as they come. tape: takes down each token's
+        experts, and gives them if it has any (moe_ext.replay). If ranks share the sequences (`mine`), each gives all of
+        these whole, the same, and gets the output of its own tokens, as x_BSD is of them.
         """
         c, S = self.config, tokens_BS.shape[1]
         past = 0 if cache is None else cache.length
@@ -308,14 +310,23 @@ class GPT(nn.Module):
         seen = {window: self.seen(S, past, window, real_BL, documents, x_BSD)
                 for window in {block.window for block in self.layers}}
         token_mask, routings = self.mine(token_mask), []
+        if tape is not None and c.moe_layers:
+            tape.begin(c.moe_layers, c.moe.top_k, tokens_BS, None if cache is None else past)
         for block in self.layers:
+            row = block.layer - c.moe.dense_layers
+            ids_BSK = tape.ids_of(row) if tape is not None and isinstance(block.mlp, FusedMoE) else None
+            if ids_BSK is not None:
+                ids_BSK = self.mine(ids_BSK.movedim(1, -1)).movedim(-1, 1).contiguous()
             if self.recompute and self.training:
                 # Losses are returned, and draws keyed: there is no state to count twice, and none to save.
-                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, cache, seen[block.window], token_mask,
+                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, cache, seen[block.window], token_mask, ids_BSK,
                                             use_reentrant=False, preserve_rng_state=draws is None)
             else:
-                x_BSD, routing = block(x_BSD, rope, draws, cache, seen[block.window], token_mask)
-            routings += [routing] if routing is not None else []
+                x_BSD, routing = block(x_BSD, rope, draws, cache, seen[block.window], token_mask, ids_BSK)
+            if routing is not None:
+                routings.append(routing._replace(ids=None))     # which would live until the last block is done
+                if tape is not None:
+                    tape.take(row, routing.ids)
         if cache is not None:
             cache.length += S
         return self.norm(x_BSD) if self.last else x_BSD, routings
@@ -337,11 +348,11 @@ class GPT(nn.Module):
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)
 
     def forward(self, tokens_BS, targets_BS, draws: Draws | None = None, token_mask=None, documents_BS=None,
-                positions_BS=None, x_BSD=None) -> Losses:
+                positions_BS=None, tape: Tape | None = None, x_BSD=None) -> Losses:
         """targets_BS int64, -100 where a token does not count, nor does any that token_mask calls a pad; the others as
         in `hidden`. Of a piece: its own layers' part of each loss, 0 where the head is another's, and its layers' rows.
         """
-        x_BSD, routings = self.hidden(tokens_BS, draws, None, token_mask, documents_BS, positions_BS, x_BSD)
+        x_BSD, routings = self.hidden(tokens_BS, draws, None, token_mask, documents_BS, positions_BS, tape, x_BSD)
         token_loss, rest = x_BSD.new_zeros((), dtype=real(x_BSD.dtype)), x_BSD
         if self.last:
             if token_mask is not None:
@@ -350,7 +361,7 @@ class GPT(nn.Module):
         if not routings:
             none, zero = torch.zeros(0, dtype=torch.int32, device=tokens_BS.device), torch.zeros_like(token_loss)
             return Losses(token_loss, zero, none.view(0, 0), none, none, zero.detach(), rest)
-        loss, counts, dropped, bad, balance = (torch.stack(column) for column in zip(*routings, strict=True))
+        loss, counts, dropped, bad, balance = map(torch.stack, list(zip(*routings, strict=True))[:5])
         layers = self.config.moe_layers
         return Losses(token_loss, loss.sum() / layers, counts, dropped, bad, balance.sum() / layers, rest)
 

@@ -14,11 +14,15 @@ with Draws every random number is a function of (seed, step, name, global token)
 them torch's generator gives the numbers. Capacity, noise, jitter and forced balance act in training only: evaluation
 and generation are dropless.
 
+A layer that is given `ids` (router replay) takes each token's experts from them; weights, losses, capacity and every
+gradient are as if its router had chosen them. A token without any, -1 in all places, chooses for itself.
+
 A token that `token_mask` calls unreal, a pad, has no experts: its ids are -1, it fills no place and enters no count and
 no mean. Real tokens get what they get without pads, but for random numbers, which go by place.
 """
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from typing import NamedTuple, Protocol
@@ -86,6 +90,7 @@ class Routing(NamedTuple):
     dropped: torch.Tensor   # int32 scalar, copies that capacity dropped
     bad: torch.Tensor       # int32 scalar, tokens whose logits are not finite: their outputs are NaN
     balance: torch.Tensor   # the balance loss without its weight and without a gradient; 0 if the weight is 0
+    ids: torch.Tensor       # int32, x's shape with K for D: the experts of each token before capacity, -1 for a pad
 
 
 class _Gradless(torch.autograd.Function):
@@ -281,10 +286,10 @@ class FusedMoE(nn.Module):
         self.keep(bias_E)       # from before fn, which may have rounded it
         return self
 
-    def forward(self, x, draws: Draws | None = None, token_mask=None):
+    def forward(self, x, draws: Draws | None = None, token_mask=None, ids=None):
         """draws: of noise and jitter, None: torch's generator. token_mask: bool, x's shape without D, True for a real
         token. The losses are then means over the scopes that have one, among those of this rank. A mask costs a host
-        read, as capacity does: of the number of copies."""
+        read, as capacity does: of the number of copies. ids: int32, as Routing.ids; in [0, E), a token's distinct."""
         D = self.gate.in_features
         if x.ndim < 2 or x.shape[-1] != D or not x.is_floating_point():
             raise ValueError(f"FusedMoE: x is {x.dtype} {list(x.shape)}, wanted floating point, [S, {D}] or "
@@ -297,11 +302,15 @@ class FusedMoE(nn.Module):
             if self.balanced and self.training:
                 raise ValueError("FusedMoE: balanced deals experts out by place and would count pads: leave out "
                                  "token_mask or balanced")
+        if ids is not None and (ids.dtype, ids.shape) != (torch.int32, (*x.shape[:-1], self.top_k)):
+            raise ValueError(f"FusedMoE: ids are {ids.dtype} {list(ids.shape)}, wanted torch.int32 "
+                             f"{[*x.shape[:-1], self.top_k]}, as Routing.ids are")
         with torch.autocast(x.device.type, enabled=False):
-            weights_TK, ids_TK, routing = self.route(x_BSD, draws, mask_BS)
+            weights_TK, ids_TK, routing = self.route(x_BSD, draws, mask_BS, ids)
+        routing = routing._replace(ids=routing.ids.view(*x.shape[:-1], self.top_k))
         x_TD = x_BSD.flatten(0, 1)
         if self.exchange is None:
-            absent = mask_BS is not None or (self.training and self.capacity_factor)
+            absent = mask_BS is not None or ids is not None or (self.training and self.capacity_factor)
             num_copies = (ids_TK >= 0).sum().item() if absent else None
             y_TD = self.experts(x_TD, weights_TK, ids_TK, num_copies)
         else:
@@ -311,7 +320,7 @@ class FusedMoE(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view(x.shape), routing
 
-    def route(self, x_BSD, draws, mask_BS):
+    def route(self, x_BSD, draws, mask_BS, forced=None):
         """-> weights_TK, ids_TK (-1 where dropped or not real), Routing."""
         B, S, _ = x_BSD.shape
         x_TD = x_BSD.flatten(0, 1).to(self.real)
@@ -321,10 +330,15 @@ class FusedMoE(nn.Module):
         if self.noise_E is not None and self.training:
             logits_TE = noisy(logits_TE, self.noise_E.to(self.real), draws and draws.at(self.name + ".noise"))
         logits_TE, bad_T1 = finite(logits_TE)
-        weights_TK, ids_TK, scores_TE = ops.router(
-            logits_TE, self.top_k, score=self.score,
+        router = functools.partial(
+            ops.router, logits_TE, self.top_k, score=self.score,
             select_bias_E=None if self.select_bias_E is None else self.select_bias_E.float(),
-            norm_p=self.norm_p, scale=self.scale, balanced=self.balanced and self.training)
+            norm_p=self.norm_p, scale=self.scale)
+        weights_TK, ids_TK, scores_TE = router(balanced=self.balanced and self.training)
+        if forced is not None:
+            forced_TK = forced.reshape(-1, self.top_k)
+            ids_TK = torch.where((forced_TK == -1).all(1, keepdim=True), ids_TK, forced_TK)
+            weights_TK, ids_TK, scores_TE = router(ids_TK=ids_TK)
         weights_TK = weights_TK.masked_fill(bad_T1, math.nan)
         if mask_BS is not None:
             ids_TK = ids_TK.masked_fill(~mask_BS.view(-1, 1), -1)
@@ -344,7 +358,7 @@ class FusedMoE(nn.Module):
             if (self.balance_weight or self.z_weight) and not torch.is_grad_enabled():
                 loss = gradless(loss, self.name)
         return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped,
-                                            bad_T1.sum(dtype=torch.int32), balance.detach())
+                                            bad_T1.sum(dtype=torch.int32), balance.detach(), ids_TK)
 
     def tokens(self, x_BSD, mask_BS, scopes):
         """int64 [G]: the real tokens of each scope, on all ranks."""

@@ -126,7 +126,7 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens_BS, targets_BS, draws=None, token_mask=None, documents_BS=None,
-                positions_BS=None) -> Losses:
+                positions_BS=None, tape=None) -> Losses:
         """As GPT.forward, without a gradient: this stage's part of each loss, and rows of all MoE layers, 0 in those of
         others, so that the sum over the stages is the model's. All stages call, with the same arguments and in the
         same order; one that calls again, for the next micro-batch, computes while the others still have this one.
@@ -139,7 +139,7 @@ class Stage(nn.Module):
             if not piece.first:
                 x_BSD = torch.empty(B, S // mesh.config.sequence, c.dim, dtype=self.dtype, device=tokens_BS.device)
                 dist.recv(x_BSD, before, group=group)
-            out = piece(tokens_BS, targets_BS, draws, token_mask, documents_BS, positions_BS, x_BSD)
+            out = piece(tokens_BS, targets_BS, draws, token_mask, documents_BS, positions_BS, tape, x_BSD)
             if not piece.last:
                 dist.send(out.x_BSD, after, group=group)
             parts.append((out.token_loss, out.aux_loss, out.balance))
