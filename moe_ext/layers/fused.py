@@ -163,7 +163,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.up_proj(x) if self.gate_proj is None else torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
-        return self.down_proj(ops.activation(h.flatten(0, -2), self.act).view(*h.shape[:-1], -1))
+        return self.down_proj(ops.activation(h.flatten(0, -2), self.act).unflatten(0, h.shape[:-1]))
 
 
 class Gate(nn.Linear):
