@@ -13,10 +13,10 @@ where the matrix has fewer bits, and computed with in the dtype of x.
 
 A module with factors changes its class to a subclass of its own, which `merge_lora` takes back.
 """
+import collections
 import functools
 import math
 import re
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +180,10 @@ def computed_dtype(x):
 
 class LowRankLinear:
     """What a linear layer becomes: weight [out,in], lora_A [r,in], lora_B [out,r]."""
-    lora_pairs = MappingProxyType({"weight": "lora"})       # matrix: what its factors' names begin with
+    @staticmethod
+    def pairs_of(_):
+        """{matrix: what the names of its factors begin with}."""
+        return {"weight": "lora"}
 
     def forward(self, x):
         u = F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
@@ -191,13 +194,15 @@ class LowRankLinear:
         return (rank, self.in_features), (self.out_features, rank)
 
     def delta(self, _, A, B):
-        """What the factors add to the matrix."""
+        """B A in the shape of the matrix."""
         return B @ A
 
 
 class LowRankExperts:
     """What Experts become."""
-    lora_pairs = MappingProxyType({"w13_E2FD": "w13_lora", "w2_EDF": "w2_lora"})
+    @staticmethod
+    def pairs_of(_):
+        return {"w13_E2FD": "w13_lora", "w2_EDF": "w2_lora"}
 
     def compute(self, x_RD, weights_RK, index, num_copies):
         dtype = computed_dtype(x_RD)
@@ -221,33 +226,33 @@ class LowRankExperts:
 
 
 @functools.cache
-def with_factors(plain: type) -> type | None:
-    """The class of a module of class `plain` that has factors; None for one that can have none."""
-    kinds = {nn.Linear: LowRankLinear, Linear: LowRankLinear, Experts: LowRankExperts}
-    if plain not in kinds:
-        return None
-    return type(f"LoRA{plain.__name__}", (kinds[plain], plain), {"plain": plain, "__module__": __name__})
+def with_factors(mixin: type, plain: type) -> type:
+    """The class of a module of class `plain` that has factors."""
+    return type(f"LoRA{plain.__name__}", (mixin, plain), {"plain": plain, "__module__": __name__})
 
 
-def adapted(model: nn.Module):
-    """(name, module) of each module that has factors."""
-    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_scale")]
+def kind(module: nn.Module) -> type | None:
+    """How a module can have factors; None if it cannot."""
+    return {nn.Linear: LowRankLinear, Linear: LowRankLinear, Experts: LowRankExperts}.get(type(module))
 
 
-def candidates(model: nn.Module, kind=with_factors):
-    """-> {name that a target can match: (module's name, module, parameter's name)}; a linear layer goes by its module's
-    name, a matrix of experts by the parameter's."""
+def has_lora(module: nn.Module) -> bool:
+    return hasattr(module, "lora_scale")
+
+
+def candidates(model: nn.Module, kind=kind):
+    """-> {name that a target can match: (module's name, module, matrix)}; a linear layer goes by its module's name, a
+    matrix of experts by the parameter's."""
     found = {}
     for name, module in model.named_modules():
-        cls = type(module) if hasattr(module, "lora_scale") else kind(type(module))
-        for parameter in () if cls is None else cls.lora_pairs:
-            full = name if parameter == "weight" else f"{name}.{parameter}".lstrip(".")
-            found[full] = name, module, parameter
+        mixin = module if has_lora(module) else kind(module)
+        for matrix in () if mixin is None else mixin.pairs_of(module):
+            found[name if matrix == "weight" else f"{name}.{matrix}".lstrip(".")] = name, module, matrix
     return found
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float = 0.0, *, seed: int = 0,
-             kind=with_factors) -> list[str]:
+             kind=kind) -> list[str]:
     """Give low-rank factors to what `targets`, a regular expression, finds (re.search) among the names of linear layers
     (layers.0.self_attn.q_proj) and of the experts' matrices (layers.0.mlp.experts.w13_E2FD). In place; before
     parallelize. -> the factors' names. Freezes nothing.
@@ -273,20 +278,24 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, dropout: f
         names = sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", full) for full in known})
         raise ValueError(f"add_lora: targets {targets!r} finds nothing that can have factors. Here these can: "
                          f"{', '.join(names) or 'none'}. A target is searched for in such names (re.search)")
-    for full, (_, module, parameter) in chosen.items():
-        if hasattr(module, "lora_scale"):
+    holders = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for full, (_, module, matrix) in chosen.items():
+        if holders[id(module.get_parameter(matrix))] > 1:
+            raise ValueError(f"add_lora: {full} is tied to another layer, whose matrix merge_lora would change too. "
+                             "Hint: other targets")
+        if has_lora(module):
             raise ValueError(f"add_lora: {full} has LoRA already. Hint: merge_lora(model) first, or other targets")
-        if dropout and parameter != "weight":
+        if dropout and matrix != "weight":
             raise ValueError(f"add_lora: dropout is {dropout}, but experts have none, and targets {targets!r} finds "
                              f"{full}. Hint: dropout 0, or targets without experts")
     made = []
-    for name, module, parameter in chosen.values():
-        if not hasattr(module, "lora_scale"):
-            module.__class__ = kind(type(module))
+    for name, module, matrix in chosen.values():
+        if not has_lora(module):
+            module.__class__ = with_factors(kind(module), type(module))
             module.lora_scale, module.lora_dropout = alpha / rank, dropout
-        weight = module.get_parameter(parameter)
-        for suffix, shape in zip("AB", module.factor_shapes(parameter, rank), strict=True):
-            factor = f"{module.lora_pairs[parameter]}_{suffix}"
+        weight = module.get_parameter(matrix)
+        for suffix, shape in zip("AB", module.factor_shapes(matrix, rank), strict=True):
+            factor = f"{module.pairs_of(module)[matrix]}_{suffix}"
             module.register_parameter(factor, nn.Parameter(torch.empty(
                 shape, dtype=real(weight.dtype), device=weight.device)))
             made.append(f"{name}.{factor}".lstrip("."))
@@ -320,22 +329,20 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def merge_lora(model: nn.Module) -> None:
     """W += (alpha/r) B A, added in float32 (float64 for float64) and rounded once; the factors are gone, the model and
     its state dict are plain. Errors: ValueError for a model without factors, or one whose parameters are sharded."""
-    modules = adapted(model)
+    modules = [module for module in model.modules() if has_lora(module)]
     if not modules:
         raise ValueError("merge_lora: the model has no LoRA. Hint: add_lora(model, rank, alpha, targets)")
     sharded = [name for name, p in model.named_parameters() if hasattr(p, "placements")]
     if sharded:
         raise ValueError(f"merge_lora: {sharded[0]} is sharded over ranks. Hint: load the checkpoint in one process, "
                          "into a model with the same add_lora, and merge there")
-    for _, module in modules:
-        for parameter, pair in module.lora_pairs.items():
-            A, B = (getattr(module, f"{pair}_{suffix}", None) for suffix in "AB")
-            if A is None:
-                continue
-            weight = module.get_parameter(parameter)
-            delta = module.delta(parameter, A, B).mul_(module.lora_scale)
-            weight.copy_(weight + delta)
-            delattr(module, f"{pair}_A")
-            delattr(module, f"{pair}_B")
+    for module in modules:
+        for matrix, pair in module.pairs_of(module).items():
+            if hasattr(module, f"{pair}_A"):
+                A, B = (module.get_parameter(f"{pair}_{suffix}") for suffix in "AB")
+                weight = module.get_parameter(matrix)
+                weight.copy_(weight + module.delta(matrix, A, B).mul_(module.lora_scale))
+                delattr(module, f"{pair}_A")
+                delattr(module, f"{pair}_B")
         del module.lora_scale, module.lora_dropout
         module.__class__ = module.plain
