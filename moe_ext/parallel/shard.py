@@ -26,6 +26,8 @@ from moe_ext.parallel.stages import Stage, cut
 from moe_ext.parallel.tensor import ROWS, distribute, sum_replicated, tensor_parallel
 from moe_ext.parallel.trace import TracedExchange
 
+WITHOUT_HIDDEN = "w13_lora_A", "w2_lora_B"      # of the experts' low-rank factors: no F to cut
+
 
 def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = None, trace: bool = False) -> None:
     """Spread a GPT, a Block or a FusedMoE over the mesh, in place. One process: nothing.
@@ -61,8 +63,9 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
     axes = [axis for axis in ("ep", "etp") if getattr(c, axis) > 1]
     if axes:
         def placements(name):
-            # both matrices have F there; w13's bias is whole and sliced, w2's is whole and added by rank 0
-            on = {"ep": Shard(0), "etp": Replicate() if "bias" in name else Shard(2)}
+            # both matrices have F there, and the factors beside it; w13's bias is whole and sliced, w2's is whole and
+            # added by rank 0
+            on = {"ep": Shard(0), "etp": Replicate() if name in WITHOUT_HIDDEN or "bias" in name else Shard(2)}
             return [on[axis] for axis in axes]
 
         def used(name, local):
@@ -88,7 +91,8 @@ def dense_dim(name: str, tp: int) -> int:
 
 def experts_dim(name: str, etp: int) -> int:
     """The dimension of an expert parameter that FSDP shards: neither ep's nor etp's."""
-    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1}[name]
+    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1, "w13_lora_A": 2, "w2_lora_B": 1,
+            "w13_lora_B": 2 if etp == 1 else 3, "w2_lora_A": 2 if etp == 1 else 1}[name]
 
 
 def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
@@ -97,8 +101,16 @@ def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
     if sizes["rep"] * sizes[axis] == 1:
         return
     names = {id(p): name for name, p in module.named_parameters()}
+
+    def placement(p):
+        cut = dim(names[id(p)])
+        if cut and p.shape[cut] % sizes[axis]:
+            raise ValueError(f"parallelize: {sizes[axis]} ranks ({axis}) cannot share dimension {cut} of "
+                             f"{names[id(p)]} {list(p.shape)} evenly. Hint: of a low-rank factor, another rank")
+        return Shard(cut)
+
     fully_shard(module, mesh=device_mesh["rep", axis] if sizes["rep"] > 1 else device_mesh[axis],
-                shard_placement_fn=lambda p: Shard(dim(names[id(p)])), **options)
+                shard_placement_fn=placement, **options)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)      # gloo has no PREMUL_SUM
 
