@@ -57,8 +57,8 @@ WHOLE = re.compile(r"step-(\d{6,})(\.old)?")       # .old: set aside while a sav
 # select_bias_rate above 0): a checkpoint continues with other values of these. Any other field makes another model, one
 # that is not decided yet too. A new field's default is what versions without it did.
 TRAINING_ONLY = {"model." + name for name in (
-    "seq_len", "dropout", "init_std", "moe.jitter", "moe.balanced", "moe.capacity_factor", "moe.drop_by", "moe.scope",
-    "moe.balance_form", "moe.balance_weight", "moe.z_weight")}
+    "seq_len", "dropout", "init_std", "tune.train", "tune.freeze", "moe.jitter", "moe.balanced", "moe.capacity_factor",
+    "moe.drop_by", "moe.scope", "moe.balance_form", "moe.balance_weight", "moe.z_weight")}
 
 
 class CheckpointError(ValueError):
@@ -367,7 +367,7 @@ def moved_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
 
 def class_of(optimizer: torch.optim.Optimizer) -> str:
     """"AdamW", or "AdamW + Muon": of the optimizers of all ranks, as stages may have different ones. Collective."""
-    classes = [{type(part).__name__ for part in parts_of(optimizer)}]
+    classes = [{type(part).__name__ for part in parts_of(optimizer) for group in part.param_groups if group["params"]}]
     if ranks() > 1:
         own, classes = classes[0], [None] * ranks()
         dist.all_gather_object(classes, own)

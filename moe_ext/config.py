@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import fnmatch
 import io
 import json
 import math
@@ -98,6 +99,42 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """What of the model moves: by default all of it. Patterns are of names, as fnmatch has them, between commas:
+    "*.experts.*, lm_head.weight"; each must fit something (moe_ext.tune.check)."""
+    train: str = ""                     # patterns of the parameters that move; "": all, but beside adapters none
+    freeze: str = ""                    # patterns of parameters that rest, whatever `train` says; "": none
+    lora_rank: int = 0                  # columns of the adapters, low-rank terms added to matrices; 0: no adapters
+    lora_alpha: float = 16.0            # an adapter's term counts alpha / rank times
+    # patterns of what has adapters: modules that are a matrix (as q_proj) or a layer's experts
+    lora_targets: str = "*_proj, *.experts"
+
+    def __post_init__(self):
+        require(self.lora_rank >= 0, f"model.tune.lora_rank is {self.lora_rank}; it cannot be negative")
+        require(0 < self.lora_alpha < math.inf, f"model.tune.lora_alpha is {self.lora_alpha}; it must be positive and "
+                "finite")
+        require(not self.lora_rank or bool(patterns(self.lora_targets)), "model.tune.lora_targets is empty, so "
+                "model.tune.lora_rank adds adapters to nothing: name modules, as in \"*_proj, *.experts\"")
+
+    def moves(self, name: str) -> bool:
+        """Whether the parameter of this name moves."""
+        chosen = fits(name, self.train) if self.train else not self.lora_rank
+        return (chosen or LORA in name) and not fits(name, self.freeze)
+
+
+LORA = ".lora_"         # in the name of an adapter's parameters
+
+
+def patterns(text: str) -> list[str]:
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def fits(name: str, text: str) -> bool:
+    """Whether one of the patterns is of this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns(text))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int = 4096              # rows of the embedding; at least the tokenizer's vocabulary
     seq_len: int = 256                  # tokens per training sequence and the longest context
@@ -126,6 +163,7 @@ class ModelConfig:
     dropout: float = 0.0                # probability, after the embedding, attention and MLP (training only)
     init_std: float = 0.02              # of every matrix; residual outputs get init_std / sqrt(2 * layers)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "layers", "dim", "heads", "hidden"):

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from moe_ext import checkpoint, choices, keep_freed_memory, private
-from moe_ext.config import Config, named_sets, parse, plain, require
+from moe_ext import checkpoint, choices, keep_freed_memory, private, tune
+from moe_ext.config import Config, TuneConfig, named_sets, parse, plain, require
 from moe_ext.data import Loader, open_data
 from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
 from moe_ext.generate import complete, load_tokenizer
@@ -96,8 +96,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     for path, mine, its in zip((config.data.train, *paths.values()), here, there, strict=True):
         require(mine == its, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use "
                 "storage that they share")
-    if config.optim.rule:       # without one every parameter has its optimizer
-        checkpoint.together(lambda: check_rule(GPT(config.model, device="meta"), config.optim))
+    if config.optim.rule or config.model.tune != TuneConfig():      # without these there are no names to check
+        checkpoint.together(lambda: check_names(config, GPT(config.model, device="meta")))
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)
@@ -330,12 +330,18 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
+def check_names(config: Config, model: GPT) -> None:
+    """ConfigError where the patterns of model.tune or optim.rule do not fit the names of the whole model."""
+    tune.check(model)
+    check_rule(model, config.optim)
+
+
 def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     """What a run refuses before its first step, without its ranks and their memory: `model` lies on the meta device."""
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
-    check_rule(model, config.optim)
+    check_names(config, model)
     print("\n".join(data_lines(config, data)))
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,

@@ -127,8 +127,9 @@ def accumulate(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumu
     token_loss, aux_loss = out.token_loss / tokens, out.aux_loss / (accumulation * mesh.config.stage)
     loss = scale * (token_loss + aux_loss)
     roots = [(loss, None)] if loss.requires_grad else []
-    roots += [(out.x_BSD, dx_BSD)] if dx_BSD is not None else []
-    torch.autograd.backward(*zip(*roots, strict=True))
+    roots += [(out.x_BSD, dx_BSD)] if dx_BSD is not None and out.x_BSD is not None else []
+    if roots:       # a beginning of the model may be frozen
+        torch.autograd.backward(*zip(*roots, strict=True))
     return token_loss.detach() / mesh.config.tp, aux_loss.detach()
 
 

@@ -111,9 +111,9 @@ def where(p: Sharded) -> Where:
 def listed(model: ModelConfig, optim: OptimConfig) -> dict[str, list[tuple]]:
     """Optimizer -> of its parameters, in its order, (layer, or which end of the model has it, name in it, shape)."""
     layers, begin, end = parts(model)
-    found = {name: (where, name, shape) for where, some in (("begin", begin), ("end", end)) for name, shape in some}
-    found |= {name: ("both", name, shape) for name, shape in begin if (name, shape) in end}
-    found |= {f"layers.{i}.{name}": (i, name, shape) for i, layer in enumerate(layers) for name, shape in layer}
+    found = {name: (where, name, shape) for where, some in (("begin", begin), ("end", end)) for name, shape, _ in some}
+    found |= {name: ("both", name, shape) for name, shape, moves in begin if (name, shape, moves) in end}
+    found |= {f"layers.{i}.{name}": (i, name, shape) for i, layer in enumerate(layers) for name, shape, _ in layer}
     return {optimizer: [found[name] for name in names] for optimizer, names in chosen(model, optim).items()}
 
 

@@ -96,7 +96,7 @@ def forward_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None
                   parts: int = 1) -> tuple[float, float]:
     """Of the matrix products of one token, parts as in keys_seen: (in the blocks, in the head)."""
     weights = 0
-    for name, shape, count in kinds(model, pieces):
+    for name, shape, _, count in kinds(model, pieces):
         if name.startswith("layers.") and name.endswith(("weight", "E2FD", "EDF")) and len(shape) > 1:
             active = model.moe.top_k / model.moe.experts if ".experts." in name else 1
             weights += count * math.prod(shape) * active
