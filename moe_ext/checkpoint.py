@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import norm_power
+from moe_ext.layers.lora import is_factor
 from moe_ext.optim.together import parts_of
 from moe_ext.parallel.stages import Stage
 
@@ -195,21 +196,22 @@ def read_state(path: str | Path) -> State:
 
 
 def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, loader=None,
-         config: dict | None = None) -> State:
+         config: dict | None = None, adapters: bool = True) -> State:
     """Read a checkpoint into model, and with an optimizer and a loader continue its run: their state and torch's RNG.
 
     Without an optimizer only the model is read (evaluation, sampling). config: the wanted dataclasses.asdict(Config);
     if its "model" is another one, that is an error naming the fields (TRAINING_ONLY). Every tensor of the model and the
     optimizer must be in the checkpoint with its shape and dtype, and every such tensor of the checkpoint in them;
     nothing is touched before that is certain on every rank. Collective; rank 0's path holds. The mesh is free: each
-    rank reads the boxes that it needs. Errors: FileNotFoundError, CheckpointError, OSError, on every rank the same.
+    rank reads the boxes that it needs. adapters: False if a model with adapters may keep them as they are where the
+    checkpoint has none. Errors: FileNotFoundError, CheckpointError, OSError, on every rank the same.
     """
     path, state = on_rank_0(lambda: (Path(path), read_state(path)))
     reader = HuggingFaceStorageReader(str(path))
     if optimizer is not None and (kind := class_of(optimizer)) != state.optimizer["class"]:
         raise CheckpointError(f"{path}: optimizer: got the state of {state.optimizer['class']}, wanted that of {kind}: "
                               "resume with the optimizer that wrote it, optim.name and optim.rule as they were")
-    stored, tensors = together(lambda: fitting(path, state, reader, model, optimizer, config))
+    stored, tensors = together(lambda: fitting(path, state, reader, model, optimizer, config, adapters))
     states = {}
     if optimizer is not None:
         for part in parts_of(optimizer):
@@ -230,8 +232,8 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: torch.nn.Module,
-            optimizer: torch.optim.Optimizer | None, config: dict | None) -> tuple[dict, dict]:
-    """The stored tensors' metadata and the model's tensors. CheckpointError unless the checkpoint is one of this model
+            optimizer: torch.optim.Optimizer | None, config: dict | None, adapters: bool) -> tuple[dict, dict]:
+    """The stored tensors' metadata and the model's tensors, those to be read. CheckpointError unless the checkpoint is one of this model
     and optimizer (and of this config's model, if one is given)."""
     if config is not None:
         differing = [f"{name}: the checkpoint has {was!r}, this run wants {now!r}"
@@ -244,18 +246,23 @@ def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: t
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {error}; a truncated or damaged .safetensors file: use an earlier "
                               "checkpoint") from None
-    check(path, "model.", stored, model_tensors(model.whole if isinstance(model, Stage) else model))
+    without = not adapters and not any(map(is_factor, stored))
+
+    def wanted(model):
+        return {name: tensor for name, tensor in model_tensors(model).items() if not (without and is_factor(name))}
+
+    check(path, "model.", stored, wanted(model.whole if isinstance(model, Stage) else model))
     if optimizer is not None:
         check_moved(path, model, optimizer, state.optimizer)
         check_names(path, "optim.", stored, {f"optim.{name}.{key}" for name, of in state.optimizer["states"].items()
                                              for key in of})
         check(path, "rng.cpu", stored, {"rng.cpu": torch.get_rng_state()})
-    return stored, model_tensors(model)
+    return stored, wanted(model)
 
 
-def check_model(path: str | Path, model: torch.nn.Module, *, config: dict | None = None) -> None:
+def check_model(path: str | Path, model: torch.nn.Module, *, config: dict | None = None, adapters: bool = True) -> None:
     """What load would refuse of the model and the config; the model may lie on the meta device. Errors: as load."""
-    fitting(Path(path), read_state(path), HuggingFaceStorageReader(str(path)), model, None, config)
+    fitting(Path(path), read_state(path), HuggingFaceStorageReader(str(path)), model, None, config, adapters)
 
 
 def rank() -> int:

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import fnmatch
 import io
 import json
 import math
@@ -100,38 +99,46 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """What of the model moves: by default all of it. Patterns are of names, as fnmatch has them, between commas:
-    "*.experts.*, lm_head.weight"; each must fit something (moe_ext.tune.check)."""
-    train: str = ""                     # patterns of the parameters that move; "": all, but beside adapters none
-    freeze: str = ""                    # patterns of parameters that rest, whatever `train` says; "": none
-    lora_rank: int = 0                  # columns of the adapters, low-rank terms added to matrices; 0: no adapters
-    lora_alpha: float = 16.0            # an adapter's term counts alpha / rank times
-    # patterns of what has adapters: modules that are a matrix (as q_proj) or a layer's experts
-    lora_targets: str = "*_proj, *.experts"
+    """What of the model moves: by default all of it. `train`, `freeze` and `lora_targets` are regular expressions
+    between commas, searched for in names, as "experts, lm_head"; each must find something (moe_ext.tune.check)."""
+    train: str = ""                     # the parameters that move; "": all, or with adapters these alone
+    freeze: str = ""                    # parameters that rest, whatever `train` says; "": none
+    lora_rank: int = 0                  # r: W becomes W + alpha / r * B A, with A of r rows and B of r columns; 0: no LoRA
+    lora_alpha: float = 16.0            # weight of what the adapters add, times r
+    lora_targets: str = ""              # matrices with adapters; "": all of attention, MLPs and experts
 
     def __post_init__(self):
+        for name in ("train", "freeze", "lora_targets"):
+            for pattern in patterns(getattr(self, name)):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"model.tune.{name}: {pattern!r} is no regular expression: {error}") from None
         require(self.lora_rank >= 0, f"model.tune.lora_rank is {self.lora_rank}; it cannot be negative")
         require(0 < self.lora_alpha < math.inf, f"model.tune.lora_alpha is {self.lora_alpha}; it must be positive and "
                 "finite")
-        require(not self.lora_rank or bool(patterns(self.lora_targets)), "model.tune.lora_targets is empty, so "
-                "model.tune.lora_rank adds adapters to nothing: name modules, as in \"*_proj, *.experts\"")
+        require(self.lora_rank > 0 or not self.lora_targets, f"model.tune.lora_targets is {self.lora_targets!r}, but "
+                "model.tune.lora_rank is 0: set both or none")
 
-    def moves(self, name: str) -> bool:
-        """Whether the parameter of this name moves."""
-        chosen = fits(name, self.train) if self.train else not self.lora_rank
-        return (chosen or LORA in name) and not fits(name, self.freeze)
+    @property
+    def targets(self) -> str:
+        """lora_targets in one regular expression."""
+        return "|".join(patterns(self.lora_targets)) or "."
 
-
-LORA = ".lora_"         # in the name of an adapter's parameters
+    def moves(self, name: str, adapter: bool = False) -> bool:
+        """Whether the parameter of this name moves; adapter: whether it is one of an adapter."""
+        chosen = finds(self.train, name) if self.train else not self.lora_rank
+        return (chosen or adapter) and not finds(self.freeze, name)
 
 
 def patterns(text: str) -> list[str]:
+    """The regular expressions of a field of model.tune."""
     return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
-def fits(name: str, text: str) -> bool:
-    """Whether one of the patterns is of this name."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns(text))
+def finds(text: str, name: str) -> bool:
+    """Whether one of them is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns(text))
 
 
 @dataclass(frozen=True)
@@ -599,7 +606,8 @@ class Config:
             require(mesh.ep == mesh.etp == 1, "mesh.ep and mesh.etp spread experts, but model.moe.experts is 0: set "
                     "both to 1")
         if mesh.tp > 1:
-            shares["fsdp * mesh.sp"] = {"model.dim": model.dim}
+            shares["fsdp * mesh.sp"] = {"model.dim": model.dim} | (
+                {"model.tune.lora_rank": model.tune.lora_rank} if model.tune.lora_rank else {})
         share = model.seq_len // mesh.sequence * moe.top_k
         dealt = moe.balanced and moe.experts and mesh.world > 1
         require(not dealt or share % moe.experts == 0, f"model.moe.balanced deals a rank's copies out from the first "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from moe_ext import ops
 from moe_ext.attention import Documents, attend, computed_in, visible
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, site
+from moe_ext.layers.lora import add_lora, candidates, is_factor
 from moe_ext.ops.define import real
 
 
@@ -240,8 +242,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
         self.mine = lambda x_BS: x_BS       # of ids, positions or a mask those of this rank's tokens
+        if c.tune.lora_rank and any(re.search(c.tune.targets, name) for name in candidates(self)):  # not in every piece
+            add_lora(self, c.tune.lora_rank, c.tune.lora_alpha, c.tune.targets)
         for name, p in self.named_parameters():
-            p.requires_grad_(c.tune.moves(name))
+            p.requires_grad_(c.tune.moves(name, is_factor(name)))
         if not next(self.parameters()).is_meta:     # shapes alone: whoever gives them memory calls init_weights
             self.init_weights(seed)
 

@@ -116,7 +116,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             scaler.load_state_dict(state.extra)
     elif weights_from is not None:
         checkpoint.on_rank_0(lambda: check_words(weights_from, config))
-        first = checkpoint.load(weights_from, model=model)
+        first = checkpoint.load(weights_from, model=model, adapters=False)
 
     # the run folder
     setup = mesh.each([1e3 * (time.perf_counter() - read), 1e3 * (read - began)])
@@ -349,7 +349,8 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     elif weights_from:
         check_words(weights_from, config)
     if path := start_from or weights_from:
-        checkpoint.check_model(path, model, config=dataclasses.asdict(config) if start_from else None)
+        checkpoint.check_model(path, model, config=dataclasses.asdict(config) if start_from else None,
+                               adapters=start_from is not None)
 
 
 def main() -> None:

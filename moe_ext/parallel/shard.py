@@ -61,8 +61,8 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
     axes = [axis for axis in ("ep", "etp") if getattr(c, axis) > 1]
     if axes:
         def placements(name):
-            # both matrices have F there; w13's bias is whole and sliced, w2's is whole and added by rank 0
-            on = {"ep": Shard(0), "etp": Replicate() if "bias" in name else Shard(2)}
+            # w13's bias is whole and sliced, w2's is whole and added by rank 0
+            on = {"ep": Shard(0), "etp": Shard(2) if has_width(name) else Replicate()}
             return [on[axis] for axis in axes]
 
         def used(name, local):
@@ -86,9 +86,16 @@ def dense_dim(name: str, tp: int) -> int:
     return 1 if tp > 1 and ROWS.search(name) else 0
 
 
+def has_width(name: str) -> bool:
+    """Whether an expert parameter has F as its dimension 2, which etp shards: both matrices, and of their adapters what
+    is on F's side. Biases and the other adapters are whole on every rank."""
+    return name.endswith(("w13_E2FD", "w2_EDF", "w13_lora_B", "w2_lora_A"))
+
+
 def experts_dim(name: str, etp: int) -> int:
     """The dimension of an expert parameter that FSDP shards: neither ep's nor etp's."""
-    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1}[name]
+    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1,
+            "w13_lora_A": 2, "w13_lora_B": 2 if etp == 1 else 3, "w2_lora_A": 2 if etp == 1 else 1, "w2_lora_B": 1}[name]
 
 
 def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:

@@ -24,8 +24,9 @@ from moe_ext.model import GPT, Attention, Block
 from moe_ext.parallel.collectives import as_autocast, gather, reduce_scatter
 from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocabulary_parallel_embedding
 
-ROWS = re.compile(r"(^|\.)((q|k|v|gate|up)_proj|embed_tokens|lm_head)\.weight$")        # of W: outputs of the layer
-COLUMNS = re.compile(r"(^|\.)(o|down)_proj\.weight$")                                   # inputs
+# of W, and of the adapter's B: outputs of the layer
+ROWS = re.compile(r"(^|\.)((q|k|v|gate|up)_proj\.(weight|lora_B)|(embed_tokens|lm_head)\.weight)$")
+COLUMNS = re.compile(r"(^|\.)(o|down)_proj\.(weight|lora_A)$")                          # and of its A: inputs
 SLICED = re.compile(r"(^|\.)((q|k|v|gate|up)_proj\.bias|sinks)$")   # replicated, each rank uses its outputs' part
 ONCE = re.compile(r"(^|\.)(o|down)_proj\.bias$")                # replicated, rank 0 adds it
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig, TuneConfig
 from moe_ext.model import GPT
-from moe_ext.parallel.shard import dense_dim, experts_dim
+from moe_ext.parallel.shard import dense_dim, experts_dim, has_width
 from moe_ext.parallel.stages import cut
 from moe_ext.parallel.tensor import COLUMNS, ROWS
 
@@ -143,10 +143,10 @@ def boxes_of(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> lis
     result, ranks = [], axes(mesh)
     for name, shape, moves, count in kinds(model, pieces):
         block = ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
-        rows, columns, bias = ROWS.search(name), COLUMNS.search(name), "bias" in name
+        rows, columns = ROWS.search(name), COLUMNS.search(name)
         if ".experts." in name:
-            fsdp, dim, partial = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), "etp" if bias else ""
-            whole = first_piece(shape, {0: mesh.ep} if bias else {0: mesh.ep, 2: mesh.etp})
+            fsdp, dim, wide = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), has_width(name)
+            partial, whole = "" if wide else "etp", first_piece(shape, {0: mesh.ep} | ({2: mesh.etp} if wide else {}))
         else:
             fsdp, dim, partial = "fsdp", dense_dim(name, mesh.tp), "" if rows or columns else "tp"
             whole = first_piece(shape, {0: mesh.tp} if rows else {1: mesh.tp} if columns else {})
