@@ -103,9 +103,9 @@ class TuneConfig:
     between commas, searched for in names, as "experts, lm_head"; each must find something (moe_ext.tune.check)."""
     train: str = ""                     # the parameters that move; "": all, or with adapters these alone
     freeze: str = ""                    # parameters that rest, whatever `train` says; "": none
-    lora_rank: int = 0                  # r: W becomes W + alpha / r * B A, with A of r rows and B of r columns; 0: no LoRA
-    lora_alpha: float = 16.0            # weight of what the adapters add, times r
-    lora_targets: str = ""              # matrices with adapters; "": all of attention, MLPs and experts
+    lora_rank: int = 0                  # rows of A and columns of B in W + alpha / rank * B A; 0: no adapters
+    lora_alpha: float = 16.0            # what B A counts, times the rank
+    lora_targets: str = ""              # the matrices W with adapters A and B; "": all of attention, MLPs and experts
 
     def __post_init__(self):
         for name in ("train", "freeze", "lora_targets"):

@@ -46,7 +46,18 @@ from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.shard import build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
-from moe_ext.run import absolute, begin, check, check_words, data_lines, loader_options, locked, own, same_evaluation
+from moe_ext.run import (
+    absolute,
+    begin,
+    carry,
+    check,
+    check_words,
+    data_lines,
+    loader_options,
+    locked,
+    own,
+    same_evaluation,
+)
 
 
 @dataclass(frozen=True)
@@ -116,11 +127,13 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             scaler.load_state_dict(state.extra)
     elif weights_from is not None:
         checkpoint.on_rank_0(lambda: check_words(weights_from, config))
-        first = checkpoint.load(weights_from, model=model, adapters=False)
+        first = checkpoint.load(weights_from, model=model, start=True)
 
     # the run folder
     setup = mesh.each([1e3 * (time.perf_counter() - read), 1e3 * (read - began)])
     lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
+    if source := start_from or weights_from:
+        checkpoint.on_rank_0(lambda: carry(source, folder))
     log = Log(config, samples=loader.row, seconds=seconds, flops_per_token=model.flops_per_token(),
               peak_flops=peak_flops(config, device) * mesh.world) if mesh.rank == 0 else Silence()
     log.start(model, start_from, done, lines, data_lines(config, data), setup)
@@ -350,7 +363,7 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
         check_words(weights_from, config)
     if path := start_from or weights_from:
         checkpoint.check_model(path, model, config=dataclasses.asdict(config) if start_from else None,
-                               adapters=start_from is not None)
+                               start=not start_from)
 
 
 def main() -> None:

@@ -94,8 +94,9 @@ def has_width(name: str) -> bool:
 
 def experts_dim(name: str, etp: int) -> int:
     """The dimension of an expert parameter that FSDP shards: neither ep's nor etp's."""
-    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1,
-            "w13_lora_A": 2, "w13_lora_B": 2 if etp == 1 else 3, "w2_lora_A": 2 if etp == 1 else 1, "w2_lora_B": 1}[name]
+    split = etp > 1
+    return {"w13_E2FD": 2 + split, "w13_bias": 2, "w13_lora_A": 2, "w13_lora_B": 2 + split,
+            "w2_EDF": 1, "w2_bias": 1, "w2_lora_A": 2 - split, "w2_lora_B": 1}[name]
 
 
 def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
