@@ -25,8 +25,8 @@ import moe_ext
 from moe_ext import ops
 from moe_ext.attention import Documents, attend, computed_in, visible
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
-from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, site
-from moe_ext.layers.lora import add_lora, candidates, is_factor
+from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, normal_, site
+from moe_ext.layers.lora import add_lora, candidates, init_lora, is_factor
 from moe_ext.ops.define import real
 
 
@@ -204,13 +204,6 @@ def check_integers(name, ids_BS, tokens_BS):
                          f"{list(tokens_BS.shape)} on {tokens_BS.device}")
 
 
-def normal_(parameter, std, seed, place):
-    """Fills a whole parameter [.., n] with N(0, std), drawn by row and column of its [rows, n] view."""
-    rows = parameter.view(-1, parameter.shape[-1])
-    rows.copy_(ops.random_normal(*rows.shape, seed=seed, step=0, site=place, std=std, dtype=rows.dtype,
-                                 device=rows.device))
-
-
 class GPT(nn.Module):
     """tokens_BS int64 -> losses or logits. Parameters are drawn by `init_weights`; dtype is theirs.
 
@@ -255,6 +248,8 @@ class GPT(nn.Module):
         Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases, noise and sinks 0:
         a sink begins as one more token of middling score."""
         for name, p in self.named_parameters():
+            if is_factor(name):
+                continue
             if name.endswith(("bias", "sinks", "noise_E")):
                 p.zero_()
             elif p.ndim == 1:
@@ -263,6 +258,7 @@ class GPT(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2_EDF"))
                 std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
                 normal_(p, std, seed, site(name))
+        init_lora(self, seed, normal_)
         for moe in self.moe_layers():
             if moe.select_bias_E is not None:
                 moe.select_bias_E.zero_()

@@ -37,6 +37,13 @@ def site(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
+def normal_(parameter, std, seed, place):
+    """Fills a whole parameter [.., n] with N(0, std), drawn by row and column of its [rows, n] view."""
+    rows = parameter.view(-1, parameter.shape[-1])
+    rows.copy_(ops.random_normal(*rows.shape, seed=seed, step=0, site=place, std=std, dtype=rows.dtype,
+                                 device=rows.device))
+
+
 class Draws(NamedTuple):
     """Where a forward's random numbers come from: the same on every mesh and in every recomputation."""
     seed: int
@@ -189,7 +196,9 @@ class Experts(nn.Module):
         if x_RD.dtype != self.w2_EDF.dtype and not torch.is_autocast_enabled(x_RD.device.type):
             raise ValueError(f"FusedMoE: x has dtype {x_RD.dtype}, the experts {self.w2_EDF.dtype}. Hint: "
                              f"x.to({self.w2_EDF.dtype}), layer.to({x_RD.dtype}) or torch.autocast")
-        index = ops.route_index(ids_RK, self.w2_EDF.shape[0])
+        return self.compute(x_RD, weights_RK, ops.route_index(ids_RK, self.w2_EDF.shape[0]), num_copies)
+
+    def compute(self, x_RD, weights_RK, index, num_copies):
         w13_bias = None if self.w13_bias is None else self.w13_bias.flatten(1, 2)
         return ops.expert_mlp(x_RD, self.w13_E2FD.flatten(1, 2), None, self.w2_EDF, weights_RK, index, act=self.act,
                               gate_bias=w13_bias, down_bias=self.w2_bias, num_copies=num_copies)

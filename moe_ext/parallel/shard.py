@@ -26,6 +26,8 @@ from moe_ext.parallel.stages import Stage, cut
 from moe_ext.parallel.tensor import ROWS, distribute, sum_replicated, tensor_parallel
 from moe_ext.parallel.trace import TracedExchange
 
+WITHOUT_HIDDEN = "w13_lora_A", "w2_lora_B"      # of the experts' low-rank factors: no F to cut
+
 
 def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = None, trace: bool = False) -> None:
     """Spread a GPT, a Block or a FusedMoE over the mesh, in place. One process: nothing.
@@ -87,16 +89,15 @@ def dense_dim(name: str, tp: int) -> int:
 
 
 def has_width(name: str) -> bool:
-    """Whether an expert parameter has F as its dimension 2, which etp shards: both matrices, and of their adapters what
-    is on F's side. Biases and the other adapters are whole on every rank."""
-    return name.endswith(("w13_E2FD", "w2_EDF", "w13_lora_B", "w2_lora_A"))
+    """Whether dimension 2 of an expert parameter is F, of which etp's ranks have parts: of both matrices, and of the
+    factors beside it."""
+    return not name.endswith(WITHOUT_HIDDEN) and "bias" not in name
 
 
 def experts_dim(name: str, etp: int) -> int:
     """The dimension of an expert parameter that FSDP shards: neither ep's nor etp's."""
-    split = etp > 1
-    return {"w13_E2FD": 2 + split, "w13_bias": 2, "w13_lora_A": 2, "w13_lora_B": 2 + split,
-            "w2_EDF": 1, "w2_bias": 1, "w2_lora_A": 2 - split, "w2_lora_B": 1}[name]
+    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1, "w13_lora_A": 2, "w2_lora_B": 1,
+            "w13_lora_B": 2 if etp == 1 else 3, "w2_lora_A": 2 if etp == 1 else 1}[name]
 
 
 def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:

@@ -24,9 +24,9 @@ from moe_ext.model import GPT, Attention, Block
 from moe_ext.parallel.collectives import as_autocast, gather, reduce_scatter
 from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocabulary_parallel_embedding
 
-# of W, and of the adapter's B: outputs of the layer
+# outputs of the layer, and inputs; of W or of the low-rank factor that has them
 ROWS = re.compile(r"(^|\.)((q|k|v|gate|up)_proj\.(weight|lora_B)|(embed_tokens|lm_head)\.weight)$")
-COLUMNS = re.compile(r"(^|\.)(o|down)_proj\.(weight|lora_A)$")                          # and of its A: inputs
+COLUMNS = re.compile(r"(^|\.)(o|down)_proj\.(weight|lora_A)$")
 SLICED = re.compile(r"(^|\.)((q|k|v|gate|up)_proj\.bias|sinks)$")   # replicated, each rank uses its outputs' part
 ONCE = re.compile(r"(^|\.)(o|down)_proj\.bias$")                # replicated, rank 0 adds it
 
