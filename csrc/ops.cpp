@@ -385,19 +385,33 @@ std::tuple<Tensor, Tensor> exchange_combine(In message, In place, MaybeIn ids, i
 
 // ---- router ---------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, int64_t k, int64_t score,
+// After MOE_BAD_INDEX: says which forced id is out of range or the second of its token.
+[[noreturn]] void bad_choice(const Door &door, const int32_t *ids_TK, int64_t T, int64_t K, int64_t E) {
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t k = 0; k < K; k++)
+            for (int64_t j = 0; j < k; j++)
+                if (const int32_t id = ids_TK[t * K + k]; id >= 0 && id < E && id == ids_TK[t * K + j])
+                    door.fail("ids has expert ", id, " twice for token ", t, ", wanted distinct experts, or -1");
+    door.bad_index("ids", ids_TK, T * K, E, -1);
+}
+
+std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, MaybeIn forced, int64_t k, int64_t score,
                                           double norm_p, double scale, bool balanced) {
     Door door{"router"};
     Dim T{"T"}, E{"E"};
     void *logits_TE = door.in("logits", logits, FLOATS, {&T, &E});
     auto *bias_E = static_cast<float *>(door.in("select_bias", select_bias, only(MOE_F32), {&E}));
     if (k < 1 || k > E) door.fail("k is ", k, ", wanted 1 .. E=", E.n);
+    Dim K{"k", k};
+    auto *forced_TK = door.i32("ids", forced, {&T, &K});
+    if (forced && balanced) door.fail("ids and balanced each make the choice. Hint: balanced=False");
     const int dtype = dtype_of(logits);
     const moe_router_args a = {dtype, door.choice("score", score, MOE_SIGMOID), balanced, T, E, k, norm_p, scale};
     Tensor weights = empty(logits, dtype, {T, k}), ids = empty(logits, MOE_I32, {T, k});
     Tensor scores = empty(logits, dtype, {T, E});
-    door.done(RUN(router, &a, logits_TE, bias_E, weights.data_ptr(), i32(ids), scores.data_ptr()),
-              "wanted no NaN in logits and norm_p=", norm_p, " >= 0. Hint: torch.isnan(logits).any(dim=1)");
+    const int status = RUN(router, &a, logits_TE, bias_E, forced_TK, weights.data_ptr(), i32(ids), scores.data_ptr());
+    if (status == MOE_BAD_INDEX) bad_choice(door, forced_TK, T, k, E);
+    door.done(status, "wanted no NaN in logits and norm_p=", norm_p, " >= 0. Hint: torch.isnan(logits).any(dim=1)");
     return {weights, ids, scores};
 }
 

@@ -78,21 +78,27 @@ def make_norm(c: ModelConfig, **options):
     return nn.LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
 
 
-def rope_angles(positions, columns, base, scale=1.0, context=0):
+def rope_angles(positions, columns, base, scale=1.0, context=0, stretch="yarn"):
     """-> cos, sin, fp64 [.., columns/2]: position * base^(-2i/columns) (Su et al., 2021).
 
-    scale > 1 stretches a context of so many tokens by YaRN (Peng et al., 2023): pairs that turn less than once in it
-    turn `scale` times slower, those that turn more than 32 times as before, and those between by a ramp over i, whose
-    ends are not rounded (gpt-oss). All are longer by 0.1 ln(scale) + 1, for sharper attention.
+    scale > 1 stretches a context of so many tokens, so that pairs of columns turn `scale` times slower:
+    "linear"    all of them (Chen et al., 2023)
+    "yarn"      those that turn less than once in it; those that turn more than 32 times turn as before, and those
+                between by a ramp over i. All are longer by 0.1 ln(scale) + 1, for sharper attention (Peng et al.,
+                2023). The ramp's ends are as they come (gpt-oss) or, "yarn_rounded", rounded outwards
+    "llama3"    those that turn less than once, not more than 4 times, and between by a ramp over turns (Llama 3.1)
     """
     pair = torch.arange(columns // 2, dtype=torch.float64, device=positions.device)
-    frequency, length = base ** (-2 * pair / columns), 1.0
-    if scale > 1:
+    frequency, length, slow = base ** (-2 * pair / columns), 1.0, 1.0
+    if stretch == "llama3":
+        slow = ((4 - context * frequency / (2 * math.pi)) / 3).clamp(0, 1)
+    elif stretch != "linear" and scale > 1:
         first, last = (columns * math.log(context / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (32, 1))
+        if stretch == "yarn_rounded":
+            first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, columns - 1)
-        slow = ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
-        frequency, length = frequency * (1 - slow + slow / scale), 0.1 * math.log(scale) + 1
-    angle = positions.double()[..., None] * frequency
+        slow, length = ((pair - first) / (last - first or 1e-3)).clamp(0, 1), 0.1 * math.log(scale) + 1
+    angle = positions.double()[..., None] * (frequency * (1 - slow + slow / scale))
     return angle.cos() * length, angle.sin() * length
 
 
@@ -156,9 +162,10 @@ class Block(nn.Module):
             self.mlp = FusedMoE(
                 c.dim, m.hidden, m.experts, m.top_k, name=self.name + ".mlp", act=c.act, bias=c.bias,
                 score=m.score, norm_p=m.norm_p, scale=m.scale, select_bias=m.select_bias_rate > 0,
-                router_bias=m.router_bias, noise=m.noise, jitter=m.jitter, balanced=m.balanced,
-                shared_hidden=m.shared_hidden, capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
-                balance_form=m.balance_form, balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
+                groups=m.groups, top_groups=m.top_groups, router_bias=m.router_bias, noise=m.noise, jitter=m.jitter,
+                balanced=m.balanced, shared_hidden=m.shared_hidden, shared_gate=m.shared_gate,
+                capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope, balance_form=m.balance_form,
+                balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
 
     def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None):
         """-> x_BSD, Routing (None for a dense block)."""
@@ -302,7 +309,8 @@ class GPT(nn.Module):
             x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         rope = None
         if c.position == "rope":    # the same for all heads
-            rope = rope_angles(positions.unsqueeze(-1), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context)
+            rope = rope_angles(positions.unsqueeze(-1), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context,
+                               c.rope_stretch)
         documents = None
         if cache is None and (documents_BS is not None or token_mask is not None):
             ids_BS = torch.zeros_like(tokens_BS) if documents_BS is None else documents_BS

@@ -328,6 +328,13 @@ def test_export_leaves_every_size_open(shape):
     (dict(balance_form="mean"), "balance_form is 'mean', wanted one of switch, mse"),
     (dict(score="topk_softmax", select_bias=True), "select_bias would change nothing with topk_softmax"),
     (dict(balanced=True, select_bias=True), "select_bias would change nothing with balanced"),
+    (dict(groups=3), "groups is 3, wanted 1, or a divisor of num_experts = 4"),
+    (dict(groups=4, top_groups=4), "groups is 4, .* leaves each at least 2"),
+    (dict(groups=2, top_groups=3), "top_groups is 3, wanted 1 to groups = 2"),
+    (dict(groups=2, top_k=3), "top_groups is 1, .* enough of their 2 experts for top_k = 3"),
+    (dict(groups=2, score="topk_softmax"), "groups are chosen by scores, not with topk_softmax"),
+    (dict(groups=2, balanced=True), "groups are chosen by scores, not with balanced"),
+    (dict(shared_gate=True), "shared_gate is the gate of a shared expert, but shared_hidden is 0"),
     (dict(capacity_factor=-1.0), "capacity_factor -1.0"),
     (dict(jitter=1.0), "jitter 1.0"),
 ])  # fmt: skip

@@ -51,7 +51,8 @@ def costs(c: ModelConfig) -> list[int]:
     width, matrices = c.heads * c.head_width, 3 if c.act in GATED else 2
     attention = 2 * c.dim * (width + c.kv_groups * c.head_width)
     dense = matrices * c.dim * c.hidden
-    moe = matrices * c.dim * (c.moe.top_k * c.moe.hidden + c.moe.shared_hidden) + c.dim * c.moe.experts
+    moe = matrices * c.dim * (c.moe.top_k * c.moe.hidden + c.moe.shared_hidden)
+    moe += c.dim * (c.moe.experts + c.moe.shared_gate)
     result = [attention + 2 * min(c.window_of(layer) or c.seq_len, c.seq_len) * width
               + (moe if layer >= c.layers - c.moe_layers else dense) for layer in range(c.layers)]
     result[0] += c.dim

@@ -121,6 +121,9 @@ def block(config: Config, sparse: bool, window: int, device: str) -> int:
     inner = routed(config) if sparse else mlp(config, c.hidden)
     if sparse and moe.shared_hidden:
         inner += mlp(config, moe.shared_hidden, shared=True)
+    if sparse and moe.shared_gate:      # what the shared expert gives, its gate, and what that reads if it is cast
+        real, half = widths(config)
+        inner += tokens(config)[0] * half * (c.dim + 1 + (c.dim if half < real else 0))
     return 2 * norm(config) + attended(config, window, device) + inner
 
 
