@@ -113,6 +113,50 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """What of the model moves: by default all of it. `train`, `freeze` and `lora_targets` are regular expressions
+    between commas, searched for in names, as "experts, lm_head"; each must find something (moe_ext.tune.check)."""
+    train: str = ""                     # the parameters that move; "": all, or with adapters these alone
+    freeze: str = ""                    # parameters that rest, whatever `train` says; "": none
+    lora_rank: int = 0                  # rows of A and columns of B in W + alpha / rank * B A; 0: no adapters
+    lora_alpha: float = 16.0            # what B A counts, times the rank
+    lora_targets: str = ""              # the matrices W with adapters A and B; "": all of attention, MLPs and experts
+
+    def __post_init__(self):
+        for name in ("train", "freeze", "lora_targets"):
+            for pattern in patterns(getattr(self, name)):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"model.tune.{name}: {pattern!r} is no regular expression: {error}") from None
+        require(self.lora_rank >= 0, f"model.tune.lora_rank is {self.lora_rank}; it cannot be negative")
+        require(0 < self.lora_alpha < math.inf, f"model.tune.lora_alpha is {self.lora_alpha}; it must be positive and "
+                "finite")
+        require(self.lora_rank > 0 or not self.lora_targets, f"model.tune.lora_targets is {self.lora_targets!r}, but "
+                "model.tune.lora_rank is 0: set both or none")
+
+    @property
+    def targets(self) -> str:
+        """lora_targets in one regular expression."""
+        return "|".join(patterns(self.lora_targets)) or "."
+
+    def moves(self, name: str, adapter: bool = False) -> bool:
+        """Whether the parameter of this name moves; adapter: whether it is one of an adapter."""
+        chosen = finds(self.train, name) if self.train else not self.lora_rank
+        return (chosen or adapter) and not finds(self.freeze, name)
+
+
+def patterns(text: str) -> list[str]:
+    """The regular expressions of a field of model.tune."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def finds(text: str, name: str) -> bool:
+    """Whether one of them is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns(text))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int = 4096              # rows of the embedding; at least the tokenizer's vocabulary
     seq_len: int = 256                  # tokens per training sequence and the longest context
@@ -144,6 +188,7 @@ class ModelConfig:
     dropout: float = 0.0                # probability, after the embedding, attention and MLP (training only)
     init_std: float = 0.02              # of every matrix; residual outputs get init_std / sqrt(2 * layers)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "layers", "dim", "heads", "hidden"):
@@ -582,7 +627,8 @@ class Config:
             require(mesh.ep == mesh.etp == 1, "mesh.ep and mesh.etp spread experts, but model.moe.experts is 0: set "
                     "both to 1")
         if mesh.tp > 1:
-            shares["fsdp * mesh.sp"] = {"model.dim": model.dim}
+            shares["fsdp * mesh.sp"] = {"model.dim": model.dim} | (
+                {"model.tune.lora_rank": model.tune.lora_rank} if model.tune.lora_rank else {})
         share = model.seq_len // mesh.sequence * moe.top_k
         dealt = moe.balanced and moe.experts and mesh.world > 1
         require(not dealt or share % moe.experts == 0, f"model.moe.balanced deals a rank's copies out from the first "

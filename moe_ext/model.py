@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from moe_ext import ops
 from moe_ext.attention import Documents, attend, computed_in, visible
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
 from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, normal_, site
-from moe_ext.layers.lora import init_lora, is_factor
+from moe_ext.layers.lora import add_lora, candidates, init_lora, is_factor
 from moe_ext.ops.define import real
 from moe_ext.replay import Tape
 
@@ -242,6 +243,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
         self.mine = lambda x_BS: x_BS       # of ids, positions or a mask those of this rank's tokens
+        if c.tune.lora_rank and any(re.search(c.tune.targets, name) for name in candidates(self)):  # not in every piece
+            add_lora(self, c.tune.lora_rank, c.tune.lora_alpha, c.tune.targets)
+        for name, p in self.named_parameters():
+            p.requires_grad_(c.tune.moves(name, is_factor(name)))
         if not next(self.parameters()).is_meta:     # shapes alone: whoever gives them memory calls init_weights
             self.init_weights(seed)
 
@@ -378,30 +383,35 @@ class GPT(nn.Module):
         return [block.mlp for block in self.layers if isinstance(block.mlp, FusedMoE)]
 
     def update_select_bias(self, counts_LE):
-        """Once per optimizer step, with counts_LE over all its tokens. Nothing without a selection bias."""
+        """Once per optimizer step, with counts_LE over all its tokens. Nothing without a selection bias; that of a
+        frozen router rests too."""
         if self.config.moe.select_bias_rate:
             for moe, counts_E in zip(self.moe_layers(), counts_LE, strict=True):
-                moe.update_select_bias(counts_E, self.config.moe.select_bias_rate)
+                if moe.gate.weight.requires_grad:
+                    moe.update_select_bias(counts_E, self.config.moe.select_bias_rate)
 
-    def num_parameters(self) -> tuple[int, int]:
-        """(total, active per token): a tied table counts once, of E experts K are active, the whole router is."""
-        total = sum(p.numel() for p in self.parameters())
-        idle = 0
-        for moe in self.moe_layers():
-            experts = sum(p.numel() for p in moe.experts.parameters())
-            idle += experts // moe.num_experts * (moe.num_experts - moe.top_k)
+    def num_parameters(self, moving: bool = False) -> tuple[int, int]:
+        """(total, active per token): a tied table counts once, of E experts K are active, the whole router is. moving:
+        of the parameters that are trained."""
+        def count(module):
+            return sum(p.numel() for p in module.parameters() if p.requires_grad or not moving)
+
+        total = count(self)
+        idle = sum(count(moe.experts) // moe.num_experts * (moe.num_experts - moe.top_k) for moe in self.moe_layers())
         return total, total - idle
 
     def flops_per_token(self) -> int:
         """Forward and backward, recomputation not counted: 6 per active weight that multiplies (embeddings do not, the
-        head does) and 12 * S * H * d per layer for attention, counted without the causal half (PaLM, appendix B); where
-        there is a window, of min(window, S) keys."""
+        head does), 4 if it is frozen, and 12 * S * H * d per layer for attention, counted without the causal half
+        (PaLM, appendix B); where there is a window, of min(window, S) keys."""
         c = self.config
         tables = [self.embed_positions] + ([] if c.tied else [self.embed_tokens])
-        looked_up = sum(table.weight.numel() for table in tables if table is not None)
+        tables = [table.weight for table in tables if table is not None]
+        weights, moving = (self.num_parameters(part)[1] - sum(w.numel() for w in tables if w.requires_grad or not part)
+                           for part in (False, True))
         keys = sum(min(block.window or c.seq_len, c.seq_len) for block in self.layers)
         attention = 12 * keys * c.heads * c.head_width
-        return 6 * (self.num_parameters()[1] - looked_up) + attention
+        return 4 * weights + 2 * moving + attention
 
 
 def pick_device(config: Config) -> torch.device:

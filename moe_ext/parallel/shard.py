@@ -63,9 +63,8 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
     axes = [axis for axis in ("ep", "etp") if getattr(c, axis) > 1]
     if axes:
         def placements(name):
-            # both matrices have F there, and the factors beside it; w13's bias is whole and sliced, w2's is whole and
-            # added by rank 0
-            on = {"ep": Shard(0), "etp": Replicate() if name in WITHOUT_HIDDEN or "bias" in name else Shard(2)}
+            # w13's bias is whole and sliced, w2's is whole and added by rank 0
+            on = {"ep": Shard(0), "etp": Shard(2) if has_width(name) else Replicate()}
             return [on[axis] for axis in axes]
 
         def used(name, local):
@@ -87,6 +86,12 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
 def dense_dim(name: str, tp: int) -> int:
     """The dimension of any other parameter that FSDP shards: not tp's."""
     return 1 if tp > 1 and ROWS.search(name) else 0
+
+
+def has_width(name: str) -> bool:
+    """Whether dimension 2 of an expert parameter is F, of which etp's ranks have parts: of both matrices, and of the
+    factors beside it."""
+    return not name.endswith(WITHOUT_HIDDEN) and "bias" not in name
 
 
 def experts_dim(name: str, etp: int) -> int:
@@ -139,8 +144,9 @@ def accumulate(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumu
     token_loss, aux_loss = out.token_loss / tokens, out.aux_loss / (accumulation * mesh.config.stage)
     loss = scale * (token_loss + aux_loss)
     roots = [(loss, None)] if loss.requires_grad else []
-    roots += [(out.x_BSD, dx_BSD)] if dx_BSD is not None else []
-    torch.autograd.backward(*zip(*roots, strict=True))
+    roots += [(out.x_BSD, dx_BSD)] if dx_BSD is not None and out.x_BSD is not None else []
+    if roots:       # a beginning of the model may be frozen
+        torch.autograd.backward(*zip(*roots, strict=True))
     return token_loss.detach() / mesh.config.tp, aux_loss.detach()
 
 

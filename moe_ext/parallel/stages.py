@@ -169,9 +169,9 @@ class Stage(nn.Module):
         stages = {TABLE: 2} if self.config.tied else {}
         return {name: self.mesh.config.stage * stages.get(name, 1) for name, _ in self.whole.named_parameters()}
 
-    def num_parameters(self) -> tuple[int, int]:
+    def num_parameters(self, moving: bool = False) -> tuple[int, int]:
         """Of the whole model."""
-        return self.whole.num_parameters()
+        return self.whole.num_parameters(moving)
 
     def flops_per_token(self) -> int:
         """Of the whole model."""
@@ -226,4 +226,6 @@ def sum_tied(model: GPT | Stage, mesh) -> None:
     products the last, is the sum of theirs on both, the same bits. All ranks call; nothing without stages."""
     if isinstance(model, Stage) and model.ends is not None and mesh.pp_rank in (0, mesh.config.pp - 1):
         grad = dict(model.named_parameters())[TABLE].grad
+        if grad is None:        # frozen
+            return
         dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=model.ends)

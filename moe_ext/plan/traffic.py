@@ -47,10 +47,11 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
         size = box.count * box.stored
         gathers = 2 if box.block else 1             # for forward and backward; the root keeps what no block has
         pieces(box.fsdp, size * (half if box.fsdp == "efsdp" else real), micro * gathers)
-        pieces(box.fsdp, size * real, micro)                                        # gradients
-        total("rep", size * real, 1)
-        if box.partial:
-            total(box.partial, size * real, 1)
+        if box.moves:
+            pieces(box.fsdp, size * real, micro)                                    # gradients
+            total("rep", size * real, 1)
+            if box.partial:
+                total(box.partial, size * real, 1)
 
     # Recomputation repeats a block's forward up to the last tensor that the backward reads: without its last
     # reduce-scatter, which a shared expert's gate reads, and without combine unless the shared expert comes after it.
