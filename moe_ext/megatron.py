@@ -417,7 +417,10 @@ def common_args(path: Path) -> dict:
 
 def open_stored(folder: Path) -> Stored:
     """The tensors of an iteration's folder, none of whose files is missing or short. CheckpointError."""
-    kind = json.loads((folder / "metadata.json").read_text()).get("sharded_backend")
+    try:
+        kind = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/metadata.json: {error!r}: a damaged file, copy it again") from None
     if kind != "torch_dist":
         raise CheckpointError(f"{folder}: got the format {kind}, wanted torch_dist: save it with --ckpt-format "
                               "torch_dist")
@@ -457,7 +460,7 @@ def located(folder: Path, stored: Stored, c: ModelConfig, ours: dict[str, torch.
         boxes = [place.box(c, key, stacked) for key in place.keys for stacked in (True, False)]
         box = next((box for box in boxes if box[0] in stored.tensors), None)
         if box is None:
-            missing.append(boxes[0][0])
+            missing.append(place.box(c, place.keys[0], alike(c))[0])
             continue
         name, at, shape, full = box
         md, want = stored.tensors[name], ours[place.names[0]].dtype

@@ -1,4 +1,4 @@
-"""moe_ext.megatron: what it writes and reads, by the real megatron-core's GPTModel and dist_checkpointing on the CPU."""
+"""moe_ext.megatron: what it writes and reads, with the real megatron-core's GPTModel and dist_checkpointing."""
 import importlib.util
 import multiprocessing
 import os
@@ -6,18 +6,21 @@ import queue
 import shutil
 import traceback
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
+from enum import Enum
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from ranks import fork, run_ranks
 
 from moe_ext import checkpoint, megatron
 from moe_ext.checkpoint import CheckpointError
-from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, TrainConfig
+from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, TrainConfig, dumps, load
 from moe_ext.model import GPT
 from moe_ext.optim import build_optimizer
 
@@ -46,7 +49,7 @@ def config_of(name, dtype="fp64"):
 
 
 def random_model(c, seed, dtype=torch.float64):
-    """A GPT all of whose tensors matter: no norm is 1, no bias 0. All are fp32 numbers, as Megatron's expert bias is."""
+    """A GPT all of whose tensors matter: no norm is 1, no bias 0. All hold fp32 numbers, as Megatron's expert bias."""
     model, generator = GPT(c, seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in checkpoint.named_tensors(model).values():
@@ -221,3 +224,164 @@ def test_ranks_of_megatron_share_what_we_write(both):
     assert shapes == [(16, 16)] * 2     # of the 32 rows of q, k and v
     megatron.convert(folder / "two_ranks", config_of("deepseek"), folder / "of_two")
     assert equal(loaded(folder / "of_two", config_of("deepseek")), models["deepseek"])
+
+
+# ---- without megatron-core -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """folder/NAME/ckpt of fp32 models, folder/NAME/out what export makes of it; and the models."""
+    folder, models = tmp_path_factory.mktemp("made"), {}
+    for name in ("gpt2", "deepseek", "gpt-oss"):
+        models[name] = random_model(MODELS[name], 4, torch.float32)
+        save(folder / name, config_of(name, "fp32"), models[name])
+        megatron.export(folder / name, folder / name / "out")
+    return folder, models
+
+
+@pytest.mark.parametrize("name", ["gpt2", "deepseek", "gpt-oss"])
+def test_there_and_back_is_bitwise_and_a_block_at_a_time(made, tmp_path, name):
+    folder, models = made
+    config = config_of(name, "fp32")
+    megatron.convert(folder / name / "out", config, tmp_path / "back")
+    assert equal(loaded(tmp_path / "back", config), models[name])
+    layers, last = config.model.layers, tmp_path / "back" / "ckpt" / "step-000000"
+    assert len(list((folder / name / "out" / "iter_0000012").glob("__*.distcp"))) == 1 + layers
+    assert len(list(last.glob("*.safetensors"))) == 1 + layers
+    config_read = replace(load(tmp_path / "back" / "config.toml"), log=config.log)
+    assert config_read.model == config.model
+    assert checkpoint.read_state(last).config["model"] == asdict(config)["model"]
+
+
+class Setting(Enum):
+    """A class that a reader of common.pt does not have."""
+    ON = 1
+
+
+def test_a_checkpoint_of_a_bf16_run(made, tmp_path):
+    """Weights in bf16 are taken exactly; its optimizer and random numbers, and classes of Megatron-LM's, are left."""
+    folder, models = made
+    source = folder / "gpt2" / "out" / "iter_0000012"
+    stored = megatron.open_stored(source)
+    tensors = {name: stored.read(name, [0] * len(md.size), torch.empty(md.size)).bfloat16()
+               for name, md in stored.tensors.items() if "_extra_state" not in name}
+    beside = {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(3), "rng_state": torch.ones(2),
+              "chained_0.optimizer.state.fp32_param.output_layer.weight": torch.ones(2)}
+    iteration = tmp_path / "iter_0000003"
+    with checkpoint.dcp_errors("not saved"):        # and no warning
+        dcp.save(tensors | beside, storage_writer=dcp.FileSystemWriter(iteration), no_dist=True)
+    shutil.copy(source / "metadata.json", iteration)
+    common = torch.load(source / "common.pt", weights_only=False)
+    common["args"].attention_backend = Setting.ON
+    torch.save(common, iteration / "common.pt")
+    said = megatron.convert(iteration, config_of("gpt2", "fp32"), tmp_path / "back")
+    assert "3 of its optimizer" in said
+    assert equal(loaded(tmp_path / "back", config_of("gpt2", "fp32")), deepcopy(models["gpt2"]).bfloat16().float())
+
+
+def test_the_commands(made, tmp_path, monkeypatch, capsys):
+    folder, models = made
+
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["moe_ext.megatron", *map(str, args)])
+        megatron.main()
+        return capsys.readouterr().out
+
+    run("export", folder / "deepseek" / "ckpt" / "step-000012", "--out", tmp_path / "out")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(dumps(config_of("deepseek", "fp32")))
+    said = run("import", tmp_path / "out", recipe, "--out", tmp_path / "run", "--optim.lr", "0.5")
+    assert f"--weights {tmp_path / 'run'}" in said and load(tmp_path / "run" / "config.toml").optim.lr == 0.5
+    assert equal(loaded(tmp_path / "run", config_of("deepseek", "fp32")), models["deepseek"])
+    for args in ((), ("export",), ("import", tmp_path / "out"), ("import", tmp_path / "out", recipe), ("move", "a")):
+        with pytest.raises(SystemExit, match=r"usage|--out RUN"):
+            run(*args)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+def refused(action, tmp_path, *says, error=(ConfigError, CheckpointError, FileNotFoundError)):
+    """Says what is wrong, and leaves nothing behind."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error) as raised:
+        action()
+    for words in says:
+        assert words in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("model, says", [
+    (dict(norm="layernorm"), "model.norm layernorm without model.bias"),
+    (dict(norm="layernorm", bias=True, qk_norm=True), "model.qk_norm with model.norm layernorm"),
+    (dict(qk_norm=True, qk_norm_over="width"), "model.qk_norm_over 'width'"),
+    (dict(attention_bias="all"), "model.attention_bias all with model.bias False"),
+    (dict(bias=True, attention_bias="none"), "model.attention_bias none with model.bias True"),
+    (dict(moe=MoEConfig(experts=4, noise=True)), "model.moe.noise True"),
+    (dict(moe=MoEConfig(experts=4, router_bias=True)), "model.moe.router_bias True with model.bias False"),
+    (dict(bias=True, moe=MoEConfig(experts=4, router_bias=True, shared_hidden=8)), "model.moe.shared_hidden with"),
+    (dict(moe=MoEConfig(experts=4, select_bias_rate=0.1)), "model.moe.select_bias_rate with model.moe.score softmax"),
+    (dict(moe=MoEConfig(experts=4, norm_p=2.0)), "model.moe.norm_p 2.0 with model.moe.score softmax_topk"),
+    (dict(moe=MoEConfig(experts=4, score="sigmoid", norm_p=0.0)), "model.moe.norm_p 0.0 with model.moe.score sigmoid"),
+], ids=str)
+def test_what_megatron_lacks_is_named(tmp_path, model, says):
+    config = replace(Config(), model=ModelConfig(**SMALL | model))
+    save(tmp_path, config, GPT(config.model))
+    refused(lambda: megatron.export(tmp_path, tmp_path / "out"), tmp_path, "lacks what this model has", says)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-60])
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda at: (at / "metadata.json").unlink(), ["holds no metadata.json", "torch_dist"]),
+    (lambda at: (at / "common.pt").unlink(), ["holds no common.pt"]),
+    (lambda at: (at / ".metadata").unlink(), ["holds no .metadata"]),
+    (lambda at: (at / "metadata.json").write_text('{"sharded_backend": "zarr"}'), ["format zarr, wanted torch_dist"]),
+    (lambda at: (at / "metadata.json").write_text('{"shard'), ["metadata.json", "damaged"]),
+    (lambda at: cut(at / "common.pt"), ["common.pt", "damaged"]),
+    (lambda at: cut(at / ".metadata"), [".metadata", "damaged"]),
+    (lambda at: (at / "__2_0.distcp").unlink(), ["__2_0.distcp: missing"]),
+    (lambda at: cut(at / "__2_0.distcp"), ["__2_0.distcp: truncated at"]),
+    (lambda at: (at / "__2_0.distcp").write_bytes(bytes((at / "__2_0.distcp").stat().st_size)), ["damaged file"]),
+    (lambda at: (at.parent / "latest_checkpointed_iteration.txt").write_text("13"), ["iter_0000013 is no checkpoint"]),
+], ids=str)
+def test_a_damaged_folder(made, tmp_path, damage, says):
+    shutil.copytree(made[0] / "deepseek" / "out", tmp_path / "theirs")
+    damage(tmp_path / "theirs" / "iter_0000012")
+    refused(lambda: megatron.convert(tmp_path / "theirs", config_of("deepseek", "fp32"), tmp_path / "run"), tmp_path,
+            *says)
+
+
+@pytest.mark.parametrize("model, says", [
+    (dict(layers=4), ["num_layers: the checkpoint has 3, this recipe wants 4"]),
+    (dict(rope_base=500.0), ["rotary_base: the checkpoint has 10000.0, this recipe wants 500.0"]),
+    (dict(window=4), ["window_size: the checkpoint has None, this recipe wants (3, 0)"]),
+    (dict(hidden=32), ["decoder.layers.0.mlp.linear_fc1.weight: got torch.float32 [48, 16]", "[64, 16]"]),
+    (dict(vocab_size=40), ["embedding.word_embeddings.weight", "[48, 16]", "--model.vocab-size 48"]),
+    (dict(kv_heads=4), ["self_attention.linear_qkv.weight", "[32, 16]", "[48, 16]"]),
+    (dict(attention_bias="qkv"), ["3 tensors missing from", "checkpoint: decoder.layers.0.self_attention.linear_qkv.b"]),
+    (dict(moe=dict(scale=1.0)), ["moe_router_topk_scaling_factor: the checkpoint has 2.5"]),
+    (dict(moe=dict(shared_hidden=0)), ["4 tensors without a place", "decoder.layers.1.mlp.shared_experts.linear_fc1"]),
+    (dict(moe=dict(experts=8)), ["num_experts: the checkpoint has 4"]),
+], ids=str)
+def test_a_checkpoint_of_another_model(made, tmp_path, model, says):
+    config = config_of("deepseek", "fp32")
+    model = {**model, "moe": replace(config.model.moe, **model.get("moe", {}))}
+    config = replace(config, model=replace(config.model, **model))
+    refused(lambda: megatron.convert(made[0] / "deepseek" / "out", config, tmp_path / "run"), tmp_path, *says)
+
+
+def test_other_bad_input(made, tmp_path):
+    out, config = made[0] / "deepseek" / "out", config_of("deepseek", "fp32")
+    (tmp_path / "there").mkdir()
+    refused(lambda: megatron.convert(out, config, tmp_path / "there"), tmp_path, "there exists")
+    refused(lambda: megatron.export(made[0] / "deepseek", tmp_path / "there"), tmp_path, "there exists")
+    refused(lambda: megatron.export(tmp_path, tmp_path / "out"), tmp_path, "neither a checkpoint")
+    refused(lambda: megatron.convert(tmp_path, config, tmp_path / "run"), tmp_path, "holds no metadata.json")
+    shutil.copytree(made[0] / "deepseek" / "ckpt", tmp_path / "run" / "ckpt")
+    (shard,) = (tmp_path / "run").rglob("*.safetensors")
+    cut(shard)
+    refused(lambda: megatron.export(tmp_path / "run", tmp_path / "out"), tmp_path, "truncated or damaged .safetensors")
+    save(tmp_path / "fp64", config_of("gpt2"), GPT(MODELS["gpt2"], dtype=torch.float64))
+    megatron.export(tmp_path / "fp64", tmp_path / "wide")
+    refused(lambda: megatron.convert(tmp_path / "wide", config_of("gpt2", "fp32"), tmp_path / "narrow"), tmp_path,
+            "got torch.float64 [48, 16], wanted torch.float32 or what converts to it exactly")
