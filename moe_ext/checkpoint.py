@@ -80,12 +80,14 @@ class State(NamedTuple):
 
 def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader, step: int,
          config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None,
-         best_step: int | None = None) -> Path:
+         best_step: int | None = None, source: Callable[[str], torch.Tensor] | None = None) -> Path:
     """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all) and of each of
     them the best one that it knows. Collective.
 
     loader: anything with state_dict() -> JSON values. config: dataclasses.asdict(Config). extra: more JSON values.
     best_step: the step of the best checkpoint, this one or an earlier one, if it is to be kept.
+    source: of a model on the meta device, what gives the value of model.NAME when it is to be written: one process then
+    writes a file for each block and holds no more than that.
     folder and all that is not a tensor are those of rank 0. Errors: CheckpointError, OSError, on every rank the same.
     """
     work, final = on_rank_0(lambda: begin(Path(folder), f"step-{step:06d}"))
@@ -106,17 +108,31 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     tensors, state = together(content)
     state = state._replace(optimizer=merged(state.optimizer))
     with dcp_errors(f"{final} was not saved, earlier checkpoints are as they were"):
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True),
-                 planner=Contiguous(flatten_state_dict=False), no_dist=ranks() == 1)
+        files = None if source is None else {name: file_of(name) for name in tensors}
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), files, save_distributed=True),
+                 planner=Contiguous(source), no_dist=ranks() == 1)
     on_rank_0(lambda: finish(work, final, state, keep_last))
     return final
 
 
 class Contiguous(DefaultSavePlanner):
-    """Writes each box in row-major order, as safetensors wants it, whatever the strides of a rank's tensor."""
+    """Writes each box in row-major order, as safetensors wants it, whatever the strides of a rank's tensor; what has no
+    memory as source(name) gives it."""
+
+    def __init__(self, source=None):
+        super().__init__(flatten_state_dict=False)
+        self.source = source
 
     def transform_object(self, write_item, object):
+        if object.is_meta:
+            object = self.source(write_item.index.fqn)
         return object.contiguous()
+
+
+def file_of(name: str) -> int:
+    """The number of a tensor's file, from 1: of its block, or of what is in none."""
+    block = re.match(r"model\.layers\.(\d+)\.", name)
+    return 1 if block is None else 2 + int(block[1])
 
 
 def begin(folder: Path, name: str) -> tuple[Path, Path]:
