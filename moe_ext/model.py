@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ import moe_ext
 from moe_ext import ops
 from moe_ext.attention import Documents, attend, computed_in, visible
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
-from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, site
+from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, normal_, site
+from moe_ext.layers.lora import add_lora, candidates, init_lora, is_factor
 from moe_ext.ops.define import real
 from moe_ext.replay import Tape
 
@@ -77,21 +79,27 @@ def make_norm(c: ModelConfig, **options):
     return nn.LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
 
 
-def rope_angles(positions, columns, base, scale=1.0, context=0):
+def rope_angles(positions, columns, base, scale=1.0, context=0, stretch="yarn"):
     """-> cos, sin, fp64 [.., columns/2]: position * base^(-2i/columns) (Su et al., 2021).
 
-    scale > 1 stretches a context of so many tokens by YaRN (Peng et al., 2023): pairs that turn less than once in it
-    turn `scale` times slower, those that turn more than 32 times as before, and those between by a ramp over i, whose
-    ends are not rounded (gpt-oss). All are longer by 0.1 ln(scale) + 1, for sharper attention.
+    scale > 1 stretches a context of so many tokens, so that pairs of columns turn `scale` times slower:
+    "linear"    all of them (Chen et al., 2023)
+    "yarn"      those that turn less than once in it; those that turn more than 32 times turn as before, and those
+                between by a ramp over i. All are longer by 0.1 ln(scale) + 1, for sharper attention (Peng et al.,
+                2023). The ramp's ends are as they come (gpt-oss) or, "yarn_rounded", rounded outwards
+    "llama3"    those that turn less than once, not more than 4 times, and between by a ramp over turns (Llama 3.1)
     """
     pair = torch.arange(columns // 2, dtype=torch.float64, device=positions.device)
-    frequency, length = base ** (-2 * pair / columns), 1.0
-    if scale > 1:
+    frequency, length, slow = base ** (-2 * pair / columns), 1.0, 1.0
+    if stretch == "llama3":
+        slow = ((4 - context * frequency / (2 * math.pi)) / 3).clamp(0, 1)
+    elif stretch != "linear" and scale > 1:
         first, last = (columns * math.log(context / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (32, 1))
+        if stretch == "yarn_rounded":
+            first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, columns - 1)
-        slow = ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
-        frequency, length = frequency * (1 - slow + slow / scale), 0.1 * math.log(scale) + 1
-    angle = positions.double()[..., None] * frequency
+        slow, length = ((pair - first) / (last - first or 1e-3)).clamp(0, 1), 0.1 * math.log(scale) + 1
+    angle = positions.double()[..., None] * (frequency * (1 - slow + slow / scale))
     return angle.cos() * length, angle.sin() * length
 
 
@@ -155,9 +163,10 @@ class Block(nn.Module):
             self.mlp = FusedMoE(
                 c.dim, m.hidden, m.experts, m.top_k, name=self.name + ".mlp", act=c.act, bias=c.bias,
                 score=m.score, norm_p=m.norm_p, scale=m.scale, select_bias=m.select_bias_rate > 0,
-                router_bias=m.router_bias, noise=m.noise, jitter=m.jitter, balanced=m.balanced,
-                shared_hidden=m.shared_hidden, capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
-                balance_form=m.balance_form, balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
+                groups=m.groups, top_groups=m.top_groups, router_bias=m.router_bias, noise=m.noise, jitter=m.jitter,
+                balanced=m.balanced, shared_hidden=m.shared_hidden, shared_gate=m.shared_gate,
+                capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope, balance_form=m.balance_form,
+                balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
 
     def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None, ids_BSK=None):
         """-> x_BSD, Routing (None for a dense block)."""
@@ -203,13 +212,6 @@ def check_integers(name, ids_BS, tokens_BS):
                          f"{list(tokens_BS.shape)} on {tokens_BS.device}")
 
 
-def normal_(parameter, std, seed, place):
-    """Fills a whole parameter [.., n] with N(0, std), drawn by row and column of its [rows, n] view."""
-    rows = parameter.view(-1, parameter.shape[-1])
-    rows.copy_(ops.random_normal(*rows.shape, seed=seed, step=0, site=place, std=std, dtype=rows.dtype,
-                                 device=rows.device))
-
-
 class GPT(nn.Module):
     """tokens_BS int64 -> losses or logits. Parameters are drawn by `init_weights`; dtype is theirs.
 
@@ -241,6 +243,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
         self.mine = lambda x_BS: x_BS       # of ids, positions or a mask those of this rank's tokens
+        if c.tune.lora_rank and any(re.search(c.tune.targets, name) for name in candidates(self)):  # not in every piece
+            add_lora(self, c.tune.lora_rank, c.tune.lora_alpha, c.tune.targets)
+        for name, p in self.named_parameters():
+            p.requires_grad_(c.tune.moves(name, is_factor(name)))
         if not next(self.parameters()).is_meta:     # shapes alone: whoever gives them memory calls init_weights
             self.init_weights(seed)
 
@@ -250,6 +256,8 @@ class GPT(nn.Module):
         Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases, noise and sinks 0:
         a sink begins as one more token of middling score."""
         for name, p in self.named_parameters():
+            if is_factor(name):
+                continue
             if name.endswith(("bias", "sinks", "noise_E")):
                 p.zero_()
             elif p.ndim == 1:
@@ -258,6 +266,7 @@ class GPT(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2_EDF"))
                 std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
                 normal_(p, std, seed, site(name))
+        init_lora(self, seed, normal_)
         for moe in self.moe_layers():
             if moe.select_bias_E is not None:
                 moe.select_bias_E.zero_()
@@ -302,7 +311,8 @@ class GPT(nn.Module):
             x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         rope = None
         if c.position == "rope":    # the same for all heads
-            rope = rope_angles(positions.unsqueeze(-1), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context)
+            rope = rope_angles(positions.unsqueeze(-1), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context,
+                               c.rope_stretch)
         documents = None
         if cache is None and (documents_BS is not None or token_mask is not None):
             ids_BS = torch.zeros_like(tokens_BS) if documents_BS is None else documents_BS
@@ -373,30 +383,35 @@ class GPT(nn.Module):
         return [block.mlp for block in self.layers if isinstance(block.mlp, FusedMoE)]
 
     def update_select_bias(self, counts_LE):
-        """Once per optimizer step, with counts_LE over all its tokens. Nothing without a selection bias."""
+        """Once per optimizer step, with counts_LE over all its tokens. Nothing without a selection bias; that of a
+        frozen router rests too."""
         if self.config.moe.select_bias_rate:
             for moe, counts_E in zip(self.moe_layers(), counts_LE, strict=True):
-                moe.update_select_bias(counts_E, self.config.moe.select_bias_rate)
+                if moe.gate.weight.requires_grad:
+                    moe.update_select_bias(counts_E, self.config.moe.select_bias_rate)
 
-    def num_parameters(self) -> tuple[int, int]:
-        """(total, active per token): a tied table counts once, of E experts K are active, the whole router is."""
-        total = sum(p.numel() for p in self.parameters())
-        idle = 0
-        for moe in self.moe_layers():
-            experts = sum(p.numel() for p in moe.experts.parameters())
-            idle += experts // moe.num_experts * (moe.num_experts - moe.top_k)
+    def num_parameters(self, moving: bool = False) -> tuple[int, int]:
+        """(total, active per token): a tied table counts once, of E experts K are active, the whole router is. moving:
+        of the parameters that are trained."""
+        def count(module):
+            return sum(p.numel() for p in module.parameters() if p.requires_grad or not moving)
+
+        total = count(self)
+        idle = sum(count(moe.experts) // moe.num_experts * (moe.num_experts - moe.top_k) for moe in self.moe_layers())
         return total, total - idle
 
     def flops_per_token(self) -> int:
         """Forward and backward, recomputation not counted: 6 per active weight that multiplies (embeddings do not, the
-        head does) and 12 * S * H * d per layer for attention, counted without the causal half (PaLM, appendix B); where
-        there is a window, of min(window, S) keys."""
+        head does), 4 if it is frozen, and 12 * S * H * d per layer for attention, counted without the causal half
+        (PaLM, appendix B); where there is a window, of min(window, S) keys."""
         c = self.config
         tables = [self.embed_positions] + ([] if c.tied else [self.embed_tokens])
-        looked_up = sum(table.weight.numel() for table in tables if table is not None)
+        tables = [table.weight for table in tables if table is not None]
+        weights, moving = (self.num_parameters(part)[1] - sum(w.numel() for w in tables if w.requires_grad or not part)
+                           for part in (False, True))
         keys = sum(min(block.window or c.seq_len, c.seq_len) for block in self.layers)
         attention = 12 * keys * c.heads * c.head_width
-        return 6 * (self.num_parameters()[1] - looked_up) + attention
+        return 4 * weights + 2 * moving + attention
 
 
 def pick_device(config: Config) -> torch.device:

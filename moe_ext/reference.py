@@ -292,10 +292,12 @@ def expert_mlp(x_RD, gate, up, down_EDF, weights_RK, index, *, act,
                gate_bias=None, up_bias=None, down_bias=None, num_copies=None):  # fmt: skip
     """y_r = sum_k s_rk (act([x_r Wg_e^T + bg_e | x_r Wu_e^T + bu_e]) Wd_e^T + bd_e) with e = ids[r,k].
 
-    gate_EFD and up_EFD, or gate = w13_E2FD = [gate | up] and up = None; without a gate only gate_EFD.
+    gate_EFD and up_EFD, or gate = w13_E2FD = [gate | up], of three or four dimensions, and up = None; without a gate
+    only gate_EFD.
     num_copies is the number of ids >= 0, which an op that must not look into `index` has to be told.
     """
     K = weights_RK.shape[1]
+    gate = gate.flatten(1, -2)
     x_ND = gather(x_RD, index.order_N, None, index.bins_E, K)[: int(index.bins_E[-1])]
     h_NU = _linear(x_ND, gate, gate_bias, index)
     if up is not None:

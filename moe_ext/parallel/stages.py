@@ -51,7 +51,8 @@ def costs(c: ModelConfig) -> list[int]:
     width, matrices = c.heads * c.head_width, 3 if c.act in GATED else 2
     attention = 2 * c.dim * (width + c.kv_groups * c.head_width)
     dense = matrices * c.dim * c.hidden
-    moe = matrices * c.dim * (c.moe.top_k * c.moe.hidden + c.moe.shared_hidden) + c.dim * c.moe.experts
+    moe = matrices * c.dim * (c.moe.top_k * c.moe.hidden + c.moe.shared_hidden)
+    moe += c.dim * (c.moe.experts + c.moe.shared_gate)
     result = [attention + 2 * min(c.window_of(layer) or c.seq_len, c.seq_len) * width
               + (moe if layer >= c.layers - c.moe_layers else dense) for layer in range(c.layers)]
     result[0] += c.dim
@@ -168,9 +169,9 @@ class Stage(nn.Module):
         stages = {TABLE: 2} if self.config.tied else {}
         return {name: self.mesh.config.stage * stages.get(name, 1) for name, _ in self.whole.named_parameters()}
 
-    def num_parameters(self) -> tuple[int, int]:
+    def num_parameters(self, moving: bool = False) -> tuple[int, int]:
         """Of the whole model."""
-        return self.whole.num_parameters()
+        return self.whole.num_parameters(moving)
 
     def flops_per_token(self) -> int:
         """Of the whole model."""
@@ -225,4 +226,6 @@ def sum_tied(model: GPT | Stage, mesh) -> None:
     products the last, is the sum of theirs on both, the same bits. All ranks call; nothing without stages."""
     if isinstance(model, Stage) and model.ends is not None and mesh.pp_rank in (0, mesh.config.pp - 1):
         grad = dict(model.named_parameters())[TABLE].grad
+        if grad is None:        # frozen
+            return
         dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=model.ends)

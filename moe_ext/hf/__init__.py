@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face transformers into the project's GPT and back."""
