@@ -1,4 +1,4 @@
-"""Router replay: what is forced is what was recorded, in the model, on meshes, from engines and in transformers."""
+"""Router replay: what is forced is what was recorded, in the model, on meshes and from engines; router statistics."""
 import base64
 import importlib.util
 import io
@@ -25,7 +25,7 @@ from moe_ext.model import GPT, KVCache
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.shard import build
-from moe_ext.replay import ROUTER, Tape, batch, from_engine, gathered, load, routers, save
+from moe_ext.replay import Tape, batch, from_engine, gathered, load, save
 
 
 def other_ids(L, B, S, experts, K, seed=0):
@@ -43,7 +43,8 @@ def with_tape(model, tokens, targets, tape, **options):
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.c_core
-@pytest.mark.parametrize("name", ["deepseek", "noisy_biased", "capacity_probability", "jitter_dropout", "gpt_oss"])
+@pytest.mark.parametrize("name", ["deepseek", "groups", "noisy_biased", "capacity_probability", "jitter_dropout",
+                                  "gpt_oss"])
 def test_what_was_recorded_gives_the_same_bits(name):
     """Weights, noise, jitter, dropout, capacity, selection bias and all gradients; with recomputation too."""
     config = VARIANTS[name]
@@ -265,131 +266,6 @@ def test_ids_of_another_forward_are_refused():
         Tape().ids_LBSK  # noqa: B018
     with pytest.raises(ValueError, match=r"FusedMoE: ids are torch.int64 \[1, 2\], wanted torch.int32 \[3, 2\]"):
         FusedMoE(4, 3, 5, 2)(torch.zeros(3, 4), ids=torch.zeros(1, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match="Linear has no module of a class"), routers(torch.nn.Linear(1, 1), Tape()):
-        pass
-
-
-# ---- transformers ----------------------------------------------------------------------------------------------------
-
-TINY = dict(vocab_size=31, hidden_size=16, intermediate_size=12, moe_intermediate_size=12, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_experts_per_tok=2, num_local_experts=8,
-            num_experts=8, n_routed_experts=8, n_group=2, topk_group=1, first_k_dense_replace=0, q_lora_rank=None,
-            kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, pad_token_id=0, initializer_range=0.5)
-FAMILIES = ["DeepseekV3", "Glm4Moe", "GptOss", "Mixtral", "Olmoe", "Qwen3Moe"]
-
-
-def theirs(family, seed=0):
-    transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, family + "Config")(**TINY)
-    torch.manual_seed(seed)
-    model = getattr(transformers, family + "ForCausalLM")(config).double()
-    model.set_experts_implementation("eager")       # the others have no fp64
-    return model
-
-
-def plain_weights(router, logits, ids):
-    """The rule of a router of transformers, without its code."""
-    kept = logits.gather(1, ids)
-    if hasattr(router, "e_score_correction_bias"):
-        weights = kept.sigmoid()
-        return weights / weights.sum(1, keepdim=True) * router.routed_scaling_factor
-    if type(router).__name__.startswith("GptOss"):
-        return kept.softmax(1)
-    weights = kept.sub(logits.logsumexp(1, keepdim=True)).exp()
-    return weights / weights.sum(1, keepdim=True) if getattr(router, "norm_topk_prob", True) else weights
-
-
-@pytest.mark.c_core
-@pytest.mark.parametrize("family", FAMILIES)
-def test_routers_of_transformers(family):
-    """Recorded ids are those that the experts got, and forced they give the same bits, with gradients; other ids give
-    the weights of the router's rule and its gradient, also when checkpointing runs them again."""
-    model, tokens = theirs(family).train(), torch.randint(31, (2, 5), generator=torch.Generator().manual_seed(2))
-    seen, tape = [], Tape()
-    found = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
-    assert len(found) == 2
-    for experts in found:
-        experts.register_forward_pre_hook(lambda _, args: seen.append(args[1:]))
-
-    def run(tape=None):
-        seen.clear()
-        model.zero_grad()
-        if tape is None:
-            logits = model(tokens).logits
-            logits.square().sum().backward()
-        else:
-            with routers(model, tape):
-                logits = model(tokens).logits
-                logits.square().sum().backward()
-        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    want = run()
-    for forced in (None, "recorded"):
-        tape = Tape(forced and tape.ids_LBSK)
-        got = run(tape)
-        assert torch.equal(got[0], want[0]) and all(torch.equal(got[1][name], want[1][name]) for name in want[1])
-        assert torch.equal(tape.ids_LBSK.flatten(1, 2), torch.stack([ids for ids, _ in seen]).int())
-    forced = other_ids(2, 2, 5, 8, 2, seed=4)
-    forced[:, 1, 3] = -1
-    tape = Tape(forced)
-    logits, grads = run(tape)
-    assert not torch.equal(logits, want[0]) and torch.equal(tape.ids_LBSK[forced.ge(0)], forced[forced.ge(0)])
-    assert torch.equal(tape.ids_LBSK.flatten(1, 2), torch.stack([ids for ids, _ in seen]).int())
-    model.activation_checkpointing_enable(dict(use_reentrant=False))
-    again = run(Tape(forced))
-    assert torch.equal(again[0], logits) and all(torch.equal(again[1][name], grads[name]) for name in grads)
-
-    router = next(module for module in model.modules() if ROUTER.search(type(module).__name__))
-    x_BSD, forced = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True), forced[:1, :1, :4]
-    with routers(torch.nn.Sequential(router), Tape(forced)) as tape:
-        tape.begin(1, 2, x_BSD)
-        logits_TE, weights_TK, ids_TK = router(x_BSD[0])
-    assert torch.equal(ids_TK, forced[0, 0].long())
-    plain_TK = plain_weights(router, logits_TE.double(), ids_TK)
-    torch.testing.assert_close(weights_TK.double(), plain_TK, rtol=0, atol=1e-6)    # most compute them in fp32
-    got, plain = (torch.autograd.grad(w.sin().sum(), x_BSD, retain_graph=True)[0] for w in (weights_TK, plain_TK))
-    torch.testing.assert_close(got, plain, rtol=0, atol=1e-5)
-
-
-@pytest.mark.c_core
-def test_from_transformers_into_the_gpt_and_back():
-    """Qwen3-MoE's weights in both: each replays the other's experts, with the other's logits; a generation too."""
-    model, tokens = theirs("Qwen3Moe").eval(), torch.randint(31, (2, 6))
-    rope = model.config.rope_parameters["rope_theta"]
-    ours = GPT(ModelConfig(vocab_size=31, seq_len=12, layers=2, dim=16, heads=2, kv_heads=2, head_dim=8, hidden=12,
-                           qk_norm=True, rope_base=rope, norm_eps=model.config.rms_norm_eps,
-                           moe=MoEConfig(experts=8, top_k=2, hidden=12, norm_p=float(model.config.norm_topk_prob))),
-               dtype=torch.float64).eval()
-    names = {"gate_up_proj": "w13_E2FD", "down_proj": "w2_EDF"}
-    state = {}
-    for name, x in model.state_dict().items():
-        name = name.removeprefix("model.")
-        state[".".join(names.get(part, part) if "experts" in name else part for part in name.split("."))] = x
-    for name, x in ours.state_dict().items():
-        x.copy_(state.pop(name).view_as(x))
-    assert not state
-    forced = other_ids(2, 2, 6, 8, 2)
-    with torch.no_grad():
-        recorded, ours_own = Tape(), Tape()
-        with routers(model, recorded):
-            model(tokens)
-        ours.hidden(tokens, tape=ours_own)
-        assert torch.equal(recorded.ids_LBSK.sort(-1).values, ours_own.ids_LBSK.sort(-1).values)
-        with routers(model, Tape(forced)):
-            want = model(tokens).logits
-        got = ours.lm_head(ours.hidden(tokens, tape=Tape(forced))[0])
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-        tape = Tape()
-        with routers(model, tape):
-            text = model.generate(tokens, max_new_tokens=4, do_sample=False)
-        assert tape.ids_LBSK.shape == (2, 2, text.shape[1] - 1, 2)              # the last token ran through no layer
-        again = Tape(tape.ids_LBSK)
-        ours.hidden(text[:, :-1], tape=again)
-        assert torch.equal(again.ids_LBSK, tape.ids_LBSK)
-    forced[0, 0, 0, 1] = -1
-    with pytest.raises(ValueError, match="a -1 beside them"), routers(model, Tape(forced)):
-        pass
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
