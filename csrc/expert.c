@@ -13,6 +13,8 @@
 // step the costliest experts first. No step waits for the end of the one before: a tile of step 2 awaits the tiles of
 // step 1 of its expert, a sum all that it may read, and most of that is long done by then. Rows of x and dy are gathered
 // while they are packed; no sorted copy of them exists.
+// Where gate and up alternate in one matrix [E,D,2F] (gpt-oss), it is one factor: its columns are parted, and those of dh
+// paired, where a tile is handed over, so that every product reads and writes memory in rows.
 // Saved for the backward: h_NU in storage type, nothing else. a, y, dh, sA, dx per copy live in the caller's workspace
 // in full: a tile of y would need all of F, and with it the weights again for every tile of rows. They are real, but for
 // a, sA and dh where products take bf16: those are rounded to it.
@@ -32,13 +34,14 @@ typedef struct {                // tasks of one kind
 struct call {                   // the arguments and what is derived from them
     const moe_expert_args  *a;
     const moe_expert_grads *g;
-    bool     f64, gated;
+    bool     f64, gated, paired;                        // paired: gate and up alternate in one matrix, and so does dh
     gemm_kind kind;
     int      real_type, factor_type;                    // factor: of a, sA and dh, which are factors of products
     int64_t  size, real, factor, U, pieces;             // pieces: column tiles of F, each with its part of ds
     gemm_grid up, down;                                 // tiles [p, F] and [p, D]
     gemm_grid ddown, dgate, dup;                        // tiles of the weight gradients
     gemm_grid each;                                     // one task for each expert
+    moe_mat   dboth;                                    // the gradient of gate and up where they alternate in it
     const void *h_in;
     char    *h, *y;
     char    *act, *out, *dh, *ds, *scratch;             // a or sA [N,F], y or dx [N,D], dh [N,U], ds [N,pieces]
@@ -50,8 +53,13 @@ struct call {                   // the arguments and what is derived from them
     moe_missing *missing;                               // [E] tiles of stages[0] by expert; [1] what the sums await
 };
 
+static bool alternate(moe_mat gate, moe_mat up, int64_t size) {
+    return gate.p && (char *)up.p == (char *)gate.p + size && gate.sr == 2 && up.sr == 2 && gate.sc == up.sc &&
+           gate.se == up.se;
+}
 static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
     call c = {.a = a, .g = g, .f64 = a->dtype == MOE_F64, .gated = moe_act_gated(a->act), .size = moe_size(a->dtype)};
+    c.paired = c.gated && alternate(a->gate_EFD, a->up_EFD, c.size);
     c.kind      = moe_gemm_kind(a->dtype);
     c.real_type = c.f64 ? MOE_F64 : MOE_F32;
     c.real      = moe_real_size(a->dtype);
@@ -65,8 +73,13 @@ static call call_of(const moe_expert_args *a, const moe_expert_grads *g) {
     c.pieces = (a->F + c.up.columns - 1) / c.up.columns;
     if (g) {
         c.ddown = gemm_wgrad_grid(c.kind, a->E, a->D, a->F, a->bins_E, g->ddown_EDF);
-        c.dgate = gemm_wgrad_grid(c.kind, a->E, a->F, a->D, a->bins_E, g->dgate_EFD);
-        if (c.gated) c.dup = gemm_wgrad_grid(c.kind, a->E, a->F, a->D, a->bins_E, g->dup_EFD);
+        if (c.paired && alternate(g->dgate_EFD, g->dup_EFD, c.size)) {
+            c.dboth = g->dgate_EFD, c.dboth.sr = 1;
+            c.dgate = gemm_wgrad_grid(c.kind, a->E, 2 * a->F, a->D, a->bins_E, c.dboth);
+        } else {
+            c.dgate = gemm_wgrad_grid(c.kind, a->E, a->F, a->D, a->bins_E, g->dgate_EFD);
+            if (c.gated) c.dup = gemm_wgrad_grid(c.kind, a->E, a->F, a->D, a->bins_E, g->dup_EFD);
+        }
     }
     return c;
 }
@@ -143,6 +156,23 @@ static const char *bias_of(const call *c, const void *bias, int64_t se, int64_t 
 static const char *matrix_at(const call *c, moe_mat w, int64_t e, int64_t row, int64_t column) {
     return (const char *)w.p + (e * w.se + row * w.sr + column * w.sc) * c->size;
 }
+// Gate and up of n columns, out of a row in which they alternate and back.
+static void unpair(const call *c, int64_t n, const void *both, void *gate, void *up) {
+    if (c->f64)
+        for (int64_t j = 0; j < n; j++)
+            ((double *)gate)[j] = ((const double *)both)[2 * j], ((double *)up)[j] = ((const double *)both)[2 * j + 1];
+    else
+        for (int64_t j = 0; j < n; j++)
+            ((float *)gate)[j] = ((const float *)both)[2 * j], ((float *)up)[j] = ((const float *)both)[2 * j + 1];
+}
+static void pair(const call *c, int64_t n, const void *gate, const void *up, void *both) {
+    if (c->f64)
+        for (int64_t j = 0; j < n; j++)
+            ((double *)both)[2 * j] = ((const double *)gate)[j], ((double *)both)[2 * j + 1] = ((const double *)up)[j];
+    else
+        for (int64_t j = 0; j < n; j++)
+            ((float *)both)[2 * j] = ((const float *)gate)[j], ((float *)both)[2 * j + 1] = ((const float *)up)[j];
+}
 static int64_t expert_at(const moe_expert_args *a, int64_t p) {         // the first e with p < bins[e]
     int64_t low = 0, high = a->E - 1;
     while (low < high) {
@@ -184,6 +214,11 @@ static void emit_up(const gemm_product *g, int64_t i0, int64_t rows, void *tile_
     for (int64_t i = 0; i < rows; i++) {
         const int64_t p = t->begin + t->i + i0 + i;
         char *gate = (char *)tile_c + i * ldc * c->real, *up = c->gated ? gate + part * c->real : NULL;
+        tile apart[2];
+        if (c->paired) {
+            unpair(c, t->n, gate, &apart[0], &apart[1]);
+            gate = (char *)&apart[0], up = (char *)&apart[1];
+        }
         char *h = c->h + (p * c->U + t->j) * c->size;
         if (a->gate_bias_EF)
             moe_k->axpy(a->dtype, t->n, 1.0, bias_of(c, a->gate_bias_EF, a->gate_bias_se, t->e, t->j), gate);
@@ -201,13 +236,14 @@ static void emit_up(const gemm_product *g, int64_t i0, int64_t rows, void *tile_
 static void up_tile(const call *c, const gemm_task *task, void *scratch) {
     const moe_expert_args *a = c->a;
     const gemm_task t = *task;
-    const gemm_product g = {
+    gemm_product g = {
         .kind = c->kind, .m = t.m, .n = t.n, .k = a->D, .parts = c->gated ? 2 : 1,
         .a = gathered(c, a->x_RD, t.begin + t.i, false),
         .b = {{a->dtype, matrix_at(c, a->gate_EFD, t.e, t.j, 0), .si = a->gate_EFD.sr, .sk = a->gate_EFD.sc},
               {a->dtype, matrix_at(c, a->up_EFD, t.e, t.j, 0), .si = a->up_EFD.sr, .sk = a->up_EFD.sc}},
         .emit = emit_up, .job = c, .task = &t,
     };
+    if (c->paired) g.n = 2 * t.n, g.parts = 1, g.b[0].si = 1;
     gemm_multiply(&g, scratch);
 }
 
@@ -331,12 +367,17 @@ static void emit_dact(const gemm_product *g, int64_t i0, int64_t rows, void *til
             moe_k->store(c->factor_type, t->n, &act, c->act + (p * a->F + t->j) * c->factor);
         }
         if (c->dh) {
-            char *dh = c->dh + (p * c->U + t->j) * c->factor;
-            tile dgate, dup;
+            char *dh = c->dh + (p * c->U + (c->paired ? 2 : 1) * t->j) * c->factor;
+            tile dgate, dup, both[2];
             moe_k->scale(c->real_type, t->n, s, da, da);
             moe_k->dact(c->f64, a->act, t->n, &gate, c->gated ? &up : NULL, da, &dgate, c->gated ? &dup : NULL);
-            moe_k->store(c->factor_type, t->n, &dgate, dh);
-            if (c->gated) moe_k->store(c->factor_type, t->n, &dup, dh + a->F * c->factor);
+            if (c->paired) {
+                pair(c, t->n, &dgate, &dup, both);
+                moe_k->store(c->factor_type, 2 * t->n, both, dh);
+            } else {
+                moe_k->store(c->factor_type, t->n, &dgate, dh);
+                if (c->gated) moe_k->store(c->factor_type, t->n, &dup, dh + a->F * c->factor);
+            }
         }
     }
 }
@@ -364,8 +405,9 @@ static void dx_tile(const call *c, const gemm_task *task, void *scratch) {
         .b = {{a->dtype, matrix_at(c, a->gate_EFD, t.e, 0, t.j), .si = a->gate_EFD.sc, .sk = a->gate_EFD.sr}},
         .c = c->out + (p * a->D + t.j) * c->real, .ldc = a->D,
     };
+    if (c->paired) g.k = 2 * a->F, g.b[0].sk = 1;
     gemm_multiply(&g, scratch);
-    if (!c->gated) return;
+    if (!c->gated || c->paired) return;
     g.a.p += a->F * c->factor;
     g.b[0] = (gemm_factor){a->dtype, matrix_at(c, a->up_EFD, t.e, 0, t.j), .si = a->up_EFD.sc, .sk = a->up_EFD.sr};
     g.accumulate = true;
@@ -379,29 +421,44 @@ static void ddown_tile(const call *c, const gemm_task *task, void *scratch) {
 }
 static void dh_wgrad(const call *c, const gemm_task *t, moe_mat dw, int64_t column, void *scratch) {
     const moe_expert_args *a = c->a;
-    const gemm_factor dh = {c->factor_type, c->dh + (t->begin * c->U + column) * c->factor, .si = 1, .sk = c->U};
+    const int64_t si = c->paired && !c->dboth.p ? 2 : 1;
+    const gemm_factor dh = {c->factor_type, c->dh + (t->begin * c->U + column) * c->factor, .si = si, .sk = c->U};
     gemm_wgrad(a->dtype, *t, dh, gathered(c, a->x_RD, t->begin, true), dw, scratch);
 }
 static void dgate_tile(const call *c, const gemm_task *t, void *scratch) {
-    dh_wgrad(c, t, c->g->dgate_EFD, 0, scratch);
+    dh_wgrad(c, t, c->dboth.p ? c->dboth : c->g->dgate_EFD, 0, scratch);
 }
 static void dup_tile(const call *c, const gemm_task *t, void *scratch) {
-    dh_wgrad(c, t, c->g->dup_EFD, c->a->F, scratch);
+    dh_wgrad(c, t, c->g->dup_EFD, c->paired ? 1 : c->a->F, scratch);
 }
-// out[j] = sum over the copies of e, in order, of weight * row[j].
+// sum[j] = sum over the copies of e, in order, of weight * row[j], j < n <= GEMM_COLUMNS.
+static void sum_copies(const call *c, int64_t e, int64_t n, int dtype, const char *rows, int64_t stride, bool of_dy,
+                       tile *sum) {
+    const moe_expert_args *a = c->a;
+    memset(sum, 0, (size_t)(n * c->real));
+    for (int64_t p = e ? a->bins_E[e - 1] : 0; p < a->bins_E[e]; p++) {
+        const int64_t f = a->order_RK[p], row = of_dy ? f / a->K : p;
+        const double s = of_dy ? moe_get(a->wdtype, a->weights_RK, f) : 1.0;
+        moe_k->axpy(dtype, n, s, rows + row * stride * moe_size(dtype), sum);
+    }
+}
 static void bias_sum(const call *c, int64_t e, int64_t n, int dtype, const char *rows, int64_t stride, bool of_dy,
                      char *out) {
-    const moe_expert_args *a = c->a;
     for (int64_t j = 0; j < n; j += GEMM_COLUMNS) {
-        const int64_t some = n - j < GEMM_COLUMNS ? n - j : GEMM_COLUMNS;
+        const int64_t some = min64(n - j, GEMM_COLUMNS);
         tile sum;
-        memset(&sum, 0, (size_t)(some * c->real));
-        for (int64_t p = e ? a->bins_E[e - 1] : 0; p < a->bins_E[e]; p++) {
-            const int64_t f = a->order_RK[p], row = of_dy ? f / a->K : p;
-            const double s = of_dy ? moe_get(a->wdtype, a->weights_RK, f) : 1.0;
-            moe_k->axpy(dtype, some, s, rows + (row * stride + j) * moe_size(dtype), &sum);
-        }
-        moe_k->store(a->dtype, some, &sum, out + j * c->size);
+        sum_copies(c, e, some, dtype, rows + j * moe_size(dtype), stride, of_dy, &sum);
+        moe_k->store(c->a->dtype, some, &sum, out + j * c->size);
+    }
+}
+static void paired_bias_sum(const call *c, int64_t e, char *gate_out, char *up_out) {
+    for (int64_t j = 0; j < c->a->F; j += GEMM_COLUMNS / 2) {
+        const int64_t some = min64(c->a->F - j, GEMM_COLUMNS / 2);
+        tile sum, gate, up;
+        sum_copies(c, e, 2 * some, c->factor_type, c->dh + 2 * j * c->factor, c->U, false, &sum);
+        unpair(c, some, &sum, &gate, &up);
+        if (gate_out) moe_k->store(c->a->dtype, some, &gate, gate_out + j * c->size);
+        if (up_out)   moe_k->store(c->a->dtype, some, &up, up_out + j * c->size);
     }
 }
 static void dbias(const call *c, const gemm_task *t, void *scratch) {
@@ -409,12 +466,14 @@ static void dbias(const call *c, const gemm_task *t, void *scratch) {
     const moe_expert_args *a = c->a;
     const moe_expert_grads *g = c->g;
     const int64_t e = t->e;
-    if (g->dgate_bias_EF)
-        bias_sum(c, e, a->F, c->factor_type, c->dh, c->U, false,
-                 (char *)g->dgate_bias_EF + e * g->dgate_bias_se * c->size);
-    if (g->dup_bias_EF)
-        bias_sum(c, e, a->F, c->factor_type, c->dh + a->F * c->factor, c->U, false,
-                 (char *)g->dup_bias_EF + e * g->dup_bias_se * c->size);
+    char *dgate = g->dgate_bias_EF, *dup = g->dup_bias_EF;
+    if (dgate) dgate += e * g->dgate_bias_se * c->size;
+    if (dup)   dup += e * g->dup_bias_se * c->size;
+    if (c->paired && (dgate || dup)) paired_bias_sum(c, e, dgate, dup);
+    else {
+        if (dgate) bias_sum(c, e, a->F, c->factor_type, c->dh, c->U, false, dgate);
+        if (dup)   bias_sum(c, e, a->F, c->factor_type, c->dh + a->F * c->factor, c->U, false, dup);
+    }
     if (g->ddown_bias_ED)
         bias_sum(c, e, a->D, a->dtype, g->dy_RD, a->D, true, (char *)g->ddown_bias_ED + e * g->ddown_bias_se * c->size);
 }
@@ -452,7 +511,7 @@ int moe_expert_mlp_backward(const moe_expert_args *a, void *workspace, const moe
     add_stage(&c, g->dx_RD, &c.down, dx_tile);
     add_stage(&c, g->ddown_EDF.p, &c.ddown, ddown_tile);
     add_stage(&c, g->dgate_EFD.p, &c.dgate, dgate_tile);
-    add_stage(&c, c.gated && g->dup_EFD.p, &c.dup, dup_tile);
+    add_stage(&c, c.gated && g->dup_EFD.p && !c.dboth.p, &c.dup, dup_tile);
     add_stage(&c, g->dgate_bias_EF || g->dup_bias_EF || g->ddown_bias_ED, &c.each, dbias);
     run_pass(&c, c.out || c.ds ? sum_dslots : NULL);
     return MOE_OK;

@@ -163,12 +163,14 @@ typedef enum { MOE_SOFTMAX_TOPK, MOE_TOPK_SOFTMAX, MOE_SIGMOID } moe_score;
 // for MOE_TOPK_SOFTMAX, logits; the lowest id wins a tie. weights = scores at ids, or the softmax over the K kept
 // logits; then divided by their p-norm if norm_p > 0 (INFINITY is the max norm), then multiplied by scale.
 // balanced != 0: ids[t,k] = (t*K + k) mod E instead of the K largest (throughput tests); weights follow those ids.
+// forced_TK, if not NULL: ids are these instead (replay), a token's distinct; -1: absent, a weight of 0 that no norm or
+// softmax counts. Others are MOE_BAD_INDEX.
 // Outputs are of logits' dtype; ids and weights are taken before scores are rounded to it. A logit of -inf masks its
 // expert (score 0, never chosen) while K others remain; a row with fewer, any masked logit if balanced, NaN or +inf:
 // MOE_BAD_VALUE.
 typedef struct { int dtype, score, balanced; int64_t T, E, K; double norm_p, scale; } moe_router_args;
-int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, void *weights_TK,
-               int32_t *ids_TK, void *scores_TE);
+int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, const int32_t *forced_TK,
+               void *weights_TK, int32_t *ids_TK, void *scores_TE);
 // Either of dweights and dscores may be NULL.
 int moe_router_backward(const moe_router_args *a, const void *logits_TE, const void *scores_TE,
                         const int32_t *ids_TK, const void *dweights_TK, const void *dscores_TE, void *dlogits_TE);

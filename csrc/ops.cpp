@@ -213,6 +213,12 @@ void *after(void *p, int64_t offset, int dtype) {
     return p ? static_cast<char *>(p) + offset * moe_size(dtype) : nullptr;
 }
 
+// That of up in w13_E2FD, or in [gate | up] of 2F rows.
+moe_mat second(moe_mat gate, In w13, int64_t F, int dtype) {
+    if (gate.p) gate.p = after(gate.p, w13.dim() == 4 ? w13.stride(1) : F * w13.stride(1), dtype);
+    return gate;
+}
+
 moe_expert_args expert_args(Door &door, In x, In gate, MaybeIn up, In down,
                             In weights, In order, In inverse, In bins,
                             MaybeIn gate_bias, MaybeIn up_bias, MaybeIn down_bias, int64_t act,
@@ -228,10 +234,13 @@ moe_expert_args expert_args(Door &door, In x, In gate, MaybeIn up, In down,
     if (up && !gated) door.fail("up is given, but act=\"", ACTS[a.act], "\" has no gate. Hint: up=None");
     if (up_bias && !up) door.fail("up_bias is given without up. Hint: gate_bias of both, [E, 2F]");
     G = {adjacent ? "2F" : "F", adjacent ? 2 * F.n : F.n};
-    void *gate_p = door.in("gate", gate, dtype, {&E, &G, &D}, ANY);
-    a.gate_EFD = matrix(gate_p, gate);
+    if (gate.dim() == 4 && adjacent) {          // w13_E2FD, of any strides
+        Dim two{"2", 2};
+        a.gate_EFD = {door.in("gate", gate, dtype, {&E, &two, &F, &D}, ANY), gate.stride(0), gate.stride(2),
+                      gate.stride(3)};
+    } else a.gate_EFD = matrix(door.in("gate", gate, dtype, {&E, &G, &D}, ANY), gate);
     if (up) a.up_EFD = matrix(door.in("up", *up, dtype, {&E, &F, &D}, ANY), *up);
-    if (adjacent) a.up_EFD = a.gate_EFD, a.up_EFD.p = after(gate_p, F * gate.stride(1), a.dtype);
+    if (adjacent) a.up_EFD = second(a.gate_EFD, gate, F, a.dtype);
     a.down_EDF = matrix(down_p, down);
     void *gate_bias_p = door.in("gate_bias", gate_bias, dtype, {&E, &G});
     a.gate_bias_EF = gate_bias_p;
@@ -286,15 +295,17 @@ ExpertGrads expert_mlp_backward(In dy, In h, MaybeIn x, In gate, MaybeIn up,
         return t && is_wanted ? dense_like(*t) : empty(dy, a.dtype, {0});
     };
     auto data = [](In dt) { return dt.numel() ? dt.data_ptr() : nullptr; };
-    auto into = [](In dt) { return dt.numel() ? matrix(dt.data_ptr(), dt) : moe_mat{}; };
+    auto into = [](In dt) {
+        const int64_t rows = dt.dim() - 2;
+        return dt.numel() ? moe_mat{dt.data_ptr(), dt.stride(0), dt.stride(rows), dt.stride(rows + 1)} : moe_mat{};
+    };
     Tensor dx = grad(like_x), dgate = grad(gate), dup = grad(up), ddown = grad(down), dweights = grad(weights);
     Tensor dgate_bias = grad(gate_bias), dup_bias = grad(up_bias), ddown_bias = grad(down_bias);
     const bool adjacent = a.up_EFD.p && !up;
     g.dx_RD = data(dx);
     g.dweights_RK = data(dweights);
     g.dgate_EFD = into(dgate);
-    g.dup_EFD = adjacent ? g.dgate_EFD : into(dup);
-    if (adjacent) g.dup_EFD.p = after(g.dgate_EFD.p, a.F * g.dgate_EFD.sr, a.dtype);
+    g.dup_EFD = adjacent ? second(g.dgate_EFD, dgate, a.F, a.dtype) : into(dup);
     g.ddown_EDF = into(ddown);
     g.dgate_bias_EF = data(dgate_bias);
     g.dup_bias_EF = adjacent ? after(g.dgate_bias_EF, a.F, a.dtype) : data(dup_bias);
@@ -385,19 +396,33 @@ std::tuple<Tensor, Tensor> exchange_combine(In message, In place, MaybeIn ids, i
 
 // ---- router ---------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, int64_t k, int64_t score,
+// After MOE_BAD_INDEX: says which forced id is out of range or the second of its token.
+[[noreturn]] void bad_choice(const Door &door, const int32_t *ids_TK, int64_t T, int64_t K, int64_t E) {
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t k = 0; k < K; k++)
+            for (int64_t j = 0; j < k; j++)
+                if (const int32_t id = ids_TK[t * K + k]; id >= 0 && id < E && id == ids_TK[t * K + j])
+                    door.fail("ids has expert ", id, " twice for token ", t, ", wanted distinct experts, or -1");
+    door.bad_index("ids", ids_TK, T * K, E, -1);
+}
+
+std::tuple<Tensor, Tensor, Tensor> router(In logits, MaybeIn select_bias, MaybeIn forced, int64_t k, int64_t score,
                                           double norm_p, double scale, bool balanced) {
     Door door{"router"};
     Dim T{"T"}, E{"E"};
     void *logits_TE = door.in("logits", logits, FLOATS, {&T, &E});
     auto *bias_E = static_cast<float *>(door.in("select_bias", select_bias, only(MOE_F32), {&E}));
     if (k < 1 || k > E) door.fail("k is ", k, ", wanted 1 .. E=", E.n);
+    Dim K{"k", k};
+    auto *forced_TK = door.i32("ids", forced, {&T, &K});
+    if (forced && balanced) door.fail("ids and balanced each make the choice. Hint: balanced=False");
     const int dtype = dtype_of(logits);
     const moe_router_args a = {dtype, door.choice("score", score, MOE_SIGMOID), balanced, T, E, k, norm_p, scale};
     Tensor weights = empty(logits, dtype, {T, k}), ids = empty(logits, MOE_I32, {T, k});
     Tensor scores = empty(logits, dtype, {T, E});
-    door.done(RUN(router, &a, logits_TE, bias_E, weights.data_ptr(), i32(ids), scores.data_ptr()),
-              "wanted no NaN in logits and norm_p=", norm_p, " >= 0. Hint: torch.isnan(logits).any(dim=1)");
+    const int status = RUN(router, &a, logits_TE, bias_E, forced_TK, weights.data_ptr(), i32(ids), scores.data_ptr());
+    if (status == MOE_BAD_INDEX) bad_choice(door, forced_TK, T, k, E);
+    door.done(status, "wanted no NaN in logits and norm_p=", norm_p, " >= 0. Hint: torch.isnan(logits).any(dim=1)");
     return {weights, ids, scores};
 }
 

@@ -6,9 +6,12 @@
 //   sigmoid          sigmoid(logits)       scores + select_bias         scores[ids]
 //   weights = scale * u / |u|_p
 //
+// Forced ids take the place of the K largest, and all else follows: the ids that the router would have chosen give the
+// bits that it would have given. -1 is absent: u is 0, in the softmax and the norm too, and nothing comes back from it.
 // logits_TE, scores_TE: row-major, one row per token, E <= MOE_MAX_EXPERTS (a row lives on the stack).
 // A logit of -inf masks its expert: it has score 0 and is never chosen, whatever its bias, as long as K others remain.
-// Fewer than K unmasked logits in a row, NaN or +inf is MOE_BAD_VALUE; with `balanced`, so is any masked logit.
+// Fewer than K unmasked logits in a row, NaN or +inf is MOE_BAD_VALUE; with `balanced`, so is any masked logit. A masked
+// expert that is forced has u = 0.
 // A row whose K kept scores are all zero keeps zero weights instead of 0/0.
 // The softmax runs in real; what follows it (choice, norm, gradient) in double, rounded once.
 // Rows are independent, so results do not know the number of threads.
@@ -37,11 +40,12 @@ static void store_row(int dtype, int64_t n, const double *row, void *x) {
 
 typedef struct {
     const moe_router_args *a;
-    const void  *logits_TE;
-    const float *select_bias_E;
-    void        *weights_TK, *scores_TE;
-    int32_t     *ids_TK;
-    atomic_int   bad_value;
+    const void    *logits_TE;
+    const float   *select_bias_E;
+    const int32_t *forced_TK;
+    void          *weights_TK, *scores_TE;
+    int32_t       *ids_TK;
+    atomic_int     bad_value, bad_index;
 } router_job;
 
 static int check_router(const moe_router_args *a) {
@@ -62,7 +66,19 @@ static int check_router(const moe_router_args *a) {
 COUNT(count_f32, float)
 COUNT(count_f64, double)
 
-static void check_logits(int64_t begin, int64_t end, void *arg) {
+// Whether ids_K are -1 or below E, and those that are present distinct.
+static bool good_choice(const int32_t *ids_K, int64_t K, int64_t E) {
+    bool taken_E[MOE_MAX_EXPERTS];
+    memset(taken_E, 0, (size_t)E);
+    for (int64_t k = 0; k < K; k++) {
+        if (ids_K[k] == -1) continue;
+        if (ids_K[k] < 0 || ids_K[k] >= E || taken_E[ids_K[k]]) return false;
+        taken_E[ids_K[k]] = true;
+    }
+    return true;
+}
+
+static void check_router_rows(int64_t begin, int64_t end, void *arg) {
     router_job *job = arg;
     const int dtype = job->a->dtype;
     const int64_t E = job->a->E, least = job->a->balanced ? E : job->a->K;
@@ -73,6 +89,8 @@ static void check_logits(int64_t begin, int64_t end, void *arg) {
         if (dtype == MOE_F64) count_f64(E, logit.f64, &finite, &masked);
         else                  count_f32(E, logit.f32, &finite, &masked);
         if (finite < least || finite + masked < E) atomic_store_explicit(&job->bad_value, 1, memory_order_relaxed);
+        if (job->forced_TK && !good_choice(job->forced_TK + t * job->a->K, job->a->K, E))
+            atomic_store_explicit(&job->bad_index, 1, memory_order_relaxed);
     }
 }
 
@@ -96,17 +114,18 @@ static void p_norm_backward(double p, int64_t K, const double *u_K, double norm,
     }
 }
 
-// u_K: the kept weights before norm and scale. The rows are of real, whatever their dtypes. The kept logits are finite.
+// u_K: the kept weights before norm and scale. The rows are of real, whatever their dtypes.
 static void kept_weights(const moe_router_args *a, int logit_type, const void *logit_E, int score_type,
                          const void *score_E, const int32_t *ids_K, double *u_K) {
     if (a->score != MOE_TOPK_SOFTMAX) {
-        for (int64_t k = 0; k < a->K; k++) u_K[k] = real_get(score_type, score_E, ids_K[k]);
+        for (int64_t k = 0; k < a->K; k++) u_K[k] = ids_K[k] < 0 ? 0 : real_get(score_type, score_E, ids_K[k]);
         return;
     }
     double top = -INFINITY, sum = 0;
-    for (int64_t k = 0; k < a->K; k++) top = fmax(top, u_K[k] = real_get(logit_type, logit_E, ids_K[k]));
-    for (int64_t k = 0; k < a->K; k++) sum += u_K[k] = exp(u_K[k] - top);
-    for (int64_t k = 0; k < a->K; k++) u_K[k] /= sum;
+    for (int64_t k = 0; k < a->K; k++)
+        top = fmax(top, u_K[k] = ids_K[k] < 0 ? -INFINITY : real_get(logit_type, logit_E, ids_K[k]));
+    for (int64_t k = 0; k < a->K; k++) sum += u_K[k] = u_K[k] == -INFINITY ? 0 : exp(u_K[k] - top);
+    for (int64_t k = 0; k < a->K && sum > 0; k++) u_K[k] /= sum;
 }
 
 // What the K largest are chosen by: real if that is exact, else double. -> whether it is double
@@ -148,7 +167,8 @@ static void router_rows(int64_t begin, int64_t end, void *arg) {
         }
 
         int32_t *ids = job->ids_TK + t * K;
-        if (a->balanced) for (int64_t k = 0; k < K; k++) ids[k] = (int32_t)((t * K + k) % E);
+        if (job->forced_TK) memcpy(ids, job->forced_TK + t * K, (size_t)K * sizeof *ids);
+        else if (a->balanced) for (int64_t k = 0; k < K; k++) ids[k] = (int32_t)((t * K + k) % E);
         else moe_k->top_k(choice_keys(job, &logit, score_type, &score, &key), E, K, &key, ids);
 
         kept_weights(a, dtype, &logit, score_type, &score, ids, u);
@@ -158,16 +178,17 @@ static void router_rows(int64_t begin, int64_t end, void *arg) {
     }
 }
 
-int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E,
+int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, const int32_t *forced_TK,
                void *weights_TK, int32_t *ids_TK, void *scores_TE) {
     int status = check_router(a);
     if (status) return status;
     for (int64_t e = 0; select_bias_E && e < a->E; e++)
         if (!isfinite(select_bias_E[e])) return MOE_BAD_VALUE;
-    router_job job = {.a = a, .logits_TE = logits_TE, .select_bias_E = select_bias_E,
+    router_job job = {.a = a, .logits_TE = logits_TE, .select_bias_E = select_bias_E, .forced_TK = forced_TK,
                       .ids_TK = ids_TK, .weights_TK = weights_TK, .scores_TE = scores_TE};
-    moe_parallel(a->T, moe_row_grain(a->E), check_logits, &job);
+    moe_parallel(a->T, moe_row_grain(a->E), check_router_rows, &job);
     if (job.bad_value) return MOE_BAD_VALUE;
+    if (job.bad_index) return MOE_BAD_INDEX;
     moe_parallel(a->T, moe_row_grain(a->E), router_rows, &job);
     return MOE_OK;
 }
@@ -197,6 +218,7 @@ static void router_rows_backward(int64_t begin, int64_t end, void *arg) {
 
         if (job->dweights_TK) {
             load_row(dtype, K, at(dtype, job->dweights_TK, t * K), du);
+            for (int64_t k = 0; k < K; k++) du[k] = ids[k] < 0 ? 0 : du[k];
             kept_weights(a, MOE_F64, logit, MOE_F64, score, ids, u);
             const double norm = a->norm_p > 0 ? p_norm(a->norm_p, K, u) : 1;
             double sum = 0;                                             // sum_k dw_k u_k
@@ -206,9 +228,11 @@ static void router_rows_backward(int64_t begin, int64_t end, void *arg) {
             if (a->score == MOE_TOPK_SOFTMAX) {
                 double mean = 0;
                 for (int64_t k = 0; k < K; k++) mean += u[k] * du[k];
-                for (int64_t k = 0; k < K; k++) dlogit[ids[k]] = u[k] * (du[k] - mean);
+                for (int64_t k = 0; k < K; k++)
+                    if (ids[k] >= 0) dlogit[ids[k]] = u[k] * (du[k] - mean);
             } else {
-                for (int64_t k = 0; k < K; k++) dscore[ids[k]] += du[k];
+                for (int64_t k = 0; k < K; k++)
+                    if (ids[k] >= 0) dscore[ids[k]] += du[k];
             }
         }
         if (a->score == MOE_SIGMOID) {
@@ -230,7 +254,7 @@ int moe_router_backward(const moe_router_args *a, const void *logits_TE, const v
     int status = check_router(a);
     if (status) return status;
     for (int64_t n = 0; n < a->T * a->K; n++)
-        if (ids_TK[n] < 0 || ids_TK[n] >= a->E) return MOE_BAD_INDEX;
+        if (ids_TK[n] < -1 || ids_TK[n] >= a->E) return MOE_BAD_INDEX;
     router_backward_job job = {a, logits_TE, scores_TE, dweights_TK, dscores_TE, ids_TK, dlogits_TE};
     moe_parallel(a->T, moe_row_grain(a->E), router_rows_backward, &job);
     return MOE_OK;

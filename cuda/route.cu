@@ -6,14 +6,18 @@
 //   sigmoid          sigmoid(logits)       scores + select_bias         scores[ids]
 //   weights = scale * u / |u|_p
 //
+// Forced ids take the place of the K largest, and all else follows. -1 is absent: u is 0, in the softmax and the norm
+// too, and nothing comes back from it.
+//
 // The softmax has the bits of the C core's (one exp, one order of summation), and a score and its bias are added in
 // double as there, so both choose the same experts, ties included. sigmoid differs in its last bit; without a bias its
 // logits are compared, which it keeps in order. Weights and gradients are float where the C core has double: K terms
 // each, and a double is up to 64 times slower here.
 //
 // A row with NaN, +inf or fewer than K unmasked logits (any masked one if balanced), or under a select_bias that is not
-// finite, is MOE_BAD_VALUE: its scores and weights are NaN, its ids those of equal logits. In the backward an id
-// outside [0,E) is MOE_BAD_INDEX and its row's gradient zero; a row's ids are distinct.
+// finite, is MOE_BAD_VALUE: its scores and weights are NaN, its ids those of equal logits. A forced id that is neither
+// -1 nor in [0,E), or that repeats one of its row, is MOE_BAD_INDEX and becomes -1. In the backward an id outside [-1,E)
+// is MOE_BAD_INDEX and its row's gradient zero; a row's ids are distinct.
 //
 // Forward: up to E = 512 and K = 32 a group of 8 or 32 lanes per row, all in registers; beyond, a block per row, which
 // sorts. Backward: a warp per row.
@@ -126,12 +130,14 @@ static __device__ uint64_t ordered(double x) {
 
 // ---- weights of the chosen ------------------------------------------------------------------------------------------
 
-// k -> u_k. value(k): the k-th choice's score, or its logit for topk_softmax.
+// k -> u_k. value(k): the k-th choice's score, or its logit for topk_softmax; of an absent one 0, or -INFINITY.
 template <int W, class Value>
 static __device__ auto kept_weights(const router_rule &rule, Value value) {
     const bool softmax = rule.score == MOE_TOPK_SOFTMAX;
-    const float top = softmax ? max_over<W>(rule.K, value) : 0;
-    const float sum = softmax ? sum_over<W>(rule.K, [=](int k) { return vexp_f32(value(k) - top); }) : 1;
+    float top = softmax ? max_over<W>(rule.K, value) : 0;
+    top = top > -INFINITY ? top : 0;
+    float sum = softmax ? sum_over<W>(rule.K, [=](int k) { return vexp_f32(value(k) - top); }) : 1;
+    sum = sum == 0 ? 1 : sum;                               // all absent
     return [=](int k) { return softmax ? vexp_f32(value(k) - top) / sum : value(k); };
 }
 
@@ -151,6 +157,14 @@ static __device__ void store_weights(const router_rule &rule, bool live, Value v
     const float norm = p_norm<W>(rule.p, rule.K, u);
     for (int k = group_lane<W>(); k < rule.K && live; k += W)
         weights_K[k] = from_float<T>(norm > 0 ? rule.scale * u(k) / norm : 0 * u(k));      // NaN stays NaN
+}
+
+// Whether the k-th of a row's forced ids is wrong: out of range, or the second of its kind.
+static __device__ bool bad_choice(const int32_t *ids_K, int k, int E) {
+    const int id = ids_K[k];
+    bool bad = id < -1 || id >= E;
+    for (int j = 0; j < k && id >= 0; j++) bad |= ids_K[j] == id;
+    return bad;
 }
 
 // ---- forward, in registers ------------------------------------------------------------------------------------------
@@ -174,8 +188,8 @@ static __device__ float sum_of_row(const float (&p)[V]) {
 
 template <class T, class Real, int W, int V>
 __global__ void __launch_bounds__(128)
-router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, T *weights_TK, int32_t *ids_TK, T *scores_TE,
-              verdict complain) {
+router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, const int32_t *forced_TK, T *weights_TK,
+              int32_t *ids_TK, T *scores_TE, verdict complain) {
     using Key = decltype(ordered(Real()));
     const int E = rule.E, K = rule.K, lane = group_lane<W>();
     const int64_t group = static_cast<int64_t>(blockIdx.x) * (blockDim.x / W) + threadIdx.x / W;
@@ -219,8 +233,13 @@ router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, T *weig
         key[i] = e < E ? ordered(choice<Real>(rule.score, x[i], score[i], bias_of(e))) : 0;
         if (live && e < E) scores_TE[t * E + e] = from_float<T>(score[i]);
     }
-    uint32_t mine = static_cast<uint32_t>((t * K + lane) % E);
-    for (int k = 0; k < K && !rule.balanced; k++) {
+    uint32_t mine = static_cast<uint32_t>((t * K + lane) % E);          // UINT32_MAX, no expert: absent
+    if (forced_TK && lane < K) {
+        const bool bad = bad_choice(forced_TK + t * K, lane, E);
+        if (bad && live) complain(MOE_BAD_INDEX, t * K + lane);
+        mine = bad ? UINT32_MAX : static_cast<uint32_t>(forced_TK[t * K + lane]);
+    }
+    for (int k = 0; k < K && !rule.balanced && !forced_TK; k++) {
         Key best = 0;
         uint32_t e = 0;
 #pragma unroll
@@ -234,7 +253,7 @@ router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, T *weig
     }
     if (live && lane < K) ids_TK[t * K + lane] = static_cast<int32_t>(mine);
 
-    float value = 0;
+    float value = rule.score == MOE_TOPK_SOFTMAX ? -INFINITY : 0;
 #pragma unroll
     for (int i = 0; i < V; i++) {
         const float candidate = rule.score == MOE_TOPK_SOFTMAX ? x[i] : score[i];
@@ -279,8 +298,8 @@ static __device__ void sort(const sorted_row &row, int P) {
 
 template <class T>
 __global__ void __launch_bounds__(256)
-router_sort_kernel(router_rule rule, int P, const T *logits_TE, const float *bias_E, T *weights_TK, int32_t *ids_TK,
-                   T *scores_TE, verdict complain) {
+router_sort_kernel(router_rule rule, int P, const T *logits_TE, const float *bias_E, const int32_t *forced_TK,
+                   T *weights_TK, int32_t *ids_TK, T *scores_TE, verdict complain) {
     const sorted_row row(shared_memory(), P);
     const int E = rule.E, K = rule.K;
     const int64_t t = blockIdx.x;
@@ -324,12 +343,23 @@ router_sort_kernel(router_rule rule, int P, const T *logits_TE, const float *bia
         row.key[e] = ordered(choice<double>(rule.score, x, score, bias_of(e)));
         row.value[e] = rule.score == MOE_TOPK_SOFTMAX ? x : score;
     }
-    if (!rule.balanced) sort(row, P);
+    if (forced_TK) {
+        for (int k = threadIdx.x; k < K; k += blockDim.x) {
+            const bool bad = bad_choice(forced_TK + t * K, k, E);
+            if (bad) complain(MOE_BAD_INDEX, t * K + k);
+            ids_K[k] = bad ? -1 : forced_TK[t * K + k];
+        }
+    } else if (!rule.balanced) {
+        sort(row, P);
+    }
     __syncthreads();
     if (warp_id() > 0) return;
-    const auto id = [=](int k) { return rule.balanced ? static_cast<int>((t * K + k) % E) : row.id[k]; };
-    for (int k = lane_id(); k < K; k += 32) ids_K[k] = id(k);
-    store_weights<32>(rule, true, [=](int k) { return row.value[id(k)]; }, weights_TK + t * K);
+    const auto id = [=](int k) {
+        return forced_TK ? ids_K[k] : rule.balanced ? static_cast<int>((t * K + k) % E) : row.id[k];
+    };
+    for (int k = lane_id(); k < K && !forced_TK; k += 32) ids_K[k] = id(k);
+    const float absent = rule.score == MOE_TOPK_SOFTMAX ? -INFINITY : 0;
+    store_weights<32>(rule, true, [=](int k) { return id(k) < 0 ? absent : row.value[id(k)]; }, weights_TK + t * K);
 }
 
 template <int w, int v>
@@ -346,8 +376,8 @@ static int by_tile(int E, F f) {
     return f(tile<32, 16>());
 }
 
-int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, void *weights_TK,
-               int32_t *ids_TK, void *scores_TE, cudaStream_t stream) {
+int moe_router(const moe_router_args *a, const void *logits_TE, const float *select_bias_E, const int32_t *forced_TK,
+               void *weights_TK, int32_t *ids_TK, void *scores_TE, cudaStream_t stream) {
     return by_float(a->dtype, [&]<class T>(T) {
         router_rule rule;
         TRY(check_router(*a, &rule));
@@ -358,13 +388,13 @@ int moe_router(const moe_router_args *a, const void *logits_TE, const float *sel
             int P = 1;
             while (P < rule.E) P *= 2;
             return launch(router_sort_kernel<T>, rule.T, 256, sorted_row::bytes(P), stream, rule, P, logits,
-                          select_bias_E, weights, ids_TK, scores, complain);
+                          select_bias_E, forced_TK, weights, ids_TK, scores, complain);
         }
         return by_tile(rule.E, [&]<class Tile>(Tile) {
             const auto kernel = select_bias_E ? router_kernel<T, double, Tile::W, Tile::V>
                                               : router_kernel<T, float, Tile::W, Tile::V>;
-            return launch(kernel, ceil_div(rule.T, 128 / Tile::W), 128, 0, stream, rule, logits, select_bias_E, weights,
-                          ids_TK, scores, complain);
+            return launch(kernel, ceil_div(rule.T, 128 / Tile::W), 128, 0, stream, rule, logits, select_bias_E,
+                          forced_TK, weights, ids_TK, scores, complain);
         });
     });
 }
@@ -389,7 +419,7 @@ router_backward_kernel(router_rule rule, const T *logits_TE, const T *scores_TE,
 
     bool wrong = false;
     for (int k = lane_id(); k < rule.K; k += 32) {
-        if (ids_K[k] >= 0 && ids_K[k] < E) continue;
+        if (ids_K[k] >= -1 && ids_K[k] < E) continue;
         complain(MOE_BAD_INDEX, t * rule.K + k);
         wrong = true;
     }
@@ -398,8 +428,10 @@ router_backward_kernel(router_rule rule, const T *logits_TE, const T *scores_TE,
         return;
     }
 
-    const auto dweight = [=](int k) { return to_float(dweights_TK[t * K + k]); };
-    const auto u = kept_weights<32>(rule, [=](int k) { return to_float((kept ? logits_E : scores_E)[ids_K[k]]); });
+    const auto dweight = [=](int k) { return ids_K[k] < 0 ? 0 : to_float(dweights_TK[t * K + k]); };
+    const auto u = kept_weights<32>(rule, [=](int k) {
+        return ids_K[k] < 0 ? (kept ? -INFINITY : 0) : to_float((kept ? logits_E : scores_E)[ids_K[k]]);
+    });
     const float p = rule.p, n = p_norm<32>(p, K, u);
     const float factor = n > 0 && n < INFINITY ? rule.scale / n : 0;
     const float S = p > 0 && factor != 0 ? sum_over<32>(K, [=](int k) { return dweight(k) * (u(k) / n); }) : 0;
@@ -426,6 +458,7 @@ router_backward_kernel(router_rule rule, const T *logits_TE, const T *scores_TE,
     __syncwarp();                                                               // then the chosen, again
     for (int k = lane_id(); k < K; k += 32) {
         const int e = ids_K[k];
+        if (e < 0) continue;
         dlogits_E[e] = from_float<T>(kept ? dlogit(e, 0) + u(k) * (du(k) - kept_mean) : dlogit(e, du(k)));
     }
 }

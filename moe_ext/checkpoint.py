@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import norm_power
+from moe_ext.layers.lora import is_factor
 from moe_ext.optim.together import parts_of
 from moe_ext.parallel.stages import Stage
 
@@ -57,8 +58,8 @@ WHOLE = re.compile(r"step-(\d{6,})(\.old)?")       # .old: set aside while a sav
 # select_bias_rate above 0): a checkpoint continues with other values of these. Any other field makes another model, one
 # that is not decided yet too. A new field's default is what versions without it did.
 TRAINING_ONLY = {"model." + name for name in (
-    "seq_len", "dropout", "init_std", "moe.jitter", "moe.balanced", "moe.capacity_factor", "moe.drop_by", "moe.scope",
-    "moe.balance_form", "moe.balance_weight", "moe.z_weight")}
+    "seq_len", "dropout", "init_std", "tune.train", "tune.freeze", "moe.jitter", "moe.balanced", "moe.capacity_factor",
+    "moe.drop_by", "moe.scope", "moe.balance_form", "moe.balance_weight", "moe.z_weight")}
 
 
 class CheckpointError(ValueError):
@@ -79,12 +80,14 @@ class State(NamedTuple):
 
 def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader, step: int,
          config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None,
-         best_step: int | None = None) -> Path:
+         best_step: int | None = None, source: Callable[[str], torch.Tensor] | None = None) -> Path:
     """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all) and of each of
     them the best one that it knows. Collective.
 
     loader: anything with state_dict() -> JSON values. config: dataclasses.asdict(Config). extra: more JSON values.
     best_step: the step of the best checkpoint, this one or an earlier one, if it is to be kept.
+    source: of a model on the meta device, what gives the value of model.NAME when it is to be written: one process then
+    writes a file for each block and holds no more than that.
     folder and all that is not a tensor are those of rank 0. Errors: CheckpointError, OSError, on every rank the same.
     """
     work, final = on_rank_0(lambda: begin(Path(folder), f"step-{step:06d}"))
@@ -105,17 +108,31 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     tensors, state = together(content)
     state = state._replace(optimizer=merged(state.optimizer))
     with dcp_errors(f"{final} was not saved, earlier checkpoints are as they were"):
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True),
-                 planner=Contiguous(flatten_state_dict=False), no_dist=ranks() == 1)
+        files = None if source is None else {name: file_of(name) for name in tensors}
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), files, save_distributed=True),
+                 planner=Contiguous(source), no_dist=ranks() == 1)
     on_rank_0(lambda: finish(work, final, state, keep_last))
     return final
 
 
 class Contiguous(DefaultSavePlanner):
-    """Writes each box in row-major order, as safetensors wants it, whatever the strides of a rank's tensor."""
+    """Writes each box in row-major order, as safetensors wants it, whatever the strides of a rank's tensor; what has no
+    memory as source(name) gives it."""
+
+    def __init__(self, source=None):
+        super().__init__(flatten_state_dict=False)
+        self.source = source
 
     def transform_object(self, write_item, object):
+        if object.is_meta:
+            object = self.source(write_item.index.fqn)
         return object.contiguous()
+
+
+def file_of(name: str) -> int:
+    """The number of a tensor's file, from 1: of its block, or of what is in none."""
+    block = re.match(r"model\.layers\.(\d+)\.", name)
+    return 1 if block is None else 2 + int(block[1])
 
 
 def begin(folder: Path, name: str) -> tuple[Path, Path]:
@@ -195,21 +212,23 @@ def read_state(path: str | Path) -> State:
 
 
 def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, loader=None,
-         config: dict | None = None) -> State:
+         config: dict | None = None, start: bool = False) -> State:
     """Read a checkpoint into model, and with an optimizer and a loader continue its run: their state and torch's RNG.
 
     Without an optimizer only the model is read (evaluation, sampling). config: the wanted dataclasses.asdict(Config);
     if its "model" is another one, that is an error naming the fields (TRAINING_ONLY). Every tensor of the model and the
     optimizer must be in the checkpoint with its shape and dtype, and every such tensor of the checkpoint in them;
     nothing is touched before that is certain on every rank. Collective; rank 0's path holds. The mesh is free: each
-    rank reads the boxes that it needs. Errors: FileNotFoundError, CheckpointError, OSError, on every rank the same.
+    rank reads the boxes that it needs. start: of a run that starts with these weights: adapters that the checkpoint
+    lacks stay as they are, and floats of fewer bits than the model's are widened. Errors: FileNotFoundError,
+    CheckpointError, OSError, on every rank the same.
     """
     path, state = on_rank_0(lambda: (Path(path), read_state(path)))
     reader = HuggingFaceStorageReader(str(path))
     if optimizer is not None and (kind := class_of(optimizer)) != state.optimizer["class"]:
         raise CheckpointError(f"{path}: optimizer: got the state of {state.optimizer['class']}, wanted that of {kind}: "
                               "resume with the optimizer that wrote it, optim.name and optim.rule as they were")
-    stored, tensors = together(lambda: fitting(path, state, reader, model, optimizer, config))
+    stored, tensors = together(lambda: fitting(path, state, reader, model, optimizer, config, start))
     states = {}
     if optimizer is not None:
         for part in parts_of(optimizer):
@@ -230,9 +249,9 @@ def load(path: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: torch.nn.Module,
-            optimizer: torch.optim.Optimizer | None, config: dict | None) -> tuple[dict, dict]:
-    """The stored tensors' metadata and the model's tensors. CheckpointError unless the checkpoint is one of this model
-    and optimizer (and of this config's model, if one is given)."""
+            optimizer: torch.optim.Optimizer | None, config: dict | None, start: bool) -> tuple[dict, dict]:
+    """The stored tensors' metadata and those of the model's tensors that are to be read. CheckpointError unless the
+    checkpoint is one of this model and optimizer (and of this config's model, if one is given)."""
     if config is not None:
         differing = [f"{name}: the checkpoint has {was!r}, this run wants {now!r}"
                      for name, was, now in differences(state.config, config) if changes_model(name, was, now)]
@@ -244,18 +263,24 @@ def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: t
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {error}; a truncated or damaged .safetensors file: use an earlier "
                               "checkpoint") from None
-    check(path, "model.", stored, model_tensors(model.whole if isinstance(model, Stage) else model))
+    without = start and not any(map(is_factor, stored))
+
+    def wanted(model):
+        return {name: tensor for name, tensor in model_tensors(model).items() if not (without and is_factor(name))}
+
+    whole = wanted(model.whole if isinstance(model, Stage) else model)
+    check(path, "model.", stored, whole, widened=start)
     if optimizer is not None:
         check_moved(path, model, optimizer, state.optimizer)
         check_names(path, "optim.", stored, {f"optim.{name}.{key}" for name, of in state.optimizer["states"].items()
                                              for key in of})
         check(path, "rng.cpu", stored, {"rng.cpu": torch.get_rng_state()})
-    return stored, model_tensors(model)
+    return stored, wanted(model)
 
 
-def check_model(path: str | Path, model: torch.nn.Module, *, config: dict | None = None) -> None:
+def check_model(path: str | Path, model: torch.nn.Module, *, config: dict | None = None, start: bool = False) -> None:
     """What load would refuse of the model and the config; the model may lie on the meta device. Errors: as load."""
-    fitting(Path(path), read_state(path), HuggingFaceStorageReader(str(path)), model, None, config)
+    fitting(Path(path), read_state(path), HuggingFaceStorageReader(str(path)), model, None, config, start)
 
 
 def rank() -> int:
@@ -367,7 +392,7 @@ def moved_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
 
 def class_of(optimizer: torch.optim.Optimizer) -> str:
     """"AdamW", or "AdamW + Muon": of the optimizers of all ranks, as stages may have different ones. Collective."""
-    classes = [{type(part).__name__ for part in parts_of(optimizer)}]
+    classes = [{type(part).__name__ for part in parts_of(optimizer) for group in part.param_groups if group["params"]}]
     if ranks() > 1:
         own, classes = classes[0], [None] * ranks()
         dist.all_gather_object(classes, own)
@@ -446,20 +471,22 @@ def empty_states(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     return states
 
 
-def check(path: Path, section: str, stored: dict, tensors: dict[str, torch.Tensor]) -> None:
+def check(path: Path, section: str, stored: dict, tensors: dict[str, torch.Tensor], **options) -> None:
     """CheckpointError unless the stored names of a section are those of `tensors`, and as check_tensors."""
     check_names(path, section, stored, tensors.keys())
-    check_tensors(path, stored, tensors)
+    check_tensors(path, stored, tensors, **options)
 
 
-def check_tensors(path: Path, stored: dict, tensors: dict[str, torch.Tensor], converted: bool = False) -> None:
+def check_tensors(path: Path, stored: dict, tensors: dict[str, torch.Tensor], converted: bool = False,
+                  widened: bool = False) -> None:
     """CheckpointError unless the stored tensors have the shapes and dtypes of `tensors`, and every one is complete: its
-    boxes, which are disjoint, hold as many values as it has. converted: any floating-point dtype is as good as another.
-    """
+    boxes, which are disjoint, hold as many values as it has. converted: any floating-point dtype is as good as another;
+    widened: one of fewer bits is."""
     for name, tensor in tensors.items():
         values = sum(math.prod(box.sizes) for box in stored[name].chunks)
         dtype = stored[name].properties.dtype
-        if converted and dtype.is_floating_point and tensor.is_floating_point():
+        if dtype.is_floating_point and tensor.is_floating_point() and (
+                converted or (widened and torch.promote_types(dtype, tensor.dtype) == tensor.dtype)):
             dtype = tensor.dtype
         got = f"{dtype} {list(stored[name].size)}"
         if values != math.prod(stored[name].size):

@@ -58,12 +58,15 @@ class MoEConfig:
     hidden: int = 512                   # width F of one expert
     dense_layers: int = 0               # the first blocks that keep a dense MLP
     shared_hidden: int = 0              # width of the shared expert that sees every token; 0: none
+    shared_gate: bool = False           # what the shared expert gives is multiplied by sigmoid(x w)
     score: Literal["softmax_topk", "topk_softmax", "sigmoid"] = "softmax_topk"  # logits -> weights
     # the K weights are divided by their p-norm; 0: left as they are; auto: 1, but 0 with top_k 1, where a norm would
     # make the one weight 1
     norm_p: float | Literal["auto"] = "auto"
     scale: float = 1.0                  # the weights are multiplied by this after the norm
     select_bias_rate: float = 0.0       # step of the selection bias per optimizer step; 0: no bias
+    groups: int = 1                     # the experts in order are so many groups of equal size,
+    top_groups: int = 1                 # of which a token takes its experts from so many: those with the best two
     router_bias: bool = False           # a learned bias on the logits
     noise: bool = False                 # learned noise: logits + scale_E * N(0,1), scale_E starts at 0 (training only)
     jitter: float = 0.0                 # router input times U[1-jitter, 1+jitter) (training only)
@@ -95,6 +98,62 @@ class MoEConfig:
                 "on scores, but topk_softmax chooses by logits: use sigmoid or softmax_topk, or set it to 0")
         require(not (self.balanced and self.select_bias_rate), "model.moe.balanced ignores the selection bias: set "
                 "model.moe.select_bias_rate to 0")
+        require(self.shared_hidden > 0 or not self.shared_gate, "model.moe.shared_gate is the gate of a shared expert, "
+                "but model.moe.shared_hidden is 0: set both or none")
+        groups, size = self.groups, self.experts // max(1, self.groups)
+        require(groups >= 1 and self.experts % groups == 0 and (groups == 1 or size > 1), f"model.moe.groups is "
+                f"{groups}: {self.experts} experts (model.moe.experts) are 1 group, or several of equal size and at "
+                "least 2 experts")
+        require(1 <= self.top_groups <= groups and self.top_k <= self.top_groups * size, f"model.moe.top_groups is "
+                f"{self.top_groups}: of {groups} groups (model.moe.groups) of {size} experts choose 1 to {groups}, and "
+                f"enough for model.moe.top_k {self.top_k}")
+        require(groups == 1 or self.score != "topk_softmax", "model.moe.groups are chosen by scores, but topk_softmax "
+                "chooses by logits: use sigmoid or softmax_topk, or set it to 1")
+        require(groups == 1 or not self.balanced, "model.moe.balanced ignores groups: set model.moe.groups to 1")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What of the model moves: by default all of it. `train`, `freeze` and `lora_targets` are regular expressions
+    between commas, searched for in names, as "experts, lm_head"; each must find something (moe_ext.tune.check)."""
+    train: str = ""                     # the parameters that move; "": all, or with adapters these alone
+    freeze: str = ""                    # parameters that rest, whatever `train` says; "": none
+    lora_rank: int = 0                  # rows of A and columns of B in W + alpha / rank * B A; 0: no adapters
+    lora_alpha: float = 16.0            # what B A counts, times the rank
+    lora_targets: str = ""              # the matrices W with adapters A and B; "": all of attention, MLPs and experts
+
+    def __post_init__(self):
+        for name in ("train", "freeze", "lora_targets"):
+            for pattern in patterns(getattr(self, name)):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"model.tune.{name}: {pattern!r} is no regular expression: {error}") from None
+        require(self.lora_rank >= 0, f"model.tune.lora_rank is {self.lora_rank}; it cannot be negative")
+        require(0 < self.lora_alpha < math.inf, f"model.tune.lora_alpha is {self.lora_alpha}; it must be positive and "
+                "finite")
+        require(self.lora_rank > 0 or not self.lora_targets, f"model.tune.lora_targets is {self.lora_targets!r}, but "
+                "model.tune.lora_rank is 0: set both or none")
+
+    @property
+    def targets(self) -> str:
+        """lora_targets in one regular expression."""
+        return "|".join(patterns(self.lora_targets)) or "."
+
+    def moves(self, name: str, adapter: bool = False) -> bool:
+        """Whether the parameter of this name moves; adapter: whether it is one of an adapter."""
+        chosen = finds(self.train, name) if self.train else not self.lora_rank
+        return (chosen or adapter) and not finds(self.freeze, name)
+
+
+def patterns(text: str) -> list[str]:
+    """The regular expressions of a field of model.tune."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def finds(text: str, name: str) -> bool:
+    """Whether one of them is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns(text))
 
 
 @dataclass(frozen=True)
@@ -118,14 +177,18 @@ class ModelConfig:
     position: Literal["rope", "learned"] = "rope"       # queries and keys turned; or a table of seq_len rows added
     rope_base: float = 10000.0          # wavelengths run from 2 pi to 2 pi * base tokens
     rope_fraction: float = 1.0          # share of a head's columns that RoPE turns
-    rope_scale: float = 1.0             # YaRN: the context is so many times rope_context; 1: plain RoPE
-    rope_context: int = 0               # YaRN: tokens of the context before it was stretched
+    rope_scale: float = 1.0             # the context is stretched to so many times rope_context; 1: plain RoPE
+    rope_context: int = 0               # tokens of the context before it was stretched
+    # how: YaRN, the ends of its ramp as they come (gpt-oss) or rounded outwards (its paper); by wavelength, as Llama
+    # 3.1; or all positions divided by rope_scale
+    rope_stretch: Literal["yarn", "yarn_rounded", "llama3", "linear"] = "yarn"
     qk_norm: bool = False               # RMSNorm of query and key before RoPE
     qk_norm_over: Literal["head", "width"] = "head"     # each head's columns, or those of all heads together
     tied: bool = False                  # the head is the embedding transposed
     dropout: float = 0.0                # probability, after the embedding, attention and MLP (training only)
     init_std: float = 0.02              # of every matrix; residual outputs get init_std / sqrt(2 * layers)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "layers", "dim", "heads", "hidden"):
@@ -143,9 +206,12 @@ class ModelConfig:
                 f"model.rope_fraction {self.rope_fraction} of a head of {self.head_width} columns is "
                 f"{self.rope_columns}: RoPE turns pairs of columns, at least one and at most the head's")
         require(not rope or self.rope_base > 1, f"model.rope_base is {self.rope_base}; it must be above 1")
-        require(self.rope_scale == 1 or (self.rope_scale > 1 and self.rope_context > 0), f"model.rope_scale "
-                f"{self.rope_scale} stretches a context (YaRN): it must be above 1, and model.rope_context, the tokens "
-                "before that, positive")
+        ends = self.rope_context > 0 or self.rope_stretch == "linear"
+        require(self.rope_scale == 1 or (self.rope_scale > 1 and ends), f"model.rope_scale {self.rope_scale} stretches "
+                f"a context ({self.rope_stretch}): it must be above 1, and model.rope_context, the tokens before that, "
+                "positive")
+        require(self.rope_scale > 1 or self.rope_stretch == "yarn", f"model.rope_stretch is {self.rope_stretch}, but "
+                "model.rope_scale is 1, which stretches nothing: set both or none")
         require(self.window >= 0 and self.window_full_every >= 0, f"model.window {self.window} and "
                 f"model.window_full_every {self.window_full_every} cannot be negative")
         require(self.window > 0 or self.window_full_every == 0, f"model.window_full_every {self.window_full_every} "
@@ -561,7 +627,8 @@ class Config:
             require(mesh.ep == mesh.etp == 1, "mesh.ep and mesh.etp spread experts, but model.moe.experts is 0: set "
                     "both to 1")
         if mesh.tp > 1:
-            shares["fsdp * mesh.sp"] = {"model.dim": model.dim}
+            shares["fsdp * mesh.sp"] = {"model.dim": model.dim} | (
+                {"model.tune.lora_rank": model.tune.lora_rank} if model.tune.lora_rank else {})
         share = model.seq_len // mesh.sequence * moe.top_k
         dealt = moe.balanced and moe.experts and mesh.world > 1
         require(not dealt or share % moe.experts == 0, f"model.moe.balanced deals a rank's copies out from the first "

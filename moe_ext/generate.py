@@ -1,16 +1,16 @@
 """Text from a run: `python -m moe_ext.generate RUN_DIR --prompt "def main" [--max-tokens 200 --temperature 0.8 ...]`.
 
 Each token is drawn from softmax(logits / temperature) cut to the top_k largest and to the smallest set that holds top_p
-of the probability; temperature 0 takes the largest. The text ends before the tokenizer's end-of-text token, unless
---ignore-eos draws on. Keys and values of earlier tokens are cached. `--prompts FILE` continues many, several at a time,
-each as if it were alone.
+of the probability; temperature 0 takes the largest. The text ends before a token that ends texts, unless --ignore-eos
+draws on: those that the run's generation_config.json names, as an imported model's does, or else the tokenizer's. Keys
+and values of earlier tokens are cached. `--prompts FILE` continues many, several at a time, each as if it were alone.
 """
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from moe_ext.config import ConfigError, ModelConfig, require
 from moe_ext.data.tokenise import ENDS
 from moe_ext.evaluate import Run, load_run
 from moe_ext.model import GPT, KVCache, precision
+from moe_ext.replay import Tape
 from moe_ext.run import same_tokenizer
 
 
@@ -55,7 +56,7 @@ def check_prompt(prompt: list[int], max_tokens: int, config: ModelConfig) -> Non
 
 
 def generate(model: GPT, prompt: list[int], max_tokens: int, **options) -> Iterator[int]:
-    """Yields token ids that continue `prompt`: max_tokens, or those before the first that is `end`. Options and errors
+    """Yields token ids that continue `prompt`: max_tokens, or those before the first that ends it. Options and errors
     as in generate_all."""
     for tokens in generate_all(model, [prompt], max_tokens, **options):
         yield tokens[0]
@@ -63,10 +64,11 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, **options) -> Itera
 
 @torch.no_grad()
 def generate_all(model: GPT, prompts: list[list[int]], max_tokens: int, *, temperature=0.8, top_k=50, top_p=1.0, seed=0,
-                 cache=True, end: int | None = None) -> Iterator[list[int | None]]:
-    """Yields the next token id of each of the prompts, None behind its first `end`; max_tokens times, or until all have
-    ended. A prompt gets what it gets alone: its draws are those of `seed`, and pads before it make the lengths equal.
-    cache=False runs the whole text again for each token and gives the same. Errors: ValueError if a prompt and its
+                 cache=True, ends: Collection[int] = (), tape: Tape | None = None) -> Iterator[list[int | None]]:
+    """Yields the next token id of each of the prompts, None from its first of `ends` on; max_tokens times, or until all
+    have ended. A prompt gets what it gets alone: its draws are those of `seed`, and pads before it make the lengths
+    equal. cache=False runs the whole text again for each token and gives the same. tape: takes down the experts of all
+    tokens, pads in front, but of the last, which runs through no layer. Errors: ValueError if a prompt and its
     continuation do not fit into the model's context or an option is out of range; FloatingPointError."""
     for prompt in prompts:
         check_prompt(prompt, max_tokens, model.config)
@@ -87,11 +89,11 @@ def generate_all(model: GPT, prompts: list[list[int]], max_tokens: int, *, tempe
         mask_BS = None      # the cache knows the pads; what is new is real
         if padded and new_BS.shape[1] >= longest:
             mask_BS = torch.arange(new_BS.shape[1], device=device) >= pads_B1
-        x_BSD, _ = model.hidden(new_BS, cache=kept, token_mask=mask_BS)
+        x_BSD, _ = model.hidden(new_BS, cache=kept, token_mask=mask_BS, tape=tape)
         logits_BV = model.lm_head(x_BSD[:, -1]).cpu()       # of the last token alone: a text's logits are large
         picked = [0 if done else pick(logits_V, temperature, top_k, top_p, generator)
                   for done, logits_V, generator in zip(ended, logits_BV, generators, strict=True)]
-        ended = [done or token == end for done, token in zip(ended, picked, strict=True)]
+        ended = [done or token in ends for done, token in zip(ended, picked, strict=True)]
         if all(ended):
             return
         yield [None if done else token for done, token in zip(ended, picked, strict=True)]
@@ -115,6 +117,31 @@ def load_tokenizer(path: str | Path):
     return tokenizer
 
 
+def end_ids(folder: Path, tokenizer) -> list[int]:
+    """The tokens before which a text of this run ends: eos_token_id, one or several, of generation_config.json; without
+    it eos_token of tokenizer_config.json, and without that the tokenizer's first of ENDS. ConfigError."""
+    ids = field(folder / "generation_config.json", "eos_token_id")
+    if ids is not None:
+        ids = ids if isinstance(ids, list) else [ids]
+        require(all(type(i) is int for i in ids), f"{folder}/generation_config.json: eos_token_id is {ids!r}, wanted a "
+                "token id or a list of them: mend or delete it")
+        return ids
+    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+    name = field(folder / "tokenizer_config.json", "eos_token")
+    name = name.get("content") if isinstance(name, dict) else name      # some files have its options too
+    return [special[name] for name in (name, *ENDS) if name in special][:1]
+
+
+def field(path: Path, name: str):
+    """A field of a file of JSON; None if one of the two is not there. ConfigError."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(name)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} holds no fields in JSON: {error}: mend or delete it") from None
+
+
 def complete(run: Run, prompt: str, max_tokens: int, **options) -> str:
     """Prompt and continuation as text; options as in complete_all."""
     return complete_all(run, [prompt], max_tokens, **options)[0]
@@ -127,8 +154,7 @@ def complete_all(run: Run, prompts: list[str], max_tokens: int, *, ignore_eos: b
     require(path.is_file(), f"no {path}: the run was trained without data.tokenizer, so it cannot read or write text")
     same_tokenizer(run.folder, path)
     tokenizer = load_tokenizer(path)
-    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-    end = None if ignore_eos else next((special[name] for name in ENDS if name in special), None)
+    ends = [] if ignore_eos else end_ids(run.folder, tokenizer)
     texts = [tokenizer.encode(prompt).ids for prompt in prompts]
     for number, tokens in enumerate(texts, start=1):
         try:
@@ -139,7 +165,7 @@ def complete_all(run: Run, prompts: list[str], max_tokens: int, *, ignore_eos: b
     with precision(run.config, run.model.norm.weight.device):
         for begin in range(0, len(texts), run.config.train.micro_batch):
             batch = by_length[begin:begin + run.config.train.micro_batch]
-            for tokens in generate_all(run.model, [texts[i] for i in batch], max_tokens, end=end, **options):
+            for tokens in generate_all(run.model, [texts[i] for i in batch], max_tokens, ends=ends, **options):
                 for i, token in zip(batch, tokens, strict=True):
                     texts[i] += [] if token is None else [token]
     return tokenizer.decode_batch(texts)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,10 @@ import moe_ext
 from moe_ext import ops
 from moe_ext.attention import Documents, attend, computed_in, visible
 from moe_ext.config import Config, ModelConfig, TrainConfig, require
-from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, site
+from moe_ext.layers.fused import MLP, Draws, FusedMoE, Linear, check_mask, normal_, site
+from moe_ext.layers.lora import add_lora, candidates, init_lora, is_factor
 from moe_ext.ops.define import real
+from moe_ext.replay import Tape
 
 
 class Losses(NamedTuple):
@@ -76,21 +79,27 @@ def make_norm(c: ModelConfig, **options):
     return nn.LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
 
 
-def rope_angles(positions, columns, base, scale=1.0, context=0):
+def rope_angles(positions, columns, base, scale=1.0, context=0, stretch="yarn"):
     """-> cos, sin, fp64 [.., columns/2]: position * base^(-2i/columns) (Su et al., 2021).
 
-    scale > 1 stretches a context of so many tokens by YaRN (Peng et al., 2023): pairs that turn less than once in it
-    turn `scale` times slower, those that turn more than 32 times as before, and those between by a ramp over i, whose
-    ends are not rounded (gpt-oss). All are longer by 0.1 ln(scale) + 1, for sharper attention.
+    scale > 1 stretches a context of so many tokens, so that pairs of columns turn `scale` times slower:
+    "linear"    all of them (Chen et al., 2023)
+    "yarn"      those that turn less than once in it; those that turn more than 32 times turn as before, and those
+                between by a ramp over i. All are longer by 0.1 ln(scale) + 1, for sharper attention (Peng et al.,
+                2023). The ramp's ends are as they come (gpt-oss) or, "yarn_rounded", rounded outwards
+    "llama3"    those that turn less than once, not more than 4 times, and between by a ramp over turns (Llama 3.1)
     """
     pair = torch.arange(columns // 2, dtype=torch.float64, device=positions.device)
-    frequency, length = base ** (-2 * pair / columns), 1.0
-    if scale > 1:
+    frequency, length, slow = base ** (-2 * pair / columns), 1.0, 1.0
+    if stretch == "llama3":
+        slow = ((4 - context * frequency / (2 * math.pi)) / 3).clamp(0, 1)
+    elif stretch != "linear" and scale > 1:
         first, last = (columns * math.log(context / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (32, 1))
+        if stretch == "yarn_rounded":
+            first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, columns - 1)
-        slow = ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
-        frequency, length = frequency * (1 - slow + slow / scale), 0.1 * math.log(scale) + 1
-    angle = positions.double()[..., None] * frequency
+        slow, length = ((pair - first) / (last - first or 1e-3)).clamp(0, 1), 0.1 * math.log(scale) + 1
+    angle = positions.double()[..., None] * (frequency * (1 - slow + slow / scale))
     return angle.cos() * length, angle.sin() * length
 
 
@@ -154,18 +163,19 @@ class Block(nn.Module):
             self.mlp = FusedMoE(
                 c.dim, m.hidden, m.experts, m.top_k, name=self.name + ".mlp", act=c.act, bias=c.bias,
                 score=m.score, norm_p=m.norm_p, scale=m.scale, select_bias=m.select_bias_rate > 0,
-                router_bias=m.router_bias, noise=m.noise, jitter=m.jitter, balanced=m.balanced,
-                shared_hidden=m.shared_hidden, capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope,
-                balance_form=m.balance_form, balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
+                groups=m.groups, top_groups=m.top_groups, router_bias=m.router_bias, noise=m.noise, jitter=m.jitter,
+                balanced=m.balanced, shared_hidden=m.shared_hidden, shared_gate=m.shared_gate,
+                capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope, balance_form=m.balance_form,
+                balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
 
-    def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None):
+    def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None, ids_BSK=None):
         """-> x_BSD, Routing (None for a dense block)."""
         p = self.dropout if self.training else 0.0
         y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, cache, self.layer, seen)
         x_BSD = x_BSD + drop(y_BSD, p, draws, lambda: self.name + ".self_attn")
         y_BSD, routing = self.post_attention_layernorm(x_BSD), None
         if isinstance(self.mlp, FusedMoE):
-            y_BSD, routing = self.mlp(y_BSD, draws, token_mask)
+            y_BSD, routing = self.mlp(y_BSD, draws, token_mask, ids_BSK)
         else:
             y_BSD = self.mlp(y_BSD)
         return x_BSD + drop(y_BSD, p, draws, lambda: self.name + ".mlp.dropout"), routing
@@ -202,13 +212,6 @@ def check_integers(name, ids_BS, tokens_BS):
                          f"{list(tokens_BS.shape)} on {tokens_BS.device}")
 
 
-def normal_(parameter, std, seed, place):
-    """Fills a whole parameter [.., n] with N(0, std), drawn by row and column of its [rows, n] view."""
-    rows = parameter.view(-1, parameter.shape[-1])
-    rows.copy_(ops.random_normal(*rows.shape, seed=seed, step=0, site=place, std=std, dtype=rows.dtype,
-                                 device=rows.device))
-
-
 class GPT(nn.Module):
     """tokens_BS int64 -> losses or logits. Parameters are drawn by `init_weights`; dtype is theirs.
 
@@ -240,6 +243,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
         self.mine = lambda x_BS: x_BS       # of ids, positions or a mask those of this rank's tokens
+        if c.tune.lora_rank and any(re.search(c.tune.targets, name) for name in candidates(self)):  # not in every piece
+            add_lora(self, c.tune.lora_rank, c.tune.lora_alpha, c.tune.targets)
+        for name, p in self.named_parameters():
+            p.requires_grad_(c.tune.moves(name, is_factor(name)))
         if not next(self.parameters()).is_meta:     # shapes alone: whoever gives them memory calls init_weights
             self.init_weights(seed)
 
@@ -249,6 +256,8 @@ class GPT(nn.Module):
         Matrices N(0, init_std), residual outputs N(0, init_std / sqrt(2L)) (GPT-2); norms 1, biases, noise and sinks 0:
         a sink begins as one more token of middling score."""
         for name, p in self.named_parameters():
+            if is_factor(name):
+                continue
             if name.endswith(("bias", "sinks", "noise_E")):
                 p.zero_()
             elif p.ndim == 1:
@@ -257,12 +266,13 @@ class GPT(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2_EDF"))
                 std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
                 normal_(p, std, seed, site(name))
+        init_lora(self, seed, normal_)
         for moe in self.moe_layers():
             if moe.select_bias_E is not None:
                 moe.select_bias_E.zero_()
 
     def hidden(self, tokens_BS, draws: Draws | None = None, cache: KVCache | None = None, token_mask=None,
-               documents_BS=None, positions_BS=None, x_BSD=None):
+               documents_BS=None, positions_BS=None, tape: Tape | None = None, x_BSD=None):
         """-> the last norm's output [B,S,D], list of Routing. x_BSD: what a piece without embeddings begins with; one
         without a norm returns what the next begins with.
 
@@ -270,8 +280,9 @@ class GPT(nn.Module):
         a real token. No other token sees a pad, and positions count real tokens alone, so that these get what they get
         without pads, on whichever side; a pad's own output means nothing. documents_BS: integers [B,S]; a token sees
         only tokens with its own number. None: all of its sequence; with a cache there is no other. positions_BS:
-        integers [B,S] from 0 to seq_len - 1, of RoPE or of the table; None: as they come. If ranks share the sequences
-        (`mine`), each gives all of these whole, the same, and gets the output of its own tokens, as x_BSD is of them.
+        integers [B,S] from 0 to seq_len - 1, of RoPE or of the table; None: as they come. tape: takes down each token's
+        experts, and gives them if it has any (moe_ext.replay). If ranks share the sequences (`mine`), each gives all of
+        these whole, the same, and gets the output of its own tokens, as x_BSD is of them.
         """
         c, S = self.config, tokens_BS.shape[1]
         past = 0 if cache is None else cache.length
@@ -300,7 +311,8 @@ class GPT(nn.Module):
             x_BSD = drop(x_BSD, c.dropout if self.training else 0.0, draws, lambda: "embed_tokens")
         rope = None
         if c.position == "rope":    # the same for all heads
-            rope = rope_angles(positions.unsqueeze(-1), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context)
+            rope = rope_angles(positions.unsqueeze(-1), c.rope_columns, c.rope_base, c.rope_scale, c.rope_context,
+                               c.rope_stretch)
         documents = None
         if cache is None and (documents_BS is not None or token_mask is not None):
             ids_BS = torch.zeros_like(tokens_BS) if documents_BS is None else documents_BS
@@ -308,14 +320,23 @@ class GPT(nn.Module):
         seen = {window: self.seen(S, past, window, real_BL, documents, x_BSD)
                 for window in {block.window for block in self.layers}}
         token_mask, routings = self.mine(token_mask), []
+        if tape is not None and c.moe_layers:
+            tape.begin(c.moe_layers, c.moe.top_k, tokens_BS, None if cache is None else past)
         for block in self.layers:
+            row = block.layer - c.moe.dense_layers
+            ids_BSK = tape.ids_of(row) if tape is not None and isinstance(block.mlp, FusedMoE) else None
+            if ids_BSK is not None:
+                ids_BSK = self.mine(ids_BSK.movedim(1, -1)).movedim(-1, 1).contiguous()
             if self.recompute and self.training:
                 # Losses are returned, and draws keyed: there is no state to count twice, and none to save.
-                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, cache, seen[block.window], token_mask,
+                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, cache, seen[block.window], token_mask, ids_BSK,
                                             use_reentrant=False, preserve_rng_state=draws is None)
             else:
-                x_BSD, routing = block(x_BSD, rope, draws, cache, seen[block.window], token_mask)
-            routings += [routing] if routing is not None else []
+                x_BSD, routing = block(x_BSD, rope, draws, cache, seen[block.window], token_mask, ids_BSK)
+            if routing is not None:
+                routings.append(routing._replace(ids=None))     # which would live until the last block is done
+                if tape is not None:
+                    tape.take(row, routing.ids)
         if cache is not None:
             cache.length += S
         return self.norm(x_BSD) if self.last else x_BSD, routings
@@ -337,11 +358,11 @@ class GPT(nn.Module):
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)
 
     def forward(self, tokens_BS, targets_BS, draws: Draws | None = None, token_mask=None, documents_BS=None,
-                positions_BS=None, x_BSD=None) -> Losses:
+                positions_BS=None, tape: Tape | None = None, x_BSD=None) -> Losses:
         """targets_BS int64, -100 where a token does not count, nor does any that token_mask calls a pad; the others as
         in `hidden`. Of a piece: its own layers' part of each loss, 0 where the head is another's, and its layers' rows.
         """
-        x_BSD, routings = self.hidden(tokens_BS, draws, None, token_mask, documents_BS, positions_BS, x_BSD)
+        x_BSD, routings = self.hidden(tokens_BS, draws, None, token_mask, documents_BS, positions_BS, tape, x_BSD)
         token_loss, rest = x_BSD.new_zeros((), dtype=real(x_BSD.dtype)), x_BSD
         if self.last:
             if token_mask is not None:
@@ -350,7 +371,7 @@ class GPT(nn.Module):
         if not routings:
             none, zero = torch.zeros(0, dtype=torch.int32, device=tokens_BS.device), torch.zeros_like(token_loss)
             return Losses(token_loss, zero, none.view(0, 0), none, none, zero.detach(), rest)
-        loss, counts, dropped, bad, balance = (torch.stack(column) for column in zip(*routings, strict=True))
+        loss, counts, dropped, bad, balance = map(torch.stack, list(zip(*routings, strict=True))[:5])
         layers = self.config.moe_layers
         return Losses(token_loss, loss.sum() / layers, counts, dropped, bad, balance.sum() / layers, rest)
 
@@ -362,30 +383,35 @@ class GPT(nn.Module):
         return [block.mlp for block in self.layers if isinstance(block.mlp, FusedMoE)]
 
     def update_select_bias(self, counts_LE):
-        """Once per optimizer step, with counts_LE over all its tokens. Nothing without a selection bias."""
+        """Once per optimizer step, with counts_LE over all its tokens. Nothing without a selection bias; that of a
+        frozen router rests too."""
         if self.config.moe.select_bias_rate:
             for moe, counts_E in zip(self.moe_layers(), counts_LE, strict=True):
-                moe.update_select_bias(counts_E, self.config.moe.select_bias_rate)
+                if moe.gate.weight.requires_grad:
+                    moe.update_select_bias(counts_E, self.config.moe.select_bias_rate)
 
-    def num_parameters(self) -> tuple[int, int]:
-        """(total, active per token): a tied table counts once, of E experts K are active, the whole router is."""
-        total = sum(p.numel() for p in self.parameters())
-        idle = 0
-        for moe in self.moe_layers():
-            experts = sum(p.numel() for p in moe.experts.parameters())
-            idle += experts // moe.num_experts * (moe.num_experts - moe.top_k)
+    def num_parameters(self, moving: bool = False) -> tuple[int, int]:
+        """(total, active per token): a tied table counts once, of E experts K are active, the whole router is. moving:
+        of the parameters that are trained."""
+        def count(module):
+            return sum(p.numel() for p in module.parameters() if p.requires_grad or not moving)
+
+        total = count(self)
+        idle = sum(count(moe.experts) // moe.num_experts * (moe.num_experts - moe.top_k) for moe in self.moe_layers())
         return total, total - idle
 
     def flops_per_token(self) -> int:
         """Forward and backward, recomputation not counted: 6 per active weight that multiplies (embeddings do not, the
-        head does) and 12 * S * H * d per layer for attention, counted without the causal half (PaLM, appendix B); where
-        there is a window, of min(window, S) keys."""
+        head does), 4 if it is frozen, and 12 * S * H * d per layer for attention, counted without the causal half
+        (PaLM, appendix B); where there is a window, of min(window, S) keys."""
         c = self.config
         tables = [self.embed_positions] + ([] if c.tied else [self.embed_tokens])
-        looked_up = sum(table.weight.numel() for table in tables if table is not None)
+        tables = [table.weight for table in tables if table is not None]
+        weights, moving = (self.num_parameters(part)[1] - sum(w.numel() for w in tables if w.requires_grad or not part)
+                           for part in (False, True))
         keys = sum(min(block.window or c.seq_len, c.seq_len) for block in self.layers)
         attention = 12 * keys * c.heads * c.head_width
-        return 6 * (self.num_parameters()[1] - looked_up) + attention
+        return 4 * weights + 2 * moving + attention
 
 
 def pick_device(config: Config) -> torch.device:

@@ -142,7 +142,7 @@ class Case:
     norm: str = option("rmsnorm", "layernorm")
     position: str = option("rope", "learned")
     documents: bool = option(False, True)       # several in a sequence, each with its own attention and positions
-    sinks: bool = option(False, True)           # and a window in the first block, q, k and v with biases, YaRN
+    sinks: bool = option(False, True)           # and a window in the first block, biases of q, k and v, RoPE stretched
     kv_heads: int = option(0, 8, shared=(2,))   # 8: of 16 heads; 2: of 8, fewer than most sp * tp
     qk_norm: str = option("none", "head", "width")
     act: str = option("swiglu_oai", "gelu")
@@ -153,13 +153,14 @@ class Case:
     routing: str = option("plain", "moving", "skewed", "starving", moe=True)    # see `skew`; all but plain with a bias
     norm_p: float | str = option("auto", 0.0, moe=True)
     router_bias: bool = option(False, True, moe=True)
+    groups: int = option(1, 4, moe=True)        # of experts; a token's are of two of them
     noise: bool = option(False, True, moe=True)
     jitter: float = option(0.0, 0.1, moe=True)
     scope: str = option("sequence", "micro_batch", moe=True)
     drop_by: str = option("nothing", "position", "probability", moe=True)
     balance_form: str = option("switch", "mse", moe=True)
     z_weight: float = option(0.0, 1e-2, moe=True)
-    shared_hidden: int = option(0, 24, moe=True)
+    shared: str = option("none", "plain", "gated", moe=True)    # the shared expert
     dense_layers: int = option(0, 1, moe=True)
 
     @property
@@ -212,7 +213,8 @@ class Case:
     def model(self) -> ModelConfig:
         moe = MoEConfig() if self.dense else MoEConfig(
             experts=EXPERTS, top_k=self.top_k, hidden=24, dense_layers=self.dense_layers, score=self.score,
-            shared_hidden=self.shared_hidden, norm_p=self.norm_p, scale=1.5, noise=self.noise, jitter=self.jitter,
+            groups=self.groups, top_groups=min(2, self.groups), shared_hidden=24 * (self.shared != "none"),
+            shared_gate=self.shared == "gated", norm_p=self.norm_p, scale=1.5, noise=self.noise, jitter=self.jitter,
             router_bias=self.router_bias, select_bias_rate=0.0 if self.routing == "plain" else 0.02, scope=self.scope,
             capacity_factor=0.0 if self.drop_by == "nothing" else 1.0,
             drop_by="position" if self.drop_by == "nothing" else self.drop_by,
@@ -221,7 +223,8 @@ class Case:
         if self.sinks:
             more = dict(sinks=True, window=5, window_full_every=2, attention_bias="all" if self.bias else "qkv")
             if self.position == "rope":
-                more |= dict(rope_fraction=0.5, rope_scale=4.0, rope_context=TOKENS // 2)
+                more |= dict(rope_fraction=0.5, rope_scale=4.0, rope_context=TOKENS // 2,
+                             rope_stretch="llama3" if self.tied else "yarn")
         return ModelConfig(
             vocab_size=self.vocab_size, seq_len=TOKENS, dim=32,
             layers=self.layers or max(2, self.mesh.pp * self.chunks + self.uneven), heads=max(8, 2 * self.kv_heads),
@@ -279,7 +282,7 @@ def fits(mesh: MeshConfig, chosen: dict) -> bool:
         or (chosen.get("transport") == "windows" and mesh.ep == 1)
         or chosen.get("kv_heads", 0) % mesh.tp
         or (chosen.get("scope") == "micro_batch" and chosen.get("accumulation", 1) > 1)     # alone it is the whole step
-        or (chosen.get("score") == "topk_softmax" and biased)                               # it chooses by logits
+        or (chosen.get("score") == "topk_softmax" and (biased or chosen.get("groups", 1) > 1))  # it chooses by logits
         or (chosen.get("score") == "topk_softmax" and chosen.get("top_k") == 1))    # a weight that no router can change
 
 

@@ -292,10 +292,12 @@ def expert_mlp(x_RD, gate, up, down_EDF, weights_RK, index, *, act,
                gate_bias=None, up_bias=None, down_bias=None, num_copies=None):  # fmt: skip
     """y_r = sum_k s_rk (act([x_r Wg_e^T + bg_e | x_r Wu_e^T + bu_e]) Wd_e^T + bd_e) with e = ids[r,k].
 
-    gate_EFD and up_EFD, or gate = w13_E2FD = [gate | up] and up = None; without a gate only gate_EFD.
+    gate_EFD and up_EFD, or gate = w13_E2FD = [gate | up], of three or four dimensions, and up = None; without a gate
+    only gate_EFD.
     num_copies is the number of ids >= 0, which an op that must not look into `index` has to be told.
     """
     K = weights_RK.shape[1]
+    gate = gate.flatten(1, -2)
     x_ND = gather(x_RD, index.order_N, None, index.bins_E, K)[: int(index.bins_E[-1])]
     h_NU = _linear(x_ND, gate, gate_bias, index)
     if up is not None:
@@ -307,24 +309,35 @@ def expert_mlp(x_RD, gate, up, down_EDF, weights_RK, index, *, act,
 # ---- router ----------------------------------------------------------------------------------------------------------
 
 
-def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=None, scale=1.0, balanced=False):
+def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, ids_TK=None, norm_p=None, scale=1.0,
+           balanced=False):
     """-> weights_TK, ids_TK int32, scores_TE. The K largest in descending order; the lowest id wins a tie.
 
     softmax_topk  scores = softmax(logits), chosen by scores + select_bias, weights = scores[ids]
     sigmoid       the same with sigmoid
     topk_softmax  chosen by logits, weights = softmax(logits[ids])
     The weights are then divided by their p-norm (norm_p; weights that are all zero stay so) and multiplied by scale.
-    balanced replaces the choice by ids[t,k] = (t*K + k) mod E. A logit of -inf masks its expert, whatever its bias.
+    balanced replaces the choice by ids[t,k] = (t*K + k) mod E, ids_TK by itself, where -1 is absent: its weight is 0. A
+    logit of -inf masks its expert, whatever its bias; if ids_TK has it, its weight is 0.
     """
     T, E = logits_TE.shape
     logits = _real(logits_TE)
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     choice = logits if score == "topk_softmax" else scores if select_bias_E is None else scores + select_bias_E
     choice = choice.masked_fill(logits == -math.inf, -math.inf)
-    ids_TK = choice.argsort(dim=-1, descending=True, stable=True)[:, :k]
     if balanced:
         ids_TK = torch.arange(T * k, device=logits.device).view(T, k) % E
-    weights = logits.gather(1, ids_TK).softmax(-1) if score == "topk_softmax" else scores.gather(1, ids_TK)
+    elif ids_TK is None:
+        ids_TK = choice.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    at_TK = ids_TK.clamp(min=0).long()
+    none_TK = (ids_TK < 0) | (logits.gather(1, at_TK) == -math.inf)
+    if score == "topk_softmax":
+        some_T1 = ~none_TK.all(-1, keepdim=True)        # a softmax of nothing would be NaN
+        weights = logits.gather(1, at_TK).masked_fill(none_TK & some_T1, -math.inf)
+        weights = torch.where(some_T1, weights, 0).softmax(-1)
+    else:
+        weights = scores.gather(1, at_TK)
+    weights = weights.masked_fill(none_TK, 0)
     if norm_p is not None:
         norm = torch.linalg.vector_norm(weights, ord=norm_p, dim=-1, keepdim=True)
         weights = weights / torch.where(norm > 0, norm, 1)

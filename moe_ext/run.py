@@ -259,6 +259,18 @@ def begin(config: Config, path: Path | None, state: State | None) -> list[str]:
     return lines
 
 
+# what a model brings along that our own runs do not have: which tokens end a text, how a dialogue becomes one
+BESIDE = "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+
+
+def carry(path: Path, folder: Path, *more: str) -> None:
+    """Copy what lies beside the checkpoints of another run folder, of which `path` is one: BESIDE and `more`."""
+    for name in (*BESIDE, *more):
+        file = path.absolute().parents[1] / name
+        if file.is_file() and file.parent.resolve() != folder.resolve():
+            write(folder, name, file.read_bytes())
+
+
 def set_aside(folder: Path, step: int) -> list[str]:
     """Move to a new folder RUN/abandoned/after-STEP-N what lies beyond `step` -> a line that says so, if anything does.
 

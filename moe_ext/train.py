@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from moe_ext import checkpoint, choices, keep_freed_memory, private
-from moe_ext.config import Config, named_sets, parse, plain, require
+from moe_ext import checkpoint, choices, keep_freed_memory, private, tune
+from moe_ext.config import Config, TuneConfig, named_sets, parse, plain, require
 from moe_ext.data import Loader, open_data
 from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
 from moe_ext.generate import complete, load_tokenizer
@@ -46,7 +46,18 @@ from moe_ext.parallel.pipeline import Pipeline
 from moe_ext.parallel.shard import build
 from moe_ext.plan import describe
 from moe_ext.preflight import preflight
-from moe_ext.run import absolute, begin, check, check_words, data_lines, loader_options, locked, own, same_evaluation
+from moe_ext.run import (
+    absolute,
+    begin,
+    carry,
+    check,
+    check_words,
+    data_lines,
+    loader_options,
+    locked,
+    own,
+    same_evaluation,
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,8 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     for path, mine, its in zip((config.data.train, *paths.values()), here, there, strict=True):
         require(mine == its, f"{path} is not the text that rank 0 has there: copy its folder to every host, or use "
                 "storage that they share")
-    if config.optim.rule:       # without one every parameter has its optimizer
-        checkpoint.together(lambda: check_rule(GPT(config.model, device="meta"), config.optim))
+    if config.optim.rule or config.model.tune != TuneConfig():      # without these there are no names to check
+        checkpoint.together(lambda: check_names(config, GPT(config.model, device="meta")))
     read = time.perf_counter()
     torch.manual_seed(t.seed)
     model = build(config, mesh)
@@ -116,11 +127,13 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             scaler.load_state_dict(state.extra)
     elif weights_from is not None:
         checkpoint.on_rank_0(lambda: check_words(weights_from, config))
-        first = checkpoint.load(weights_from, model=model)
+        first = checkpoint.load(weights_from, model=model, start=True)
 
     # the run folder
     setup = mesh.each([1e3 * (time.perf_counter() - read), 1e3 * (read - began)])
     lines = checkpoint.on_rank_0(lambda: begin(config, start_from, state))
+    if source := start_from or weights_from:
+        checkpoint.on_rank_0(lambda: carry(source, folder))
     log = Log(config, samples=loader.row, seconds=seconds, flops_per_token=model.flops_per_token(),
               peak_flops=peak_flops(config, device) * mesh.world) if mesh.rank == 0 else Silence()
     log.start(model, start_from, done, lines, data_lines(config, data), setup)
@@ -330,12 +343,18 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
+def check_names(config: Config, model: GPT) -> None:
+    """ConfigError where the patterns of model.tune or optim.rule do not fit the names of the whole model."""
+    tune.check(model)
+    check_rule(model, config.optim)
+
+
 def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     """What a run refuses before its first step, without its ranks and their memory: `model` lies on the meta device."""
     start_from = find_checkpoint(config.run_folder, resume)
     weights_from = find_weights(weights, resume, start_from)
     data, _ = preflight(config)
-    check_rule(model, config.optim)
+    check_names(config, model)
     print("\n".join(data_lines(config, data)))
     if start_from:
         check(start_from, config, Loader(data, seq_len=config.model.seq_len, batch_size=config.sequences_per_step,
@@ -343,7 +362,8 @@ def rehearse(config: Config, model: GPT, resume: str, weights: str) -> None:
     elif weights_from:
         check_words(weights_from, config)
     if path := start_from or weights_from:
-        checkpoint.check_model(path, model, config=dataclasses.asdict(config) if start_from else None)
+        checkpoint.check_model(path, model, config=dataclasses.asdict(config) if start_from else None,
+                               start=not start_from)
 
 
 def main() -> None:

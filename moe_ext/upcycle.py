@@ -66,6 +66,9 @@ def slices(dense: ModelConfig, moe: ModelConfig) -> int:
     for name, value in (("top_k", m.top_k), ("experts", m.experts)):
         require(value % g == 0, f"model.moe.hidden {m.hidden} cuts the dense MLP into {g} slices, all of which a token "
                 f"needs: --model.moe.{name.replace('_', '-')} {value} must be a multiple of {g}")
+    require(m.groups == 1 or m.experts // m.groups % g == 0, f"model.moe.hidden {m.hidden} cuts the dense MLP into {g} "
+            f"slices, which must lie in one group: --model.moe.groups {m.groups} leaves {m.experts // m.groups} "
+            "experts in each")
     require(not m.dense_layers or moe.hidden == dense.hidden, f"the first model.moe.dense_layers {m.dense_layers} "
             f"blocks stay dense: give --model.hidden {dense.hidden}, as in the source, not {moe.hidden}")
     return g
@@ -107,12 +110,15 @@ def deal(old: MLP, new: FusedMoE, g: int, total: float) -> None:
     shared, (experts, _, width) = 0, new.experts.w2_EDF.shape
     if new.shared is not None:
         shared = new.shared.up_proj.out_features
+        gated = 1 if new.shared_gate is None else 2     # by a gate that begins at zero, whose sigmoid is a half
+        if gated == 2:
+            new.shared_gate.weight.zero_()
         for name, want in new.shared.named_parameters():
             have = old.get_parameter(name)
             if name == "down_proj.bias":
                 want.zero_()        # the experts have it
             else:
-                want.copy_(have[:, :shared] if name == "down_proj.weight" else have[:shared])
+                want.copy_(gated * have[:, :shared] if name == "down_proj.weight" else have[:shared])
     ups = [proj for proj in (old.gate_proj, old.up_proj) if proj is not None]
     for e in range(experts):
         units = slice(shared + e % g * width, shared + (e % g + 1) * width)

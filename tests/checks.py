@@ -60,7 +60,10 @@ def _logits(case, dtype, device):
 
 
 def _router(impl, case, dtype, device):
-    test_route.check_router(impl, _logits(case, dtype, device), case.shape.k, norm_p=2.0, scale=1.5)
+    logits_TE = _logits(case, dtype, device)
+    test_route.check_router(impl, logits_TE, case.shape.k, norm_p=2.0, scale=1.5)
+    ids_TK = test_route.forced_ids(case.shape.T, case.shape.E, case.shape.k, device)
+    test_route.check_router(impl, logits_TE, case.shape.k, score="topk_softmax", norm_p=2.0, ids_TK=ids_TK)
 
 
 def _capacity_drop(impl, case, dtype, device):

@@ -187,6 +187,7 @@ COMPILED = {  # op -> call of an index with absent ids, x [5,4] and w [5,2]
         x, *x.expand(2, 3, 5, 4), x.T.expand(3, 4, 5), w, i, act="swiglu", num_copies=PRESENT
     ),
     "router": lambda i, x: ops.router(x, 2, score="sigmoid", norm_p=2.0),
+    "router at ids": lambda i, x: ops.router(x, 2, ids_TK=(i.order_N[:5, None] + i.order_N.new_tensor([0, 1])) % 4 - 1),
     "linear_cross_entropy": lambda i, x, w: ops.linear_cross_entropy(x, w.T @ x, i.order_N[:5].long() % 2, chunk=2),
 }
 

@@ -36,7 +36,7 @@ def test_every_field_is_documented_and_they_are_few():
                 beside_or_above = rf"^    ({f.name}: .*= .*# \S|# .*\n    {f.name}: )"
                 assert re.search(beside_or_above, source, re.M), f"{cls.__name__}.{f.name} says no unit"
                 count += 1
-    assert 0 < count <= 127
+    assert 0 < count <= 131
 
 
 def test_a_rule_is_read_patterns_first(tmp_path):
@@ -91,6 +91,8 @@ def test_command_line_comes_last(tmp_path):
     ("[model]\nrope_fraction = 0.5\nposition = 'learned'\n", ["model.rope_fraction", "learned: leave both at 1"]),
     ("[model]\nrope_scale = 4\n", ["model.rope_scale 4.0", "model.rope_context", "positive"]),
     ("[model]\nrope_scale = 0.5\nrope_context = 4\n", ["model.rope_scale 0.5", "above 1"]),
+    ("[model]\nrope_stretch = 'llama3'\n", ["model.rope_stretch is llama3", "stretches nothing: set both or none"]),
+    ("[model]\nrope_stretch = 'dynamic'\n", ["model.rope_stretch", "'dynamic'", "yarn_rounded, llama3, linear"]),
     ("[model]\nrope_base = 1\n", ["model.rope_base is 1.0", "above 1"]),
     ("[model]\nwindow = -1\n", ["model.window -1", "negative"]),
     ("[model]\nwindow_full_every = 2\n", ["model.window_full_every 2", "model.window is 0: set both or none"]),
@@ -100,6 +102,14 @@ def test_command_line_comes_last(tmp_path):
     ("[model.moe]\nexperts = 4\nscore = 'topk_softmax'\nselect_bias_rate = 0.1\n", ["select_bias_rate", "sigmoid"]),
     ("[model.moe]\nexperts = 4\ntop_k = 1\nnorm_p = 1\n", ["norm_p 1.0", "no gradient", "auto or 0"]),
     ("[model.moe]\nexperts = 4\ntop_k = 1\nscore = 'topk_softmax'\n", ["topk_softmax", "no gradient", "sigmoid"]),
+    ("[model.moe]\nexperts = 6\ngroups = 4\n", ["model.moe.groups is 4", "6 experts", "of equal size"]),
+    ("[model.moe]\nexperts = 6\ngroups = 6\ntop_groups = 6\n", ["model.moe.groups is 6", "at least 2 experts"]),
+    ("[model.moe]\nexperts = 6\ngroups = 0\n", ["model.moe.groups is 0", "1 group, or several"]),
+    ("[model.moe]\nexperts = 6\ngroups = 2\ntop_groups = 3\n", ["model.moe.top_groups is 3", "choose 1 to 2"]),
+    ("[model.moe]\nexperts = 8\ngroups = 4\ntop_k = 3\n", ["top_groups is 1", "enough for model.moe.top_k 3"]),
+    ("[model.moe]\nexperts = 8\ngroups = 2\nscore = 'topk_softmax'\n", ["model.moe.groups", "logits: use sigmoid"]),
+    ("[model.moe]\nexperts = 8\ngroups = 2\nbalanced = true\n", ["balanced ignores groups", "groups to 1"]),
+    ("[model.moe]\nexperts = 8\nshared_gate = true\n", ["shared_gate", "shared_hidden is 0: set both or none"]),
     ("[model.moe]\nexperts = 4\nscale = 0\n", ["model.moe.scale is 0.0"]),
     ("[model.moe]\nnorm_p = 'atuo'\n", ["model.moe.norm_p", "'atuo'", "did you mean auto?"]),
     ("[model.moe]\nnorm_p = true\n", ["model.moe.norm_p", "True (bool)", "wanted float"]),

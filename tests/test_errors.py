@@ -102,6 +102,11 @@ REFUSED = {
     "router: select_bias [4] wanted [E=3]": (
         lambda i: ops.router(i.logits, K, select_bias_E=torch.zeros(4, device=i.device))
     ),
+    "router: ids [6, 2] wanted [T=6, k=1]": lambda i: ops.router(i.logits, 1, ids_TK=i.ids),
+    "router: ids int64 wanted int32 Hint ids.to": lambda i: ops.router(i.logits, K, ids_TK=i.ids.long()),
+    "router: ids and balanced Hint balanced=False": (
+        lambda i: ops.router(i.logits, K, ids_TK=i.ids, balanced=True)
+    ),
     "linear_cross_entropy: w [5, 3] wanted [V, D=4]": (
         lambda i: ops.linear_cross_entropy(i.x, i.w[0].T[:, :3], i.targets)
     ),
@@ -206,6 +211,11 @@ VALUES = {
     "topology: padded_bins multiples of block=4": lambda i: ops.topology(i.i32(3, 4), 4, 1, 2),
     "replicate: bins within n=5": lambda i: ops.replicate(i.x, i.i32(1, 2, 3, 9), 5),
     "expert_mlp: bins num_copies number of ids >= 0": lambda i: i.mlp(num_copies=11),
+    "router: ids 3 at flat position 1 wanted 0 <= id < 3 or -1": lambda i: ops.router(i.logits, K, ids_TK=i.ids + 2),
+    "router: ids -3 wanted or -1": lambda i: ops.router(i.logits, K, ids_TK=i.ids - 3),
+    "router: ids expert 1 twice for token 0 wanted distinct": (
+        lambda i: ops.router(i.logits, K, ids_TK=torch.ones_like(i.ids))
+    ),
     "router: NaN logits Hint torch.isnan": lambda i: ops.router(i.one_nan(), K),
 }
 

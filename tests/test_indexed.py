@@ -2,12 +2,13 @@
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from moe_ext.data import IndexedDataset, IndexedWriter, token_dtype
-from moe_ext.data.indexed import HEADER, MAGIC, merge, read_index
+from moe_ext.data import Blend, IndexedDataset, IndexedWriter, Loader, token_dtype
+from moe_ext.data.indexed import DTYPES, HEADER, MAGIC, merge, read_index
 
 
 def write(prefix, documents, vocab_size=4096):
@@ -224,3 +225,94 @@ def test_our_merge_is_megatrons(tmp_path, megatron):
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ours")
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+
+
+DOCUMENTS = [[1, 2, 3], [], [4, 100], [5], [6, 7, 8, 9, 10]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_every_dtype_of_megatrons_in_documents_of_several_sequences(tmp_path, megatron, multimodal):
+    """We read its files of every integer type, with modes or without, and refuse floats; it reads ours of each type."""
+    for kind in megatron.DType:
+        dtype = getattr(np, kind.name)
+        builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype, multimodal)
+        for document in DOCUMENTS:
+            lengths = [2, len(document) - 2] if len(document) > 2 else [len(document)]
+            builder.add_document(np.array(document), lengths, list(range(len(lengths))) if multimodal else None)
+        builder.finalize(str(tmp_path / "theirs.idx"))
+        if kind.value not in DTYPES:
+            with pytest.raises(ValueError, match=f"dtype code: got {kind.value}, wanted an integer dtype"):
+                IndexedDataset(tmp_path / "theirs")
+            continue
+        ours = IndexedDataset(tmp_path / "theirs")
+        assert ours.tokens.dtype == dtype and [document.tolist() for document in ours] == DOCUMENTS
+        with IndexedWriter(tmp_path / "ours", dtype=dtype) as writer:
+            for document in DOCUMENTS:
+                writer.add(document)
+        read = megatron.IndexedDataset(str(tmp_path / "ours"))
+        assert read.index.dtype == dtype and [read[i].tolist() for i in range(5)] == DOCUMENTS
+        assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "theirs.bin").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_offsets_beyond_32_bits(tmp_path, megatron):
+    """Three documents of 2^30 uint16 and one of three, in a file of 6 GiB that is a hole but for the last: both write
+    the same index of it, and find that one."""
+    sizes = [2**30] * 3 + [3]
+    writer = IndexedWriter(tmp_path / "t", 4096)
+    with writer:
+        writer.sizes.extend(sizes)
+        writer.documents.extend(range(1, 5))
+        writer.file.truncate(2 * 3 * 2**30)
+        writer.file.write(np.array([7, 8, 9], np.uint16).tobytes())
+    with megatron._IndexWriter(str(tmp_path / "theirs.idx"), np.uint16) as index:
+        index.write(sizes, None, range(5))
+    assert (tmp_path / "t.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+    assert IndexedDataset(tmp_path / "t")[3].tolist() == [7, 8, 9]
+    theirs = megatron.IndexedDataset(str(tmp_path / "t"))       # which must outlive what it gives
+    assert theirs[3].tolist() == [7, 8, 9]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_samples_are_megatrons(tmp_path, megatron):
+    """Its build_sample_idx cuts documents in our order where we cut them, and its GPTDataset of one document, whose
+    order is no matter, gives the samples of our loader's epoch, in another order."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.helpers import build_sample_idx
+    from megatron.core.datasets.utils import Split
+
+    rng = np.random.default_rng(1)
+    several = write(tmp_path / "several", [rng.integers(0, 4096, n) for n in rng.integers(0, 20, 50)])
+    loader = Loader(several, seq_len=7, batch_size=1, seed=3)
+    epoch = loader.sets[0].epoch(0)
+    index = build_sample_idx(several.sizes, epoch.docs.astype(np.int32), 7, 1, len(several.tokens), True, True)
+    line = np.concatenate([several[d] for d in epoch.docs])
+    begins = np.concatenate([[0], np.cumsum(several.sizes[epoch.docs])])
+    cut = [line[begins[doc] + offset:][:8].tolist() for doc, offset in index[:-1]]
+    assert [loader.sample(row).tolist() for row in np.argsort(epoch.order)] == cut and len(cut) == loader.samples
+
+    one = write(tmp_path / "one", [rng.integers(0, 4096, 300)])
+    config = GPTDatasetConfig(
+        random_seed=5, sequence_length=7, split="1", tokenizer=SimpleNamespace(
+            eod=0, vocab_size=4096, unique_identifiers={}),
+        path_to_cache=str(tmp_path), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+        create_attention_mask=False)
+    theirs = GPTDataset(megatron.IndexedDataset(str(tmp_path / "one")), str(tmp_path / "one"), np.zeros(1, np.int32),
+                        None, Split.train, config)
+    loader = Loader(one, seq_len=7, batch_size=1, seed=3)
+    ours = [loader.sample(row).tolist() for row in range(loader.samples)]
+    got = [[*sample["tokens"].tolist(), sample["labels"][-1].item()] for sample in map(theirs.__getitem__,
+                                                                                     range(len(theirs)))]
+    assert sorted(got) == sorted(ours) and len(ours) == 42
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_blends_are_megatrons(tmp_path, megatron):
+    from megatron.core.datasets.helpers import build_blending_indices
+    sets = [write(tmp_path / name, [list(range(60))]) for name in "abcd"]
+    for weights in ([0.5, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4], [0.7, 0.3], [1 / 3] * 3):
+        of, row = np.zeros(500, np.int16), np.zeros(500, np.int64)
+        build_blending_indices(of, row, weights, len(weights), 500, False)
+        mine = Blend(list(zip(weights, sets, strict=False))).rows(0, 500)
+        assert [part.tolist() for part in mine] == [of.tolist(), row.tolist()]

@@ -106,7 +106,7 @@ MODELS = {name: ModelConfig(**dict(vocab_size=30, seq_len=8, layers=2, dim=16, h
     "attention": dict(kv_heads=2, head_dim=6, qk_norm=True, window=3, window_full_every=2, sinks=True,
                       attention_bias="qkv"),
     "qk_norm over width": dict(qk_norm=True, qk_norm_over="width", attention_bias="all"),
-    "moe": dict(moe=replace(MOE, shared_hidden=20, dense_layers=1)),
+    "moe": dict(moe=replace(MOE, shared_hidden=20, shared_gate=True, dense_layers=1)),
     "moe, all of it": dict(bias=True, moe=replace(MOE, score="sigmoid", select_bias_rate=0.01, router_bias=True,
                                                   noise=True, jitter=0.1)),
 }.items()}  # fmt: skip

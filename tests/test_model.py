@@ -41,6 +41,9 @@ VARIANTS = {
     "glm4_moe": small(moe=dict(score="sigmoid", select_bias_rate=0.01, scale=1.5, shared_hidden=8, dense_layers=1),
                       attention_bias="qkv", kv_heads=2, head_dim=8, rope_fraction=0.5, qk_norm=True),
     "olmoe": small(moe=dict(norm_p=0.0), kv_heads=2, qk_norm=True, qk_norm_over="width"),
+    "groups": small(moe=dict(experts=12, score="sigmoid", select_bias_rate=0.01, groups=4, top_groups=2, top_k=3,
+                             shared_hidden=8, shared_gate=True), rope_scale=4.0, rope_context=8,
+                    rope_stretch="llama3"),
 }
 DRAWS = Draws(seed=7, step=5)
 

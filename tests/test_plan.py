@@ -47,7 +47,7 @@ CASES = {
     "fsdp, dense": case(DENSE, mesh=dict(fsdp=2), recompute=True, dtype="bf16", tied=True),
     "ep": case(mesh=dict(fsdp=2, ep=2), recompute=True, dtype="bf16"),
     "tp, ep": case(PLAIN, mesh=dict(tp=2, ep=2), recompute=True, dtype="fp64"),
-    "tp, etp": case(mesh=dict(tp=2, etp=2), recompute=True, dtype="bf16"),
+    "tp, etp": case(replace(MOE, shared_gate=True), mesh=dict(tp=2, etp=2), recompute=True, dtype="bf16"),
     "tp, etp, no shared expert": case(PLAIN, mesh=dict(tp=2, etp=2), recompute=True),
     "fsdp, tp, ep, etp": case(replace(MOE, capacity_factor=2.0), mesh=dict(fsdp=2, tp=2, ep=2, etp=2), dtype="bf16"),
     "rep, tp, ep": case(replace(MOE, scope="micro_batch", capacity_factor=2.0, drop_by="probability"),

@@ -113,6 +113,7 @@ CASES = {
     "moe": case(),
     "experts": case(replace(MOE, experts=16, top_k=3, hidden=40)),
     "shared, noise, dense layers": case(replace(MOE, shared_hidden=64, noise=True, dense_layers=1)),
+    "shared gate": case(replace(MOE, shared_hidden=64, shared_gate=True), mesh=dict(tp=2)),
     "biases": case(bias=True, norm="layernorm", kv_heads=4),
     "router bias, sinks, attention bias": case(replace(MOE, router_bias=True), sinks=True, attention_bias="qkv"),
     "qk norm": case(qk_norm=True),
@@ -169,7 +170,7 @@ def test_counted_parameters(name):
             tables += p.numel()
         elif full.endswith(("norm.weight", "layernorm.weight")) and "self_attn" not in full:
             layers += 2 * p.numel()
-        elif (p.ndim > 1 and "bias" not in full and ".gate." not in full and "embed_positions" not in full):
+        elif (p.ndim > 1 and "bias" not in full and "gate.weight" not in full and "embed_positions" not in full):
             layers += p.numel()
     assert megatron.counted_parameters(config) == (layers, tables)
     pp = config.mesh.pp
@@ -189,10 +190,10 @@ def test_ranks_of_the_context_share_the_optimizer():
 
 @pytest.mark.parametrize("name", CASES)
 def test_flops_formula(name):
-    """Three forwards of all matrices but the router; roofline's own count is checked against torch's."""
+    """Three forwards of all matrices but routers and gates; roofline's own count is checked against torch's."""
     config = CASES[name]
     c = config.model
-    routers = 2 * c.moe.experts * c.dim * (c.layers - c.moe.dense_layers) if c.moe.experts else 0
+    routers = 2 * (c.moe.experts + c.moe.shared_gate) * c.dim * (c.layers - c.moe.dense_layers) if c.moe.experts else 0
     want = 3 * config.tokens_per_step * (sum(forward_flops(c, causal=False)) - routers)
     assert megatron.num_floating_point_operations(config) == want
 

@@ -71,7 +71,7 @@ PRODUCTS = {
 @pytest.mark.c_core
 @pytest.mark.parametrize("config", [
     case(MoEConfig(), kv_heads=2), case(MoEConfig(), head_dim=20, act="gelu", tied=True, layers=3, seq_len=72),
-    case(replace(MOE, shared_hidden=48, dense_layers=1)),
+    case(replace(MOE, shared_hidden=48, shared_gate=True, dense_layers=1)),
     case(replace(MOE, experts=6, top_k=3), dim=48, vocab_size=300),
 ], ids=["dense", "wide heads", "shared", "top-3"])  # fmt: skip
 def test_flops_are_what_torch_counts(config):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import ROUTINGS
-from compare import against_reference, gradcheck, same
+from compare import against_reference, evaluate, gradcheck, same
 from devices import floats, widest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +97,69 @@ def test_router_gradient_through_one_output_alone(device):
     for i in (0, 2):
         inputs = {"logits": logits_of(9, 5, widest(device), device)}
         against_reference(ops, lambda ops, logits, i=i: ops.router(logits, 2, norm_p=1.0)[i], inputs)
+
+
+# ---- forced ids ------------------------------------------------------------------------------------------------------
+
+
+def forced_ids(T, E, k, device="cpu"):
+    """Another choice than any router's: some are absent, all of the last token's."""
+    generator = torch.Generator().manual_seed(T + E)
+    ids_TK = torch.rand(T, E, generator=generator).argsort(1)[:, :k].int()
+    ids_TK = torch.where(torch.rand(T, k, generator=generator) < 0.2, -1, ids_TK)
+    ids_TK[-1:] = -1
+    return ids_TK.to(device)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("norm_p", [None, 1.0, 2.0, math.inf], ids=str)
+def test_forced_ids(score, norm_p, dtype, device):
+    for T, E, k in [(37, 8, 3), (9, 61, 6), (0, 4, 2), (3, 70, 40), (3, 1030, 5)]:
+        ids_TK = forced_ids(T, E, k, device)
+        options = dict(score=score, norm_p=norm_p, scale=2.5, ids_TK=ids_TK)
+        check_router(ops, logits_of(T, E, dtype, device), k, **options)
+        weights_TK, got_TK, _ = ops.router(logits_of(T, E, dtype, device), k, **options)
+        same(got_TK, ids_TK)
+        assert weights_TK[ids_TK < 0].eq(0).all()
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("size", [(37, 8, 3), (5, 40, 7), (2, 600, 4)], ids=str)
+def test_a_router_s_own_ids_give_its_bits(score, size, dtype, device):
+    """Weights, scores and the gradient, with a selection bias and masked experts."""
+    T, E, k = size
+    logits_TE = logits_of(T, E, dtype, device)
+    logits_TE[:, ::3] = -math.inf
+    bias_E = None if score == "topk_softmax" else torch.randn(E, device=device)
+
+    def call(logits_TE, ids_TK=None):
+        return ops.router(logits_TE, k, score=score, select_bias_E=bias_E, norm_p=1.0, ids_TK=ids_TK)
+
+    ids_TK = call(logits_TE)[1]
+    want = evaluate(lambda x: call(x)[::2], {"x": logits_TE})
+    got = evaluate(lambda x: call(x, ids_TK)[::2], {"x": logits_TE})
+    for name in want:
+        same(got[name], want[name], name)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_masked_expert_that_is_forced_weighs_nothing(score, dtype, device):
+    logits_TE = logits_of(4, 6, dtype, device)
+    logits_TE[:, :3] = -math.inf
+    ids_TK = torch.tensor([[0, 1], [2, 3], [-1, 2], [5, 4]], dtype=torch.int32, device=device)
+    check_router(ops, logits_TE, 2, score=score, norm_p=1.0, ids_TK=ids_TK)
+    weights_TK = ops.router(logits_TE, 2, score=score, norm_p=1.0, ids_TK=ids_TK)[0]
+    assert weights_TK.sum(1).tolist() == pytest.approx([0, 1, 0, 1], abs=0.01)
+
+
+@pytest.mark.c_core
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("norm_p", [None, 1.0, 2.0], ids=str)
+def test_gradient_at_forced_ids(score, norm_p):
+    """Finite differences: the choice stays where the logits would have moved it."""
+    ids_TK = forced_ids(4, 5, 3)
+    gradcheck(lambda x: ops.router(x, 3, score=score, norm_p=norm_p, scale=1.5, ids_TK=ids_TK)[::2],
+              {"x": logits_of(4, 5, torch.float64)})
 
 
 # ---- capacity --------------------------------------------------------------------------------------------------------

@@ -312,9 +312,11 @@ BASE = ModelConfig(vocab_size=64, seq_len=16, layers=2, dim=16, heads=4, kv_head
 OTHER = dict(
     vocab_size=65, seq_len=32, layers=3, dim=32, heads=2, kv_heads=4, head_dim=4, hidden=16, act="geglu",
     norm="layernorm", norm_eps=1e-2, bias=True, attention_bias="qkv", window=8, window_full_every=2, sinks=True,
-    position="learned", rope_base=50.0, rope_fraction=0.5, rope_scale=4.0, rope_context=4, qk_norm=False,
+    position="learned", rope_base=50.0, rope_fraction=0.5, rope_scale=4.0, rope_context=4, rope_stretch="linear",
+    qk_norm=False,
     qk_norm_over="width", tied=True, dropout=0.0, init_std=0.1,
-    moe=dict(experts=8, top_k=1, hidden=32, dense_layers=0, shared_hidden=0, score="sigmoid", norm_p=0.0, scale=2.0,
+    moe=dict(experts=8, top_k=1, hidden=32, dense_layers=0, shared_hidden=0, shared_gate=True, groups=2, top_groups=2,
+             score="sigmoid", norm_p=0.0, scale=2.0,
              select_bias_rate=0.1, router_bias=True, noise=True, jitter=0.1, balanced=True, capacity_factor=1.0,
              drop_by="probability", scope="micro_batch", balance_form="mse", balance_weight=0.5, z_weight=0.1))
 
@@ -322,7 +324,8 @@ OTHER = dict(
 def test_the_table_is_what_the_model_does():
     """A field is TRAINING_ONLY if and only if with another value the same tensors fit and compute the same bits."""
     bases = {"balanced": changed_field(BASE, ["moe", "select_bias_rate"], 0.0),     # what does not go with a field
-             "position": changed_field(BASE, ["rope_scale"], 1.0)}
+             "position": changed_field(BASE, ["rope_scale"], 1.0),
+             "top_groups": changed_field(BASE, ["moe", "groups"], 2)}
     pairs = {}
     for path, value in [([name], OTHER[name]) for name in OTHER if name != "moe"] + [
             (["moe", name], value) for name, value in OTHER["moe"].items()]:

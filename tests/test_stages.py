@@ -87,7 +87,8 @@ def test_no_cut_is_better(monkeypatch, pp, chunks):
 @pytest.mark.parametrize("tied", [False, True])
 def test_costs_are_the_models_flops(tied):
     """But for what does not multiply matrices: norms, and a row of the table."""
-    model = dataclasses.replace(SHAPE, tied=tied, moe=dataclasses.replace(SHAPE.moe, shared_hidden=8))
+    model = dataclasses.replace(SHAPE, tied=tied, moe=dataclasses.replace(SHAPE.moe, shared_hidden=8,
+                                                                                shared_gate=True))
     whole = GPT(model, device="meta")
     vectors = sum(p.numel() for p in whole.parameters() if p.ndim == 1)
     assert 6 * (sum(costs(model)) - model.dim + vectors) == whole.flops_per_token()

@@ -49,6 +49,8 @@ def losses(*models):
     (dict(bias=True), dict(hidden=6, experts=12, top_k=4, scale=0.5)),      # four slices, one group
     (dict(bias=True), dict(hidden=8, shared_hidden=8, router_bias=True, score="topk_softmax")),     # a shared expert
     (dict(act="relu"), dict(hidden=16, shared_hidden=8, score="sigmoid", capacity_factor=8.0)),     # room for all
+    (dict(bias=True), dict(hidden=8, shared_hidden=8, shared_gate=True)),   # a gate that begins at a half
+    ({}, dict(hidden=12, groups=2, score="sigmoid", select_bias_rate=0.1)), # all slices of one group
     ({}, dict(score="softmax_topk", norm_p=0.0, experts=2)),                # all probabilities sum to one
 ], ids=str)
 def test_the_function_is_preserved(model, moe):
@@ -178,6 +180,8 @@ def test_from_a_run_of_any_mesh_to_a_run(data, dense_runs, tmp_path, monkeypatch
     (["--model.moe.hidden", "48"], ["model.moe.hidden 48 does not divide the 64", "64 hidden units"]),
     (["--model.moe.shared-hidden", "64"], ["the 0 that model.moe.shared_hidden 64 leaves"]),
     (["--model.moe.hidden", "16"], ["into 4 slices", "--model.moe.top-k 2 must be a multiple of 4"]),
+    (["--model.moe.hidden", "16", "--model.moe.top-k", "4", "--model.moe.experts", "8", "--model.moe.groups", "4",
+      "--model.moe.top-groups", "2"], ["which must lie in one group", "--model.moe.groups 4 leaves 2 experts"]),
     (["--model.moe.experts", "3"], ["--model.moe.experts 3 must be a multiple of 2"]),
     (["--model.moe.dense-layers", "1"], ["stay dense", "--model.hidden 64", "not 1024"]),
     (["--model.moe.experts", "0"], ["the recipe is dense"]),

@@ -1,24 +1,29 @@
 """The MoE layer of the GPT: router -> (exchange) -> fused expert MLP -> (exchange).
 
     logits_TE = x_TD Wr^T + br             in fp32 (fp64 for fp64); jitter on x before, learned noise after
-    weights_TK, ids_TK = router(logits)    ids become -1 where capacity drops a copy
+    weights_TK, ids_TK = router(logits)    ids become -1 where capacity drops a copy; see `within_groups`
     y_t = sum_k weights_tk * down_e(act(gate_e x_t) * up_e x_t) + shared(x_t)        with e = ids_tk
+                                           shared(x_t) times sigmoid(x_t ws^T) if it has a gate
 
 Shapes as in reference.py; B sequences of S tokens, T = B*S. Parameters, in the memory order of Hugging Face's fused
 layout: gate.weight [E,D], gate.bias [E] (if it has one), noise_E, experts.w13_E2FD [E,2,F,D] = gate, up ([E,1,F,D] if
-`act` has no gate), experts.w2_EDF; with biases experts.w13_bias [E,2,F], experts.w2_bias [E,D]; shared.*_proj. Buffer:
-select_bias_E.
+`act` has no gate), experts.w2_EDF; with biases experts.w13_bias [E,2,F], experts.w2_bias [E,D]; shared.*_proj,
+shared_gate.weight [1,D]. Buffer: select_bias_E.
 
 The layer keeps nothing between calls: losses and counts are returned, so a recomputed forward cannot count twice, and
 with Draws every random number is a function of (seed, step, name, global token), so it routes as the first did. Without
 them torch's generator gives the numbers. Capacity, noise, jitter and forced balance act in training only: evaluation
 and generation are dropless.
 
+A layer that is given `ids` (router replay) takes each token's experts from them; weights, losses, capacity and every
+gradient are as if its router had chosen them. A token without any, -1 in all places, chooses for itself.
+
 A token that `token_mask` calls unreal, a pad, has no experts: its ids are -1, it fills no place and enters no count and
 no mean. Real tokens get what they get without pads, but for random numbers, which go by place.
 """
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from typing import NamedTuple, Protocol
@@ -35,6 +40,13 @@ from moe_ext.ops.enums import ACTS, BALANCES, GATED, SCORES
 def site(name: str) -> int:
     """The random generator's key of a place in the model: 32 bits of its name, the same in every process."""
     return zlib.crc32(name.encode())
+
+
+def normal_(parameter, std, seed, place):
+    """Fills a whole parameter [.., n] with N(0, std), drawn by row and column of its [rows, n] view."""
+    rows = parameter.view(-1, parameter.shape[-1])
+    rows.copy_(ops.random_normal(*rows.shape, seed=seed, step=0, site=place, std=std, dtype=rows.dtype,
+                                 device=rows.device))
 
 
 class Draws(NamedTuple):
@@ -77,6 +89,20 @@ def check_mask(owner, token_mask, like):
                          "attention_mask.bool()")
 
 
+def within_groups(logits_TE, k, groups, top_groups, *, score, select_bias_E=None):
+    """-> ids_TK, int32: the K best experts of the `top_groups` best groups, by scores + select_bias, of a group the sum
+    of its two largest (DeepSeek-V3). The lowest id wins a tie."""
+    def largest(x, k):
+        return ops.router(x, k, score="topk_softmax")[1]
+
+    scores_TE = logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(-1)
+    scores_TE = scores_TE if select_bias_E is None else scores_TE + select_bias_E
+    scores_TGe = scores_TE.unflatten(1, (groups, -1))
+    best_TG = scores_TGe.topk(2).values.sum(-1)
+    mask_TG = torch.full_like(best_TG, -math.inf).scatter(1, largest(best_TG, top_groups).long(), 0)
+    return largest((scores_TGe + mask_TG[..., None]).flatten(1), k)
+
+
 class Routing(NamedTuple):
     """What a forward in training says beside its output. Made while gradients are off, as in the first forward of
     torch.utils.checkpoint(use_reentrant=True), `loss` cannot be differentiated, and its backward says so: read it there
@@ -86,6 +112,7 @@ class Routing(NamedTuple):
     dropped: torch.Tensor   # int32 scalar, copies that capacity dropped
     bad: torch.Tensor       # int32 scalar, tokens whose logits are not finite: their outputs are NaN
     balance: torch.Tensor   # the balance loss without its weight and without a gradient; 0 if the weight is 0
+    ids: torch.Tensor       # int32, x's shape with K for D: the experts of each token before capacity, -1 for a pad
 
 
 class _Gradless(torch.autograd.Function):
@@ -148,7 +175,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.up_proj(x) if self.gate_proj is None else torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
-        return self.down_proj(ops.activation(h.flatten(0, -2), self.act).view(*h.shape[:-1], -1))
+        return self.down_proj(ops.activation(h.flatten(0, -2), self.act).unflatten(0, h.shape[:-1]))
 
 
 class Gate(nn.Linear):
@@ -189,7 +216,9 @@ class Experts(nn.Module):
         if x_RD.dtype != self.w2_EDF.dtype and not torch.is_autocast_enabled(x_RD.device.type):
             raise ValueError(f"FusedMoE: x has dtype {x_RD.dtype}, the experts {self.w2_EDF.dtype}. Hint: "
                              f"x.to({self.w2_EDF.dtype}), layer.to({x_RD.dtype}) or torch.autocast")
-        index = ops.route_index(ids_RK, self.w2_EDF.shape[0])
+        return self.compute(x_RD, weights_RK, ops.route_index(ids_RK, self.w2_EDF.shape[0]), num_copies)
+
+    def compute(self, x_RD, weights_RK, index, num_copies):
         w13_bias = None if self.w13_bias is None else self.w13_bias.flatten(1, 2)
         return ops.expert_mlp(x_RD, self.w13_E2FD.flatten(1, 2), None, self.w2_EDF, weights_RK, index, act=self.act,
                               gate_bias=w13_bias, down_bias=self.w2_bias, num_copies=num_copies)
@@ -215,13 +244,25 @@ class FusedMoE(nn.Module):
     "topk_softmax" makes every weight 1.
     """
     def __init__(self, dim, hidden, num_experts, top_k, *, name="moe", act="swiglu", bias=False,
-                 score="softmax_topk", norm_p="auto", scale=1.0, select_bias=False, router_bias=False,
-                 noise=False, jitter=0.0, balanced=False, shared_hidden=0, capacity_factor=0.0, drop_by="position",
-                 scope="sequence", balance_form="switch", balance_weight=0.0, z_weight=0.0, exchange=None, dtype=None,
-                 device=None):
+                 score="softmax_topk", norm_p="auto", scale=1.0, select_bias=False, groups=1, top_groups=1,
+                 router_bias=False, noise=False, jitter=0.0, balanced=False, shared_hidden=0, shared_gate=False,
+                 capacity_factor=0.0, drop_by="position", scope="sequence", balance_form="switch", balance_weight=0.0,
+                 z_weight=0.0, exchange=None, dtype=None, device=None):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"FusedMoE: top_k is {top_k}, wanted 1 to num_experts = {num_experts}")
+        size = num_experts // max(1, groups)
+        if groups < 1 or num_experts % groups or (groups > 1 and size < 2):
+            raise ValueError(f"FusedMoE: groups is {groups}, wanted 1, or a divisor of num_experts = {num_experts} "
+                             "that leaves each at least 2")
+        if not 1 <= top_groups <= groups or top_k > top_groups * size:
+            raise ValueError(f"FusedMoE: top_groups is {top_groups}, wanted 1 to groups = {groups}, and enough of "
+                             f"their {size} experts for top_k = {top_k}")
+        if groups > 1 and (score == "topk_softmax" or balanced):
+            raise ValueError(f"FusedMoE: groups are chosen by scores, not with {'balanced' if balanced else score}: "
+                             "leave one of them out")
+        if shared_gate and not shared_hidden:
+            raise ValueError("FusedMoE: shared_gate is the gate of a shared expert, but shared_hidden is 0")
         norm_p = norm_power(norm_p, top_k)
         if top_k == 1 and (norm_p or score == "topk_softmax"):
             asked = 'score "topk_softmax"' if score == "topk_softmax" else f"norm_p {norm_p}"
@@ -241,6 +282,7 @@ class FusedMoE(nn.Module):
             raise ValueError(f"FusedMoE: got capacity_factor {capacity_factor} and jitter {jitter}, wanted >= 0 (0: "
                              "dropless) and [0, 1)")
         self.num_experts, self.top_k, self.name, self.act = num_experts, top_k, name, act
+        self.groups, self.top_groups = groups, top_groups
         self.score, self.norm_p, self.scale, self.balanced = score, norm_p or None, scale, balanced
         self.jitter, self.capacity_factor, self.drop_by, self.scope = jitter, capacity_factor, drop_by, scope
         self.balance_form, self.balance_weight, self.z_weight = balance_form, balance_weight, z_weight
@@ -251,6 +293,7 @@ class FusedMoE(nn.Module):
         self.noise_E = nn.Parameter(torch.empty(num_experts, **options)) if noise else None
         self.experts = Experts(num_experts, dim, hidden, act=act, bias=bias, **options)
         self.shared = MLP(dim, shared_hidden, act=act, bias=bias, **options) if shared_hidden else None
+        self.shared_gate = Linear(dim, 1, bias=False, **options) if shared_gate else None
         self.register_buffer("select_bias_E", torch.zeros(num_experts, dtype=self.real, device=device)
                              if select_bias else None)
         self.register_load_state_dict_post_hook(keep_select_bias)
@@ -281,10 +324,10 @@ class FusedMoE(nn.Module):
         self.keep(bias_E)       # from before fn, which may have rounded it
         return self
 
-    def forward(self, x, draws: Draws | None = None, token_mask=None):
+    def forward(self, x, draws: Draws | None = None, token_mask=None, ids=None):
         """draws: of noise and jitter, None: torch's generator. token_mask: bool, x's shape without D, True for a real
         token. The losses are then means over the scopes that have one, among those of this rank. A mask costs a host
-        read, as capacity does: of the number of copies."""
+        read, as capacity does: of the number of copies. ids: int32, as Routing.ids; in [0, E), a token's distinct."""
         D = self.gate.in_features
         if x.ndim < 2 or x.shape[-1] != D or not x.is_floating_point():
             raise ValueError(f"FusedMoE: x is {x.dtype} {list(x.shape)}, wanted floating point, [S, {D}] or "
@@ -297,21 +340,28 @@ class FusedMoE(nn.Module):
             if self.balanced and self.training:
                 raise ValueError("FusedMoE: balanced deals experts out by place and would count pads: leave out "
                                  "token_mask or balanced")
+        if ids is not None and (ids.dtype, ids.shape) != (torch.int32, (*x.shape[:-1], self.top_k)):
+            raise ValueError(f"FusedMoE: ids are {ids.dtype} {list(ids.shape)}, wanted torch.int32 "
+                             f"{[*x.shape[:-1], self.top_k]}, as Routing.ids are")
         with torch.autocast(x.device.type, enabled=False):
-            weights_TK, ids_TK, routing = self.route(x_BSD, draws, mask_BS)
+            weights_TK, ids_TK, routing = self.route(x_BSD, draws, mask_BS, ids)
+        routing = routing._replace(ids=routing.ids.view(*x.shape[:-1], self.top_k))
         x_TD = x_BSD.flatten(0, 1)
         if self.exchange is None:
-            absent = mask_BS is not None or (self.training and self.capacity_factor)
+            absent = mask_BS is not None or ids is not None or (self.training and self.capacity_factor)
             num_copies = (ids_TK >= 0).sum().item() if absent else None
             y_TD = self.experts(x_TD, weights_TK, ids_TK, num_copies)
         else:
             x_RD, weights_RK, ids_RK, num_copies, plan = self.exchange.dispatch(x_TD, weights_TK, ids_TK)
             y_TD = self.exchange.combine(self.experts(x_RD, weights_RK, ids_RK, num_copies), plan)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            shared_TD = self.shared(x_TD)
+            if self.shared_gate is not None:
+                shared_TD = self.shared_gate(x_TD).sigmoid() * shared_TD
+            y_TD = y_TD + shared_TD
         return y_TD.view(x.shape), routing
 
-    def route(self, x_BSD, draws, mask_BS):
+    def route(self, x_BSD, draws, mask_BS, forced=None):
         """-> weights_TK, ids_TK (-1 where dropped or not real), Routing."""
         B, S, _ = x_BSD.shape
         x_TD = x_BSD.flatten(0, 1).to(self.real)
@@ -321,10 +371,16 @@ class FusedMoE(nn.Module):
         if self.noise_E is not None and self.training:
             logits_TE = noisy(logits_TE, self.noise_E.to(self.real), draws and draws.at(self.name + ".noise"))
         logits_TE, bad_T1 = finite(logits_TE)
-        weights_TK, ids_TK, scores_TE = ops.router(
-            logits_TE, self.top_k, score=self.score,
-            select_bias_E=None if self.select_bias_E is None else self.select_bias_E.float(),
-            norm_p=self.norm_p, scale=self.scale, balanced=self.balanced and self.training)
+        select_bias_E = None if self.select_bias_E is None else self.select_bias_E.float()
+        chosen_TK = None if self.groups == 1 else within_groups(
+            logits_TE.detach(), self.top_k, self.groups, self.top_groups, score=self.score, select_bias_E=select_bias_E)
+        router = functools.partial(ops.router, logits_TE, self.top_k, score=self.score, select_bias_E=select_bias_E,
+                                   norm_p=self.norm_p, scale=self.scale)
+        weights_TK, ids_TK, scores_TE = router(ids_TK=chosen_TK, balanced=self.balanced and self.training)
+        if forced is not None:
+            forced_TK = forced.reshape(-1, self.top_k)
+            ids_TK = torch.where((forced_TK == -1).all(1, keepdim=True), ids_TK, forced_TK)
+            weights_TK, ids_TK, scores_TE = router(ids_TK=ids_TK)
         weights_TK = weights_TK.masked_fill(bad_T1, math.nan)
         if mask_BS is not None:
             ids_TK = ids_TK.masked_fill(~mask_BS.view(-1, 1), -1)
@@ -344,7 +400,7 @@ class FusedMoE(nn.Module):
             if (self.balance_weight or self.z_weight) and not torch.is_grad_enabled():
                 loss = gradless(loss, self.name)
         return weights_TK, kept_TK, Routing(loss, counts_GE.sum(0, dtype=torch.int32), dropped,
-                                            bad_T1.sum(dtype=torch.int32), balance.detach())
+                                            bad_T1.sum(dtype=torch.int32), balance.detach(), ids_TK)
 
     def tokens(self, x_BSD, mask_BS, scopes):
         """int64 [G]: the real tokens of each scope, on all ranks."""

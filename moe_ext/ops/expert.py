@@ -102,7 +102,8 @@ def activation(h_NU, act):
 
 
 def _fake_expert_mlp(x, gate, up, down, weights, order, inverse, bins, gate_bias, up_bias, down_bias, act, num_copies):
-    return torch.empty_like(x), x.new_empty(num_copies, gate.shape[1] + (0 if up is None else up.shape[1]))
+    width = sum(w.shape[1:-1].numel() for w in (gate, up) if w is not None)
+    return torch.empty_like(x), x.new_empty(num_copies, width)
 
 
 _MLP_GRADS = (0, 1, 2, 3, 4, 8, 9, 10)  # where x, gate, up, down, weights and the biases stand among the arguments
@@ -163,8 +164,10 @@ def expert_mlp(x_RD, gate, up, down_EDF, weights_RK, index, *, act,
     e = ids[r,k]; an id of -1 is skipped.
 
     x_RD        [R,D]
-    gate, up    [E,F,D] each, or gate = w13 [E,2F,D] = [gate | up] and up = None; without a gate only gate [E,F,D]
-    down_EDF    [E,D,F]; the three weights have x's dtype and any strides
+    gate, up    [E,F,D] each, or gate = w13 [E,2F,D] = [gate | up] or [E,2,F,D] and up = None; without a gate only
+                gate [E,F,D]
+    down_EDF    [E,D,F]; the three weights have x's dtype and any strides, also those of gate and up that alternate
+                in [E,D,2F]: w.unflatten(2, (-1, 2)).permute(0, 3, 2, 1)
     weights_RK  [R,K] in float32 or x's dtype
     index       RouteIndex of the ids [R,K]
     act         see `activation`

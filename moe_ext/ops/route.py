@@ -11,13 +11,13 @@ from moe_ext.ops.enums import BALANCES, SCORES, number
 # ---- router ----------------------------------------------------------------------------------------------------------
 
 
-def _fake_router(logits, select_bias, k, score, norm_p, scale, balanced):
+def _fake_router(logits, select_bias, ids, k, score, norm_p, scale, balanced):
     weights = logits.new_empty(logits.shape[0], k)
     return weights, torch.empty_like(weights, dtype=torch.int32), torch.empty_like(logits)
 
 
 def _save_router(ctx, inputs, output):
-    logits, _, _, *ctx.rule, _ = inputs
+    logits, _, _, _, *ctx.rule, _ = inputs
     _, ids, scores = output
     ctx.mark_non_differentiable(ids)
     ctx.set_materialize_grads(False)
@@ -26,14 +26,14 @@ def _save_router(ctx, inputs, output):
 
 def _backward_router(ctx, dweights, _, dscores):
     if dweights is None and dscores is None:
-        return (None,) * 7
+        return (None,) * 8
     grads = [None if d is None else d.contiguous() for d in (dweights, dscores)]
-    return _router_backward(*ctx.saved_tensors, *grads, *ctx.rule), None, None, None, None, None, None
+    return _router_backward(*ctx.saved_tensors, *grads, *ctx.rule), *(None,) * 7
 
 
 _router = define(
-    "router(Tensor logits, Tensor? select_bias, int k, int score, float norm_p, float scale, bool balanced) -> "
-    "(Tensor, Tensor, Tensor)",
+    "router(Tensor logits, Tensor? select_bias, Tensor? ids, int k, int score, float norm_p, float scale, "
+    "bool balanced) -> (Tensor, Tensor, Tensor)",
     fake=_fake_router,
     save=_save_router,
     backward=_backward_router,
@@ -47,7 +47,8 @@ _router_backward = define(
 )
 
 
-def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=None, scale=1.0, balanced=False):
+def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, ids_TK=None, norm_p=None, scale=1.0,
+           balanced=False):
     """logits_TE -> weights_TK, ids_TK int32, scores_TE; the K largest, descending, and the lowest id wins a tie.
 
     "softmax_topk"  scores = softmax(logits), chosen by scores + select_bias, weights = scores[ids]  (Switch)
@@ -55,10 +56,15 @@ def router(logits_TE, k, *, score="softmax_topk", select_bias_E=None, norm_p=Non
     "topk_softmax"  chosen by logits, weights = softmax(logits[ids])                                 (Mixtral, gpt-oss)
     The weights are then divided by their p-norm (norm_p > 0, math.inf for the largest) and multiplied by scale.
     select_bias_E is float32 [E]. balanced replaces the choice by ids[t,k] = (t*K + k) mod E, for throughput tests.
-    Differentiable in logits. Raises RuntimeError on a NaN logit and unless 1 <= k <= E.
+    ids_TK int32 makes the choice instead: weights, scores and gradients are those of a router that had made it, bit for
+    bit if it would have. -1 is absent: its weight is 0, it is in no norm or softmax, and no gradient comes from it. A
+    masked expert (a logit of -inf) has weight 0.
+    Differentiable in logits. Raises RuntimeError on a NaN logit, unless 1 <= k <= E, and for ids that are neither -1
+    nor in [0, E) or that name an expert twice for a token.
     """
     score, norm_p = number("router", "score", score, SCORES), 0.0 if norm_p is None else norm_p
-    return _router(logits_TE.contiguous(), select_bias_E, k, score, norm_p, scale, balanced)
+    ids_TK = None if ids_TK is None else ids_TK.contiguous()
+    return _router(logits_TE.contiguous(), select_bias_E, ids_TK, k, score, norm_p, scale, balanced)
 
 
 # ---- capacity and counts ---------------------------------------------------------------------------------------------

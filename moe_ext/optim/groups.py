@@ -115,6 +115,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, timeout=None) -> torch
             "weight_decay": optim.weight_decay if choice.decays else 0.0})
         group["params"].append(named[name])
         group["param_names"].append(name)
+    if not groups:      # of a frozen stage of a pipeline
+        groups["adamw"] = {"": {"name": "adamw no_decay", "params": [], "param_names": []}}
     parts = [MAKE[name](list(groups[name].values()), optim, timeout) for name in sorted(groups)]
     return parts[0] if len(parts) == 1 else Together(parts)
 

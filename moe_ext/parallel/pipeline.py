@@ -173,7 +173,8 @@ class Step:
         self.add(balance=out.balance / (self.micros * self.mesh.config.stage))
         passed = None
         if not piece.last:
-            passed, out = out.x_BSD.detach(), out._replace(x_BSD=get_gradient_edge(out.x_BSD))
+            edge = get_gradient_edge(out.x_BSD) if out.x_BSD.requires_grad else None    # of frozen beginnings: none
+            passed, out = out.x_BSD.detach(), out._replace(x_BSD=edge)
         self.live[chunk, micro] = x_BSD, out
         return passed
 

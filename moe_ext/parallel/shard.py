@@ -26,6 +26,8 @@ from moe_ext.parallel.stages import Stage, cut
 from moe_ext.parallel.tensor import ROWS, distribute, sum_replicated, tensor_parallel
 from moe_ext.parallel.trace import TracedExchange
 
+WITHOUT_HIDDEN = "w13_lora_A", "w2_lora_B"      # of the experts' low-rank factors: no F to cut
+
 
 def parallelize(model: nn.Module, mesh: Mesh, *, dtype: torch.dtype | None = None, trace: bool = False) -> None:
     """Spread a GPT, a Block or a FusedMoE over the mesh, in place. One process: nothing.
@@ -61,8 +63,8 @@ def expert_parallel(layer: FusedMoE, mesh: Mesh, trace: bool) -> None:
     axes = [axis for axis in ("ep", "etp") if getattr(c, axis) > 1]
     if axes:
         def placements(name):
-            # both matrices have F there; w13's bias is whole and sliced, w2's is whole and added by rank 0
-            on = {"ep": Shard(0), "etp": Replicate() if "bias" in name else Shard(2)}
+            # w13's bias is whole and sliced, w2's is whole and added by rank 0
+            on = {"ep": Shard(0), "etp": Shard(2) if has_width(name) else Replicate()}
             return [on[axis] for axis in axes]
 
         def used(name, local):
@@ -86,9 +88,16 @@ def dense_dim(name: str, tp: int) -> int:
     return 1 if tp > 1 and ROWS.search(name) else 0
 
 
+def has_width(name: str) -> bool:
+    """Whether dimension 2 of an expert parameter is F, of which etp's ranks have parts: of both matrices, and of the
+    factors beside it."""
+    return not name.endswith(WITHOUT_HIDDEN) and "bias" not in name
+
+
 def experts_dim(name: str, etp: int) -> int:
     """The dimension of an expert parameter that FSDP shards: neither ep's nor etp's."""
-    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1}[name]
+    return {"w13_E2FD": 2 if etp == 1 else 3, "w13_bias": 2, "w2_EDF": 1, "w2_bias": 1, "w13_lora_A": 2, "w2_lora_B": 1,
+            "w13_lora_B": 2 if etp == 1 else 3, "w2_lora_A": 2 if etp == 1 else 1}[name]
 
 
 def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
@@ -97,8 +106,16 @@ def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
     if sizes["rep"] * sizes[axis] == 1:
         return
     names = {id(p): name for name, p in module.named_parameters()}
+
+    def placement(p):
+        cut = dim(names[id(p)])
+        if cut and p.shape[cut] % sizes[axis]:
+            raise ValueError(f"parallelize: {sizes[axis]} ranks ({axis}) cannot share dimension {cut} of "
+                             f"{names[id(p)]} {list(p.shape)} evenly. Hint: of a low-rank factor, another rank")
+        return Shard(cut)
+
     fully_shard(module, mesh=device_mesh["rep", axis] if sizes["rep"] > 1 else device_mesh[axis],
-                shard_placement_fn=lambda p: Shard(dim(names[id(p)])), **options)
+                shard_placement_fn=placement, **options)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)      # gloo has no PREMUL_SUM
 
@@ -127,8 +144,9 @@ def accumulate(model: nn.Module, out: Losses, mesh: Mesh, *, tokens: int, accumu
     token_loss, aux_loss = out.token_loss / tokens, out.aux_loss / (accumulation * mesh.config.stage)
     loss = scale * (token_loss + aux_loss)
     roots = [(loss, None)] if loss.requires_grad else []
-    roots += [(out.x_BSD, dx_BSD)] if dx_BSD is not None else []
-    torch.autograd.backward(*zip(*roots, strict=True))
+    roots += [(out.x_BSD, dx_BSD)] if dx_BSD is not None and out.x_BSD is not None else []
+    if roots:       # a beginning of the model may be frozen
+        torch.autograd.backward(*zip(*roots, strict=True))
     return token_loss.detach() / mesh.config.tp, aux_loss.detach()
 
 

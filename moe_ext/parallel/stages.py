@@ -51,7 +51,8 @@ def costs(c: ModelConfig) -> list[int]:
     width, matrices = c.heads * c.head_width, 3 if c.act in GATED else 2
     attention = 2 * c.dim * (width + c.kv_groups * c.head_width)
     dense = matrices * c.dim * c.hidden
-    moe = matrices * c.dim * (c.moe.top_k * c.moe.hidden + c.moe.shared_hidden) + c.dim * c.moe.experts
+    moe = matrices * c.dim * (c.moe.top_k * c.moe.hidden + c.moe.shared_hidden)
+    moe += c.dim * (c.moe.experts + c.moe.shared_gate)
     result = [attention + 2 * min(c.window_of(layer) or c.seq_len, c.seq_len) * width
               + (moe if layer >= c.layers - c.moe_layers else dense) for layer in range(c.layers)]
     result[0] += c.dim
@@ -126,7 +127,7 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens_BS, targets_BS, draws=None, token_mask=None, documents_BS=None,
-                positions_BS=None) -> Losses:
+                positions_BS=None, tape=None) -> Losses:
         """As GPT.forward, without a gradient: this stage's part of each loss, and rows of all MoE layers, 0 in those of
         others, so that the sum over the stages is the model's. All stages call, with the same arguments and in the
         same order; one that calls again, for the next micro-batch, computes while the others still have this one.
@@ -139,7 +140,7 @@ class Stage(nn.Module):
             if not piece.first:
                 x_BSD = torch.empty(B, S // mesh.config.sequence, c.dim, dtype=self.dtype, device=tokens_BS.device)
                 dist.recv(x_BSD, before, group=group)
-            out = piece(tokens_BS, targets_BS, draws, token_mask, documents_BS, positions_BS, x_BSD)
+            out = piece(tokens_BS, targets_BS, draws, token_mask, documents_BS, positions_BS, tape, x_BSD)
             if not piece.last:
                 dist.send(out.x_BSD, after, group=group)
             parts.append((out.token_loss, out.aux_loss, out.balance))
@@ -168,9 +169,9 @@ class Stage(nn.Module):
         stages = {TABLE: 2} if self.config.tied else {}
         return {name: self.mesh.config.stage * stages.get(name, 1) for name, _ in self.whole.named_parameters()}
 
-    def num_parameters(self) -> tuple[int, int]:
+    def num_parameters(self, moving: bool = False) -> tuple[int, int]:
         """Of the whole model."""
-        return self.whole.num_parameters()
+        return self.whole.num_parameters(moving)
 
     def flops_per_token(self) -> int:
         """Of the whole model."""
@@ -225,4 +226,6 @@ def sum_tied(model: GPT | Stage, mesh) -> None:
     products the last, is the sum of theirs on both, the same bits. All ranks call; nothing without stages."""
     if isinstance(model, Stage) and model.ends is not None and mesh.pp_rank in (0, mesh.config.pp - 1):
         grad = dict(model.named_parameters())[TABLE].grad
+        if grad is None:        # frozen
+            return
         dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=model.ends)

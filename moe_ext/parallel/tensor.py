@@ -24,14 +24,18 @@ from moe_ext.model import GPT, Attention, Block
 from moe_ext.parallel.collectives import as_autocast, gather, reduce_scatter
 from moe_ext.parallel.vocabulary import vocabulary_parallel_cross_entropy, vocabulary_parallel_embedding
 
-ROWS = re.compile(r"(^|\.)((q|k|v|gate|up)_proj|embed_tokens|lm_head)\.weight$")        # of W: outputs of the layer
-COLUMNS = re.compile(r"(^|\.)(o|down)_proj\.weight$")                                   # inputs
+# outputs of the layer, and inputs; of W or of the low-rank factor that has them
+ROWS = re.compile(r"(^|\.)((q|k|v|gate|up)_proj\.(weight|lora_B)|(embed_tokens|lm_head)\.weight)$")
+COLUMNS = re.compile(r"(^|\.)(o|down)_proj\.(weight|lora_A)$")
 SLICED = re.compile(r"(^|\.)((q|k|v|gate|up)_proj\.bias|sinks)$")   # replicated, each rank uses its outputs' part
 ONCE = re.compile(r"(^|\.)(o|down)_proj\.bias$")                # replicated, rank 0 adds it
 
 
 def tensor_parallel(model: nn.Module, mesh) -> None:
     """Spread a plain GPT, or a part of it, over mesh.dense's tp ranks; all but the experts. In place."""
+    if any(getattr(module, "lora_dropout", 0) for module in model.modules()):
+        raise ValueError("parallelize: LoRA's dropout with mesh.tp > 1, where a layer sees other ranks' tokens, whose "
+                         "random numbers this rank does not know. Hint: dropout 0, or mesh.sp or mesh.fsdp")
     tp = mesh.dense["tp"]
     group = tp.get_group()
     rank, ranks = mesh.tp_rank, mesh.config.tp
@@ -52,9 +56,9 @@ def tensor_parallel(model: nn.Module, mesh) -> None:
                 norm.forward = functools.partial(width_norm, norm, rank, group)
         elif isinstance(module, MLP):           # token by token: the order in which they are gathered does not matter
             whole_sequences(module, 0, group)
-        elif isinstance(module, Block):         # of the token mask, if there is one, this rank's tokens
+        elif isinstance(module, Block):         # of the token mask and forced ids, if there are any, this rank's tokens
             module.register_forward_pre_hook(lambda _, args: (*args[:5], *(
-                mask if mask is None else mask.chunk(ranks, dim=1)[rank] for mask in args[5:])))
+                x if x is None else x.chunk(ranks, dim=1)[rank] for x in args[5:])))
     if isinstance(model, GPT):
         vocabulary = dict(vocab_size=model.config.vocab_size, group=group)
         embed, head = model.embed_tokens, model.lm_head

@@ -79,21 +79,30 @@ class Transport:
 
 
 class TorchTransport(Transport):
-    """`group`: a process group, None for all ranks. Its own timeout is what ends a wait for a dead peer."""
+    """`group`: a process group, None for all ranks. timeout: a timedelta that ends a wait for a dead peer; on CUDA that
+    of counts alone, for the host does not wait in rows. None: the group's own does."""
 
-    def __init__(self, group=None):
+    def __init__(self, group=None, timeout=None):
         self.group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        self.timeout = timeout
 
     def counts(self, mine):
         all_PPn = mine.new_empty(self.ranks, *mine.shape)
-        dist.all_gather(list(all_PPn), mine.contiguous(), group=self.group)
+        self._run(self.timeout, dist.all_gather, list(all_PPn), mine.contiguous())
         return all_PPn.cpu()
 
     def rows(self, sent, rows_PP):
         send, receive = rows_PP[self.rank].tolist(), rows_PP[:, self.rank].tolist()
         received = sent.new_empty(sum(receive), sent.shape[1])
-        dist.all_to_all_single(_bytes(received), _bytes(sent), receive, send, group=self.group)
+        timeout = self.timeout if sent.device.type == "cpu" else None
+        self._run(timeout, dist.all_to_all_single, _bytes(received), _bytes(sent), receive, send)
         return received
+
+    def _run(self, timeout, collective, *args):
+        if timeout is None:
+            collective(*args, group=self.group)
+        else:
+            collective(*args, group=self.group, async_op=True).wait(timeout)
 
 
 def _bytes(x):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 
 import moe_ext
-from moe_ext.config import Config
+from moe_ext.config import Config, TuneConfig
 from moe_ext.model import GPT, pick_device
 from moe_ext.plan.memory import Memory, fullest, memory
 from moe_ext.plan.optimizer import cost, kept, movers, saved
@@ -41,6 +42,7 @@ def describe(config: Config, model: GPT) -> str:
         "model": sizes(config),
         "parameters": f"{total:,} in all, {active:,} active per token"
                       + (f", {local(config)}" if mesh.world > 1 else ""),
+        **({"moving": moving(config, model)} if c.tune != TuneConfig() else {}),
         "tokens": f"{config.tokens_per_step:,} per step = {t.accumulation} x {t.micro_batch * mesh.dp} sequences of "
                   f"{c.seq_len}; {config.tokens_in_all:,} in {t.steps} steps"
                   + (f", from {config.ramp[0]} sequences per step on" if t.batch_ramp else ""),
@@ -68,6 +70,17 @@ def describe(config: Config, model: GPT) -> str:
     if mesh.world > 1:
         lines += banner(config, device)
     return "\n".join(lines)
+
+
+def moving(config: Config, model: GPT) -> str:
+    """What model.tune leaves to train and what that saves, in a line."""
+    plain = replace(config, model=replace(config.model, tune=TuneConfig()))
+    each = " per rank" if config.mesh.world > 1 else ""
+    less = max(memory(plain, stage=stage).state for stage in makes(plain)) - max(
+        memory(config, stage=stage).state for stage in makes(config))
+    total, active = model.num_parameters(moving=True)
+    return (f"{total:,} parameters, {active:,} active per token; that the others rest saves {mib(less)} of gradients "
+            f"and {kept(plain)}{each}")
 
 
 def spent(config: Config, optimizer: str) -> str:

@@ -121,6 +121,7 @@ MODULES = {     # of a layer: ours -> Megatron's, in the order in which its modu
     "mlp.gate": "mlp.router",
     "mlp": "mlp.router.noise",
     "mlp.experts": "mlp.experts",
+    "mlp.shared_gate": "mlp.shared_experts.gate_weight",
     "mlp.shared.gate_proj": "mlp.shared_experts.linear_fc1",
     "mlp.shared.up_proj": "mlp.shared_experts.linear_fc1",
     "mlp.shared.down_proj": "mlp.shared_experts.linear_fc2",
@@ -176,7 +177,7 @@ def parameters(config: Config, model: GPT, pp: int = 0, vpp: int = 0, grouped: b
                 for e in range(here):
                     add(int(layer), f"{module}.local_experts.{e}.linear_fc{matrix}", kind, size, local=2 * e + matrix,
                         expert=mesh.ep > 1)
-        elif where in ("self_attn", "mlp"):     # sinks, noise
+        elif where in ("self_attn", "mlp", "mlp.shared_gate"):      # sinks, noise
             add(int(layer), module, "", p.numel() // (mesh.tp if where == "self_attn" else 1))
         else:
             add(int(layer), module, f"layer_norm_{leaf}" if where == "input_layernorm" else leaf, p.numel() // split)

@@ -1,6 +1,7 @@
 """Bytes that a rank holds: its state, what autograd saves of a forward, and what comes and goes beside them.
 
-The saved activations are those of model.py and layers/fused.py, module by module; S tokens, B sequences on the rank, T
+The saved activations are those of model.py and layers/fused.py, module by module, with all of it trained (where parts
+are frozen, an upper bound: what only their gradients read is not saved); S tokens, B sequences on the rank, T
 tokens between the modules, B S / (sp tp), and B S / sp `inside` them, `real` and `half` bytes as in shares.widths.
 """
 from __future__ import annotations
@@ -63,14 +64,14 @@ def memory(config: Config, device: str = "cuda", stage: int | None = None) -> Me
     if stage is None:
         return max((memory(config, device, stage) for stage in makes(config)), key=lambda held: held.total)
     pieces = stages(config)[stage]
-    stored = Share.of(config, stage).parameters * widths(config)[0]
+    share, real = Share.of(config, stage), widths(config)[0]
     each, work = [saved(config, device, piece) for piece in pieces], again(config, device, pieces)
     live = alive(config, stage, [sum(size) for size in each])
     activations, cast = (sum(n * size for n, size in zip(live, sizes, strict=True)) + more
                          for sizes, more in zip(zip(*each, strict=True), work, strict=True))
     moves = cost(config, stage)
-    return Memory(stored, stored, moves.state + moves.host * (device == "cpu"), activations,
-                  head(config) if ends(config.model, pieces)[1] else 0, whole(config, pieces), cast,
+    return Memory(share.parameters * real, share.trained * real, moves.state + moves.host * (device == "cpu"),
+                  activations, head(config) if ends(config.model, pieces)[1] else 0, whole(config, pieces), cast,
                   exchange(config, pieces), sequence(config), links(config, device, pieces), moves.work)
 
 
@@ -100,7 +101,7 @@ def saved(config: Config, device: str, piece: range) -> Saved:
     if c.position == "rope" and (t.recompute or half == 8):     # RoPE's angles in fp64
         size += 8 * places(config) * c.rope_columns
     if ends(c, (piece,))[1]:    # the last norm; the gradients of the head's input and matrix, which its forward makes
-        size += norm(config) + half * (inside + -(-c.vocab_size // config.mesh.tp)) * c.dim
+        size += norm(config) + half * (inside + -(-c.vocab_size // config.mesh.tp) * head_moves(c)) * c.dim
     return Saved(size, 0 if t.recompute else sum(count * size for size, count in casts(config, (piece,))))
 
 
@@ -120,6 +121,9 @@ def block(config: Config, sparse: bool, window: int, device: str) -> int:
     inner = routed(config) if sparse else mlp(config, c.hidden)
     if sparse and moe.shared_hidden:
         inner += mlp(config, moe.shared_hidden, shared=True)
+    if sparse and moe.shared_gate:      # what the shared expert gives, its gate, and what that reads if it is cast
+        real, half = widths(config)
+        inner += tokens(config)[0] * half * (c.dim + 1 + (c.dim if half < real else 0))
     return 2 * norm(config) + attended(config, window, device) + inner
 
 
@@ -245,13 +249,18 @@ def routed(config: Config) -> int:
     return round(size)
 
 
+def head_moves(model: ModelConfig) -> bool:
+    """Whether the head's matrix is trained."""
+    return model.tune.moves("embed_tokens.weight" if model.tied else "lm_head.weight")
+
+
 def head(config: Config) -> int:
     """While it works: logits of a chunk; the sum of its matrix's gradient over chunks, in fp32, and the next term; its
     matrix as autocast casts it."""
     c = config.model
     real, half = widths(config)
     rows = -(-c.vocab_size // config.mesh.tp)
-    width = c.dim * (real + half + (half if half < real else 0))
+    width = c.dim * ((real + half) * head_moves(c) + (half if half < real else 0))
     return rows * (half * min(CHUNK, tokens(config)[1]) + width)
 
 
@@ -267,10 +276,10 @@ def _whole(model: ModelConfig, mesh: MeshConfig, of: tuple[int, int], pieces: Pi
         if ranks[box.fsdp] > 1:
             size = box.whole * (half if mixed(mesh, box) else real)
             if box.block:
-                fetched[box.block] += size
+                fetched[box.block] += (2 + box.moves) * size
             else:
-                kept += 2 * size
-    return kept + 3 * max(fetched.values(), default=0)
+                kept += (1 + box.moves) * size
+    return kept + max(fetched.values(), default=0)
 
 
 def mixed(mesh: MeshConfig, box: Box) -> bool:

@@ -24,7 +24,7 @@ from moe_ext.optim import adamw, build_optimizer, muon, shampoo
 from moe_ext.optim.groups import choices
 from moe_ext.optim.owners import BUCKET, matrices, places
 from moe_ext.optim.together import parts_of
-from moe_ext.parallel.shard import dense_dim, experts_dim
+from moe_ext.parallel.shard import dense_dim, experts_dim, has_width
 from moe_ext.parallel.tensor import COLUMNS, ROWS
 from moe_ext.plan.shares import Pieces, ends, first_piece, parts, stages, widths
 
@@ -64,9 +64,8 @@ class Sharded(NamedTuple):
     @classmethod
     def of(cls, name: str, shape, mesh: MeshConfig) -> Sharded:
         if ".experts." in name:
-            dim, bias = experts_dim(name.rpartition(".")[2], mesh.etp), "bias" in name
-            return cls(shape, (mesh.rep, mesh.efsdp, mesh.ep, mesh.etp),
-                       (Replicate(), Shard(dim), Shard(0), Replicate() if bias else Shard(2)), True)
+            dim, etp = experts_dim(name.rpartition(".")[2], mesh.etp), Shard(2) if has_width(name) else Replicate()
+            return cls(shape, (mesh.rep, mesh.efsdp, mesh.ep, mesh.etp), (Replicate(), Shard(dim), Shard(0), etp), True)
         tp = Shard(0) if ROWS.search(name) else Shard(1) if COLUMNS.search(name) else Replicate()
         return cls(shape, (mesh.rep, mesh.shards, mesh.tp), (Replicate(), Shard(dense_dim(name, mesh.tp)), tp), False)
 
@@ -111,9 +110,9 @@ def where(p: Sharded) -> Where:
 def listed(model: ModelConfig, optim: OptimConfig) -> dict[str, list[tuple]]:
     """Optimizer -> of its parameters, in its order, (layer, or which end of the model has it, name in it, shape)."""
     layers, begin, end = parts(model)
-    found = {name: (where, name, shape) for where, some in (("begin", begin), ("end", end)) for name, shape in some}
-    found |= {name: ("both", name, shape) for name, shape in begin if (name, shape) in end}
-    found |= {f"layers.{i}.{name}": (i, name, shape) for i, layer in enumerate(layers) for name, shape in layer}
+    found = {name: (where, name, shape) for where, some in (("begin", begin), ("end", end)) for name, shape, _ in some}
+    found |= {name: ("both", name, shape) for name, shape, moves in begin if (name, shape, moves) in end}
+    found |= {f"layers.{i}.{name}": (i, name, shape) for i, layer in enumerate(layers) for name, shape, _ in layer}
     return {optimizer: [found[name] for name in names] for optimizer, names in chosen(model, optim).items()}
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_ext.config import Config, ModelConfig, require
+from moe_ext.layers.lora import FACTORS
 from moe_ext.plan import optimizer
-from moe_ext.plan.memory import saved
+from moe_ext.plan.memory import head_moves, saved
 from moe_ext.plan.pipeline import turns
 from moe_ext.plan.shares import Pieces, Share, axes, blocks, ends, kinds, makes, stages, widths
 from moe_ext.plan.traffic import traffic
@@ -95,13 +96,19 @@ def keys_seen(model: ModelConfig, causal: bool = True, pieces: Pieces | None = N
 def forward_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None,
                   parts: int = 1) -> tuple[float, float]:
     """Of the matrix products of one token, parts as in keys_seen: (in the blocks, in the head)."""
-    weights = 0
-    for name, shape, count in kinds(model, pieces):
-        if name.startswith("layers.") and name.endswith(("weight", "E2FD", "EDF")) and len(shape) > 1:
-            active = model.moe.top_k / model.moe.experts if ".experts." in name else 1
-            weights += count * math.prod(shape) * active
+    weights = sum(weight_flops(model, pieces))
     head = 2 * model.vocab_size * model.dim if ends(model, pieces)[1] else 0
-    return 2 * weights + attention_flops(model, causal, pieces, parts), head
+    return weights + attention_flops(model, causal, pieces, parts), head
+
+
+def weight_flops(model: ModelConfig, pieces: Pieces | None = None) -> tuple[float, float]:
+    """Of them, those of the blocks' matrices: (of frozen ones, of those that move)."""
+    flops, matrices = [0.0, 0.0], ("weight", "E2FD", "EDF", *FACTORS)
+    for name, shape, moves, count in kinds(model, pieces):
+        if name.startswith("layers.") and name.endswith(matrices) and len(shape) > 1:
+            active = model.moe.top_k / model.moe.experts if ".experts." in name else 1
+            flops[moves] += 2 * count * math.prod(shape) * active
+    return tuple(flops)
 
 
 def attention_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None, parts: int = 1) -> float:
@@ -132,7 +139,8 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
     parts = mesh.sp if mesh.attention == "gather" else 1        # whose last rank all wait for
     inner, head = forward_flops(config.model, pieces=pieces, parts=parts)
     again = inner * t.recompute + attention_flops(config.model, pieces=pieces, parts=parts) * t.recompute_attention
-    flops = config.tokens_per_step / mesh.stage * (3 * (inner + head) + again)
+    frozen = weight_flops(config.model, pieces)[0] + head * (not head_moves(config.model))     # no gradient of these
+    flops = config.tokens_per_step / mesh.stage * (3 * (inner + head) - frozen + again)
     compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
     share = Share.of(config, stage)
     whole = replace(config, train=replace(t, recompute=False, recompute_attention=False))

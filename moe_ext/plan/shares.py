@@ -11,9 +11,9 @@ import itertools
 import math
 from typing import NamedTuple
 
-from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig
+from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig, TuneConfig
 from moe_ext.model import GPT
-from moe_ext.parallel.shard import dense_dim, experts_dim
+from moe_ext.parallel.shard import dense_dim, experts_dim, has_width
 from moe_ext.parallel.stages import cut
 from moe_ext.parallel.tensor import COLUMNS, ROWS
 
@@ -42,9 +42,16 @@ def makes(config: Config) -> list[int]:
 def _makes(model: ModelConfig, pp: int, pipeline: PipelineConfig) -> list[int]:
     first = {}
     for stage, pieces in enumerate(_stages(model, pp, pipeline)):
-        first.setdefault(tuple((frozenset(blocks(model, (piece,)).items()), ends(model, (piece,))) for piece in pieces),
-                         stage)
+        first.setdefault(tuple((frozenset(blocks(model, (piece,)).items()), ends(model, (piece,)), moving(model, piece))
+                               for piece in pieces), stage)
     return list(first.values())
+
+
+def moving(model: ModelConfig, piece: range) -> frozenset:
+    """Which parameters of how many blocks move; without a difference if all do."""
+    if model.tune == TuneConfig():
+        return frozenset()
+    return frozenset(collections.Counter(tuple(parts(model)[0][layer]) for layer in piece).items())
 
 
 def ends(model: ModelConfig, pieces: Pieces | None) -> tuple[bool, bool]:
@@ -81,20 +88,23 @@ class Kind(NamedTuple):
     """Parameters of equal name and shape in layers that are alike."""
     name: str               # in the first of them
     shape: tuple[int, ...]
+    moves: bool             # whether it is trained
     count: int              # how many layers have it
 
 
 @functools.lru_cache(maxsize=8)
 def parts(model: ModelConfig) -> tuple[list, list, list]:
-    """(name, shape) of the parameters (of each block, without its prefix; that begin the model; that end it)."""
+    """(name, shape, whether it moves) of the parameters (of each block, without its prefix; that begin the model; that
+    end it)."""
     def named(piece):
-        return [(name, tuple(p.shape)) for name, p in GPT(model, device="meta", blocks=piece).named_parameters()]
+        return [(name, tuple(p.shape), p.requires_grad)
+                for name, p in GPT(model, device="meta", blocks=piece).named_parameters()]
 
     layers = [[] for _ in range(model.layers)]
-    for name, shape in named(range(model.layers)):
+    for name, *rest in named(range(model.layers)):
         if name.startswith("layers."):
             _, layer, name = name.split(".", 2)
-            layers[int(layer)].append((name, shape))
+            layers[int(layer)].append((name, *rest))
     return layers, named(range(0)), named(range(model.layers, model.layers))
 
 
@@ -106,9 +116,9 @@ def kinds(model: ModelConfig, pieces: Pieces | None = None) -> list[Kind]:
     alike = collections.defaultdict(list)
     for layer in itertools.chain(*(pieces or [range(model.layers)])):
         alike[tuple(layers[layer])].append(layer)
-    return [Kind(f"layers.{same[0]}.{name}", shape, len(same)) for parameters, same in alike.items()
-            for name, shape in parameters] + [
-                Kind(name, shape, 1) for name, shape in dict.fromkeys(begin * first + end * last)]
+    return [Kind(f"layers.{same[0]}.{name}", *rest, len(same)) for parameters, same in alike.items()
+            for name, *rest in parameters] + [
+                Kind(*parameter, 1) for parameter in dict.fromkeys(begin * first + end * last)]
 
 
 class Box(NamedTuple):
@@ -118,6 +128,7 @@ class Box(NamedTuple):
     stored: int             # what FSDP leaves of that
     fsdp: str               # the axis over which FSDP shards it: "fsdp" with sp, or "efsdp" for experts
     partial: str            # the axis whose ranks each have a part of its gradient: "tp", "etp" or ""
+    moves: bool             # whether it is trained
     count: int              # layers that have such a one
     block: str              # whose parameters come and go together; "" for the embedding, the last norm and the head
 
@@ -130,17 +141,17 @@ def boxes(config: Config, pieces: Pieces | None = None) -> list[Box]:
 @functools.lru_cache(maxsize=256)
 def boxes_of(model: ModelConfig, mesh: MeshConfig, pieces: Pieces | None) -> list[Box]:
     result, ranks = [], axes(mesh)
-    for name, shape, count in kinds(model, pieces):
+    for name, shape, moves, count in kinds(model, pieces):
         block = ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
-        rows, columns, bias = ROWS.search(name), COLUMNS.search(name), "bias" in name
+        rows, columns = ROWS.search(name), COLUMNS.search(name)
         if ".experts." in name:
-            fsdp, dim, partial = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), "etp" if bias else ""
-            whole = first_piece(shape, {0: mesh.ep} if bias else {0: mesh.ep, 2: mesh.etp})
+            fsdp, dim, wide = "efsdp", experts_dim(name.rpartition(".")[2], mesh.etp), has_width(name)
+            partial, whole = "" if wide else "etp", first_piece(shape, {0: mesh.ep} | ({2: mesh.etp} if wide else {}))
         else:
             fsdp, dim, partial = "fsdp", dense_dim(name, mesh.tp), "" if rows or columns else "tp"
             whole = first_piece(shape, {0: mesh.tp} if rows else {1: mesh.tp} if columns else {})
         stored = first_piece(whole, {dim: ranks[fsdp]})
-        result.append(Box(name, math.prod(whole), math.prod(stored), fsdp, partial, count, block))
+        result.append(Box(name, math.prod(whole), math.prod(stored), fsdp, partial, moves, count, block))
     return result
 
 
@@ -153,6 +164,7 @@ class Share(NamedTuple):
     """A rank's share of the parameters, in elements."""
     whole: int              # what tp, ep and etp leave to it: what it computes with
     parameters: int         # what FSDP leaves of that: what it stores
+    trained: int            # those of them that move, which have gradients
 
     @classmethod
     def of(cls, config: Config, stage: int = 0) -> Share:
@@ -162,7 +174,8 @@ class Share(NamedTuple):
     @functools.lru_cache(maxsize=256)
     def sum(cls, model: ModelConfig, mesh: MeshConfig, pieces: Pieces) -> Share:
         held = boxes_of(model, mesh, pieces)
-        return cls(sum(box.count * box.whole for box in held), sum(box.count * box.stored for box in held))
+        return cls(sum(box.count * box.whole for box in held), sum(box.count * box.stored for box in held),
+                   sum(box.count * box.stored for box in held if box.moves))
 
 
 def widths(config: Config) -> tuple[int, int]:

@@ -47,13 +47,14 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
         size = box.count * box.stored
         gathers = 2 if box.block else 1             # for forward and backward; the root keeps what no block has
         pieces(box.fsdp, size * (half if box.fsdp == "efsdp" else real), micro * gathers)
-        pieces(box.fsdp, size * real, micro)                                        # gradients
-        total("rep", size * real, 1)
-        if box.partial:
-            total(box.partial, size * real, 1)
+        if box.moves:
+            pieces(box.fsdp, size * real, micro)                                    # gradients
+            total("rep", size * real, 1)
+            if box.partial:
+                total(box.partial, size * real, 1)
 
     # Recomputation repeats a block's forward up to the last tensor that the backward reads: without its last
-    # reduce-scatter, and without combine unless the shared expert comes after it.
+    # reduce-scatter, which a shared expert's gate reads, and without combine unless the shared expert comes after it.
     (T, inside), B, again = tokens(config), t.micro_batch, int(t.recompute)
     x, layers, (first, last) = T * c.dim * half, blocks(c, part), ends(c, part)
     sparse = sum(count for (sparse, _), count in layers.items() if sparse)
@@ -72,7 +73,7 @@ def traffic(config: Config, stage: int | None = None) -> dict[str, int]:
         combines = forwards if m.shared_hidden else backwards
         ids, weights, values = 4 * m.top_k, real * m.top_k, c.dim * half
         if m.shared_hidden:
-            pieces("tp", x, backwards * (4 + again))
+            pieces("tp", x, backwards * (4 + again * (1 + m.shared_gate)))
         pieces("etp", x + T * (ids + weights), forwards)                            # dispatch
         pieces("etp", x, combines + backwards)                                      # combine and its backward
         pieces("etp", x + T * weights, backwards)                                   # backward of dispatch

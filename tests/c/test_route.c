@@ -57,7 +57,7 @@ static void check_router(moe_router_args a, bool with_bias, bool masked) {
     for (int i = 0; i < 2; i++) {
         check_threads = 1 + 2 * i;
         weights[i] = check_alloc(T * K * size), scores[i] = check_alloc(T * E * size), ids[i] = check_alloc(T * K * 4);
-        CHECK_OK(moe_router(&a, logits, bias, weights[i], ids[i], scores[i]));
+        CHECK_OK(moe_router(&a, logits, bias, NULL, weights[i], ids[i], scores[i]));
     }
     CHECK(!memcmp(weights[0], weights[1], (size_t)(T * K * size)) &&
               !memcmp(scores[0], scores[1], (size_t)(T * E * size)) && !memcmp(ids[0], ids[1], (size_t)(T * K * 4)),
@@ -134,7 +134,7 @@ static void check_gradient(moe_router_args a, bool use_weights, bool use_scores)
            *cs = use_scores ? check_floats(MOE_F64, n, 4) : NULL;
     int32_t *ids = check_alloc(4 * m);
     check_threads = 3;
-    CHECK_OK(moe_router(&a, logits, NULL, w, ids, scores));
+    CHECK_OK(moe_router(&a, logits, NULL, NULL, w, ids, scores));
     CHECK_OK(moe_router_backward(&a, logits, scores, ids, cw, cs, d));
     for (int64_t i = 0; i < n; i++) {
         const double h = 1e-5, x = logits[i];
@@ -156,7 +156,7 @@ static void check_gradient(moe_router_args a, bool use_weights, bool use_scores)
         void *low_logits = make_logits(&b, false), *low_scores = check_alloc(n * size), *low_w = check_alloc(m * size);
         void *low_d = check_alloc(n * size), *low_cw = use_weights ? check_floats(dtype, m, 3) : NULL;
         void *low_cs = use_scores ? check_floats(dtype, n, 4) : NULL;
-        CHECK_OK(moe_router(&b, low_logits, NULL, low_w, ids, low_scores));
+        CHECK_OK(moe_router(&b, low_logits, NULL, NULL, low_w, ids, low_scores));
         CHECK_OK(moe_router_backward(&b, low_logits, low_scores, ids, low_cw, low_cs, low_d));
         for (int64_t i = 0; i < n; i++)
             logits[i] = check_get(dtype, low_logits, i), scores[i] = check_get(dtype, low_scores, i);
@@ -191,7 +191,7 @@ static void test_shared_maximum(void) {
     double  w[2], scores[2], d[2];
     int32_t ids[2];
     const moe_router_args a = {MOE_F64, MOE_SIGMOID, 0, 1, 2, 2, INFINITY, 1};
-    CHECK_OK(moe_router(&a, logits, NULL, w, ids, scores));
+    CHECK_OK(moe_router(&a, logits, NULL, NULL, w, ids, scores));
     CHECK_OK(moe_router_backward(&a, logits, scores, ids, dw, NULL, d));
     CHECK(d[0] == 0.25 && d[1] == -0.25, "%g %g", d[0], d[1]);
 }
@@ -211,7 +211,7 @@ static void test_ties(void) {
                 moe_k->store(all_dtypes[d], 1, d == 0 ? (void *)&v : (void *)&f, logits + i * moe_size(all_dtypes[d]));
             }
             moe_router_args a = {all_dtypes[d], score, 0, T, E, K, 1, 1};
-            CHECK_OK(moe_router(&a, logits, NULL, weights, ids, scores));
+            CHECK_OK(moe_router(&a, logits, NULL, NULL, weights, ids, scores));
             for (int k = 0; k < K; k++) {
                 CHECK(ids[k] == k, "all equal: slot %d holds %d", k, ids[k]);
                 CHECK(ids[K + k] == want[k] && ids[2 * K + k] == want[k], "slot %d holds %d, want %d", k, ids[K + k],
@@ -254,7 +254,7 @@ static void test_masks(void) {
     int32_t ids[K];
     for (int score = MOE_SOFTMAX_TOPK; score <= MOE_SIGMOID; score++) {
         moe_router_args a = {MOE_F32, score, 0, 1, E, K, 0, 1};
-        CHECK_OK(moe_router(&a, logits, score == MOE_SOFTMAX_TOPK ? NULL : bias, weights, ids, scores));
+        CHECK_OK(moe_router(&a, logits, score == MOE_SOFTMAX_TOPK ? NULL : bias, NULL, weights, ids, scores));
         for (int k = 0; k < K; k++) CHECK(ids[k] == k + 1, "score %d: slot %d holds %d", score, k, ids[k]);
         CHECK(scores[0] == 0, "a masked score is %g", scores[0]);
         CHECK_OK(moe_router_backward(&a, logits, scores, ids, one, NULL, d));
@@ -264,19 +264,46 @@ static void test_masks(void) {
     float far[2] = {0, -300}, w1[1];
     const float bias2[2] = {0, 9};
     moe_router_args a = {MOE_F32, MOE_SOFTMAX_TOPK, 0, 1, 2, 1, 1, 1};
-    CHECK_OK(moe_router(&a, far, bias2, w1, ids, scores));
+    CHECK_OK(moe_router(&a, far, bias2, NULL, w1, ids, scores));
     CHECK(ids[0] == 1 && w1[0] == 0, "id %d weight %g", ids[0], w1[0]);
     CHECK_OK(moe_router_backward(&a, far, scores, ids, one, NULL, d));
     CHECK(d[0] == 0 && d[1] == 0, "gradient %g %g", d[0], d[1]);
 }
 
-static void expect_bad(int want, moe_router_args a, const float *logits, const float *bias) {
+// What was chosen, given back: the same bits. Then -1 in places: weights of the others alone, and no gradient from it.
+static void test_forced(void) {
+    enum { T = 3, E = 6, K = 3 };
+    double  logits[T * E], w[T * K], scores[T * E], again[T * K], d[T * E];
+    int32_t ids[T * K], forced[T * K] = {5, -1, 0, -1, -1, -1, 1, 2, 3}, same[T * K];
+    uint64_t seed = 3;
+    for (int i = 0; i < T * E; i++) logits[i] = 4 * check_unit(&seed);
+    for (int score = MOE_SOFTMAX_TOPK; score <= MOE_SIGMOID; score++) {
+        const moe_router_args a = {MOE_F64, score, 0, T, E, K, 1, 1.5};
+        CHECK_OK(moe_router(&a, logits, NULL, NULL, w, ids, scores));
+        CHECK_OK(moe_router(&a, logits, NULL, ids, again, same, scores));
+        CHECK(!memcmp(w, again, sizeof w) && !memcmp(ids, same, sizeof ids), "score %d: own ids, other weights", score);
+        CHECK_OK(moe_router(&a, logits, NULL, forced, w, ids, scores));
+        CHECK(!memcmp(ids, forced, sizeof ids), "other ids than the forced ones");
+        const double up = w[0] / (w[0] + w[2]), five = logits[5], none = logits[0];
+        const double want = score == MOE_SIGMOID ? (1 + exp(-none)) / (2 + exp(-none) + exp(-five))
+                                                 : 1 / (1 + exp(none - five));
+        CHECK(check_near(up, want, 1e-14, 1), "score %d: share %g, want %g", score, up, want);
+        CHECK(w[1] == 0 && w[3] == 0 && w[4] == 0 && w[5] == 0, "an absent one has a weight");
+        CHECK(check_near(w[0] + w[2], 1.5, 1e-14, 1) && check_near(w[6] + w[7] + w[8], 1.5, 1e-14, 1), "norm");
+        const double dw[T * K] = {1, NAN, 2, NAN, 3, 4, 5, 6, 7};
+        CHECK_OK(moe_router_backward(&a, logits, scores, ids, dw, NULL, d));
+        for (int e = 0; e < E; e++) CHECK(isfinite(d[e]) && d[E + e] == 0, "gradient %g %g", d[e], d[E + e]);
+    }
+}
+
+static void expect_bad(int want, moe_router_args a, const float *logits, const float *bias,
+                       const int32_t *forced) {
     float   weights[8], scores[8];
     int32_t ids[8];
     memset(weights, 0xff, sizeof weights);
     memset(scores, 0xff, sizeof scores);
     memset(ids, 0xff, sizeof ids);
-    CHECK_STATUS(moe_router(&a, logits, bias, weights, ids, scores), want);
+    CHECK_STATUS(moe_router(&a, logits, bias, forced, weights, ids, scores), want);
     for (int i = 0; i < 8; i++)
         CHECK(isnan(weights[i]) && isnan(scores[i]) && ids[i] == -1, "output %d was touched", i);
 }
@@ -286,28 +313,31 @@ static void test_bad_input(void) {
     const float fine[8] = {1, 2, 3, 4, 5, 6, 7, 8}, nan_bias[4] = {0, 0, NAN, 0};
     float x[8];
     moe_router_args a;
-    a = good, a.dtype = MOE_I32, expect_bad(MOE_BAD_DTYPE, a, fine, NULL);
-    a = good, a.T = -1, expect_bad(MOE_BAD_SHAPE, a, fine, NULL);
-    a = good, a.K = 5, expect_bad(MOE_BAD_SHAPE, a, fine, NULL);
-    a = good, a.K = 0, expect_bad(MOE_BAD_SHAPE, a, fine, NULL);
-    a = good, a.E = 0, expect_bad(MOE_BAD_SHAPE, a, fine, NULL);
-    a = good, a.E = MOE_MAX_EXPERTS + 1, expect_bad(MOE_BAD_SHAPE, a, fine, NULL);
-    a = good, a.T = INT64_MAX / 4, expect_bad(MOE_BAD_SHAPE, a, fine, NULL);
-    a = good, a.score = 3, expect_bad(MOE_BAD_VALUE, a, fine, NULL);
-    a = good, a.norm_p = -1, expect_bad(MOE_BAD_VALUE, a, fine, NULL);
-    a = good, a.norm_p = NAN, expect_bad(MOE_BAD_VALUE, a, fine, NULL);
-    a = good, a.scale = NAN, expect_bad(MOE_BAD_VALUE, a, fine, NULL);
-    expect_bad(MOE_BAD_VALUE, good, fine, nan_bias);
-    memcpy(x, fine, sizeof x), x[7] = NAN, expect_bad(MOE_BAD_VALUE, good, x, NULL);
-    memcpy(x, fine, sizeof x), x[7] = INFINITY, expect_bad(MOE_BAD_VALUE, good, x, NULL);
-    memcpy(x, fine, sizeof x), x[0] = x[1] = x[2] = -INFINITY, expect_bad(MOE_BAD_VALUE, good, x, NULL);
-    memcpy(x, fine, sizeof x), x[0] = -INFINITY, a = good, a.balanced = 1, expect_bad(MOE_BAD_VALUE, a, x, NULL);
+    a = good, a.dtype = MOE_I32, expect_bad(MOE_BAD_DTYPE, a, fine, NULL, NULL);
+    a = good, a.T = -1, expect_bad(MOE_BAD_SHAPE, a, fine, NULL, NULL);
+    a = good, a.K = 5, expect_bad(MOE_BAD_SHAPE, a, fine, NULL, NULL);
+    a = good, a.K = 0, expect_bad(MOE_BAD_SHAPE, a, fine, NULL, NULL);
+    a = good, a.E = 0, expect_bad(MOE_BAD_SHAPE, a, fine, NULL, NULL);
+    a = good, a.E = MOE_MAX_EXPERTS + 1, expect_bad(MOE_BAD_SHAPE, a, fine, NULL, NULL);
+    a = good, a.T = INT64_MAX / 4, expect_bad(MOE_BAD_SHAPE, a, fine, NULL, NULL);
+    a = good, a.score = 3, expect_bad(MOE_BAD_VALUE, a, fine, NULL, NULL);
+    a = good, a.norm_p = -1, expect_bad(MOE_BAD_VALUE, a, fine, NULL, NULL);
+    a = good, a.norm_p = NAN, expect_bad(MOE_BAD_VALUE, a, fine, NULL, NULL);
+    a = good, a.scale = NAN, expect_bad(MOE_BAD_VALUE, a, fine, NULL, NULL);
+    expect_bad(MOE_BAD_VALUE, good, fine, nan_bias, NULL);
+    memcpy(x, fine, sizeof x), x[7] = NAN, expect_bad(MOE_BAD_VALUE, good, x, NULL, NULL);
+    memcpy(x, fine, sizeof x), x[7] = INFINITY, expect_bad(MOE_BAD_VALUE, good, x, NULL, NULL);
+    memcpy(x, fine, sizeof x), x[0] = x[1] = x[2] = -INFINITY, expect_bad(MOE_BAD_VALUE, good, x, NULL, NULL);
+    memcpy(x, fine, sizeof x), x[0] = -INFINITY, a = good, a.balanced = 1, expect_bad(MOE_BAD_VALUE, a, x, NULL, NULL);
 
     float d[8] = {9, 9, 9, 9, 9, 9, 9, 9};
-    const int32_t past[4] = {0, 1, 2, 4}, absent[4] = {0, -1, 2, 3};
+    const int32_t past[4] = {0, 1, 2, 4}, below[4] = {0, -2, 2, 3}, twice[4] = {0, 1, 3, 3};
     CHECK_STATUS(moe_router_backward(&good, fine, fine, past, fine, NULL, d), MOE_BAD_INDEX);
-    CHECK_STATUS(moe_router_backward(&good, fine, fine, absent, fine, NULL, d), MOE_BAD_INDEX);
+    CHECK_STATUS(moe_router_backward(&good, fine, fine, below, fine, NULL, d), MOE_BAD_INDEX);
     for (int i = 0; i < 8; i++) CHECK(d[i] == 9, "dlogits[%d] was touched", i);
+    expect_bad(MOE_BAD_INDEX, good, fine, NULL, past);
+    expect_bad(MOE_BAD_INDEX, good, fine, NULL, below);
+    expect_bad(MOE_BAD_INDEX, good, fine, NULL, twice);
 }
 
 static void tests(void) {
@@ -317,6 +347,7 @@ static void tests(void) {
     test_ties();
     test_top_k();
     test_masks();
+    test_forced();
     test_bad_input();
 }
 int main(void) { return check_main(tests); }
