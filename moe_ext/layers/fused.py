@@ -1,7 +1,8 @@
 """The MoE layer of the GPT: router -> (exchange) -> fused expert MLP -> (exchange).
 
     logits_TE = x_TD Wr^T + br             in fp32 (fp64 for fp64); jitter on x before, learned noise after
-    weights_TK, ids_TK = router(logits)    ids become -1 where capacity drops a copy; see `within_groups`
+    weights_TK, ids_TK = router(logits)    of the best groups, if there are any (within_groups); ids become -1 where
+                                           capacity drops a copy
     y_t = sum_k weights_tk * down_e(act(gate_e x_t) * up_e x_t) + shared(x_t)        with e = ids_tk
                                            shared(x_t) times sigmoid(x_t ws^T) if it has a gate
 
