@@ -25,7 +25,7 @@ from torch import nn
 
 from moe_ext import ops
 from moe_ext.layers.fused import Experts, Linear, normal_, site
-from moe_ext.ops.define import Function, once_differentiable, real
+from moe_ext.ops.define import real
 from moe_ext.ops.enums import ACTS, number
 from moe_ext.ops.expert import _activation_backward
 from moe_ext.ops.permute import _gather, _scatter
@@ -83,7 +83,7 @@ def in_turn(h_NU):
     return h_NU.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
 
 
-class _LowRankExperts(Function):
+class _LowRankExperts(torch.autograd.Function):     # not define's, whose jvp torch.compile does not trace
     @staticmethod
     def forward(ctx, x_RD, weights_RK, w13, b13, a13, c13, w2, b2, a2, c2, order_M, bins_E, scale, act, turns, copies):
         up, down = LowRank(w13, b13, a13, c13, scale, bins_E), LowRank(w2, b2, a2, c2, scale, bins_E)
@@ -101,8 +101,9 @@ class _LowRankExperts(Function):
         return _scatter(y_ND, weights_RK.view(-1), order_M, bins_E, None, K, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy_RD):
+        if torch.is_grad_enabled():     # create_graph: what follows would be constants to the next derivative
+            raise NotImplementedError("low_rank_expert_mlp has no second derivative. Hint: create_graph=False")
         (x_RD, weights_RK, w13, b13, a13, c13, w2, b2, a2, c2, order_N, order_M, bins_E, expert_N,
          h_NU, u13, u2) = ctx.saved_tensors
         need, K, copies = ctx.needs_input_grad, weights_RK.shape[1], len(h_NU)
