@@ -26,6 +26,7 @@ from moe_ext.layers.lora import (
     merge_lora,
 )
 from moe_ext.model import GPT
+from moe_ext.ops.enums import GATED
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import backward, initialize, own, parallelize
 
@@ -38,7 +39,7 @@ FLOAT64 = torch.float64
 
 
 def tensors(act, dtype, biases=True, routing="empty_experts"):
-    g, U = torch.Generator().manual_seed(2), 2 * H if act in ("swiglu", "geglu", "swiglu_oai") else H
+    g, U = torch.Generator().manual_seed(2), 2 * H if act in GATED else H
     shapes = dict(x=(T, D), w13=(E, U, D), w2=(E, D, H), weights=(T, K), a13=(E, RANK, D), c13=(E, U, RANK),
                   a2=(E, RANK, H), c2=(E, D, RANK), b13=(E, U), b2=(E, D))  # fmt: skip
     inputs = {name: torch.randn(*shape, generator=g).to(dtype) for name, shape in shapes.items()}
@@ -81,7 +82,8 @@ def ours(ids, act, turns):
 FROZEN = {"x", "weights", "a13", "c13", "a2", "c2"}
 CASES = [("swiglu", False, True, None), ("swiglu_oai", True, True, None), ("geglu", False, False, FROZEN),
          ("relu", False, True, FROZEN), ("swiglu", False, True, {"a2"}), ("swiglu", False, False, {"c2", "x"}),
-         ("swiglu", False, True, {"w2", "c2", "b13"})]  # fmt: skip
+         ("swiglu", False, True, {"w2", "c2", "b13"}), ("silu", False, True, {"weights"}),
+         ("geglu_tanh", True, True, {"a13"})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("act", "turns", "biases", "wanted"), CASES)
