@@ -15,6 +15,7 @@ A module with factors changes its class to a subclass of its own, which `merge_l
 """
 import collections
 import functools
+import inspect
 import math
 import re
 
@@ -57,11 +58,11 @@ class LowRank:
             dx_NI += ops.grouped_gemm(du_Nr, self.a.transpose(1, 2), self.bins_E)
         return dx_NI, du_Nr
 
-    def dparameters(self, x_NI, u_Nr, dy_NO, du_Nr, wanted):
+    def dparameters(self, x_NI, u_Nr, dy_NO, du_Nr, wanted, ones_N1):
         """-> dw, db, da, dc, those that `wanted` says."""
         dw, db, da, dc = wanted
         return (self.outer(x_NI, dy_NO, self.w) if dw else None,
-                ops.grouped_gemm_wgrad(x_NI.new_ones(len(x_NI), 1), dy_NO, self.bins_E).squeeze(1) if db else None,
+                ops.grouped_gemm_wgrad(ones_N1, dy_NO, self.bins_E).squeeze(1) if db else None,
                 self.outer(x_NI, du_Nr, self.a) if da else None,
                 self.outer(u_Nr, dy_NO, self.c) if dc else None)
 
@@ -118,13 +119,16 @@ class _LowRankExperts(Function):
                 dweights_N += (dy_ND * b2.index_select(0, expert_N)).sum(1, dtype=dweights_N.dtype)
             dweights_RK = torch.zeros_like(weights_RK)
             dweights_RK.view(-1).index_copy_(0, order_N.long(), dweights_N.to(weights_RK.dtype))
-        weights_N1 = weights_RK.view(-1).index_select(0, order_N).unsqueeze(1)
-        da_NF *= weights_N1
+        weights_N1 = weights_RK.view(-1).index_select(0, order_N).unsqueeze(1).to(a_NF.dtype)
         dw2 = (None,) * 4
-        if any(need[6:10]):
-            dy_ND *= weights_N1
-            du2 = None if du2 is None else du2.mul_(weights_N1)
-            dw2 = down.dparameters(a_NF, u2, dy_ND, du2, need[6:10])
+        if any(need[6:10]):     # the weights go to the narrower factor of each product
+            if need[6]:
+                a_NF = a_NF * weights_N1
+            elif need[8]:
+                du2 *= weights_N1
+            u2 = u2 * weights_N1 if need[9] else u2
+            dw2 = down.dparameters(a_NF, u2, dy_ND, du2, need[6:10], weights_N1)
+        da_NF *= weights_N1
         del dy_ND, a_NF
 
         # h = up(x), a = act(h)
@@ -137,7 +141,7 @@ class _LowRankExperts(Function):
         dw13 = (None,) * 4
         if any(need[2:6]):
             x_ND = _gather(x_RD, None, order_M, bins_E, None, copies, K, 0)
-            dw13 = up.dparameters(x_ND, u13, dh_NU, du13, need[2:6])
+            dw13 = up.dparameters(x_ND, u13, dh_NU, du13, need[2:6], torch.ones_like(weights_N1))
         return dx_RD, dweights_RK, *dw13, *dw2, *(None,) * 6
 
 
@@ -186,9 +190,15 @@ class LowRankLinear:
         return {"weight": "lora"}
 
     def forward(self, x):
-        u = F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
+        u = self.dropped(x) if self.training and self.lora_dropout else x
         u = ops.linear(u, self.lora_A.to(x.dtype)) * self.lora_scale
         return super().forward(x) + ops.linear(u, self.lora_B.to(u.dtype))
+
+    def dropped(self, x):
+        if self.lora_draws is None:
+            return F.dropout(x, self.lora_dropout)
+        place = self.lora_draws.at(self.lora_name + ".lora")
+        return ops.dropout(x.flatten(0, -2), self.lora_dropout, **place).view_as(x)
 
     def factor_shapes(self, _, rank):
         return (rank, self.in_features), (self.out_features, rank)
@@ -257,8 +267,9 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, dropout: f
     (layers.0.self_attn.q_proj) and of the experts' matrices (layers.0.mlp.experts.w13_E2FD). In place; before
     parallelize. -> the factors' names. Freezes nothing.
 
-    dropout: of x before A, in training, by torch's generator; for linear layers alone. seed: of A, drawn as
-    GPT.init_weights does: a function of seed, name and index; on the meta device nothing is drawn.
+    dropout: of x before A, in training, for linear layers alone; its random numbers are those of the Draws that the
+    module around takes, or torch's. seed: of A, drawn as GPT.init_weights does: a function of seed, name and index; on
+    the meta device nothing is drawn.
     Errors: ValueError for a rank or scale that makes no sense, for targets that find nothing or what has factors
     already, for dropout on experts.
     """
@@ -293,15 +304,29 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, dropout: f
         if not has_lora(module):
             module.__class__ = with_factors(kind(module), type(module))
             module.lora_scale, module.lora_dropout = alpha / rank, dropout
+            module.lora_name, module.lora_draws = name, None
         weight = module.get_parameter(matrix)
         for suffix, shape in zip("AB", module.factor_shapes(matrix, rank), strict=True):
             factor = f"{module.pairs_of(module)[matrix]}_{suffix}"
             module.register_parameter(factor, nn.Parameter(torch.empty(
                 shape, dtype=real(weight.dtype), device=weight.device)))
             made.append(f"{name}.{factor}".lstrip("."))
+    if dropout:
+        for module in model.modules():
+            if "draws" in inspect.signature(module.forward).parameters:
+                module.register_forward_pre_hook(hand_on_draws, with_kwargs=True)
     if not any(p.is_meta for p in lora_parameters(model).values()):
         init_lora(model, seed, only=made)
     return made
+
+
+def hand_on_draws(module, args, kwargs):
+    """A module that takes Draws says to those inside where this forward's random numbers come from; so does the
+    recomputed forward."""
+    draws = inspect.signature(module.forward).bind(*args, **kwargs).arguments.get("draws")
+    for part in module.modules():
+        if has_lora(part):
+            part.lora_draws = draws
 
 
 @torch.no_grad()
@@ -344,5 +369,5 @@ def merge_lora(model: nn.Module) -> None:
                 weight.copy_(weight + module.delta(matrix, A, B).mul_(module.lora_scale))
                 delattr(module, f"{pair}_A")
                 delattr(module, f"{pair}_B")
-        del module.lora_scale, module.lora_dropout
+        del module.lora_scale, module.lora_dropout, module.lora_name, module.lora_draws
         module.__class__ = module.plain

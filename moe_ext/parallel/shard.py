@@ -106,8 +106,16 @@ def shard(module: nn.Module, device_mesh, axis: str, dim, **options) -> None:
     if sizes["rep"] * sizes[axis] == 1:
         return
     names = {id(p): name for name, p in module.named_parameters()}
+
+    def placement(p):
+        cut = dim(names[id(p)])
+        if cut and p.shape[cut] % sizes[axis]:
+            raise ValueError(f"parallelize: {sizes[axis]} ranks ({axis}) cannot share dimension {cut} of "
+                             f"{names[id(p)]} {list(p.shape)} evenly. Hint: of a low-rank factor, another rank")
+        return Shard(cut)
+
     fully_shard(module, mesh=device_mesh["rep", axis] if sizes["rep"] > 1 else device_mesh[axis],
-                shard_placement_fn=lambda p: Shard(dim(names[id(p)])), **options)
+                shard_placement_fn=placement, **options)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)      # gloo has no PREMUL_SUM
 

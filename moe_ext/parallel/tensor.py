@@ -33,6 +33,9 @@ ONCE = re.compile(r"(^|\.)(o|down)_proj\.bias$")                # replicated, ra
 
 def tensor_parallel(model: nn.Module, mesh) -> None:
     """Spread a plain GPT, or a part of it, over mesh.dense's tp ranks; all but the experts. In place."""
+    if any(getattr(module, "lora_dropout", 0) for module in model.modules()):
+        raise ValueError("parallelize: LoRA's dropout with mesh.tp > 1, where a layer sees other ranks' tokens, whose "
+                         "random numbers this rank does not know. Hint: dropout 0, or mesh.sp or mesh.fsdp")
     tp = mesh.dense["tp"]
     group = tp.get_group()
     rank, ranks = mesh.tp_rank, mesh.config.tp

@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -151,22 +152,24 @@ def from_peft(A, B, rank):
 
 def save_lora(model: nn.Module, folder) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, which peft's PeftModel.from_pretrained and load_lora
-    read. Errors: ValueError for a model without LoRA, with several ranks or scales, or sharded; FileExistsError."""
+    read. On ranks, sharded by FSDP2 or not: all call it, the first writes. Errors: ValueError for a model without LoRA
+    or with several ranks or scales; FileExistsError."""
     known = lora.candidates(model, kind)
     chosen = {full: place for full, place in known.items() if has_lora(place[1]) and factors(place[1], place[2])}
     if not chosen:
         raise ValueError("save_lora: the model has no LoRA. Hint: add_lora(model)")
-    if any(sharded(module) for _, module, _ in chosen.values()):
-        raise ValueError("save_lora: the factors are sharded over ranks. Hint: gather the state dict first")
     tensors, kinds = {}, set()
     for there, (_, module, matrix) in peft_names(chosen).items():
         A, B = factors(module, matrix)
         kinds.add((A.shape[-2], module.lora_scale, module.lora_dropout))
+        A, B = (p.full_tensor() if hasattr(p, "placements") else p for p in (A.detach(), B.detach()))
         for suffix, factor in zip("AB", to_peft(A, B), strict=True):
-            tensors[f"{there}.lora_{suffix}.weight"] = factor.detach().cpu().contiguous()
+            tensors[f"{there}.lora_{suffix}.weight"] = factor.cpu().contiguous()
     if len(kinds) > 1:
         raise ValueError(f"save_lora: the model has LoRA of {len(kinds)} kinds (rank, scale, dropout), "
                          f"{sorted(kinds)}, and a file is for one")
+    if dist.is_initialized() and dist.get_rank():
+        return
     (rank, scale, dropout), folder = *kinds, Path(folder)
     folder.mkdir(parents=True)
     modules, parameters = ([full for full, place in chosen.items() if (place[2] == "weight") == linear]
