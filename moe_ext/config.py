@@ -65,8 +65,8 @@ class MoEConfig:
     norm_p: float | Literal["auto"] = "auto"
     scale: float = 1.0                  # the weights are multiplied by this after the norm
     select_bias_rate: float = 0.0       # step of the selection bias per optimizer step; 0: no bias
-    groups: int = 1                     # the experts in order are so many groups of equal size,
-    top_groups: int = 1                 # of which a token takes its experts from so many: those with the best two
+    groups: int = 1                     # the experts, in order, are so many groups of equal size; 1: no groups
+    top_groups: int = 1                 # groups that a token's experts are of: those whose two best scores sum to most
     router_bias: bool = False           # a learned bias on the logits
     noise: bool = False                 # learned noise: logits + scale_E * N(0,1), scale_E starts at 0 (training only)
     jitter: float = 0.0                 # router input times U[1-jitter, 1+jitter) (training only)

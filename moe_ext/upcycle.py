@@ -110,15 +110,16 @@ def deal(old: MLP, new: FusedMoE, g: int, total: float) -> None:
     shared, (experts, _, width) = 0, new.experts.w2_EDF.shape
     if new.shared is not None:
         shared = new.shared.up_proj.out_features
-        gated = 1 if new.shared_gate is None else 2     # by a gate that begins at zero, whose sigmoid is a half
-        if gated == 2:
+        factor = 1
+        if new.shared_gate is not None:
             new.shared_gate.weight.zero_()
+            factor = 2      # sigmoid(0) is a half
         for name, want in new.shared.named_parameters():
             have = old.get_parameter(name)
             if name == "down_proj.bias":
                 want.zero_()        # the experts have it
             else:
-                want.copy_(gated * have[:, :shared] if name == "down_proj.weight" else have[:shared])
+                want.copy_(factor * have[:, :shared] if name == "down_proj.weight" else have[:shared])
     ups = [proj for proj in (old.gate_proj, old.up_proj) if proj is not None]
     for e in range(experts):
         units = slice(shared + e % g * width, shared + (e % g + 1) * width)

@@ -503,7 +503,8 @@ PIPELINES = {   # name -> mesh, chunks
     "pp4": (dict(pp=4), 1), "pp2 tp2 ep2": (dict(pp=2, tp=2, ep=2), 2), "pp2 fsdp2": (dict(pp=2, fsdp=2), 2),
     "pp2 sp2": (dict(pp=2, sp=2), 2)}
 DEEP = ModelConfig(vocab_size=50, seq_len=8, layers=4, dim=16, heads=2, hidden=32, tied=True,
-                   moe=MoEConfig(experts=4, hidden=16, dense_layers=1, score="sigmoid", select_bias_rate=0.01))
+                   moe=MoEConfig(experts=4, hidden=16, dense_layers=1, score="sigmoid", select_bias_rate=0.01,
+                                 shared_hidden=8, shared_gate=True))
 
 
 class Staged(Run):

@@ -281,7 +281,8 @@ def test_without_gradients_the_loss_is_a_number_like_any(mode, device):
 
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
 def test_any_number_of_batch_dimensions(scope, device):
-    layer = make(scope=scope, capacity_factor=0.8, bias=True, **AUX, device=device)
+    layer = make(scope=scope, capacity_factor=0.8, bias=True, shared_hidden=5, shared_gate=True, groups=2, top_groups=2,
+                 **AUX, device=device)
     x_BSD = tokens(6, 7, device=device)
     want_y, want = layer(x_BSD)
     y, routing = layer(x_BSD.view(2, 3, 7, D))
@@ -312,7 +313,7 @@ def test_what_is_no_input_is_named():
 
 @pytest.mark.parametrize("shape", [(2, 5), (7,), (2, 3, 5)], ids=str)
 def test_export_leaves_every_size_open(shape):
-    layer = make(**AUX, noise=True)
+    layer = make(**AUX, noise=True, shared_hidden=5, shared_gate=True, groups=2, top_groups=2)
     sizes = {dim: torch.export.Dim.DYNAMIC for dim in range(len(shape))}
     program = torch.export.export(layer, (tokens(*shape),), dynamic_shapes=(sizes,)).module()
     x = tokens(*(n + 2 for n in shape))

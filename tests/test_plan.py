@@ -35,7 +35,7 @@ def case(moe=MOE, *, mesh, dtype="fp32", accumulation=1, recompute=False, recomp
 
 
 CASES = {
-    "fsdp": case(mesh=dict(fsdp=2), recompute=True),
+    "fsdp": case(replace(MOE, shared_gate=True), mesh=dict(fsdp=2), recompute=True),
     "fsdp, bf16": case(PLAIN, mesh=dict(fsdp=2), dtype="bf16", accumulation=2),
     "rep": case(replace(MOE, scope="micro_batch"), mesh=dict(rep=2)),
     "tp": case(PLAIN, mesh=dict(tp=2), recompute=True),

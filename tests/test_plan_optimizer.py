@@ -39,7 +39,7 @@ from moe_ext.plan.roofline import DEVICES, SHARES, estimate, of_optimizer, share
 from moe_ext.plan.search import search, smallest
 from moe_ext.plan.shares import stages
 
-MOE = MoEConfig(experts=4, top_k=2, hidden=16, shared_hidden=8, dense_layers=1)
+MOE = MoEConfig(experts=4, top_k=2, hidden=16, shared_hidden=8, shared_gate=True, dense_layers=1)
 MODEL = ModelConfig(vocab_size=51, seq_len=8, layers=3, dim=16, heads=4, hidden=24, kv_heads=2, qk_norm=True, moe=MOE)
 BLOCKS = ShampooConfig(precondition_frequency=1, max_preconditioner_dim=7)      # roots after one step
 MIXED = ("layers.0.*: shampoo, *.gate.weight: adamw, matrices: muon, experts: shampoo, embeddings: muon 0.5, "

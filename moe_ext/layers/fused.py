@@ -1,7 +1,8 @@
 """The MoE layer of the GPT: router -> (exchange) -> fused expert MLP -> (exchange).
 
     logits_TE = x_TD Wr^T + br             in fp32 (fp64 for fp64); jitter on x before, learned noise after
-    weights_TK, ids_TK = router(logits)    ids become -1 where capacity drops a copy; of groups of experts, see `within`
+    weights_TK, ids_TK = router(logits)    of the best groups, if there are any (within_groups); ids become -1 where
+                                           capacity drops a copy
     y_t = sum_k weights_tk * down_e(act(gate_e x_t) * up_e x_t) + shared(x_t)        with e = ids_tk
                                            shared(x_t) times sigmoid(x_t ws^T) if it has a gate
 
@@ -85,12 +86,13 @@ def check_mask(owner, token_mask, like):
                          "attention_mask.bool()")
 
 
-def within(groups, top_groups, scores_TE, select_bias_E, k):
+def within_groups(logits_TE, k, groups, top_groups, *, score, select_bias_E=None):
     """-> ids_TK, int32: the K best experts of the `top_groups` best groups, by scores + select_bias, of a group the sum
     of its two largest (DeepSeek-V3). The lowest id wins a tie."""
     def largest(x, k):
         return ops.router(x, k, score="topk_softmax")[1]
 
+    scores_TE = logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(-1)
     scores_TE = scores_TE if select_bias_E is None else scores_TE + select_bias_E
     scores_TGe = scores_TE.unflatten(1, (groups, -1))
     best_TG = scores_TGe.topk(2).values.sum(-1)
@@ -169,7 +171,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.up_proj(x) if self.gate_proj is None else torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
-        return self.down_proj(ops.activation(h.flatten(0, -2), self.act).view(*h.shape[:-1], -1))
+        return self.down_proj(ops.activation(h.flatten(0, -2), self.act).unflatten(0, h.shape[:-1]))
 
 
 class Gate(nn.Linear):
@@ -362,16 +364,11 @@ class FusedMoE(nn.Module):
             logits_TE = noisy(logits_TE, self.noise_E.to(self.real), draws and draws.at(self.name + ".noise"))
         logits_TE, bad_T1 = finite(logits_TE)
         select_bias_E = None if self.select_bias_E is None else self.select_bias_E.float()
+        ids_TK = None if self.groups == 1 else within_groups(
+            logits_TE.detach(), self.top_k, self.groups, self.top_groups, score=self.score, select_bias_E=select_bias_E)
         weights_TK, ids_TK, scores_TE = ops.router(
-            logits_TE, self.top_k, score=self.score, select_bias_E=select_bias_E, norm_p=self.norm_p, scale=self.scale,
-            balanced=self.balanced and self.training)
-        if self.groups > 1:
-            ids_TK = within(self.groups, self.top_groups, scores_TE.detach(), select_bias_E, self.top_k)
-            weights_TK = scores_TE.gather(1, ids_TK.long())
-            if self.norm_p:
-                norm_T1 = torch.linalg.vector_norm(weights_TK, ord=self.norm_p, dim=-1, keepdim=True)
-                weights_TK = weights_TK / torch.where(norm_T1 > 0, norm_T1, 1)
-            weights_TK = weights_TK * self.scale
+            logits_TE, self.top_k, score=self.score, select_bias_E=select_bias_E, ids_TK=ids_TK, norm_p=self.norm_p,
+            scale=self.scale, balanced=self.balanced and self.training)
         weights_TK = weights_TK.masked_fill(bad_T1, math.nan)
         if mask_BS is not None:
             ids_TK = ids_TK.masked_fill(~mask_BS.view(-1, 1), -1)
