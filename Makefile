@@ -26,7 +26,7 @@ SHELL       := bash
 .venv/installed: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(MOE_TORCH) -r requirements-dev.txt
-	$(BIN)/pip install -q --no-build-isolation -e ".[plot]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[plot,hf]"
 	touch $@
 
 .venv/parity: requirements-parity.txt .venv/installed
