@@ -18,6 +18,7 @@ from moe_ext import checkpoint, generate, tune
 from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, TuneConfig, dumps, parse, plain
 from moe_ext.data import Loader, open_data
 from moe_ext.evaluate import load_run
+from moe_ext.hf.families import differences
 from moe_ext.model import GPT
 from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
@@ -224,6 +225,14 @@ def test_merged_it_is_a_plain_run_that_computes_the_same(data, base, runs, tmp_p
     with pytest.raises(SystemExit, match="merged exists: choose another folder"):
         main(monkeypatch, tune, "merge", runs["lora"]["one"], "--out", out)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_adapters_are_another_model_than_transformers_has():
+    """What rests is not: that model is exported as it is."""
+    model = MODELS["qwen3_moe"]
+    frozen, adapted = (dataclasses.replace(model, tune=TuneConfig(**tune)) for tune in (
+        dict(freeze="experts"), dict(lora_rank=4)))
+    assert differences(frozen, model) == [] and differences(adapted, model) == [("model.tune.lora_rank", 4, 0)]
 
 
 def test_weights_that_do_not_fit(data, runs, tmp_path):                                     # noqa: F811
