@@ -2,8 +2,8 @@
 
 Each token is drawn from softmax(logits / temperature) cut to the top_k largest and to the smallest set that holds top_p
 of the probability; temperature 0 takes the largest. The text ends before a token that ends texts, unless --ignore-eos
-draws on: those that the run's generation_config.json names, as an imported model's does, or else the tokenizer's. Keys
-and values of earlier tokens are cached. `--prompts FILE` continues many, several at a time, each as if it were alone.
+draws on: those that an imported model's generation_config.json names, or else the tokenizer's. Keys and values of
+earlier tokens are cached. `--prompts FILE` continues many, several at a time, each as if it were alone.
 """
 from __future__ import annotations
 
@@ -118,28 +118,21 @@ def load_tokenizer(path: str | Path):
 
 
 def end_ids(folder: Path, tokenizer) -> list[int]:
-    """The tokens before which a text of this run ends: eos_token_id, one or several, of generation_config.json; without
-    it eos_token of tokenizer_config.json, and without that the tokenizer's first of ENDS. ConfigError."""
-    ids = field(folder / "generation_config.json", "eos_token_id")
-    if ids is not None:
-        ids = ids if isinstance(ids, list) else [ids]
-        require(all(type(i) is int for i in ids), f"{folder}/generation_config.json: eos_token_id is {ids!r}, wanted a "
-                "token id or a list of them: mend or delete it")
-        return ids
+    """The tokens before which a text of this run ends: eos_token_id, one or several, of an imported model's
+    generation_config.json or, if that has none, of its config.json; else the tokenizer's first of ENDS. ConfigError."""
+    for path in (folder / "hf" / "generation_config.json", folder / "hf" / "config.json"):
+        if path.is_file():
+            try:
+                ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f"{path} holds no fields in JSON: {error}: mend or delete it") from None
+            ids = ids if isinstance(ids, list) or ids is None else [ids]
+            require(ids is None or all(type(i) is int for i in ids), f"{path}: eos_token_id is {ids!r}, wanted a token "
+                    "id or a list of them: mend or delete it")
+            if ids is not None:
+                return ids
     special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-    name = field(folder / "tokenizer_config.json", "eos_token")
-    name = name.get("content") if isinstance(name, dict) else name      # some files have its options too
-    return [special[name] for name in (name, *ENDS) if name in special][:1]
-
-
-def field(path: Path, name: str):
-    """A field of a file of JSON; None if one of the two is not there. ConfigError."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get(name)
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} holds no fields in JSON: {error}: mend or delete it") from None
+    return [special[name] for name in ENDS if name in special][:1]
 
 
 def complete(run: Run, prompt: str, max_tokens: int, **options) -> str:

@@ -259,16 +259,11 @@ def begin(config: Config, path: Path | None, state: State | None) -> list[str]:
     return lines
 
 
-# what a model brings along that our own runs do not have: which tokens end a text, how a dialogue becomes one
-BESIDE = "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
-
-
-def carry(path: Path, folder: Path, *more: str) -> None:
-    """Copy what lies beside the checkpoints of another run folder, of which `path` is one: BESIDE and `more`."""
-    for name in (*BESIDE, *more):
-        file = path.absolute().parents[1] / name
-        if file.is_file() and file.parent.resolve() != folder.resolve():
-            write(folder, name, file.read_bytes())
+def carry(path: Path, folder: Path) -> None:
+    """Copy to a run folder what an imported model brought along (moe_ext.hf) to the one of the checkpoint `path`."""
+    source = path.absolute().parents[1] / "hf"
+    if source.is_dir() and source.resolve() != (folder / "hf").resolve():
+        shutil.copytree(source, folder / "hf", dirs_exist_ok=True)
 
 
 def set_aside(folder: Path, step: int) -> list[str]:

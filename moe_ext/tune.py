@@ -67,7 +67,10 @@ def merge(source: Path, out: Path) -> str:
         checkpoint.save(work / "ckpt", model=model, optimizer=build_optimizer(model, config.optim), step=0,
                         loader=SimpleNamespace(state_dict=dict), config=asdict(config))
         write(work, "config.toml", dumps(config).encode())
-        carry(source, work, "tokenizer.json", "tokenizer.sha256")
+        carry(source, work)
+        tokenizer = source.absolute().parents[1] / "tokenizer.json"
+        if tokenizer.is_file():
+            write(work, "tokenizer.json", tokenizer.read_bytes())
     return f"{out}: the model of {source} without adapters, which computes the same"
 
 

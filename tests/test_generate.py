@@ -130,8 +130,8 @@ def test_each_ends_on_its_own():
     whole = continued(model, prompts, temperature=0)
     end = whole[0][2]
     cut = [text[:text.index(end)] if end in text else text for text in whole]
-    assert len(cut[0]) < 5 and continued(model, prompts, temperature=0, end=end) == cut
-    assert list(generate.generate(model, [1, 2, 3], 5, temperature=0, end=end)) == cut[0]
+    assert len(cut[0]) < 5 and continued(model, prompts, temperature=0, ends=[end]) == cut
+    assert list(generate.generate(model, [1, 2, 3], 5, temperature=0, ends=[end])) == cut[0]
 
 
 def test_a_file_of_prompts(folder, tmp_path, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from moe_ext.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    TuneConfig,
     as_type,
     dumps,
     load,
@@ -52,6 +53,8 @@ COUNTS = {      # total, active per token
     "glm_4.5_air": (106_852_245_504, 13_424_123_904),
     "gpt_oss_20b": (20_914_757_184, 4_187_440_704),
     "long_32k": (4_396_416, 2_037_120),
+    "finetune_frozen": (9_448_192, 4_729_600),
+    "finetune_lora": (9_841_408, 4_877_056),
     "moe_20m": (19_415_040, 12_337_152),
     "moe_60m": (60_422_400, 28_571_904),
     "moe_150m": (142_718_976, 57_784_320),
@@ -130,11 +133,12 @@ def test_published_choices(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_parameter_has_the_optimizer_of_its_kind(name):
     model = meta(recipe(name).model)
-    kinds = {"embeddings": r"embed_(tokens|positions)\.weight|lm_head\.weight", "experts": r".*\.(w13_E2FD|w2_EDF)",
-             "matrices": r".*(_proj|mlp\.gate)\.weight", "norms": r".*(norm\.weight|bias|sinks|noise_E|b13_E2F|b2_ED)"}
+    kinds = {"embeddings": r"embed_(tokens|positions)\.weight|lm_head\.weight",
+             "experts": r".*\.(w13_E2FD|w2_EDF|w\d+_lora_[AB])", "matrices": r".*(_proj|mlp\.gate)\.(weight|lora_[AB])",
+             "norms": r".*(norm\.weight|bias|sinks|noise_E|b13_E2F|b2_ED)"}
     for optimizer in ("muon", "shampoo"):
         chosen = choices(model, OptimConfig(optimizer))
-        assert chosen.keys() == dict(model.named_parameters()).keys()
+        assert chosen.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
         for parameter, choice in chosen.items():
             assert re.fullmatch(kinds[choice.kind], parameter), (parameter, choice)
             assert choice.optimizer == (optimizer if choice.kind in ("matrices", "experts") else "adamw")
@@ -198,8 +202,9 @@ def test_recipes_fit_the_gpus_that_docs_name():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_in_three_types(name):
-    """Each builds, and differs from the dense one by what its router multiplies with, to the FLOP."""
+    """Each builds, and differs from the dense one by what its router multiplies with, to the FLOP; all of it moving."""
     config = recipe(name)
+    config = replace(config, model=replace(config.model, tune=TuneConfig()))
     dense = as_type(config, "dense")
     assert dense.model.moe.experts == 0 and dense.mesh.ep == dense.mesh.etp == 1
     assert (dense.mesh.world, dense.tokens_per_step) == (config.mesh.world, config.tokens_per_step)

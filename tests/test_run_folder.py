@@ -19,8 +19,9 @@ from test_train import RECIPE, assert_same_checkpoint, data, flags, main, record
 import moe_ext.train
 from moe_ext import checkpoint, evaluate, generate
 from moe_ext.checkpoint import TRAINING_ONLY, CheckpointError
-from moe_ext.config import ConfigError, ModelConfig, MoEConfig, load, parse
+from moe_ext.config import ConfigError, ModelConfig, MoEConfig, TuneConfig, load, parse
 from moe_ext.data import IndexedWriter
+from moe_ext.layers.lora import lora_parameters
 from moe_ext.log import plot, split_events, split_metrics
 from moe_ext.model import GPT
 from moe_ext.run import lock, locked, set_aside
@@ -318,7 +319,8 @@ OTHER = dict(
     moe=dict(experts=8, top_k=1, hidden=32, dense_layers=0, shared_hidden=0, shared_gate=True, groups=2, top_groups=2,
              score="sigmoid", norm_p=0.0, scale=2.0,
              select_bias_rate=0.1, router_bias=True, noise=True, jitter=0.1, balanced=True, capacity_factor=1.0,
-             drop_by="probability", scope="micro_batch", balance_form="mse", balance_weight=0.5, z_weight=0.1))
+             drop_by="probability", scope="micro_batch", balance_form="mse", balance_weight=0.5, z_weight=0.1),
+    tune=dict(train="norm", freeze="norm", lora_rank=2, lora_alpha=8.0, lora_targets="experts"))
 
 
 def test_the_table_is_what_the_model_does():
@@ -326,16 +328,19 @@ def test_the_table_is_what_the_model_does():
     bases = {"balanced": changed_field(BASE, ["moe", "select_bias_rate"], 0.0),     # what does not go with a field
              "position": changed_field(BASE, ["rope_scale"], 1.0),
              "top_groups": changed_field(BASE, ["moe", "groups"], 2)}
-    pairs = {}
-    for path, value in [([name], OTHER[name]) for name in OTHER if name != "moe"] + [
-            (["moe", name], value) for name, value in OTHER["moe"].items()]:
+    bases |= dict.fromkeys(("lora_alpha", "lora_targets"), changed_field(BASE, ["tune", "lora_rank"], 4))
+    pairs, parts = {}, ("moe", "tune")
+    for path, value in [([name], OTHER[name]) for name in OTHER if name not in parts] + [
+            ([part, name], value) for part in parts for name, value in OTHER[part].items()]:
         base = bases.get(path[-1], BASE)
         pairs["model." + ".".join(path)] = base, changed_field(base, path, value)
     assert {name.split(".")[-1] for name in pairs} == {
-        field.name for part in (ModelConfig, MoEConfig) for field in dataclasses.fields(part)} - {"moe"}
+        field.name for part in (ModelConfig, MoEConfig, TuneConfig) for field in dataclasses.fields(part)} - {*parts}
     tokens = torch.arange(16)[None]
     for name, (base, other) in pairs.items():
         was, now = GPT(base, seed=1).eval(), GPT(other, seed=2).eval()
+        for factor in lora_parameters(was).values():        # which add nothing at first
+            torch.nn.init.normal_(factor)
         shapes = [{key: t.shape for key, t in model.state_dict().items()} for model in (was, now)]
         same = shapes[0] == shapes[1]
         if same:

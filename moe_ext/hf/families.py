@@ -289,9 +289,9 @@ class Family:
 
 def effective(model: ModelConfig) -> dict:
     """What decides the function: defaults resolved, fields of no effect and of training alone left out."""
-    m, flat = model.moe, {f"model.{name}": value for name, value in dataclasses.asdict(model).items() if name != "moe"}
-    flat |= {"model.kv_heads": model.kv_groups, "model.head_dim": model.head_width,
-             "model.attention_bias": model.attention_biases}
+    m, flat = model.moe, {f"model.{name}": value for name, value in vars(model).items() if name not in ("moe", "tune")}
+    flat |= {"model.tune.lora_rank": model.tune.lora_rank, "model.kv_heads": model.kv_groups,
+             "model.head_dim": model.head_width, "model.attention_bias": model.attention_biases}
     if model.rope_scale == 1:
         flat |= {"model.rope_stretch": None, "model.rope_context": None}
     if m.experts:

@@ -73,8 +73,9 @@ def describe(config: Config, model: GPT) -> str:
 
 
 def moving(config: Config, model: GPT) -> str:
-    """What model.tune leaves to train and what that saves, in a line."""
-    plain = replace(config, model=replace(config.model, tune=TuneConfig()))
+    """What model.tune leaves to train and what that saves, in a line: optim.rule may say nothing of what rests, so that
+    counts as optim.name alone would keep it."""
+    plain = replace(config, model=replace(config.model, tune=TuneConfig()), optim=replace(config.optim, rule=""))
     each = " per rank" if config.mesh.world > 1 else ""
     less = max(memory(plain, stage=stage).state for stage in makes(plain)) - max(
         memory(config, stage=stage).state for stage in makes(config))

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from moe_ext.config import Config, PipelineConfig, require
+from moe_ext.layers.lora import is_factor
 from moe_ext.model import GPT
 from moe_ext.ops.enums import GATED
 from moe_ext.parallel.tensor import COLUMNS, ROWS, SLICED
@@ -157,6 +158,8 @@ def parameters(config: Config, model: GPT, pp: int = 0, vpp: int = 0, grouped: b
         held[key] = Parameter(name, size + (held[key].size if key in held else 0), stage, expert)
 
     for name, p in model.named_parameters():
+        if is_factor(name):     # Megatron's model has none
+            continue
         where, _, leaf = name.rpartition(".")
         split = mesh.tp if ROWS.search(name) or COLUMNS.search(name) or SLICED.search(name) else 1
         if not name.startswith("layers."):

@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import collections
 
-from moe_ext.config import Config, ConfigError, divisors, load
+from moe_ext.config import Config, ConfigError, TuneConfig, divisors, load
 from moe_ext.model import GPT
-from moe_ext.plan import local, megatron, pace, ranks, roofline, sizes, spent
+from moe_ext.plan import local, megatron, moving, pace, ranks, roofline, sizes, spent
 from moe_ext.plan.memory import fullest, memory
 from moe_ext.plan.optimizer import cost, kept, movers
-from moe_ext.plan.roofline import DEVICES, RESERVE, Device, Estimate, Shares, estimate, forward_flops
+from moe_ext.plan.roofline import DEVICES, RESERVE, Device, Estimate, Shares, estimate, training_flops
 from moe_ext.plan.search import enough, fits, flags, largest, on, room, search, smallest
 from moe_ext.plan.shares import makes
 from moe_ext.plan.traffic import traffic
@@ -31,14 +31,15 @@ def plan(config: Config, model: GPT, device: Device, per_host: int, shares: Shar
     c, m, mesh, t, held = config.model, config.model.moe, config.mesh, config.train, memory(config)
     (total, active), tokens = model.num_parameters(), config.tokens_per_step
     each = [sum(p.numel() for p in layer.experts.parameters()) // m.experts for layer in model.moe_layers()[:1]]
-    products, seen = (3 * sum(forward_flops(c, causal)) for causal in (False, True))
+    products, seen = (training_flops(c, causal) for causal in (False, True))
     rows = {
         "model": sizes(config),
         "parameters": f"{total:,} in all, {active:,} active per token" + "".join(f", {n:,} per expert" for n in each)
                       + f"; {local(config)}",
+        **({"moving": moving(config, model)} if c.tune != TuneConfig() else {}),
         "tokens": f"{tokens:,} per step = {t.accumulation} x {t.micro_batch * mesh.dp} sequences of {c.seq_len}",
         "FLOPs": f"{model.flops_per_token():,} per token, {model.flops_per_token() * tokens:,} per iteration: 6 per "
-                 "active weight, attention without the causal half",
+                 f"active weight{', 4 if it rests' * (c.tune != TuneConfig())}, attention without the causal half",
         "products": f"{products:,.0f} FLOPs per token in matrix products alone, {seen:,.0f} of them over keys that are "
                     "seen",
         "mesh": named(config, per_host),

@@ -111,6 +111,12 @@ def weight_flops(model: ModelConfig, pieces: Pieces | None = None) -> tuple[floa
     return tuple(flops)
 
 
+def training_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None, parts: int = 1) -> float:
+    """Of one token in the forward and the backward, which makes no gradient of a frozen matrix."""
+    inner, head = forward_flops(model, causal, pieces, parts)
+    return 3 * (inner + head) - weight_flops(model, pieces)[0] - head * (not head_moves(model))
+
+
 def attention_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None = None, parts: int = 1) -> float:
     """Of them, those of queries with keys and of scores with values."""
     return 4 * model.heads * model.head_width * keys_seen(model, causal, pieces, parts)
@@ -137,10 +143,9 @@ def of_stage(config: Config, stage: int, device: Device, per_host: int, shares: 
     t, mesh, pieces = config.train, config.mesh, stages(config)[stage]
     real, half = widths(config)
     parts = mesh.sp if mesh.attention == "gather" else 1        # whose last rank all wait for
-    inner, head = forward_flops(config.model, pieces=pieces, parts=parts)
+    inner, _ = forward_flops(config.model, pieces=pieces, parts=parts)
     again = inner * t.recompute + attention_flops(config.model, pieces=pieces, parts=parts) * t.recompute_attention
-    frozen = weight_flops(config.model, pieces)[0] + head * (not head_moves(config.model))     # no gradient of these
-    flops = config.tokens_per_step / mesh.stage * (3 * (inner + head) - frozen + again)
+    flops = config.tokens_per_step / mesh.stage * (training_flops(config.model, True, pieces, parts) + again)
     compute = flops / (device.tflops if half < real else device.tflops_fp32) / 1e12
     share = Share.of(config, stage)
     whole = replace(config, train=replace(t, recompute=False, recompute_attention=False))
