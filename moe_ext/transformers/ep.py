@@ -18,7 +18,6 @@ away for longer than TokenExchangeEP.timeout is a RuntimeError on the others, on
 timeout of the process group ends them); ranks that do not come for the same thing are a ValueError on all.
 """
 
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -48,8 +47,7 @@ class Meeting(TorchTransport):
 
     def counts(self, mine):
         facts = mine.new_tensor([fact for fact, _ in self.facts.values()]).expand(self.ranks, -1)
-        with self._in_words():
-            all_PPn = super().counts(torch.cat([mine, facts], 1))
+        all_PPn = super().counts(torch.cat([mine, facts], 1))
         counts_PPn, facts_PPn = all_PPn.split([mine.shape[1], len(self.facts)], 2)
         for (what, (_, n)), fact_P in zip(self.facts.items(), facts_PPn[:, 0].T.tolist(), strict=True):
             if any(len(set(fact_P[first : first + n])) > 1 for first in range(0, self.ranks, n)):
@@ -57,14 +55,9 @@ class Meeting(TorchTransport):
                 raise ValueError(f'ep_implementation="{NAME}": {what} must be the same on {n} ranks, got {got}')
         return counts_PPn
 
-    def rows(self, sent, rows_PP):
-        with self._in_words():
-            return super().rows(sent, rows_PP)
-
-    @contextmanager
-    def _in_words(self):
+    def _run(self, timeout, collective, *args):
         try:
-            yield
+            super()._run(timeout, collective, *args)
         except RuntimeError as error:
             raise RuntimeError(
                 f'ep_implementation="{NAME}": rank {self.names[self.rank]} waited in vain for ranks {self.names} to '
