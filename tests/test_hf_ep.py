@@ -3,9 +3,11 @@
 import os
 from contextlib import nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import init_device_mesh
@@ -23,7 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts  # 
 
 import moe_ext.transformers  # noqa: E402, F401
 from moe_ext.optim.clip import clip_grad_norm  # noqa: E402
-from moe_ext.transformers.ep import TokenExchangeEP  # noqa: E402
+from moe_ext.transformers.ep import Meeting, TokenExchangeEP  # noqa: E402
 
 pytestmark = [
     pytest.mark.c_core,
@@ -78,8 +80,8 @@ def load(folder, rank=None, implementation="moe_ext", experts="moe_ext", dtype=t
     if dtype != torch.float64:
         return model
     for module in model.modules():
-        if isinstance(module, FSDPModule) and getattr(module, "_is_expert_parallel", False) and mesh["ep_size"] == world:
-            # torch 2.13's FSDP of one rank divides float64 and float16 gradients by the factor twice
+        if isinstance(module, FSDPModule) and getattr(module, "_is_expert_parallel", False):
+            # on these meshes of one rank torch 2.13 divides gradients of float64 and float16 by the factor twice
             module.set_gradient_divide_factor(mesh["fsdp_size"] ** 0.5)
     return model.double()  # with the routers that transformers keeps in float32
 
@@ -185,9 +187,13 @@ class Layer:
 @pytest.mark.parametrize("implementation", ["moe_ext", "eager"])
 def test_routings(implementation, tmp_path):
     """Uneven ranks and one without tokens; ranks that get none; frozen inputs, weights and experts."""
-    cases = [(Layer(routing, sizes), wanted) for routing in ("random", "rank 0", "one") for sizes, wanted in
-             [((5, 3), "xwud"), ((0, 4), "xwud"), ((5, 3), "xw"), ((5, 3), "w"), ((4, 0), "ud"), ((4, 2), "d")]]  # fmt: skip
-    got = run_ranks(2, lambda rank: [layer.on(rank, implementation, wanted=wanted) for layer, wanted in cases], tmp_path)
+    sizes = [((5, 3), "xwud"), ((0, 4), "xwud"), ((5, 3), "xw"), ((5, 3), "w"), ((4, 0), "ud"), ((4, 2), "d")]
+    cases = [(Layer(routing, of_rank), wanted) for routing in ("random", "rank 0", "one") for of_rank, wanted in sizes]
+
+    def body(rank):
+        return [layer.on(rank, implementation, wanted=wanted) for layer, wanted in cases]
+
+    got = run_ranks(2, body, tmp_path)
     for case, (layer, wanted) in enumerate(cases):
         y, grads = layer.run("eager", wanted=wanted)
         equal(torch.cat([of_rank[case][0] for of_rank in got]), y, "y")
@@ -196,17 +202,127 @@ def test_routings(implementation, tmp_path):
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that all-to-alls and all-gathers send to other ranks."""
+    """The bytes of rows, and of counts, that this rank sends to the other of two."""
 
-    def __init__(self, rank, ranks):
+    def __init__(self, rank):
         super().__init__()
-        self.rank, self.ranks, self.rows, self.counts = rank, ranks, 0, 0
+        self.rank, self.rows, self.counts = rank, 0, 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if "alltoall_base" in str(op) or "all_to_all_single" in str(op):
-            x, splits = (args[1], args[5]) if "base" in str(op) else (args[0], args[2])
-            own = splits[self.rank] if splits else len(x) // self.ranks
-            self.rows += (len(x) - own) * x[0].nbytes if len(x) else 0
-        elif "allgather" in str(op):
-            self.counts += (self.ranks - 1) * args[1][0].nbytes
+        if op == torch.ops.c10d.allgather_.default:
+            self.counts += args[1][0].nbytes
+        elif op == torch.ops.c10d.alltoall_base_.default:
+            self._all_to_all(args[1], args[4])
+        elif op == torch.ops._c10d_functional.all_to_all_single.default:
+            self._all_to_all(args[0], args[2])
         return op(*args, **kwargs or {})
+
+    def _all_to_all(self, x, splits):
+        if splits:
+            self.rows += splits[1 - self.rank] * x.shape[1] * x.itemsize
+        else:
+            self.counts += x.nbytes // 2
+
+
+def test_bytes(tmp_path):
+    """A token goes once to a rank, not once to each of its experts there."""
+    layer = Layer("random", (5, 3))
+
+    def body(rank):
+        sent = []
+        for kind in (TokenExchangeEP, AllToAllEP):
+            with Sent(rank) as mode:
+                layer.on(rank, "eager", kind)
+            sent.append((mode.rows, mode.counts))
+        return sent
+
+    got = run_ranks(2, body, tmp_path)
+    elsewhere_RT = [(layer.ids[:5] >= E // 2), (layer.ids[5:] < E // 2)]
+    tokens, copies = ([int(n) for n in of_rank] for of_rank in zip(
+        *((there.any(1).sum(), there.sum()) for there in elsewhere_RT), strict=True))  # fmt: skip
+    row = 8 * D
+    with_weights = row + 32  # K = 3 of 8 bytes, in sixteens
+    with_ids = with_weights + 16
+    for rank, (ours, theirs) in enumerate(got):
+        back = tokens[1 - rank]
+        assert ours[0] == tokens[rank] * (with_ids + row) + back * (row + with_weights)
+        assert theirs[0] == 2 * (copies[rank] + copies[1 - rank]) * row
+        assert (ours[1], theirs[1]) == (2 * 4 * (2 + 5), E // 2 * 8), "counts: int32 for both ranks; int64 an expert"
+    assert sum(ours[0] for ours, _ in got) < 0.75 * sum(theirs[0] for _, theirs in got)
+
+
+def test_errors(tmp_path):
+    layer = Layer("random", (5, 3))
+
+    def body(rank):
+        with pytest.raises(ValueError) as disagree:
+            layer.on(rank, "moe_ext", wanted="xw" if rank else "w")
+        with pytest.raises(ValueError) as mesh:
+            there = SimpleNamespace(device_type="xpu", get_group=lambda: dist.group.WORLD, size=lambda: 2)
+            TokenExchangeEP(SimpleNamespace(forward=None, num_experts=E), there, there)
+        meeting, late = Meeting(dist.new_group(), timedelta(seconds=0.2)), None
+        if rank == 0:  # the other one stays away
+            with pytest.raises(RuntimeError) as late:
+                meeting.rows(torch.zeros(2, 1), torch.ones(2, 2, dtype=torch.int32))
+        return [error and str(error.value) for error in (disagree, mesh, late)]
+
+    (*both, late), got = run_ranks(2, body, tmp_path)
+    assert got[:2] == both
+    assert both[0] == ('ep_implementation="moe_ext": whether hidden_states requires a gradient must be the same on 2 '
+                       "ranks, got 0 on rank 0, 1 on rank 1")  # fmt: skip
+    assert "a mesh of xpu over None" in both[1] and 'Hint: ep_implementation="all_to_all"' in both[1]
+    assert "rank 0 waited in vain for ranks [0, 1] to exchange tokens" in late and "timeout = 0:00:00.2" in late
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(model, batches, clip):
+    """Three steps with gradient checkpointing and frozen experts in the first layer -> norms, whole parameters."""
+    model.model.layers[0].mlp.experts.requires_grad_(False)
+    model.gradient_checkpointing_enable()
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, eps=1e-3, foreach=False)  # eps above the rounding of the routers
+    norms = []
+    for _ in range(3):
+        step(model, batches)
+        norms.append(float(clip(model)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def test_training_and_saving(saved, tmp_path):
+    folder = saved("qwen3_moe")
+    norms, want = train(load(folder), UNEVEN, lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+
+    def body(rank):
+        model = load(folder, rank, fsdp_size=2, ep_size=2)
+        for layer, mine in enumerate(model.model.layers):
+            there = load(folder).model.layers[layer].mlp.experts.gate_up_proj
+            assert torch.equal(mine.mlp.experts.gate_up_proj.to_local(), there[rank * E // 2 :][: E // 2])
+        got = train(model, UNEVEN[rank : rank + 1], lambda model: clip_grad_norm(model.named_parameters(), 0.5))
+        model.save_pretrained(tmp_path / "saved")
+        return got
+
+    for got_norms, got in run_ranks(2, body, tmp_path):
+        assert got_norms == pytest.approx(norms, rel=1e-7) and min(norms) > 0.5
+        for name in want:
+            equal(got[name], want[name], name, 1e-7)
+    for name, p in load(tmp_path / "saved").named_parameters():
+        equal(p, want[name], name, 1e-7)
+
+
+@pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
+def test_bf16(saved, mode, tmp_path):
+    folder, dtype = saved("qwen3_moe"), torch.bfloat16 if mode == "bf16 weights" else torch.float32
+
+    def run(batches, *rank, **mesh):
+        model = load(folder, *rank, dtype=dtype, **mesh)
+        with torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else nullcontext():
+            return step(model, batches)
+
+    want = run(UNEVEN)
+    got = run_ranks(2, lambda rank: run(UNEVEN[rank : rank + 1], rank, fsdp_size=2, ep_size=2), tmp_path)
+    same(got, want, 0.08)

@@ -18,7 +18,6 @@ away for longer than TokenExchangeEP.timeout is a RuntimeError on the others, on
 timeout of the process group ends them); ranks that do not come for the same thing are a ValueError on all.
 """
 
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -48,8 +47,7 @@ class Meeting(TorchTransport):
 
     def counts(self, mine):
         facts = mine.new_tensor([fact for fact, _ in self.facts.values()]).expand(self.ranks, -1)
-        with self._in_words():
-            all_PPn = super().counts(torch.cat([mine, facts], 1))
+        all_PPn = super().counts(torch.cat([mine, facts], 1))
         counts_PPn, facts_PPn = all_PPn.split([mine.shape[1], len(self.facts)], 2)
         for (what, (_, n)), fact_P in zip(self.facts.items(), facts_PPn[:, 0].T.tolist(), strict=True):
             if any(len(set(fact_P[first : first + n])) > 1 for first in range(0, self.ranks, n)):
@@ -57,14 +55,9 @@ class Meeting(TorchTransport):
                 raise ValueError(f'ep_implementation="{NAME}": {what} must be the same on {n} ranks, got {got}')
         return counts_PPn
 
-    def rows(self, sent, rows_PP):
-        with self._in_words():
-            return super().rows(sent, rows_PP)
-
-    @contextmanager
-    def _in_words(self):
+    def _run(self, timeout, collective, *args):
         try:
-            yield
+            super()._run(timeout, collective, *args)
         except RuntimeError as error:
             raise RuntimeError(
                 f'ep_implementation="{NAME}": rank {self.names[self.rank]} waited in vain for ranks {self.names} to '
@@ -124,7 +117,7 @@ class TokenExchangeEP(EPImplementation):
             ids_11 = ids_RK.new_zeros(1, 1, dtype=torch.int64)
             return self.experts_forward(x_RD.sum(0, keepdim=True), ids_11, weights_RK.sum().view(1, 1))[:0]
         if self.config._experts_implementation == NAME:
-            return self.experts_forward(x_RD, ids_RK, weights_RK, num_copies=num_copies)
+            return self.experts_forward(x_RD, ids_RK, weights_RK)
         index = ops.route_index(ids_RK, E)
         x_ND = torch.ops.moe_ext.gather(x_RD, None, index.order_N, index.bins_E, None, num_copies, K, 0)
         ids_N = torch.arange(E, device=ids_RK.device).repeat_interleave(index.counts_E, output_size=num_copies)
