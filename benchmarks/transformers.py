@@ -35,7 +35,7 @@ MODELS = {
     "mixtral": dict(hidden_size=512, intermediate_size=1792, num_local_experts=8, num_experts_per_tok=2),
     "olmoe": dict(hidden_size=512, intermediate_size=256, num_experts=64, num_experts_per_tok=8),
     "deepseek_v3": dict(hidden_size=896, moe_intermediate_size=256, n_routed_experts=64, num_experts_per_tok=8,
-                        first_k_dense_replace=0, num_key_value_heads=8, q_lora_rank=192, kv_lora_rank=64,
+                        first_k_dense_replace=0, num_key_value_heads=8, head_dim=32, q_lora_rank=192, kv_lora_rank=64,
                         qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32),
     "glm4_moe": dict(hidden_size=512, moe_intermediate_size=176, n_routed_experts=128, num_experts_per_tok=8,
                      first_k_dense_replace=0),

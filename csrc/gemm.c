@@ -23,7 +23,8 @@
 // One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], fewer rows for many
 // threads. Its loops, outside in:
 //   row tiles (L2) > chunks of the sum > panels of B (L1) > panels of A (L2)
-// and B stays packed over the row tiles if it fits into BYTES_B. Each element is one sum in one order, chunk by chunk,
+// and B stays packed over the row tiles if it fits into BYTES_B. Rows of one panel
+// of A, as in generation, take B panel by panel, while it is in L1. Each element is one sum in one order, chunk by chunk,
 // whatever the number of threads. Tasks come from a queue; here no task waits for another.
 #include "gemm.h"
 #include <stdatomic.h>
@@ -119,13 +120,18 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
         do {                                            // once even for an empty sum, which writes zeros
             const int64_t n = min64(chunk, g->k - k), steps = round_up(n, gemm->ku);
             char *const b = s + at.b + (keep_b ? k * columns * size : 0);
-            if (i == 0 || !keep_b)
-                for (int q = 0; q < g->parts; q++)
-                    gemm->pack_b(&g->b[q], 0, g->n, k, n, stage, b + q * part * steps * size);
+            const bool accumulate = k > 0 || g->accumulate;
             gemm->pack_a(&g->a, i, rows, k, n, stage, a);
-            for (int q = 0; q < g->parts; q++)
-                multiply_panels(g->kind, rows, g->n, steps, a, b + q * part * steps * size, c + q * part * real, ldc,
-                                k > 0 || g->accumulate, edge);
+            for (int q = 0; q < g->parts; q++) {
+                const gemm_factor *const b_q = &g->b[q];
+                char *const packed = b + q * part * steps * size, *const c_q = c + q * part * real;
+                const int64_t at_once = g->m <= mr && b_q->sk == 1 ? nr : part;
+                for (int64_t j = 0; j < g->n; j += at_once) {
+                    const int64_t width = min64(at_once, g->n - j);
+                    if (i == 0 || !keep_b) gemm->pack_b(b_q, j, width, k, n, stage, packed);
+                    multiply_panels(g->kind, rows, width, steps, a, packed, c_q + j * real, ldc, accumulate, edge);
+                }
+            }
             k += chunk;
         } while (k < g->k);
         if (!g->c) g->emit(g, i, rows, c, ldc, part);

@@ -139,6 +139,27 @@ def test_a_plain_model_that_is_another_is_found(small_recipe, changes, what):
         step.race(one, 1)
 
 
+def test_transformers_experts(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from transformers.integrations.moe import ExpertsInterface
+
+    from benchmarks import transformers
+    from moe_ext.transformers.experts import experts_forward
+
+    small = dict(intermediate_size=8, num_local_experts=4, num_experts_per_tok=2, hidden_size=16)
+    monkeypatch.setattr(transformers, "MODELS", {"mixtral": small})
+    transformers.main(models=("mixtral",), dtypes=("fp32",), tokens=8, rounds=1, out=tmp_path)
+    said, report = capsys.readouterr().out, json.loads(next(tmp_path.glob("transformers-*.json")).read_text())
+    assert [(line["part"], line["pass"]) for line in report["lines"]] == [
+        ("experts", "F"), ("experts", "F+B"), ("model", "F"), ("model", "F+B"), ("decode", "F")]  # fmt: skip
+    for line in report["lines"]:
+        assert line["best"] in line["ratio"] and f"{line['ratio'][line['best']]:.2f}" in said
+    monkeypatch.setitem(ExpertsInterface._global_mapping, "grouped_mm",
+                        lambda *args: 1.1 * experts_forward(*args))  # fmt: skip
+    with pytest.raises(AssertionError, match="grouped_mm and moe_ext compute different things"):
+        list(transformers.lines("mixtral", small, "fp32", 8, 1))
+
+
 def test_ranks_that_share_a_sequence(tmp_path, monkeypatch, capsys):
     """Every section, small; and of what it reports that which no clock changes."""
     monkeypatch.setattr(sequence, "CORES", 1)  # no threads, which a fork from here would lose

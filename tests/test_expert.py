@@ -22,8 +22,8 @@ STORED = {
     "halves of w13": lambda gate, up, down: (*torch.cat([gate, up], 1).chunk(2, 1), down),
     "megablocks": lambda gate, up, down: (gate, up, down.transpose(1, 2).contiguous().transpose(1, 2)),
     "w13 of four": lambda gate, up, down: (torch.stack([gate, up], 1), None, down),
-    "alternating": lambda gate, up, down: (torch.stack([gate, up], 3).permute(0, 2, 1, 3).contiguous().permute(0, 3, 2, 1),
-                                           None, down),
+    "alternating": lambda gate, up, down: (
+        torch.stack([gate.mT, up.mT], 3).flatten(2).unflatten(2, (-1, 2)).permute(0, 3, 2, 1), None, down),
     "transposed": lambda *weights: tuple(w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights),
 }
 

@@ -29,10 +29,11 @@ def check_version(version):
     oldest, tried = (tuple(map(int, text.split("."))) for text in (OLDEST, TRIED))
     if numbers < oldest:
         raise ImportError(f"moe_ext.transformers needs transformers {OLDEST} or later, whose models take experts and "
-                          f'their exchange from registries; this is {version}. Type: pip install "transformers>={OLDEST}"')
+                          f"their exchange from registries; this is {version}. "
+                          f'Type: pip install "transformers>={OLDEST}"')  # fmt: skip
     if numbers > tried:
-        warnings.warn(f"moe_ext.transformers was tried with transformers {TRIED}, this is {version}: compare one step's "
-                      'loss with experts_implementation="eager"', stacklevel=3)  # fmt: skip
+        warnings.warn(f"moe_ext.transformers was tried with transformers {TRIED}, this is {version}: compare one "
+                      'step\'s loss with experts_implementation="eager"', stacklevel=3)  # fmt: skip
 
 
 check_version(transformers.__version__)

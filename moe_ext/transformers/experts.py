@@ -1,6 +1,6 @@
 """transformers' experts, computed by moe_ext: the implementation "moe_ext" of its ExpertsInterface.
 
-    y_t = sum_k weights_tk * down_e(act(up_e x_t)) with e = top_k_index_tk, as the module's own forward ("eager") computes
+    y_t = sum_k weights_tk * down_e(act(up_e x_t)), e = top_k_index_tk, as the module's own forward ("eager") computes
 
 The module says what it is by has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm, act_fn and
 _apply_gate. Where its activation is one of ours (silu, gelu, relu; gated: silu, gelu, gpt-oss's clamped one), it is one
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import activations
-from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
 from moe_ext import ops
 
@@ -43,11 +43,11 @@ def fused_act(experts):
     if experts.has_post_expert_norm:
         return None
     if experts.has_gate:
-        gate = experts._apply_gate
-        owner = gate.__qualname__.removesuffix("._apply_gate")
-        if owner in CLAMPED and gate.__module__.startswith("transformers.models."):
-            return "swiglu_oai" if tuple(getattr(experts, name) for name in CLAMPED[owner]) == CLAMPED_VALUES else None
-        if gate.__module__ != "transformers.integrations.moe" or not experts.is_concatenated:
+        owner = next(c for c in type(experts).__mro__ if "_apply_gate" in c.__dict__)
+        if owner.__name__ in CLAMPED and owner.__module__.startswith("transformers.models."):
+            alpha, limit = (getattr(experts, name) for name in CLAMPED[owner.__name__])
+            return "swiglu_oai" if (alpha, limit) == CLAMPED_VALUES else None
+        if owner._apply_gate is not _default_apply_gate or not experts.is_concatenated:
             return None
     act = experts.act_fn
     name = ACTIVATIONS.get(type(act) if isinstance(act, nn.Module) else act)
@@ -76,8 +76,12 @@ def experts_forward(experts, hidden_states, top_k_index, top_k_weights):
 
     Differentiable in hidden_states, top_k_weights and the module's parameters. In an expert-parallel module an index
     that is none of its own experts' (num_experts or -1) is skipped, with zeros for its gradients; elsewhere it is a
-    RuntimeError.
+    RuntimeError. ValueError for other shapes, TypeError for a module whose parameters are none that it can run with.
     """
+    if hidden_states.dim() != 2 or top_k_index.shape != top_k_weights.shape or len(hidden_states) != len(top_k_index):
+        sizes = [list(t.shape) for t in (hidden_states, top_k_index, top_k_weights)]
+        raise ValueError(f"moe_ext cannot run {type(experts).__name__}: hidden_states, top_k_index and top_k_weights "
+                         f"are {sizes[0]}, {sizes[1]} and {sizes[2]}, wanted [T,D], [T,K] and [T,K]")
     up, down, up_bias, down_bias = parameters_of(experts)
     dtype = torch.promote_types(up.dtype, down.dtype)
     x = hidden_states.to(dtype)
