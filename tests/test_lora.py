@@ -26,6 +26,7 @@ from moe_ext.layers.lora import (
     merge_lora,
 )
 from moe_ext.model import GPT
+from moe_ext.ops.enums import GATED
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import backward, initialize, own, parallelize
 
@@ -38,7 +39,7 @@ FLOAT64 = torch.float64
 
 
 def tensors(act, dtype, biases=True, routing="empty_experts"):
-    g, U = torch.Generator().manual_seed(2), 2 * H if act in ("swiglu", "geglu", "swiglu_oai") else H
+    g, U = torch.Generator().manual_seed(2), 2 * H if act in GATED else H
     shapes = dict(x=(T, D), w13=(E, U, D), w2=(E, D, H), weights=(T, K), a13=(E, RANK, D), c13=(E, U, RANK),
                   a2=(E, RANK, H), c2=(E, D, RANK), b13=(E, U), b2=(E, D))  # fmt: skip
     inputs = {name: torch.randn(*shape, generator=g).to(dtype) for name, shape in shapes.items()}
@@ -81,7 +82,8 @@ def ours(ids, act, turns):
 FROZEN = {"x", "weights", "a13", "c13", "a2", "c2"}
 CASES = [("swiglu", False, True, None), ("swiglu_oai", True, True, None), ("geglu", False, False, FROZEN),
          ("relu", False, True, FROZEN), ("swiglu", False, True, {"a2"}), ("swiglu", False, False, {"c2", "x"}),
-         ("swiglu", False, True, {"w2", "c2", "b13"})]  # fmt: skip
+         ("swiglu", False, True, {"w2", "c2", "b13"}), ("silu", False, True, {"weights"}),
+         ("geglu_tanh", True, True, {"a13"})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("act", "turns", "biases", "wanted"), CASES)
@@ -130,6 +132,17 @@ def test_it_keeps_no_more_than_the_fused_mlp_and_two_narrow_rows():
     assert leaves["w13"].grad is leaves["w2"].grad is None
 
 
+def test_torch_compile_traces_it_and_it_says_that_it_has_one_derivative():
+    inputs, ids = tensors("swiglu", torch.float32)
+    call, wanted = ours(ids, "swiglu", False), {"x", "a13"}
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got, want = evaluate(compiled, inputs, wanted), evaluate(call, inputs, wanted)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    x = inputs["x"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(call(**inputs).sum(), x, create_graph=True)
+
+
 # ---- our layers ------------------------------------------------------------------------------------------------------
 
 SIZES = ModelConfig(layers=2, dim=16, heads=4, vocab_size=50, seq_len=8, hidden=24,
@@ -162,6 +175,11 @@ def test_a_model_begins_as_it_was_trains_its_factors_alone_and_merges_into_a_pla
     assert names == list(lora_state_dict(model)) == [n for n, p in model.named_parameters() if p.requires_grad]
     assert {"layers.1.mlp.experts.w13_lora_A", "layers.0.self_attn.q_proj.lora_B"} < set(names)
     assert (model.logits(TEXT[0]) - before.logits(TEXT[0])).abs().max() < 1e-14
+    for name in names:
+        A = ops.random_normal(4, start[name].shape[-1], seed=0, step=0, site=site(name), dtype=FLOAT64,
+                              std=(3 * start[name].shape[-1]) ** -0.5)  # fmt: skip
+        first_rows = start[name].flatten(0, -2)[:4]
+        assert torch.equal(first_rows, A) if name.endswith("A") else not start[name].any(), name
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for _ in range(2):
         losses = model(*TEXT)
@@ -192,8 +210,11 @@ def test_recomputation_and_dropout_whose_numbers_are_those_of_the_step():
         loss = model.train(training)(*TEXT, Draws(0, step)).token_loss
         return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
+    attention = model.layers[0].self_attn
     first, second, other = gradients(False, 1), gradients(True, 1), gradients(False, 2)
     assert all(map(torch.equal, first, second)) and not any(map(torch.equal, first, other))
+    ones = torch.ones(1, 8, 16, dtype=FLOAT64)
+    assert not torch.equal(attention.q_proj.dropped(ones), attention.k_proj.dropped(ones))
     assert all(map(torch.equal, gradients(False, 1, False), gradients(False, 2, False)))
 
 

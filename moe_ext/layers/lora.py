@@ -25,7 +25,7 @@ from torch import nn
 
 from moe_ext import ops
 from moe_ext.layers.fused import Experts, Linear, normal_, site
-from moe_ext.ops.define import Function, once_differentiable, real
+from moe_ext.ops.define import real
 from moe_ext.ops.enums import ACTS, number
 from moe_ext.ops.expert import _activation_backward
 from moe_ext.ops.permute import _gather, _scatter
@@ -50,13 +50,18 @@ class LowRank:
             y_NO += self.b.index_select(0, expert_N)
         return y_NO, u_Nr
 
-    def dx(self, dy_NO):
-        """-> dx_NI = dy w^T + du a^T, du_Nr = s dy c^T (None without factors)."""
-        dx_NI, du_Nr = ops.grouped_gemm(dy_NO, self.w.transpose(1, 2), self.bins_E), None
-        if self.a is not None:
-            du_Nr = ops.grouped_gemm(dy_NO, self.c.transpose(1, 2), self.bins_E).mul_(self.scale)
+    def du(self, dy_NO):
+        """-> du_Nr = s dy c^T, None without factors."""
+        if self.a is None:
+            return None
+        return ops.grouped_gemm(dy_NO, self.c.transpose(1, 2), self.bins_E).mul_(self.scale)
+
+    def dx(self, dy_NO, du_Nr):
+        """-> dx_NI = dy w^T + du a^T."""
+        dx_NI = ops.grouped_gemm(dy_NO, self.w.transpose(1, 2), self.bins_E)
+        if du_Nr is not None:
             dx_NI += ops.grouped_gemm(du_Nr, self.a.transpose(1, 2), self.bins_E)
-        return dx_NI, du_Nr
+        return dx_NI
 
     def dparameters(self, x_NI, u_Nr, dy_NO, du_Nr, wanted, ones_N1):
         """-> dw, db, da, dc, those that `wanted` says."""
@@ -83,7 +88,7 @@ def in_turn(h_NU):
     return h_NU.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
 
 
-class _LowRankExperts(Function):
+class _LowRankExperts(torch.autograd.Function):     # not define's, whose jvp torch.compile does not trace
     @staticmethod
     def forward(ctx, x_RD, weights_RK, w13, b13, a13, c13, w2, b2, a2, c2, order_M, bins_E, scale, act, turns, copies):
         up, down = LowRank(w13, b13, a13, c13, scale, bins_E), LowRank(w2, b2, a2, c2, scale, bins_E)
@@ -101,26 +106,29 @@ class _LowRankExperts(Function):
         return _scatter(y_ND, weights_RK.view(-1), order_M, bins_E, None, K, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy_RD):
+        if torch.is_grad_enabled():     # create_graph: what follows would be constants to the next derivative
+            raise NotImplementedError("low_rank_expert_mlp has no second derivative. Hint: create_graph=False")
         (x_RD, weights_RK, w13, b13, a13, c13, w2, b2, a2, c2, order_N, order_M, bins_E, expert_N,
          h_NU, u13, u2) = ctx.saved_tensors
         need, K, copies = ctx.needs_input_grad, weights_RK.shape[1], len(h_NU)
         up, down = LowRank(w13, b13, a13, c13, ctx.scale, bins_E), LowRank(w2, b2, a2, c2, ctx.scale, bins_E)
 
         # y_r = sum_k s_rk down(a): the gradients of a and of the weights s come from dy before s, the rest from s dy.
+        below = need[0] or any(need[2:6])
+        dx_RD = dweights_RK = None
+        dw13 = dw2 = (None,) * 4
         dy_ND = _gather(dy_RD.contiguous(), None, order_M, bins_E, None, copies, K, 0)
-        a_NF = ops.activation(h_NU, ctx.act)
-        da_NF, du2 = down.dx(dy_ND)
-        dweights_RK = None
+        weights_N1 = weights_RK.view(-1).index_select(0, order_N).unsqueeze(1).to(dy_ND.dtype)
+        a_NF, du2 = ops.activation(h_NU, ctx.act), down.du(dy_ND)
+        if below or need[1]:
+            da_NF = down.dx(dy_ND, du2)
         if need[1]:
             dweights_N = (da_NF * a_NF).sum(1, dtype=real(a_NF.dtype))
             if b2 is not None:
                 dweights_N += (dy_ND * b2.index_select(0, expert_N)).sum(1, dtype=dweights_N.dtype)
             dweights_RK = torch.zeros_like(weights_RK)
             dweights_RK.view(-1).index_copy_(0, order_N.long(), dweights_N.to(weights_RK.dtype))
-        weights_N1 = weights_RK.view(-1).index_select(0, order_N).unsqueeze(1).to(a_NF.dtype)
-        dw2 = (None,) * 4
         if any(need[6:10]):     # the weights go to the narrower factor of each product
             if need[6]:
                 a_NF = a_NF * weights_N1
@@ -128,20 +136,18 @@ class _LowRankExperts(Function):
                 du2 *= weights_N1
             u2 = u2 * weights_N1 if need[9] else u2
             dw2 = down.dparameters(a_NF, u2, dy_ND, du2, need[6:10], weights_N1)
-        da_NF *= weights_N1
         del dy_ND, a_NF
 
-        # h = up(x), a = act(h)
-        dh_NU = _activation_backward(h_NU, da_NF, number("low_rank_expert_mlp", "act", ctx.act, ACTS))
-        del da_NF
-        dh_NU = in_turn(dh_NU) if ctx.turns else dh_NU
-        dx_ND, du13 = up.dx(dh_NU)
-        dx_RD = _scatter(dx_ND, None, order_M, bins_E, None, K, 0) if need[0] else None
-        del dx_ND
-        dw13 = (None,) * 4
-        if any(need[2:6]):
-            x_ND = _gather(x_RD, None, order_M, bins_E, None, copies, K, 0)
-            dw13 = up.dparameters(x_ND, u13, dh_NU, du13, need[2:6], torch.ones_like(weights_N1))
+        if below:               # h = up(x), a = act(h)
+            da_NF *= weights_N1
+            dh_NU = _activation_backward(h_NU, da_NF, number("low_rank_expert_mlp", "act", ctx.act, ACTS))
+            dh_NU = in_turn(dh_NU) if ctx.turns else dh_NU
+            du13 = up.du(dh_NU)
+            if need[0]:
+                dx_RD = _scatter(up.dx(dh_NU, du13), None, order_M, bins_E, None, K, 0)
+            if any(need[2:6]):
+                x_ND = _gather(x_RD, None, order_M, bins_E, None, copies, K, 0)
+                dw13 = up.dparameters(x_ND, u13, dh_NU, du13, need[2:6], torch.ones_like(weights_N1))
         return dx_RD, dweights_RK, *dw13, *dw2, *(None,) * 6
 
 
@@ -167,12 +173,9 @@ def low_rank_expert_mlp(x_RD, w13, w2, weights_RK, index, *, a13=None, c13=None,
 
 # ---- modules with factors --------------------------------------------------------------------------------------------
 
-FACTORS = "lora_A", "lora_B"
-
-
 def is_factor(name: str) -> bool:
     """Whether a parameter of this name is a low-rank factor."""
-    return name.endswith(FACTORS)
+    return name.endswith(("lora_A", "lora_B"))
 
 
 def computed_dtype(x):
