@@ -55,20 +55,6 @@ CASES = {
 }
 
 
-def copied(source, family, model, back=False):
-    """The tensors of ours from theirs, in place, or theirs {name: tensor} from ours."""
-    theirs = {}
-    for name, parts in family.parts(model.config, list(family.layouts)[-1]).items():
-        ours = source[name] if back else model.state_dict()[name]
-        for part in parts:
-            view = part.of(ours)
-            if back:
-                theirs[part.name] = view.reshape(part.shape)
-            else:
-                view.copy_(source[part.name].view(view.shape))
-    return theirs
-
-
 def drawn(config):
     """A model of theirs whose every value is drawn: biases, norms, sinks and selection biases too."""
     generator = torch.Generator().manual_seed(1)
@@ -77,8 +63,8 @@ def drawn(config):
                                                               experts_implementation="eager").double().eval()
     with torch.no_grad():
         for name, x in model.state_dict().items():
-            noise = torch.randn(x.shape, generator=generator).double()       # as fp32 has them: so is a selection bias
-            x.copy_((x.ndim == 1 and "norm" in name) + 0.3 * noise)
+            noise = (0.3 * torch.randn(x.shape, generator=generator)).double()      # in fp32, as a selection bias is
+            x.copy_((x.ndim == 1 and "norm" in name) + noise)
             if config.model_type == "gpt_oss" and "gate_up" in name:
                 x.mul_(5)       # to beyond the clamps
     return model
@@ -89,8 +75,12 @@ def test_the_gpt_is_the_model_of_transformers(name):
     config = transformers.AutoConfig.for_model(name.partition(",")[0], **SMALL | CASES[name])
     theirs, family = drawn(config), families.of(config)
     ours = GPT(family.read(config), dtype=torch.float64).eval()
-    with torch.no_grad():
-        copied(theirs.state_dict(), family, ours)
+    state, their_state = ours.state_dict(), theirs.state_dict()
+    parts = family.parts(ours.config, list(family.layouts)[-1])         # as a model of theirs has its experts
+    for key, listed in parts.items():
+        for part in listed:
+            view = part.of(state[key])
+            view.copy_(their_state[part.name].view(view.shape))
     tokens = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(2))
     upstream = torch.randn(2, 16, 61, generator=torch.Generator().manual_seed(3)).double()
     with double():
@@ -105,13 +95,14 @@ def test_the_gpt_is_the_model_of_transformers(name):
     assert (step - want).abs().max() <= 1e-12 * want.abs().max()
 
     (got * upstream).sum().backward()
-    gradients = {key: p.grad for key, p in ours.named_parameters()}
-    gradients |= {key: torch.zeros_like(x) for key, x in ours.state_dict().items() if key not in gradients}
-    there = copied(gradients, family, ours, back=True)
-    for key, p in theirs.named_parameters():
-        assert p.grad.abs().max() > 0, f"{key} is reached by nothing"
-        scale = p.grad.abs().max() + 1e-3 * want.abs().max()        # a key's bias has no gradient but rounding
-        assert (there[key] - p.grad).abs().max() <= 1e-12 * scale, key
+    wanted = {key: p.grad for key, p in theirs.named_parameters()}
+    for key, p in ours.named_parameters():
+        for part in parts[key]:
+            grad = wanted.pop(part.name)
+            assert grad.abs().max() > 0, f"{part.name} is reached by nothing"
+            scale = grad.abs().max() + 1e-3 * want.abs().max()      # a key's bias has no gradient but rounding
+            assert (part.of(p.grad).reshape(part.shape) - grad).abs().max() <= 1e-12 * scale, part.name
+    assert not wanted
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def within_groups(logits_TE, k, groups, top_groups, *, score, select_bias_E=None
     scores_TE = logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(-1)
     scores_TE = scores_TE if select_bias_E is None else scores_TE + select_bias_E
     scores_TGe = scores_TE.unflatten(1, (groups, -1))
-    best_TG = scores_TGe.topk(2).values.sum(-1)
+    first_TG1, at_TG1 = scores_TGe.max(-1, keepdim=True)        # and the second: torch's topk takes four times as long
+    best_TG = first_TG1[..., 0] + scores_TGe.scatter(-1, at_TG1, -math.inf).amax(-1)
     mask_TG = torch.full_like(best_TG, -math.inf).scatter(1, largest(best_TG, top_groups).long(), 0)
     return largest((scores_TGe + mask_TG[..., None]).flatten(1), k)
 
