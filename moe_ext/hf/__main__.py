@@ -37,7 +37,7 @@ def export(run: tyro.conf.Positional[Path], out: Path,
     print(convert.export(run, out, dtype=dtype, layout=layout, max_shard_size=max_shard_size, family=family, like=like))
 
 
-def compare_(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], tokens: int = 128,
+def compare_(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], tokens: int = 0,
              dtype: Literal["fp64", "fp32"] = "fp64", tolerance: float = 0.0) -> None:
     """Whether a run and a folder of transformers are the same model: tensors, logits and loss of random tokens. Exit
     status 1 if not.
@@ -45,9 +45,9 @@ def compare_(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]
     Args:
         run: a run folder, or a checkpoint
         folder: of transformers
-        tokens: of the sequence that both see
+        tokens: of the sequence that both see; 0: 128, or model.seq_len if that is less
         dtype: in which both compute; memory for both models in it is needed
-        tolerance: of logits and loss, relative; 0: 1e-12 in fp64, 1e-4 in fp32
+        tolerance: of logits and loss, relative, whatever tensors differ; 0: 1e-12 in fp64, 1e-4 in fp32
     """
     said, same = compare.compare(run, folder, tokens=tokens, dtype=dtype, tolerance=tolerance)
     print(said)

@@ -14,6 +14,7 @@ with these weights takes it along (moe_ext.run):
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -72,23 +73,19 @@ class Origin(NamedTuple):
     others: dict[str, str]      # but of these
 
 
-class Model(NamedTuple):
-    """A folder of transformers, read but for its tensors."""
+class Theirs(NamedTuple):
+    """A folder of transformers, its tensors not yet read."""
     origin: Origin
     family: Family
-    config: ModelConfig
+    model: ModelConfig
     tensors: dict[str, Stored | files.MXFP4]
     table: dict[str, list[Part]]    # of each of our tensors
-    left_out: list[str]             # and what else there is to say
-
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """Of their tensors that are ours."""
-        return {part.name: self.tensors[part.name].dtype for parts in self.table.values() for part in parts}
+    dtypes: dict[str, str]          # of each of theirs in it
+    said: list[str]                 # what is left out, or not as it stands there
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------
-def read(folder: Path) -> Model:
+def read(folder: Path) -> Theirs:
     """Errors: ConfigError, and CheckpointError naming each tensor that is missing, not known, or of another shape or
     dtype than its config.json wants."""
     require(folder.is_dir(), f"no folder {folder}: give one of save_pretrained or of a download from the hub")
@@ -99,12 +96,12 @@ def read(folder: Path) -> Model:
     if method:
         found = files.unpacked(found)
     layout, table, said = account(folder, family, model, found, config)
-    packed = sum(isinstance(stored, files.MXFP4) for stored in found.values())
-    result = Model(Origin(folder, config, layout, "", {}), family, model, found, table,
-                   said + [f"{packed} tensors were MXFP4 and are bf16 now"] * (packed > 0))
-    main = usual(result.dtypes)
-    others = {name: dtype for name, dtype in result.dtypes.items() if dtype != main}
-    return result._replace(origin=result.origin._replace(dtype=main, others=others))
+    if packed := sum(isinstance(stored, files.MXFP4) for stored in found.values()):
+        said.append(f"{packed} tensors were MXFP4 and are bf16 now")
+    dtypes = {part.name: found[part.name].dtype for parts in table.values() for part in parts}
+    main = usual(dtypes)
+    origin = Origin(folder, config, layout, main, {name: dtype for name, dtype in dtypes.items() if dtype != main})
+    return Theirs(origin, family, model, found, table, dtypes, said)
 
 
 def check_transformers() -> None:
@@ -128,7 +125,7 @@ def read_config(folder: Path):
             "the hub")
     try:
         raw = json.loads(path.read_text())
-        method = raw.pop("quantization_config", {"quant_method": ""}).get("quant_method", "of no method")
+        method = (raw.pop("quantization_config", None) or {"quant_method": ""}).get("quant_method", "of no method")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
     families.of(SimpleNamespace(model_type=raw.get("model_type", "")))
@@ -161,7 +158,7 @@ def account(folder: Path, family: Family, model: ModelConfig, found: dict, confi
 
     missing = [name for name in parts if name not in found]
     wrong = [f"{name} {found[name].dtype} {list(found[name].shape)} instead of {list(part.shape)} in "
-             f"{', '.join(SHORT)}" for name, part in parts.items() if name in found
+             f"{', '.join(LONG)}" for name, part in parts.items() if name in found
              and (tuple(found[name].shape) != part.shape or found[name].dtype not in SHORT)]
     problems = [f"{what}: {listed(names)}" for what, names in (
         ("missing", missing), ("not known", sorted(extra)), ("of another shape or dtype", wrong)) if names]
@@ -176,19 +173,19 @@ def import_(source: Path, out: Path, *, seq_len: int = 0) -> str:
     """Make the run folder `out` of a folder of transformers -> what was done. seq_len: tokens of the run's sequences;
     0: the model's max_position_embeddings, at most SEQUENCE. Errors: ConfigError, CheckpointError, OSError."""
     with whole(out) as work:
-        model = read(source)
-        longest, origin = model.config.seq_len, model.origin
+        theirs = read(source)
+        longest, origin = theirs.model.seq_len, theirs.origin
         require(0 <= seq_len <= longest, f"--seq-len is {seq_len}, but max_position_embeddings {longest}")
         seq_len = seq_len or min(longest, SEQUENCE)
         text = (source / "tokenizer.json").is_file()
         folder = out.absolute()
         config = absolute(Config(
-            model=replace(model.config, seq_len=seq_len),
+            model=replace(theirs.model, seq_len=seq_len),
             data=DataConfig(valid="", tokenizer=str(folder / "tokenizer.json") if text else ""),
-            train=TrainConfig(micro_batch=1, dtype="fp64" if "F64" in model.dtypes.values() else SHORT[origin.dtype]),
+            train=TrainConfig(micro_batch=1, dtype="fp64" if "F64" in theirs.dtypes.values() else SHORT[origin.dtype]),
             optim=OptimConfig(lr=2e-5, min_lr=2e-6),        # these weights are no random ones
             log=LogConfig(folder=str(folder.parent), name=folder.name)))
-        total = write_checkpoint(work / "ckpt", config, model)
+        total = write_checkpoint(work / "ckpt", config, theirs)
         write(work, "config.toml", dumps(config).encode())
         if text:
             copy_files(source, work, ("tokenizer.json",))
@@ -196,8 +193,8 @@ def import_(source: Path, out: Path, *, seq_len: int = 0) -> str:
         copy_files(source, work / "hf", ("config.json", "generation_config.json", *TOKENIZER, *LICENSE))
         (work / "hf" / "imported.json").write_text(json.dumps(
             {"layout": origin.layout, "dtype": origin.dtype, "others": origin.others}, indent=1))
-    said = [f"{model.family.model_type} of {said_of(total, model.dtypes, model.config, origin.layout)}, from {source}",
-            *model.left_out]
+    what = said_of(total, theirs.dtypes, theirs.model, origin.layout)
+    said = [f"{theirs.family.model_type} of {what}, from {source}", *theirs.said]
     if seq_len < longest:
         said.append(f"model.seq_len is {seq_len} of max_position_embeddings {longest} (--seq-len)")
     if not text:
@@ -205,7 +202,7 @@ def import_(source: Path, out: Path, *, seq_len: int = 0) -> str:
     return f"{out}: " + "; ".join([*said, f"go on with --weights {out}"])
 
 
-def write_checkpoint(folder: Path, config: Config, model: Model) -> int:
+def write_checkpoint(folder: Path, config: Config, theirs: Theirs) -> int:
     """step-000000 in one file, as one process saves a run that has just begun -> its parameters."""
     gpt = GPT(config.model, dtype=parameter_dtype(config), device="meta")
     named, optimizer = checkpoint.named_tensors(gpt), build_optimizer(gpt, config.optim)
@@ -219,12 +216,12 @@ def write_checkpoint(folder: Path, config: Config, model: Model) -> int:
         with progress("import", sum(x.nbytes for x in named.values()), "bytes") as advance:
             for name, meta in named.items():
                 x = torch.empty_like(meta, device="cpu", requires_grad=False)
-                for part in model.table[name]:
+                for part in theirs.table[name]:
                     view = part.of(x)
-                    view.copy_(model.tensors[part.name].read().view(view.shape))
+                    view.copy_(theirs.tensors[part.name].read().view(view.shape))
                     advance(view.nbytes)
                 yield x
-                del x, view     # not two at a time
+                del x, view     # before the next one is made
             yield generator
 
     work, final = checkpoint.begin(folder, "step-000000")
@@ -338,18 +335,12 @@ def write_weights(work: Path, found: dict[str, Stored], table: dict[str, list[Pa
             sizes[-1] += size
 
     def theirs(shard, advance):
-        last = x = None
-        for name, part in shard:
-            if name != last:
-                del x       # not two at a time
-                last, x = name, found[f"model.{name}"].read()
-            value = part.of(x).reshape(part.shape)
-            rounded = value.to(DTYPES[dtypes[part.name]])
-            if not torch.equal(rounded.isinf(), value.isinf()):
-                raise CheckpointError(f"{part.name} has values up to {value.abs().max():g}, beyond what "
-                                      f"{SHORT[dtypes[part.name]]} holds: give --dtype bf16 or fp32")
-            advance(rounded.nbytes)
-            yield rounded
+        for name, group in itertools.groupby(shard, key=lambda entry: entry[0]):
+            x = found[f"model.{name}"].read()
+            for _, part in group:
+                yield rounded(part, x, DTYPES[dtypes[part.name]])
+                advance(math.prod(part.shape) * DTYPES[dtypes[part.name]].itemsize)
+            del x       # before the next one is read
 
     where = {}
     with progress("export", sum(sizes), "bytes") as advance:
@@ -363,6 +354,16 @@ def write_weights(work: Path, found: dict[str, Stored], table: dict[str, list[Pa
         index = {"metadata": {"total_parameters": parameters, "total_size": sum(sizes)}, "weight_map": where}
         (work / files.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return sum(sizes), len(shards)
+
+
+def rounded(part: Part, ours: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of theirs. CheckpointError where that would make a number infinite."""
+    value = part.of(ours).reshape(part.shape)
+    result = value.to(dtype)
+    if not torch.equal(result.isinf(), value.isinf()):
+        raise CheckpointError(f"{part.name} has values up to {value.abs().max():g}, beyond what {SHORT[NAMES[dtype]]} "
+                              "holds: give --dtype bf16 or fp32")
+    return result
 
 
 def write_tokenizer(work: Path, run: Path, origin: Origin | None, model: ModelConfig) -> tuple[dict, list[str]]:

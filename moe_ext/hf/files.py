@@ -6,7 +6,7 @@
 
 A file is 8 bytes, the length of its header (little-endian); the header, {name: {dtype, shape, data_offsets}} as JSON;
 and the data. Plain reads and writes do here what the library cannot: it writes what is all in memory, and what it has
-read stays mapped. A checkpoint of a mesh has boxes of a tensor in several files (moe_ext.checkpoint), put together here.
+read stays mapped. A checkpoint of a mesh has boxes of a tensor in several files (moe_ext.checkpoint), joined here.
 """
 from __future__ import annotations
 
@@ -88,15 +88,16 @@ class MXFP4(NamedTuple):
 
 def unpacked(found: dict[str, Stored]) -> dict[str, Stored | MXFP4]:
     """NAME_blocks and NAME_scales -> NAME."""
-    packed = {name.removesuffix("_blocks") for name in found if name.endswith("_blocks")}
-    packed = {name for name in packed if f"{name}_scales" in found}
-    for name in packed:
-        blocks, scales = found[f"{name}_blocks"], found[f"{name}_scales"]
+    packed, rest = {}, dict(found)
+    for name in [name.removesuffix("_blocks") for name in found if name.endswith("_blocks")]:
+        if f"{name}_scales" not in found:       # it is not known then, and refused as that
+            continue
+        packed[name] = MXFP4(rest.pop(f"{name}_blocks"), rest.pop(f"{name}_scales"))
+        blocks, scales = packed[name]
         if (blocks.dtype, scales.dtype) != ("U8", "U8") or len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape:
             raise CheckpointError(f"{blocks.boxes[0].path}: {name}: blocks {blocks.dtype} {list(blocks.shape)} and "
                                   f"scales {scales.dtype} {list(scales.shape)} are not MXFP4 as gpt-oss has it")
-    return {name: MXFP4(found[f"{name}_blocks"], found[f"{name}_scales"]) for name in sorted(packed)} | {
-        name: stored for name, stored in found.items() if name.rpartition("_")[0] not in packed}
+    return packed | rest
 
 
 def memory(x: torch.Tensor) -> memoryview:
@@ -203,8 +204,11 @@ def write(path: Path, entries: list[tuple[str, str, tuple[int, ...]]], values: I
     head += b" " * (-len(head) % 8)
     with open(path, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for (_, dtype, shape), value in zip(entries, values, strict=True):
+        values = iter(values)
+        for _, dtype, shape in entries:
+            value = next(values)
             assert (NAMES[value.dtype], tuple(value.shape)) == (dtype, shape)
             file.write(memory(value.contiguous()))
+            del value       # before the next one is made
         file.flush()
         os.fsync(file.fileno())
