@@ -68,10 +68,10 @@ def check_rule(model: nn.Module, optim: OptimConfig) -> None:
     decides nothing."""
     used = {choice.entry for choice in choices(model, optim).values()}
     for what in [rule.what for rule in optim.rules if rule.what not in KINDS and rule.what not in used]:
-        fits = fnmatch.filter([name for name, _ in model.named_parameters()], what)
+        fits = fnmatch.filter([name for name, p in model.named_parameters() if p.requires_grad], what)
         raise ConfigError(f"optim.rule {optim.rule!r}: {what} decides nothing: " + (
             f"{fits[0]} has an earlier entry: write the narrower pattern first" if fits else
-            "no parameter has such a name: delete it or write another pattern, such as layers.*.gate.weight"))
+            "no parameter that moves has such a name: delete it or write another pattern, as layers.*.gate.weight"))
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True) -> list[dict]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_ext.config import Config, ModelConfig, require
-from moe_ext.layers.lora import FACTORS
+from moe_ext.layers.lora import is_factor
 from moe_ext.plan import optimizer
 from moe_ext.plan.memory import head_moves, saved
 from moe_ext.plan.pipeline import turns
@@ -103,9 +103,10 @@ def forward_flops(model: ModelConfig, causal: bool = True, pieces: Pieces | None
 
 def weight_flops(model: ModelConfig, pieces: Pieces | None = None) -> tuple[float, float]:
     """Of them, those of the blocks' matrices: (of frozen ones, of those that move)."""
-    flops, matrices = [0.0, 0.0], ("weight", "E2FD", "EDF", *FACTORS)
+    flops = [0.0, 0.0]
     for name, shape, moves, count in kinds(model, pieces):
-        if name.startswith("layers.") and name.endswith(matrices) and len(shape) > 1:
+        matrix = name.endswith(("weight", "E2FD", "EDF")) or is_factor(name)
+        if name.startswith("layers.") and matrix and len(shape) > 1:
             active = model.moe.top_k / model.moe.experts if ".experts." in name else 1
             flops[moves] += 2 * count * math.prod(shape) * active
     return tuple(flops)

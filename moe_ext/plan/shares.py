@@ -42,12 +42,12 @@ def makes(config: Config) -> list[int]:
 def _makes(model: ModelConfig, pp: int, pipeline: PipelineConfig) -> list[int]:
     first = {}
     for stage, pieces in enumerate(_stages(model, pp, pipeline)):
-        first.setdefault(tuple((frozenset(blocks(model, (piece,)).items()), ends(model, (piece,)), moving(model, piece))
+        first.setdefault(tuple((frozenset(blocks(model, (piece,)).items()), ends(model, (piece,)), moved(model, piece))
                                for piece in pieces), stage)
     return list(first.values())
 
 
-def moving(model: ModelConfig, piece: range) -> frozenset:
+def moved(model: ModelConfig, piece: range) -> frozenset:
     """Which parameters of how many blocks move; without a difference if all do."""
     if model.tune == TuneConfig():
         return frozenset()
