@@ -450,17 +450,15 @@ def test_one_tensor_at_a_time(saved, tmp_path, monkeypatch):
         return x
     monkeypatch.setattr(files.Stored, "read", lambda stored, read=files.Stored.read: watched(read(stored)))
     monkeypatch.setattr(files, "memory", lambda x, memory=files.memory: memory(watched(x)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, make=torch.empty_like, **more: watched(make(*args, **more)))
     there = saved("glm4_moe")
     ours = [x.nbytes for x in tensors(there.run / "ckpt" / "step-000000").values() if x.dtype == torch.float32]
     largest, total = max(ours), sum(ours)
     for folder, action in ((there.folder, lambda: convert.import_(there.folder, tmp_path / "run")),
-                           (tmp_path / "back", lambda: convert.export(tmp_path / "run", tmp_path / "back",
-                                                                      layout="fused")),
-                           (tmp_path / "back", lambda: convert.import_(tmp_path / "back", tmp_path / "again"))):
+                           (tmp_path / "back", lambda: convert.export(tmp_path / "run", tmp_path / "back"))):
         most = 0
         action()
         assert largest <= most <= largest + max(x.nbytes for x in tensors(folder).values()) < total / 2
-    assert same(there.run / "ckpt" / "step-000000", tmp_path / "again" / "ckpt" / "step-000000")
 
 
 def test_the_command_says_what_is_wrong_in_a_sentence(saved, tmp_path, monkeypatch, capsys):

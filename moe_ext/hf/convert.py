@@ -250,10 +250,10 @@ def export(source: Path, out: Path, *, dtype: str = "", layout: str = "", max_sh
         gpt = GPT(config.model, dtype=parameter_dtype(config), device="meta")
         checkpoint.check_model(path, gpt)
         origin = origin_of(run, like)
-        require(origin is not None or dtype != "as-imported", f"--dtype as-imported, but {run} was not imported (it "
-                "holds no hf/imported.json): give another, or --like the folder that the model came from")
         chosen = choose(config.model, family, origin)
         same = origin if origin and origin.config.model_type == chosen.model_type else None
+        require(same is not None or dtype != "as-imported", f"--dtype as-imported, but {run} was not imported as "
+                f"{chosen.model_type} (hf/imported.json): give another, or --like the folder that the model came from")
         layout = layout or (same.layout if same else next(iter(chosen.layouts)))
         table, found = chosen.parts(config.model, layout), files.tensors(sorted(path.glob("*.safetensors")), "model.")
         dtypes = {part.name: dtype_of(name, part, found[f"model.{name}"], dtype, same, config.model)
