@@ -38,4 +38,11 @@ def check_version(version):
 
 check_version(transformers.__version__)
 
-from moe_ext.transformers import experts  # noqa: E402, F401
+from moe_ext.transformers import ep, experts  # noqa: E402, F401
+from moe_ext.transformers.lora import (  # noqa: E402, F401
+    add_lora,
+    load_lora,
+    lora_state_dict,
+    merge_lora,
+    save_lora,
+)
