@@ -231,7 +231,7 @@ def places(c: ModelConfig, tensors: dict[str, torch.Tensor]) -> list[Place]:
 
 def alike(c: ModelConfig) -> bool:
     """Whether Megatron-Core keeps the layers as one tensor: their blocks are of one kind."""
-    return c.moe_layers == 0 or c.moe.dense_layers == 0
+    return c.moe.experts == 0 or c.moe.dense_layers == 0
 
 
 def extra_states(c: ModelConfig) -> list[str]:
@@ -410,7 +410,7 @@ def common_args(path: Path) -> dict:
                   if name != "argparse.Namespace"]
         with torch.serialization.safe_globals([argparse.Namespace, *((Inert, name) for name in others)]):
             args = torch.load(path, map_location="cpu", weights_only=True).get("args")
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: {error}: a truncated or damaged file, copy it again") from None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
@@ -469,7 +469,7 @@ def located(folder: Path, stored: Stored, c: ModelConfig, ours: dict[str, torch.
         values = sum(chunk.sizes.numel() for chunk in md.chunks)
         if values != md.size.numel():
             got += f" in boxes of together {values} values"
-        exact = torch.promote_types(md.properties.dtype, want) == want and md.properties.dtype.is_floating_point
+        exact = md.properties.dtype in (torch.bfloat16, torch.float16, torch.float32, want)
         if list(md.size) != full or values != md.size.numel() or not exact:
             field = {"word": "vocab-size", "position": "seq-len"}.get(re.split(r"[._]", name)[1])
             hint = f"give --model.{field} {md.size[0]}" if field else "give the recipe of this model"
