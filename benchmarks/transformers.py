@@ -8,11 +8,11 @@
 The same module takes turns with each implementation, on the same ids, in one process; the first round does not count,
 but results are compared, and the experts' gradients: an implementation that computes something else ends the benchmark.
 (A model's gradients are not: where rounding chooses another expert for a token, they differ.) F is a forward without
-gradients, F+B a forward and its backward. A ratio is the median over the rounds of (its time / ours). Who took more than
-ten times ours in the first round is not asked again, and that is its ratio; nor has it a part in the model's backward,
-unless it is the best. batched_mm copies the weights of every chosen expert for every token: it takes part in decode
-alone. With one thread the time is the process's CPU time, with more it is wall time. --tuned asks malloc to keep what is
-freed, which spares the others' tensors the page faults that ours never have.
+gradients, F+B a forward and its backward. A ratio is the median over the rounds of (its time / ours). Who took more
+than ten times ours in the first round is not asked again, and that is its ratio; nor has it a part in the model's
+backward, unless it is the best. batched_mm copies the weights of every chosen expert for every token: it takes part in
+decode alone. With one thread the time is the process's CPU time, with more it is wall time. --tuned asks malloc to keep
+what is freed, which spares the others' tensors the page faults that ours never have.
 
 Prints Markdown, writes benchmarks/results/transformers-<cpu>.json.
 """
@@ -103,7 +103,7 @@ def lines(name, fields, dtype, tokens, rounds):
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
     module = model.model.layers[-1].mlp.experts
     E, K, D = module.num_experts, config.num_experts_per_tok, config.hidden_size
-    state = {}
+    state, line = {}, None
 
     def update(T):
         state["x_TD"] = torch.randn(T, D, generator=generator).to(DTYPES[dtype])
