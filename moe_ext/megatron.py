@@ -56,10 +56,10 @@ LATEST = "latest_checkpointed_iteration.txt"
 # it has its default.
 KNOWN = {"vocab_size", "seq_len", "layers", "dim", "heads", "kv_heads", "head_dim", "hidden", "act", "norm", "norm_eps",
          "bias", "attention_bias", "window", "window_full_every", "sinks", "position", "rope_base", "rope_fraction",
-         "rope_scale", "rope_context", "qk_norm", "tied", "dropout", "init_std", "moe"}
-KNOWN_MOE = {"experts", "top_k", "hidden", "dense_layers", "shared_hidden", "score", "norm_p", "scale",
-             "select_bias_rate", "router_bias", "jitter", "balanced", "capacity_factor", "drop_by", "scope",
-             "balance_form", "balance_weight", "z_weight"}
+         "rope_scale", "rope_context", "rope_stretch", "qk_norm", "tied", "dropout", "init_std", "moe"}
+KNOWN_MOE = {"experts", "top_k", "hidden", "dense_layers", "shared_hidden", "shared_gate", "score", "norm_p", "scale",
+             "select_bias_rate", "groups", "top_groups", "router_bias", "jitter", "balanced", "capacity_factor",
+             "drop_by", "scope", "balance_form", "balance_weight", "z_weight"}
 # What a Megatron checkpoint holds beside the model: optimizer and random numbers, which are not taken, and
 # TransformerEngine's state, which is empty but for fp8.
 BESIDE = re.compile(r"(chained_\d+\.)?optimizer\b.*|rng_state.*|rerun_state_machine.*|.*\._extra_state\d*(/.*)?")
@@ -75,6 +75,8 @@ def check_options(c: ModelConfig) -> None:
             (c.norm == "layernorm" and not c.bias, "model.norm layernorm without model.bias: its LayerNorm has a bias"),
             (c.norm == "layernorm" and c.qk_norm, "model.qk_norm with model.norm layernorm: its q and k have the "
              "model's norm, ours RMSNorm"),
+            (c.rope_scale > 1 and c.rope_stretch == "llama3" and c.rope_context != 8192, f"model.rope_stretch llama3 "
+             f"with model.rope_context {c.rope_context}: its context before is 8192"),
             (o_bias != c.bias or (c.bias and not qkv_bias), f"model.attention_bias {c.attention_bias} with model.bias "
              f"{c.bias}: its o has a bias if its MLPs have, its q, k and v then too"),
     ):
@@ -87,6 +89,10 @@ def check_options(c: ModelConfig) -> None:
                 (m.shared_hidden and c.bias, "model.moe.shared_hidden with model.bias: its shared expert has none"),
                 (m.select_bias_rate and m.score != "sigmoid", f"model.moe.select_bias_rate with model.moe.score "
                  f"{m.score}: its expert bias is of sigmoid alone"),
+                (m.groups > 1 and (m.top_k // m.top_groups != 2 or (m.score != "sigmoid" and norm_p)),
+                 f"model.moe.groups {m.groups} with model.moe.top_k {m.top_k}, model.moe.top_groups {m.top_groups} and "
+                 f"model.moe.score {m.score}: a group counts for its best top_k / top_groups "
+                 "experts there, here for two, and for logits if weights are divided by their sum"),
                 (norm_p not in (0, 1) or (m.score == "sigmoid" and norm_p != (m.top_k > 1)), f"model.moe.norm_p "
                  f"{m.norm_p} with model.moe.score {m.score} and model.moe.top_k {m.top_k}: its weights are divided by "
                  "their sum (sigmoid: if there are several), or by nothing"),
@@ -106,14 +112,15 @@ def unknown(config: ModelConfig | MoEConfig, known: set[str]):
 
 def meaning(c: ModelConfig) -> dict:
     """Megatron-LM's arguments that no shape tells, and what they are for this model."""
-    m = c.moe
+    m, stretched = c.moe, c.rope_scale > 1
+    yarn = stretched and c.rope_stretch.startswith("yarn")
     given = dict(
         num_layers=c.layers, hidden_size=c.dim, num_attention_heads=c.heads, kv_channels=c.head_width,
         normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[c.norm], norm_epsilon=c.norm_eps,
         swiglu=c.act == "swiglu", quick_geglu=c.act == "swiglu_oai", squared_relu=False, add_bias_linear=c.bias,
         qk_layernorm=c.qk_norm, qk_l2_norm=False, untie_embeddings_and_output_weights=not c.tied,
-        position_embedding_type="learned_absolute" if c.position == "learned" else "yarn" if c.rope_scale > 1 else
-        "rope", window_size=(c.window - 1, 0) if c.window else None,
+        position_embedding_type="learned_absolute" if c.position == "learned" else "yarn" if yarn else "rope",
+        window_size=(c.window - 1, 0) if c.window else None,
         window_attn_skip_freq=c.window_full_every or None, softmax_type="learnable" if c.sinks else "vanilla",
         apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, multi_latent_attention=False,
         mtp_num_layers=None, num_experts=m.experts or None)
@@ -121,18 +128,23 @@ def meaning(c: ModelConfig) -> dict:
         given |= dict(glu_linear_offset=1.0, activation_func_clamp_value=7.0)
     if c.position == "rope":
         given |= dict(rotary_base=c.rope_base, rotary_percent=c.rope_fraction, rotary_interleaved=False,
-                      use_rope_scaling=False, rotary_seq_len_interpolation_factor=None)
-    if c.rope_scale > 1:
+                      use_rope_scaling=stretched and c.rope_stretch == "llama3",
+                      rotary_seq_len_interpolation_factor=c.rope_scale if stretched and c.rope_stretch == "linear"
+                      else None)
+    if given.get("use_rope_scaling"):
+        given |= dict(rope_scaling_factor=c.rope_scale)
+    if yarn:
         given |= dict(yarn_rotary_scaling_factor=c.rope_scale, yarn_original_max_position_embeddings=c.rope_context,
                       yarn_beta_fast=32.0, yarn_beta_slow=1.0, yarn_mscale=None, yarn_mscale_all_dim=None,
-                      yarn_correction_range_round_to_int=False)
+                      yarn_correction_range_round_to_int=c.rope_stretch == "yarn_rounded")
     if m.experts:
         given |= dict(
             moe_router_topk=m.top_k, moe_router_score_function="sigmoid" if m.score == "sigmoid" else "softmax",
             moe_router_pre_softmax=m.score == "softmax_topk" and not norm_power(m.norm_p, m.top_k),
             moe_router_topk_scaling_factor=m.scale if m.scale != 1 else None,
-            moe_router_enable_expert_bias=m.select_bias_rate > 0, moe_router_num_groups=None,
-            moe_router_group_topk=None, moe_apply_probs_on_input=False,
+            moe_router_enable_expert_bias=m.select_bias_rate > 0, moe_router_num_groups=m.groups if m.groups > 1 else
+            None, moe_router_group_topk=m.top_groups if m.groups > 1 else None, moe_shared_expert_gate=m.shared_gate,
+            moe_apply_probs_on_input=False,
             moe_layer_freq=[0] * m.dense_layers + [1] * (c.layers - m.dense_layers) if m.dense_layers else 1)
     return given
 
@@ -221,6 +233,7 @@ def places(c: ModelConfig, tensors: dict[str, torch.Tensor]) -> list[Place]:
         one("mlp.experts.experts.linear_fc2.weight", i, "mlp.experts.w2_EDF")
         one("mlp.experts.experts.linear_fc2.bias", i, "mlp.experts.w2_bias")
         place("mlp.shared_experts.linear_fc1.", i, ["mlp.shared.gate_proj", "mlp.shared.up_proj"])
+        place("mlp.shared_experts.gate_", i, ["mlp.shared_gate"])
         place("mlp.shared_experts.linear_fc2.", i, ["mlp.shared.down_proj"])
     place("decoder.final_layernorm.", None, ["norm"])
     if not c.tied:

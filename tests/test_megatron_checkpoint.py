@@ -30,19 +30,22 @@ SMALL = dict(vocab_size=48, seq_len=12, layers=2, dim=16, heads=4, hidden=24)
 MODELS = {
     "gpt2": ModelConfig(**SMALL, bias=True, norm="layernorm", act="gelu", position="learned", tied=True),
     "qwen": ModelConfig(**SMALL, kv_heads=2, head_dim=8, qk_norm=True, rope_fraction=0.5, rope_base=500.0,
-                        attention_bias="qkv", act="geglu", norm_eps=1e-5),
+                        attention_bias="qkv", act="geglu", norm_eps=1e-5, rope_scale=2.0,
+                        rope_stretch="linear"),
     "mixtral": ModelConfig(**SMALL, kv_heads=2, window=3, moe=MoEConfig(experts=4, top_k=2, hidden=12)),
     "switch": ModelConfig(**SMALL, act="relu", moe=MoEConfig(experts=4, top_k=1, hidden=12, norm_p=0, scale=1.5)),
     "deepseek": ModelConfig(**SMALL | dict(layers=3), kv_heads=2, qk_norm=True, moe=MoEConfig(
-        experts=4, top_k=2, hidden=12, dense_layers=1, shared_hidden=20, score="sigmoid", select_bias_rate=0.1,
-        scale=2.5)),
+        experts=8, top_k=2, hidden=12, dense_layers=1, shared_hidden=20, score="sigmoid", select_bias_rate=0.1,
+        scale=2.5, groups=4, top_groups=1), rope_scale=4.0, rope_context=8, rope_stretch="yarn_rounded"),
+    "qwen2-moe": ModelConfig(**SMALL, rope_scale=4.0, rope_context=8192, rope_stretch="llama3", moe=MoEConfig(
+        experts=8, top_k=4, hidden=12, norm_p=0, shared_hidden=20, shared_gate=True, groups=4, top_groups=2)),
     "gpt-oss": ModelConfig(**SMALL, kv_heads=1, bias=True, act="swiglu_oai", sinks=True, window=4, window_full_every=2,
                            rope_scale=4.0, rope_context=8, moe=MoEConfig(experts=4, top_k=2, hidden=12,
                                                                          score="topk_softmax", router_bias=True)),
 }
 TOKENS = torch.randint(48, (2, 12), generator=torch.Generator().manual_seed(0))
 # between its logits and ours: Megatron's sigmoid of the router and YaRN's ramp are fp32 whatever the rest is
-TOLERANCE = dict.fromkeys(MODELS, 1e-12) | {"deepseek": 1e-5, "gpt-oss": 1e-5}
+TOLERANCE = dict.fromkeys(MODELS, 1e-12) | {"deepseek": 1e-5, "gpt-oss": 1e-5, "qwen2-moe": 1e-5}
 WITHOUT_A_FLAG = {"gelu": (False, F.gelu), "geglu": (True, F.gelu), "relu": (False, F.relu)}    # act: gated, function
 
 
@@ -124,12 +127,14 @@ def gpt_model(args, act, pre_process=True, post_process=True, **parallel):
     else:
         spec = get_gpt_layer_local_spec(args.num_experts, False, args.qk_layernorm, normalization=args.normalization)
     rope = {} if args.position_embedding_type == "learned_absolute" else dict(
-        rotary_base=args.rotary_base, rotary_percent=args.rotary_percent)
+        rotary_base=args.rotary_base, rotary_percent=args.rotary_percent, rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0),
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor)
     model = GPTModel(c, spec, args.padded_vocab_size, args.max_position_embeddings,
                      share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
                      position_embedding_type=args.position_embedding_type, pre_process=pre_process,
                      post_process=post_process, **rope)
-    if args.position_embedding_type == "rope":      # in fp64 what it has in fp32
+    if args.position_embedding_type == "rope" and not args.use_rope_scaling:      # in fp64 what it has in fp32
         columns = int(args.kv_channels * args.rotary_percent)
         model.rotary_pos_emb.inv_freq = args.rotary_base ** (-torch.arange(0, columns, 2).double() / columns)
     return model.double().eval()
@@ -401,7 +406,7 @@ def test_a_damaged_folder(made, tmp_path, damage, says):
     (dict(attention_bias="qkv"), ["3 tensors missing from the checkpoint: decoder.layers.0.self_attention."]),
     (dict(moe=dict(scale=1.0)), ["moe_router_topk_scaling_factor: the checkpoint has 2.5"]),
     (dict(moe=dict(shared_hidden=0)), ["4 tensors without a place", "decoder.layers.1.mlp.shared_experts.linear_fc1"]),
-    (dict(moe=dict(experts=8)), ["num_experts: the checkpoint has 4"]),
+    (dict(moe=dict(experts=16)), ["num_experts: the checkpoint has 8"]),
 ], ids=str)
 def test_a_checkpoint_of_another_model(made, tmp_path, model, says):
     config = config_of("deepseek", "fp32")
