@@ -15,7 +15,7 @@ from test_train import data  # noqa: F401
 import moe_ext.train
 from moe_ext import checkpoint
 from moe_ext.checkpoint import CheckpointError
-from moe_ext.config import ConfigError, MeshConfig, load, parse
+from moe_ext.config import ConfigError, MeshConfig, TuneConfig, load, parse
 from moe_ext.hf import convert, files
 from moe_ext.hf.__main__ import main
 from moe_ext.hf.compare import compare
@@ -129,7 +129,7 @@ def run_of(there, to, **model):
 
 
 def test_a_run_of_our_own_goes_out_in_fp32_and_comes_back_bitwise(saved, tmp_path):
-    run = run_of(saved("glm4_moe"), tmp_path / "run", seq_len=32)
+    run = run_of(saved("glm4_moe"), tmp_path / "run", seq_len=32, tune=TuneConfig(freeze="experts"))
     said = convert.export(run, tmp_path / "out", layout="fused")
     assert "glm4_moe of" in said and "in fp32, layout fused" in said and "no tokenizer" in said
     assert tensors(tmp_path / "out")["model.layers.1.mlp.experts.gate_up_proj"].dtype == torch.float32
@@ -350,6 +350,7 @@ def test_a_folder_that_is_damaged_or_of_another_model_is_refused(saved, tmp_path
     (dict(layout="fuse"), "did you mean fused"),
     (dict(dtype="as-imported"), "--dtype as-imported, but .* was not imported"),
     (dict(dtype="fp16"), "model.norm.weight has values up to 1e.06, beyond what fp16 holds: give --dtype bf16"),
+    (dict(model=dict(tune=TuneConfig(lora_rank=2))), "has adapters .* python -m moe_ext.tune merge"),
     (dict(model=dict(norm="layernorm")), "(?s)no architecture .*qwen3_moe does not have .*model.norm 'layernorm'"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_an_export_that_cannot_be_is_refused(saved, tmp_path, options, words):

@@ -182,7 +182,8 @@ def import_(source: Path, out: Path, *, seq_len: int = 0) -> str:
         config = absolute(Config(
             model=replace(theirs.model, seq_len=seq_len),
             data=DataConfig(valid="", tokenizer=str(folder / "tokenizer.json") if text else ""),
-            train=TrainConfig(micro_batch=1, dtype="fp64" if "F64" in theirs.dtypes.values() else SHORT[origin.dtype]),
+            train=TrainConfig(micro_batch=1, dtype="fp64" if "F64" in theirs.dtypes.values() else SHORT[origin.dtype],
+                              sample_tokens=min(TrainConfig.sample_tokens, seq_len // 2)),
             optim=OptimConfig(lr=2e-5, min_lr=2e-6),        # these weights are no random ones
             log=LogConfig(folder=str(folder.parent), name=folder.name)))
         total = write_checkpoint(work / "ckpt", config, theirs)
@@ -247,6 +248,8 @@ def export(source: Path, out: Path, *, dtype: str = "", layout: str = "", max_sh
     with whole(out) as work:
         check_transformers()
         config = build(Config, checkpoint.read_state(path).config)
+        require(config.model.tune.lora_rank == 0, f"{path} has adapters (model.tune.lora_rank is not 0), which belong "
+                f"into the matrices first: python -m moe_ext.tune merge {source} --out FOLDER, then export that")
         gpt = GPT(config.model, dtype=parameter_dtype(config), device="meta")
         checkpoint.check_model(path, gpt)
         origin = origin_of(run, like)
