@@ -46,11 +46,12 @@ def case(moe=MOE, *, mesh=None, micro_batch=8, accumulation=2, **model):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_parameters_of_every_recipe(recipe):
     config = load(recipe)
-    counted = sum(p.numel() for p in GPT(config.model, device="meta").parameters())
+    model = GPT(config.model, device="meta")
+    counted = sum(p.numel() for p in model.parameters())
     assert sum(kind.count * math.prod(kind.shape) for kind in kinds(config.model)) == counted
     one = replace(config, mesh=MeshConfig(), pipeline=PipelineConfig(),
                   train=replace(config.train, batch_ramp=""))       # of larger batches
-    assert Share.of(one) == (counted, counted)
+    assert Share.of(one) == (counted, counted, model.num_parameters(moving=True)[0])
     assert Share.of(config).parameters >= counted / config.mesh.world / 1.01
 
 
