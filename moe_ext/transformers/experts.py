@@ -58,14 +58,14 @@ def parameters_of(experts):
     """Up [E,U,D] and down [E,D,F] as views, their biases [E,U] and [E,D] or None; U = 2F with a gate."""
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     names = [name, "down_proj", *((f"{name}_bias", "down_proj_bias") if experts.has_bias else ())]
-    for n in names:
-        p = getattr(experts, n, None)
+    found = [getattr(experts, n, None) for n in names]  # once: peft's are made when they are asked for
+    for n, p in zip(names, found, strict=True):
         if not isinstance(p, torch.Tensor) or p.dtype not in FLOATS:
             kind = f"{p.dtype} {list(p.shape)}" if isinstance(p, torch.Tensor) else type(p).__name__
             raise TypeError(f"moe_ext cannot run {type(experts).__name__}: its {n} is {kind}, wanted a tensor of "
                             f"{', '.join(str(d)[6:] for d in FLOATS)}. Hint: "
                             'model.set_experts_implementation("eager")')  # fmt: skip
-    up, down, *biases = (getattr(experts, n) for n in names)
+    up, down, *biases = found
     if experts.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     return up, down, *(biases or (None, None))
