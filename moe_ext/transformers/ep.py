@@ -117,7 +117,7 @@ class TokenExchangeEP(EPImplementation):
             ids_11 = ids_RK.new_zeros(1, 1, dtype=torch.int64)
             return self.experts_forward(x_RD.sum(0, keepdim=True), ids_11, weights_RK.sum().view(1, 1))[:0]
         if self.config._experts_implementation == NAME:
-            return self.experts_forward(x_RD, ids_RK, weights_RK)
+            return self.experts_forward(x_RD, ids_RK, weights_RK, num_copies=num_copies)
         index = ops.route_index(ids_RK, E)
         x_ND = torch.ops.moe_ext.gather(x_RD, None, index.order_N, index.bins_E, None, num_copies, K, 0)
         ids_N = torch.arange(E, device=ids_RK.device).repeat_interleave(index.counts_E, output_size=num_copies)

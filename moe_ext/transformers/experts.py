@@ -71,12 +71,12 @@ def parameters_of(experts):
     return up, down, *(biases or (None, None))
 
 
-def experts_forward(experts, hidden_states, top_k_index, top_k_weights):
+def experts_forward(experts, hidden_states, top_k_index, top_k_weights, *, num_copies=None):
     """hidden_states [T,D], top_k_index [T,K] integers, top_k_weights [T,K] -> [T,D] of the hidden states' dtype.
 
     Differentiable in hidden_states, top_k_weights and the module's parameters. In an expert-parallel module an index
     that is none of its own experts' (num_experts or -1) is skipped, with zeros for its gradients; elsewhere it is a
-    RuntimeError. ValueError for other shapes, TypeError for a module whose parameters are none that it can run with.
+    RuntimeError. num_copies: how many are its own, where the caller knows. ValueError for other shapes, TypeError for a module whose parameters are none that it can run with.
     """
     if hidden_states.dim() != 2 or top_k_index.shape != top_k_weights.shape or len(hidden_states) != len(top_k_index):
         sizes = [list(t.shape) for t in (hidden_states, top_k_index, top_k_weights)]
@@ -94,12 +94,13 @@ def experts_forward(experts, hidden_states, top_k_index, top_k_weights):
     if act is None:
         y = composed(experts, x, up, down, up_bias, down_bias, weights, index)
     else:
-        copies = index.bins_E[-1].item() if experts._is_expert_parallel else None
+        if experts._is_expert_parallel and num_copies is None:
+            num_copies = index.bins_E[-1].item()
         if not experts.is_concatenated:
             up = up.unflatten(1, (-1, 2)).transpose(1, 2)
             up_bias = None if up_bias is None else up_bias.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
         y = ops.expert_mlp(x, up, None, down, weights, index, act=act, gate_bias=up_bias, down_bias=down_bias,
-                           num_copies=copies)  # fmt: skip
+                           num_copies=num_copies)  # fmt: skip
     return y.to(hidden_states.dtype)
 
 
