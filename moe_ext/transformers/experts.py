@@ -76,7 +76,8 @@ def experts_forward(experts, hidden_states, top_k_index, top_k_weights, *, num_c
 
     Differentiable in hidden_states, top_k_weights and the module's parameters. In an expert-parallel module an index
     that is none of its own experts' (num_experts or -1) is skipped, with zeros for its gradients; elsewhere it is a
-    RuntimeError. num_copies: how many are its own, where the caller knows. ValueError for other shapes, TypeError for a module whose parameters are none that it can run with.
+    RuntimeError. num_copies: how many are its own, where the caller knows. ValueError for other shapes, TypeError for a
+    module whose parameters are none that it can run with.
     """
     if hidden_states.dim() != 2 or top_k_index.shape != top_k_weights.shape or len(hidden_states) != len(top_k_index):
         sizes = [list(t.shape) for t in (hidden_states, top_k_index, top_k_weights)]
