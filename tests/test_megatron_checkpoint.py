@@ -388,7 +388,7 @@ def cut(file):
     (lambda at: cut(at / "__2_0.distcp"), ["__2_0.distcp: truncated at"]),
     (lambda at: (at / "__2_0.distcp").write_bytes(bytes((at / "__2_0.distcp").stat().st_size)), ["damaged file"]),
     (lambda at: (at.parent / "latest_checkpointed_iteration.txt").write_text("13"), ["iter_0000013 is no checkpoint"]),
-], ids=str)
+], ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_a_damaged_folder(made, tmp_path, damage, says):
     shutil.copytree(made[0] / "deepseek" / "out", tmp_path / "theirs")
     damage(tmp_path / "theirs" / "iter_0000012")

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_families import CASES, SMALL, copied, drawn, transformers
+from test_families import CASES, SMALL, drawn, transformers
 from test_replay import other_ids
 
 from moe_ext.hf import families
@@ -94,6 +94,20 @@ def test_weights_at_forced_ids_and_their_gradient(name):
     torch.testing.assert_close(weights_TK, plain_TK, rtol=0, atol=1e-12)
     got, want = (torch.autograd.grad(w.sin().sum(), x_BSD, retain_graph=True)[0] for w in (weights_TK, plain_TK))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def copied(source, family, model, back=False):
+    """The tensors of ours from theirs, in place, or theirs {name: tensor} from ours."""
+    theirs = {}
+    for name, parts in family.parts(model.config, list(family.layouts)[-1]).items():
+        ours = source[name] if back else model.state_dict()[name]
+        for part in parts:
+            view = part.of(ours)
+            if back:
+                theirs[part.name] = view.reshape(part.shape)
+            else:
+                view.copy_(source[part.name].view(view.shape))
+    return theirs
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "deepseek_v3"])
