@@ -429,9 +429,9 @@ router_backward_kernel(router_rule rule, const T *logits_TE, const T *scores_TE,
     }
 
     const auto dweight = [=](int k) { return ids_K[k] < 0 ? 0 : to_float(dweights_TK[t * K + k]); };
-    const auto u = kept_weights<32>(rule, [=](int k) {
-        return ids_K[k] < 0 ? (kept ? -INFINITY : 0) : to_float((kept ? logits_E : scores_E)[ids_K[k]]);
-    });
+    const T *value_E = kept ? logits_E : scores_E;
+    const float absent = kept ? -INFINITY : 0;
+    const auto u = kept_weights<32>(rule, [=](int k) { return ids_K[k] < 0 ? absent : to_float(value_E[ids_K[k]]); });
     const float p = rule.p, n = p_norm<32>(p, K, u);
     const float factor = n > 0 && n < INFINITY ? rule.scale / n : 0;
     const float S = p > 0 && factor != 0 ? sum_over<32>(K, [=](int k) { return dweight(k) * (u(k) / n); }) : 0;
