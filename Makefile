@@ -16,6 +16,7 @@ RECIPE    ?= recipes/tiny.toml
 RANKS     ?= 2
 BIN       := .venv/bin
 PY        := $(BIN)/python
+PYTEST    := $(PY) -m pytest -n auto --dist loadfile
 comma     := ,
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -43,7 +44,7 @@ train: build
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m moe_ext.train $(RECIPE) --resume auto
 
 test: build lint test-c .venv/parity
-	$(PY) -m pytest
+	$(PYTEST)
 	$(MAKE) test-lowered
 	$(MAKE) test-simt
 
@@ -60,7 +61,7 @@ test-torch:
 	$(MAKE) -C $(COPY) test-python MOE_TORCH="torch==$(VERSION)" MOE_CUDA=0
 test-python: build
 	$(PY) -m moe_ext
-	$(PY) -m pytest -rfEs --ignore=tests/simt --ignore=tests/test_megablocks.py
+	$(PYTEST) -rfEs --ignore=tests/simt --ignore=tests/test_megablocks.py
 
 # ---- C tests: each under every instruction set of this CPU -----------------------------------------------------------
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -D_GNU_SOURCE -ffp-contract=off -Icsrc
@@ -106,11 +107,11 @@ SIMT_TESTS := $(addprefix tests/test_,$(addsuffix .py,random index permute gemm 
 test-simt: $(SIMT:%=simt-%)
 simt-plain: build
 	$(MAKE) -sj2 -f tests/simt/Makefile VARIANT=plain
-	$(PY) -m pytest --simt=build/simt/plain/libmoe_simt.so $(SIMT_TESTS)
+	$(PYTEST) --simt=build/simt/plain/libmoe_simt.so $(SIMT_TESTS)
 simt-asan: build
 	$(MAKE) -sj2 -f tests/simt/Makefile VARIANT=asan
 	LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	    $(PY) -m pytest --simt=build/simt/asan/libmoe_simt.so $(SIMT_TESTS)
+	    $(PYTEST) --simt=build/simt/asan/libmoe_simt.so $(SIMT_TESTS)
 
 # ---- the same under sanitizers: a second build in build/address and build/thread -----------------------------------
 ASAN_PRELOAD := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so.6)

@@ -11,6 +11,7 @@ import os
 
 # What a kernel finds wrong in memory is raised by the call that met it, not by a later one.
 os.environ.setdefault("MOE_CHECK", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks anybody: a folder that is not there is an error at once
 
 import devices
 import pytest
