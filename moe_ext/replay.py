@@ -78,10 +78,17 @@ class Tape:
         return self.forced[row, :, self.begins:self.ends].to(self.device, torch.int32)
 
     def take(self, row: int, ids_BSK: torch.Tensor) -> None:
-        """Of MoE layer `row`; what a recomputation says again replaces what it said."""
-        if self.begins == 0:
-            self.taken[row] = {}
-        self.taken[row][self.begins] = ids_BSK
+        """Of MoE layer `row`; what a recomputation says again replaces what it said, and so does what follows a cache
+        that has been cropped. ValueError for a cache whose beginning ran without the tape."""
+        taken = self.taken.setdefault(row, {})
+        while taken and (last := next(reversed(taken))) >= self.begins:
+            del taken[last]
+        if taken:
+            taken[last] = taken[last][:, :self.begins - last]
+        if self.begins != (last + taken[last].shape[1] if taken else 0):
+            raise ValueError(f"Tape: the cache holds {self.begins} tokens, some of which ran without this tape: give "
+                             "the tape to every forward of a generation, the first too")
+        taken[self.begins] = ids_BSK
 
     @property
     def ids_LBSK(self) -> torch.Tensor:
@@ -227,8 +234,8 @@ class Chosen(TorchFunctionMode):
 @contextmanager
 def routers(model: torch.nn.Module, tape: Tape):
     """Inside, the routers of a transformers model write to the tape, and take the experts that it forces: of one
-    forward and its backward, or of one generation. ValueError for a model without routers, for ids that do not fit, and
-    for a -1 beside other ids of a token."""
+    forward and its backward, or of one generation without beams, whose sequences change places. ValueError for a model
+    without routers, for ids that do not fit, and for a -1 beside other ids of a token."""
     found = [module for module in model.modules() if ROUTER.search(type(module).__name__)]
     if not found:
         raise ValueError(f"routers: {type(model).__name__} has no module of a class *TopKRouter: is it an MoE model?")
@@ -243,7 +250,8 @@ def routers(model: torch.nn.Module, tape: Tape):
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         cache = kwargs.get("cache", kwargs.get("past_key_values"))      # its name since transformers 5.24, and before
-        tape.begin(len(found), top_k, tokens, None if cache is None else cache.get_seq_length())
+        past = None if cache is None else int(cache.get_seq_length())     # a tensor that counts on, of a static cache
+        tape.begin(len(found), top_k, tokens, past)
 
     def route(row, forward, *args, **kwargs):
         forced = tape.ids_of(row)

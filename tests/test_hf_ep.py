@@ -23,7 +23,7 @@ from transformers.distributed import DistributedConfig  # noqa: E402
 from transformers.distributed.expert_parallel import AllToAllEP  # noqa: E402
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts  # noqa: E402
 
-import moe_ext.transformers  # noqa: E402, F401
+import moe_ext.transformers  # noqa: E402
 from moe_ext.optim.clip import clip_grad_norm  # noqa: E402
 from moe_ext.transformers.ep import Meeting, TokenExchangeEP  # noqa: E402
 
@@ -304,6 +304,8 @@ def test_training_and_saving(saved, tmp_path):
             assert torch.equal(mine.mlp.experts.gate_up_proj.to_local(), there[rank * E // 2 :][: E // 2])
         got = train(model, UNEVEN[rank : rank + 1], lambda model: clip_grad_norm(model.named_parameters(), 0.5))
         model.save_pretrained(tmp_path / "saved")
+        with pytest.raises(ValueError, match="experts is spread over ranks"):
+            moe_ext.transformers.add_lora(model)
         return got
 
     for got_norms, got in run_ranks(2, body, tmp_path):

@@ -454,6 +454,24 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         path.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
             lora.load_lora(base, tmp_path / "adapter")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="adapter is damaged"):
+        lora.load_lora(base, tmp_path / "adapter")
+    path.write_text(json.dumps(config))
+    whole = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="adapter is damaged"):
+        lora.load_lora(base, tmp_path / "adapter")
+    assert not lora_state_dict(base)
+    projection = base.model.layers[1].self_attn.q_proj
+    projection.forward = projection.forward     # as accelerate does it
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj is of a module whose forward"):
+        lora.add_lora(base, targets="q_proj")
+    del projection.forward
+    base.peft_config = {}
+    with pytest.raises(ValueError, match="has adapters of peft"):
+        lora.add_lora(base)
+    del base.peft_config
     assert not lora_state_dict(base)
     lora.add_lora(base, targets="q_proj")
     lora.add_lora(base, rank=2, targets="v_proj")

@@ -1,5 +1,6 @@
 """Router replay in models of transformers, and between them and the GPT, in fp64: the same logits and gradients."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -151,6 +152,28 @@ def test_a_generation():
     assert torch.equal(whole.ids_LBSK, tape.ids_LBSK)
 
 
+@pytest.mark.parametrize("how", ["static cache", "draft"])
+def test_a_generation_whose_cache_is_not_a_plain_one(how):
+    """A static cache counts in place; a cache is cropped behind drafts that were refused."""
+    (model, *_), tape, whole = made("qwen3_moe"), Tape(), Tape()
+    options, prompt = dict(max_new_tokens=12, do_sample=False), tokens_of()
+    if how == "draft":
+        draft, prompt = copy.deepcopy(model), prompt[:1]
+        with torch.no_grad():
+            for p in draft.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(4)), alpha=0.1)
+        options["assistant_model"] = draft
+    else:
+        options["cache_implementation"] = "static"
+    with routers(model, tape):
+        text = model.generate(prompt, **options)
+    with torch.no_grad(), routers(model, whole):
+        model(text[:, :-1])
+    length = text.shape[1] - 1
+    assert tape.ids_LBSK.shape[2] == length or how == "draft"
+    assert torch.equal(whole.ids_LBSK, tape.ids_LBSK[:, :, :length])
+
+
 def test_what_is_refused():
     model, found, top_k, experts = made("qwen3_moe")
     forced = other_ids(len(found), 2, 6, experts, top_k)
@@ -164,3 +187,7 @@ def test_what_is_refused():
         model(tokens_of())
     with pytest.raises(ValueError, match="Linear has no module of a class"), routers(torch.nn.Linear(1, 1), Tape()):
         pass
+    with torch.no_grad():
+        cache = model(tokens_of()).past_key_values
+        with pytest.raises(ValueError, match="holds 6 tokens, some of which ran without"), routers(model, Tape()):
+            model(tokens_of(1), past_key_values=cache)

@@ -273,8 +273,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, dropout: f
     dropout: of x before A, in training, for linear layers alone; its random numbers are those of the Draws that the
     module around takes, or torch's. seed: of A, drawn as GPT.init_weights does: a function of seed, name and index; on
     the meta device nothing is drawn.
-    Errors: ValueError for a rank or scale that makes no sense, for targets that find nothing or what has factors
-    already, for dropout on experts.
+    Errors: ValueError for a rank or scale that makes no sense, for targets that find nothing, or what has factors or a
+    forward of its own already, for dropout on experts.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"add_lora: rank is {rank!r}, wanted an integer from 1 up. Hint: 8")
@@ -299,6 +299,9 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, dropout: f
                              "Hint: other targets")
         if has_lora(module):
             raise ValueError(f"add_lora: {full} has LoRA already. Hint: merge_lora(model) first, or other targets")
+        if "forward" in vars(module):
+            raise ValueError(f"add_lora: {full} is of a module whose forward something has replaced (accelerate's "
+                             "device_map, for one), past which its factors would go. Hint: add_lora before that")
         if dropout and matrix != "weight":
             raise ValueError(f"add_lora: dropout is {dropout}, but experts have none, and targets {targets!r} finds "
                              f"{full}. Hint: dropout 0, or targets without experts")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -101,10 +102,13 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, targets: str = 
 
     The factors are float32, or float64 for float64, whatever the model's dtype; the rest is as in
     moe_ext.layers.lora.add_lora. Before DDP and fully_shard. Errors: ValueError, also for experts that transformers has
-    spread over ranks.
+    spread over ranks, and for a model with adapters of peft, which would freeze.
     """
+    if hasattr(model, "peft_config"):
+        raise ValueError("add_lora: the model has adapters of peft. Hint: merge_and_unload() first, or let peft adapt "
+                         'the experts too; experts_implementation="moe_ext" runs them')
     names = [name for name, module in model.named_modules()
-             if kind(module) is LowRankFusedExperts and ("forward" in module.__dict__ or sharded(module))]
+             if kind(module) is LowRankFusedExperts and (module._is_expert_parallel or sharded(module))]
     if names:
         raise ValueError(f"add_lora: {names[0]} is spread over ranks by transformers' parallelism, which knows no "
                          "factors. Hint: load without ep_size and tp_size, then FSDP2 or DDP")
@@ -199,8 +203,11 @@ def load_lora(model: nn.Module, folder) -> list[str]:
     if any(map(has_lora, model.modules())):
         raise ValueError("load_lora: the model has LoRA already. Hint: merge_lora(model) first, or a fresh model")
     folder = Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"load_lora: {folder} is damaged: {error}") from None
     foreign = [key for key in FOREIGN if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or foreign:
         raise ValueError(f"load_lora: {folder} has peft_type {config.get('peft_type')}, bias {config.get('bias')} and "
