@@ -50,7 +50,7 @@ class Tape:
     def __init__(self, ids_LBSK: torch.Tensor | None = None):
         if ids_LBSK is not None:
             check_form("Tape", ids_LBSK)
-        self.forced, self.taken = ids_LBSK, {}
+        self.forced, self.taken, self.size = ids_LBSK, {}, None
 
     def begin(self, layers: int, top_k: int, tokens_BS: torch.Tensor, past: int | None = None) -> None:
         """A model with so many MoE layers is about to run tokens_BS, behind the `past` others of a cache if it has one.
@@ -259,6 +259,9 @@ def routers(model: torch.nn.Module, tape: Tape):
         tape.begin(len(found), top_k, tokens, None if cache is None else cache.get_seq_length())
 
     def route(row, forward, *args, **kwargs):
+        if tape.size is None:
+            raise ValueError(f"routers: a part of {type(model).__name__} runs by itself: give `routers` the module "
+                             "that is called")
         forced = tape.ids_of(row)
         with Chosen(experts, top_k, None if forced is None else forced.flatten(0, 1).long()) as chosen:
             result = forward(*args, **kwargs)
