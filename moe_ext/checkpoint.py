@@ -17,8 +17,11 @@ error of one rank is raised on every rank. A DTensor is stored as boxes: a rank'
 name, and the JSON under DCP_SHARDING_INFO in the file's metadata gives the first index of each box, {NAME:
 {"saved_offsets": [..]}}. A box that several ranks have is written by one of them, so the boxes tile the tensor. The
 stages of a pipeline write and read each its own tensors, and so do the owners of matrices: state.json lists what all
-have. What one process saves is one file of whole tensors for any reader of safetensors; what a mesh saves becomes that
-when one process loads and saves it.
+have. What one process saves is one file of whole tensors, or one for each block (`source`), for any reader of
+safetensors; what a mesh saves becomes that when one process loads and saves it.
+
+Adapters (model.tune) are parameters as others, and what rests is stored without state: a run continues with the same
+parameters moving. A run that starts with a checkpoint's weights (`start`) may have adapters that those lack.
 
 An optimizer that is Keeping (optim.state) makes room for its own state, in its own way, so a run may continue with
 another optim.state: tensors are converted on the way, and only with the same one it continues bit for bit.
@@ -269,6 +272,9 @@ def fitting(path: Path, state: State, reader: HuggingFaceStorageReader, model: t
         return {name: tensor for name, tensor in model_tensors(model).items() if not (without and is_factor(name))}
 
     whole = wanted(model.whole if isinstance(model, Stage) else model)
+    if any(map(is_factor, stored)) and not any(map(is_factor, whole)):
+        raise CheckpointError(f"{path} has adapters (model.tune.lora_rank), which this model has not: add them to "
+                              f"their matrices, python -m moe_ext.tune merge {path} --out FOLDER, and take that")
     check(path, "model.", stored, whole, widened=start)
     if optimizer is not None:
         check_moved(path, model, optimizer, state.optimizer)

@@ -5,8 +5,9 @@
     loss = sum over tokens of cross-entropy(norm(x) W_head^T)
 
 B sequences, S tokens, T = B*S, D model width, H query heads, G key/value heads, d head width, L layers, V vocabulary.
-Parameters are named as in Hugging Face's Qwen3-MoE (without its prefix "model."), RoPE turns halves as there, so export
-is a rename. Nothing is kept between calls: losses, counts and the key/value cache travel as arguments and results.
+Parameters are named as in Hugging Face's Qwen3-MoE (without its prefix "model."), RoPE turns halves as there;
+moe_ext.hf converts to that and others. model.tune says which of them move, and adds adapters (layers/lora.py). Nothing
+is kept between calls: losses, counts and the key/value cache travel as arguments and results.
 """
 from __future__ import annotations
 
@@ -212,6 +213,10 @@ def check_integers(name, ids_BS, tokens_BS):
                          f"{list(tokens_BS.shape)} on {tokens_BS.device}")
 
 
+def unchanged(x):
+    return x
+
+
 class GPT(nn.Module):
     """tokens_BS int64 -> losses or logits. Parameters are drawn by `init_weights`; dtype is theirs.
 
@@ -242,7 +247,7 @@ class GPT(nn.Module):
         if self.last and c.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False      # keep only each block's input and run it again in the backward
-        self.mine = lambda x_BS: x_BS       # of ids, positions or a mask those of this rank's tokens
+        self.mine = unchanged       # of ids, positions or a mask those of this rank's tokens
         if c.tune.lora_rank and any(re.search(c.tune.targets, name) for name in candidates(self)):  # not in every piece
             add_lora(self, c.tune.lora_rank, c.tune.lora_alpha, c.tune.targets)
         for name, p in self.named_parameters():

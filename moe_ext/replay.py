@@ -48,10 +48,9 @@ class Tape:
     """
 
     def __init__(self, ids_LBSK: torch.Tensor | None = None):
-        if ids_LBSK is not None and (ids_LBSK.ndim != 4 or ids_LBSK.is_floating_point()):
-            raise ValueError(f"Tape: ids_LBSK is {ids_LBSK.dtype} {list(ids_LBSK.shape)}, wanted integers [MoE layers, "
-                             "sequences, tokens, K]")
-        self.forced, self.taken = ids_LBSK, {}
+        if ids_LBSK is not None:
+            check_form("Tape", ids_LBSK)
+        self.forced, self.taken, self.size = ids_LBSK, {}, None
 
     def begin(self, layers: int, top_k: int, tokens_BS: torch.Tensor, past: int | None = None) -> None:
         """A model with so many MoE layers is about to run tokens_BS, behind the `past` others of a cache if it has one.
@@ -98,6 +97,16 @@ class Tape:
         return torch.stack([torch.cat(list(self.taken[row].values()), dim=1) for row in sorted(self.taken)])
 
 
+def check_form(what: str, ids_LBSK) -> None:
+    """ValueError unless it is a tensor of integers with so many axes."""
+    got = type(ids_LBSK).__name__
+    if isinstance(ids_LBSK, torch.Tensor):
+        if ids_LBSK.ndim == 4 and not (ids_LBSK.is_floating_point() or ids_LBSK.dtype == torch.bool):
+            return
+        got = f"{ids_LBSK.dtype} {list(ids_LBSK.shape)}"
+    raise ValueError(f"{what}: ids_LBSK is {got}, wanted a tensor of integers [MoE layers, sequences, tokens, K]")
+
+
 def check_ids(what: str, ids: torch.Tensor, experts: int) -> None:
     """ValueError unless ids [..,K] are -1 or in [0, experts), and those of a token distinct."""
     if ((ids < -1) | (ids >= experts)).any():
@@ -114,9 +123,9 @@ def check_ids(what: str, ids: torch.Tensor, experts: int) -> None:
 def gathered(tape: Tape, mesh, layers: int) -> torch.Tensor:
     """A micro-batch's ids of all `layers` MoE layers, and of the sequences of all ranks in one process's order: int32
     [L,B,S,K]. Every rank of the mesh calls, with its tape, and gets the same."""
-    B, S, K = tape.size
     if mesh.world == 1:
         return tape.ids_LBSK
+    B, S, K = tape.size
     ids_LBSK = torch.full((layers, B * mesh.config.dp, S, K), -1, dtype=torch.int32, device=tape.device)
     if tape.taken:
         own = gather_rows(tape.ids_LBSK, 2, mesh.data.get_group("sequence"))
@@ -131,6 +140,7 @@ def gathered(tape: Tape, mesh, layers: int) -> torch.Tensor:
 def save(path: str | Path, ids_LBSK: torch.Tensor, experts: int, tokens_BS: torch.Tensor | None = None) -> None:
     """Writes ids as int16, how many experts a layer has, and the tokens if given, to a .safetensors file; whole or not
     at all."""
+    check_form("save", ids_LBSK)
     check_ids("save: the ids", ids_LBSK, experts)
     tensors = {"ids_LBSK": ids_LBSK.to("cpu", torch.int16).contiguous()}
     if tokens_BS is not None:
@@ -183,7 +193,10 @@ def from_engine(routed, config, tokens: int) -> torch.Tensor:
                 raise ValueError(f"from_engine: got {len(raw)} bytes, wanted int32 of {tokens} or {tokens - 1} tokens, "
                                  f"{config.layers} layers, {K} experts: {size * tokens} or {size * (tokens - 1)}")
             routed = np.frombuffer(raw, dtype=np.int32).reshape(-1, config.layers, K)
-    ids = torch.as_tensor(np.asarray(routed, dtype=np.int64))
+    routed = np.asarray(routed)
+    if routed.dtype.kind not in "iu":
+        raise ValueError(f"from_engine: got {routed.dtype}, wanted integers, or a string in base64")
+    ids = torch.as_tensor(routed.astype(np.int64))
     if ids.ndim != 3 or len(ids) not in (tokens, tokens - 1) or ids.shape[1] not in (config.layers, config.moe_layers) \
             or ids.shape[2] != K:
         raise ValueError(f"from_engine: got {list(ids.shape)}, wanted [tokens {tokens} or {tokens - 1}, layers "
@@ -254,6 +267,9 @@ def routers(model: torch.nn.Module, tape: Tape):
         tape.begin(len(found), top_k, tokens, past)
 
     def route(row, forward, *args, **kwargs):
+        if tape.size is None:
+            raise ValueError(f"routers: a part of {type(model).__name__} runs by itself: give `routers` the module "
+                             "that is called")
         forced = tape.ids_of(row)
         with Chosen(experts, top_k, None if forced is None else forced.flatten(0, 1).long()) as chosen:
             result = forward(*args, **kwargs)

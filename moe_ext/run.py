@@ -29,10 +29,11 @@ from pathlib import Path
 
 from moe_ext import checkpoint
 from moe_ext.checkpoint import CheckpointError, State
-from moe_ext.config import Config, ConfigError, OptimConfig, build, dumps, named_sets, require
+from moe_ext.config import Config, ConfigError, OptimConfig, TuneConfig, build, dumps, named_sets, require
 from moe_ext.data import Blend, IndexedDataset, Loader, summary, target, totals
 from moe_ext.data.blend import read_blend, write_blend
 from moe_ext.data.identity import data_meta, tokenizer_hash
+from moe_ext.layers.lora import is_factor
 from moe_ext.log import split_events, split_metrics
 from moe_ext.model import GPT
 from moe_ext.optim.groups import choices as optimizer_choices
@@ -90,7 +91,21 @@ def check(path: Path, config: Config, loader: Loader) -> None:
                               f"({'; '.join(differing)}): continue with those that it had, or start a new run with "
                               f"these weights: --weights {path}")
     check_words(path, config)
+    check_moving(path, state, config)
     check_optimizers(path, state, config)
+
+
+def check_moving(path: Path, state: State, config: Config) -> None:
+    """CheckpointError if other parameters moved in the run of a checkpoint than move in that of `config`."""
+    was, now = build(TuneConfig, state.config["model"].get("tune", {})), config.model.tune
+    if was == now or was != dataclasses.replace(now, train=was.train, freeze=was.freeze):
+        return      # with other adapters it is another model
+    for name, p in GPT(config.model, device="meta").named_parameters():
+        if was.moves(name, is_factor(name)) != p.requires_grad:
+            raise CheckpointError(f"{path}: {name} {'rested' if p.requires_grad else 'moved'} in its run, but not in "
+                                  f"this one: continue with --model.tune.train {shlex.quote(was.train)} "
+                                  f"--model.tune.freeze {shlex.quote(was.freeze)}, or start a new run with these "
+                                  f"weights: --weights {path}")
 
 
 # what decides which state Shampoo has of a parameter: field of optim -> value(optim, shape)
@@ -260,9 +275,11 @@ def begin(config: Config, path: Path | None, state: State | None) -> list[str]:
 
 
 def carry(path: Path, folder: Path) -> None:
-    """Copy to a run folder what an imported model brought along (moe_ext.hf) to the one of the checkpoint `path`."""
+    """Copy to a run folder what an imported model brought along (moe_ext.hf) to the one of the checkpoint `path`, in
+    place of what another did."""
     source = path.absolute().parents[1] / "hf"
     if source.is_dir() and source.resolve() != (folder / "hf").resolve():
+        shutil.rmtree(folder / "hf", ignore_errors=True)
         shutil.copytree(source, folder / "hf", dirs_exist_ok=True)
 
 

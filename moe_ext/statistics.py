@@ -93,6 +93,7 @@ class Statistics:
 def statistics(run, dataset, batches: int = 0) -> dict:
     """Statistics.table of a run's model (evaluate.Run) over whole rows of a data set, in the file's order; the first
     `batches` micro-batches, 0: all. Errors: ValueError; FloatingPointError if a router's logits are not finite."""
+    require(batches >= 0, f"--batches is {batches}, wanted 0 (all of the held-out text) or a positive number")
     config, device = run.config, next(run.model.parameters()).device
     bad_L = 0
     with Statistics(run.model) as seen, torch.no_grad():
@@ -137,6 +138,7 @@ def main() -> None:
         """
         path = out or run / "experts.json"
         require(path.suffix in (".json", ".csv"), f"--out {path}: wanted a name that ends in .json or .csv")
+        require(path.parent.is_dir(), f"--out {path}: there is no folder {path.parent}: make it, or name another")
         loaded = load_run(run, checkpoint)
         require(data or loaded.config.data.valid, f"{run} was trained without data.valid: give --data PREFIX")
         dataset = open_data(data or loaded.config.data.valid).train

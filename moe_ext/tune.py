@@ -14,22 +14,19 @@ FOLDER becomes a run folder with a checkpoint of step 0, as moe_ext.upcycle make
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import tyro
 
 from moe_ext import checkpoint
-from moe_ext.config import Config, TuneConfig, build, dumps, patterns, require
+from moe_ext.config import Config, TuneConfig, build, patterns, require
 from moe_ext.layers.lora import candidates, merge_lora
 from moe_ext.model import GPT
-from moe_ext.optim import build_optimizer
-from moe_ext.run import absolute, carry, write
-from moe_ext.upcycle import empty, source_of, whole
+from moe_ext.run import carry
+from moe_ext.upcycle import empty, fill, source_of, whole
 
 
 def check(model: GPT) -> None:
@@ -61,17 +58,9 @@ def merge(source: Path, out: Path) -> str:
         checkpoint.load(source, model=model)
         merge_lora(model)
         model.requires_grad_(True)
-        folder, name = os.path.split(os.path.abspath(out))
-        config = absolute(replace(config, model=replace(config.model, tune=TuneConfig()),
-                                  log=replace(config.log, folder=folder, name=name)))
-        checkpoint.save(work / "ckpt", model=model, optimizer=build_optimizer(model, config.optim), step=0,
-                        loader=SimpleNamespace(state_dict=dict), config=asdict(config))
-        write(work, "config.toml", dumps(config).encode())
+        fill(work, out, source, model, replace(config, model=replace(config.model, tune=TuneConfig())))
         carry(source, work)
-        tokenizer = source.absolute().parents[1] / "tokenizer.json"
-        if tokenizer.is_file():
-            write(work, "tokenizer.json", tokenizer.read_bytes())
-    return f"{out}: the model of {source} without adapters, which computes the same"
+    return f"{out}: the model of {source} without adapters, which computes the same. Go on with --weights {out}"
 
 
 def main() -> None:

@@ -160,9 +160,15 @@ def source_of(path: Path) -> Path:
 def convert(source: Path, config: Config, out: Path, **options) -> str:
     """Write the run folder `out`, whole or not at all -> what was done. Errors: ConfigError, CheckpointError, OSError.
     options: of upcycle."""
+    from moe_ext import tune  # which imports this file
+
     source = source_of(source)
     state = checkpoint.read_state(source)
     was = build(Config, state.config)
+    require(was.model.tune.lora_rank == 0, f"{source} has adapters (model.tune.lora_rank), which belong into the "
+            f"matrices first: python -m moe_ext.tune merge {source} --out FOLDER, then upcycle that")
+    require(config.model.tune.lora_rank == 0, f"model.tune.lora_rank is {config.model.tune.lora_rank}: adapters come "
+            "to a model that is there: leave it at 0 here, and give it with --weights")
     g = slices(was.model, config.model)
 
     def matters(name, there, here):
@@ -176,16 +182,10 @@ def convert(source: Path, config: Config, out: Path, **options) -> str:
             "\ngive the checkpoint's values as options, or another recipe")
     with whole(out) as work:
         dense, moe = empty(was), empty(config)
+        tune.check(moe)
         checkpoint.load(source, model=dense)
         upcycle(dense, moe, seed=config.train.seed, **options)
-        folder, name = os.path.split(os.path.abspath(out))
-        config = absolute(replace(config, log=replace(config.log, folder=folder, name=name)))
-        checkpoint.save(work / "ckpt", model=moe, optimizer=build_optimizer(moe, config.optim), step=0,
-                        loader=SimpleNamespace(state_dict=dict), config=asdict(config))
-        write(work, "config.toml", dumps(config).encode())
-        tokenizer = source.absolute().parents[1] / "tokenizer.json"
-        if tokenizer.is_file():
-            write(work, "tokenizer.json", tokenizer.read_bytes())
+        fill(work, out, source, moe, config)
     exact = weight_sum(config.model.moe)[1] and not options.get("noise") and not options.get("drop")
     kind = "a copy of the dense MLP" if g == 1 else f"one of {g} slices of the dense MLP"
     return (f"{out}: {len(moe.moe_layers())} layers of {config.model.moe.experts} experts, each {kind} of {source}; it "
@@ -198,6 +198,20 @@ def empty(config: Config) -> GPT:
     if config.model.tied:       # to_empty has given each its own
         model.lm_head.weight = model.embed_tokens.weight
     return model
+
+
+def fill(work: Path, out: Path, source: Path, model: GPT, config: Config) -> None:
+    """Make `work` the run folder that `out` shall be: a checkpoint of step 0, the config, and which tokenizer the run
+    of the checkpoint `source` has."""
+    folder, name = os.path.split(os.path.abspath(out))
+    config = absolute(replace(config, log=replace(config.log, folder=folder, name=name)))
+    checkpoint.save(work / "ckpt", model=model, optimizer=build_optimizer(model, config.optim), step=0,
+                    loader=SimpleNamespace(state_dict=dict), config=asdict(config))
+    write(work, "config.toml", dumps(config).encode())
+    for name in ("tokenizer.json", "tokenizer.sha256"):
+        file = source.absolute().parents[1] / name
+        if file.is_file():
+            write(work, name, file.read_bytes())
 
 
 @contextmanager

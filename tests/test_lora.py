@@ -3,6 +3,7 @@ one process and peft."""
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -189,6 +190,9 @@ def test_a_model_begins_as_it_was_trains_its_factors_alone_and_merges_into_a_pla
     for name, p in model.named_parameters():
         assert torch.equal(p, start[name]) != is_factor(name), name
 
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied.logits(TEXT[0]), model.logits(TEXT[0]))
+        merge_lora(copied)
     again, _ = gpt(seed=1)
     assert again.load_state_dict(lora_state_dict(model), strict=False).unexpected_keys == []
     again.load_state_dict(model.state_dict())

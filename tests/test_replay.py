@@ -220,7 +220,8 @@ def test_files(tmp_path):
     (tmp_path / "torn").write_bytes((tmp_path / "ids.safetensors").read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"torn is no file of moe_ext\.replay\.save, or is damaged"):
         load(tmp_path / "torn", config)
-    for wrong, words in ((ids + 1, "reach from 0 to 8|reach from 1 to 8"), (ids * 0, "name an expert twice")):
+    for wrong, words in ((ids + 1, "reach from 0 to 8|reach from 1 to 8"), (ids * 0, "name an expert twice"),
+                         (ids[0], r"save: ids_LBSK is torch.int32 \[3, 4, 2\], wanted"), (ids.float(), "float32")):
         with pytest.raises(ValueError, match=words):
             save(tmp_path / "never", wrong, 8)
     assert not (tmp_path / "never").exists() and not list(tmp_path.glob("*.part"))
@@ -244,6 +245,7 @@ def test_what_engines_return():
     zeros = moe.copy()
     zeros[2] = 0
     for routed, words in ((moe[:3], r"got \[3, 2, 2\], wanted \[tokens 5 or 4"), (fused, "leave out shared experts"),
+                          (moe + 0.5, "got float64, wanted integers"), (None, "got object, wanted integers"),
                           (moe + 1, "reach from . to 8, wanted 0 to 7"), (zeros, "name an expert twice .* give such"),
                           (base64.b64encode(moe.tobytes()).decode(), "got 80 bytes, wanted int32 of 5 or 4 tokens")):
         with pytest.raises(ValueError, match=words):
@@ -260,8 +262,10 @@ def test_ids_of_another_forward_are_refused():
                          ((L, 3, S - 1, 2), "have 11 tokens, the forward 12"), ((L, 3, S, 3), "3 experts per token")):
         with pytest.raises(ValueError, match=words):
             model(tokens, targets, tape=Tape(torch.zeros(shape, dtype=torch.int32)))
-    with pytest.raises(ValueError, match=r"Tape: ids_LBSK is torch.float32 \[2\], wanted integers"):
-        Tape(torch.zeros(2))
+    for wrong, words in ((torch.zeros(2), r"torch.float32 \[2\]"), (np.zeros((1, 1, 1, 1), int), "ndarray"),
+                         (torch.zeros(1, 1, 1, 1, dtype=torch.bool), "torch.bool")):
+        with pytest.raises(ValueError, match=f"Tape: ids_LBSK is {words}.*, wanted a tensor of integers"):
+            Tape(wrong)
     with pytest.raises(ValueError, match="no MoE layer has run yet"):
         Tape().ids_LBSK  # noqa: B018
     with pytest.raises(ValueError, match=r"FusedMoE: ids are torch.int64 \[1, 2\], wanted torch.int32 \[3, 2\]"):
@@ -330,6 +334,8 @@ def test_statistics_as_csv_of_a_part_and_what_is_refused(run, tmp_path, monkeypa
     counts = [int(line.split(",")[2]) for line in lines[1:6]]
     assert sum(counts) == 2 * 2 * model.config.seq_len * 2
     for flags, words in ((["--out", "e.txt"], "wanted a name that ends in .json or .csv"),
+                         (["--out", str(tmp_path / "no" / "e.csv")], "there is no folder .*no: make it"),
+                         (["--batches", "-1"], "--batches is -1, wanted 0"),
                          (["--data", str(tmp_path / "no")], "no token file")):
         monkeypatch.setattr("sys.argv", ["statistics", str(tmp_path), *flags])
         with pytest.raises(SystemExit, match=words):

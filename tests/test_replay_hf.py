@@ -185,6 +185,8 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="have 3 MoE layers, the forward 2"), routers(model, Tape(other_ids(
             3, 2, 6, experts, top_k))):
         model(tokens_of())
+    with pytest.raises(ValueError, match="runs by itself: give `routers` the module"), routers(model, Tape()):
+        model.model(tokens_of())
     with pytest.raises(ValueError, match="Linear has no module of a class"), routers(torch.nn.Linear(1, 1), Tape()):
         pass
     with torch.no_grad():

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from test_train import data, flags, main, records  # noqa: F401
 
 import moe_ext.ops.expert
+import moe_ext.plan.__main__
 import moe_ext.train
 from moe_ext import checkpoint, generate, tune
 from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, TuneConfig, dumps, parse, plain
@@ -23,6 +24,7 @@ from moe_ext.model import GPT
 from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.plan.memory import memory
+from moe_ext.run import carry
 
 SIZES = dict(vocab_size=320, seq_len=32, layers=2, dim=32, heads=4, kv_heads=2, hidden=48, init_std=0.3)
 MODELS = {
@@ -157,6 +159,17 @@ def test_what_an_imported_model_brought_along_stays_beside_it(runs):
 
 # ---- what rests costs nothing ----------------------------------------------------------------------------------------
 
+def test_it_takes_the_place_of_what_another_brought(tmp_path):
+    for file in ("one/hf/config.json", "two/hf/config.json", "two/hf/generation_config.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(file)
+    for _ in range(2):
+        carry(tmp_path / "one" / "ckpt" / "step-000001", tmp_path / "two")
+        carry(tmp_path / "two" / "ckpt" / "step-000001", tmp_path / "two")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "two" / "hf").iterdir()] == [
+        ("config.json", "one/hf/config.json")]
+
+
 def test_what_rests_has_no_gradient_no_state_and_no_work(monkeypatch):
     """To the byte of the plan; of the experts' gradients none is computed that nobody wants."""
     wanted, backward = [], moe_ext.ops.expert._expert_mlp_backward
@@ -212,6 +225,7 @@ def test_a_run_with_adapters_resumes_elsewhere(data, runs, tmp_path):           
 
 def test_merged_it_is_a_plain_run_that_computes_the_same(data, base, runs, tmp_path, monkeypatch, capsys):  # noqa: F811
     out = tmp_path / "merged"
+    (runs["lora"]["fsdp2-ep2"] / "tokenizer.sha256").write_text("0123  tokenizer.json\n")
     main(monkeypatch, tune, "merge", runs["lora"]["fsdp2-ep2"], "--out", out)
     assert "without adapters, which computes the same" in capsys.readouterr().out
     merged, adapted = load_run(out), load_run(runs["lora"]["one"])
@@ -220,6 +234,7 @@ def test_merged_it_is_a_plain_run_that_computes_the_same(data, base, runs, tmp_p
     want, got, before = (run.model.logits(tokens) for run in (adapted, merged, load_run(base)))
     assert (got - want).abs().max() < 1e-12 * want.abs().max() < 1e-4 * (before - want).abs().max()
     assert (out / "hf" / "generation_config.json").is_file()
+    assert (out / "tokenizer.sha256").read_text() == "0123  tokenizer.json\n"
     with pytest.raises(SystemExit, match=r"has no adapters \(model.tune.lora_rank is 0\): nothing is to be merged"):
         main(monkeypatch, tune, "merge", out, "--out", tmp_path / "again")
     with pytest.raises(SystemExit, match="merged exists: choose another folder"):
@@ -237,7 +252,7 @@ def test_adapters_are_another_model_than_transformers_has():
 
 def test_weights_that_do_not_fit(data, runs, tmp_path):                                     # noqa: F811
     """Adapters have no place in a plain model, nor others in these; and what is narrower would be rounded."""
-    for options, words in ((dict(), "unexpected in the checkpoint: .*lora_A"),
+    for options, words in ((dict(), "step-000003 has adapters .*: add them to their matrices, .* merge .*step-000003"),
                            (LORA | dict(model__tune__lora_rank=2), "lora_A: got .* wanted"),
                            (LORA | dict(train__dtype="fp32"), "got torch.float64 .*, wanted torch.float32")):
         with pytest.raises(checkpoint.CheckpointError, match=words):
@@ -245,6 +260,18 @@ def test_weights_that_do_not_fit(data, runs, tmp_path):                         
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
+
+def test_a_run_goes_on_with_the_same_parameters_moving(data, runs, tmp_path, monkeypatch, capsys):         # noqa: F811
+    """A dry run says so too; patterns that find the same are the same."""
+    frozen = runs["frozen"]["one"] / "config.toml"
+    words = r"embed_tokens.weight rested in its run, .* --model.tune.freeze 'embed_tokens, .*gate', or start a new run"
+    go_on = "--resume", "auto", "--train.steps", "4", "--dry-run", "--model.tune.freeze"
+    with pytest.raises(SystemExit, match=words):
+        main(monkeypatch, moe_ext.train, frozen, *go_on, "layers")
+    main(monkeypatch, moe_ext.train, frozen, *go_on, r"embed, layers\.0, layers\.1\.mlp\.(gate|experts.w13)")
+    with pytest.raises(SystemExit, match="'expertz' is found in the name of no parameter"):
+        main(monkeypatch, moe_ext.plan.__main__, frozen, "--model.tune.freeze", "expertz")
+
 
 @pytest.mark.parametrize("fields, words", [
     (dict(freeze="norm, mlp.expert.w"), "tune.freeze: 'mlp.expert.w' is found in the name of no parameter; the nearest "

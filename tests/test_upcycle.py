@@ -188,6 +188,8 @@ def test_from_a_run_of_any_mesh_to_a_run(data, dense_runs, tmp_path, monkeypatch
     (["--model.heads", "2", "--model.layers", "3", "--train.steps", "9"],
      ["model.layers: the checkpoint has 2, the recipe 3", "model.heads: the checkpoint has 4, the recipe 2"]),
     (["--model.rope-base", "5"], ["model.rope_base: the checkpoint has 10000.0, the recipe 5.0"]),
+    (["--model.tune.lora-rank", "2"], ["model.tune.lora_rank is 2", "give it with --weights"]),
+    (["--model.tune.freeze", "expertz"], ["'expertz' is found in the name of no parameter"]),
     (["--noise", "-1"], ["--noise is -1.0"]),
     (["--drop", "2"], ["--drop is 2.0"]),
     (["--router-std", "0"], ["--router-std is 0.0"]),
@@ -216,6 +218,12 @@ def test_wrong_sources(data, dense_runs, tmp_path, monkeypatch, capsys):        
     (tmp_path / "file").write_text("")
     moe = run(data, tmp_path, train__steps=4, train__save_every=0, train__sample_tokens=0)
     assert "the source is an MoE of 4 experts: give a dense model" in refused(moe)
+    with monkeypatch.context() as patch:
+        state = checkpoint.read_state(dense_runs[0] / "ckpt" / "step-000006")
+        state.config["model"]["tune"]["lora_rank"] = 2
+        patch.setattr(checkpoint, "read_state", lambda _: state)
+        assert "has adapters (model.tune.lora_rank), which belong into the matrices first" in refused(
+            dense_runs[0], "--model.tune.lora-rank", "2")
     assert "usage: python -m moe_ext.upcycle DENSE" in command(monkeypatch, capsys, RECIPE)
     assert not (tmp_path / "new").exists()
     said = command(monkeypatch, capsys, dense_runs[0], RECIPE, "--out", tmp_path / "file" / "new")

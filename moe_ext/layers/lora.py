@@ -241,7 +241,19 @@ class LowRankExperts:
 @functools.cache
 def with_factors(mixin: type, plain: type) -> type:
     """The class of a module of class `plain` that has factors."""
-    return type(f"LoRA{plain.__name__}", (mixin, plain), {"plain": plain, "__module__": __name__})
+    return type(f"LoRA{plain.__name__}", (mixin, plain), {
+        "mixin": mixin, "plain": plain, "__reduce__": reduced, "__module__": __name__})
+
+
+def reduced(module):
+    """For pickle and copy, which cannot look up a class that was made here."""
+    return empty, (module.mixin, module.plain), vars(module)
+
+
+def empty(mixin: type, plain: type) -> nn.Module:
+    """A module with factors of which nothing is set yet."""
+    found = with_factors(mixin, plain)
+    return found.__new__(found)
 
 
 def kind(module: nn.Module) -> type | None:

@@ -11,6 +11,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 
+from moe_ext import tune
 from moe_ext.config import Config, parse, plain, require
 from moe_ext.model import GPT, parameter_dtype
 from moe_ext.plan import schedule, ulysses
@@ -72,10 +73,11 @@ def main() -> None:
         command.check()
         config, device = plain(command), command.peaks
         shares = SHARES._replace(compute=command.efficiency or SHARES.compute)
+        model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
+        tune.check(model)
         if command.search:
             print(found(config, command.search, device, command.per_host, shares, command.top, args[0]))
         else:
-            model = GPT(config.model, dtype=parameter_dtype(config), device="meta")
             print(plan(config, model, device, command.per_host, shares, args[0], command.pp, command.vpp))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
