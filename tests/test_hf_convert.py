@@ -302,6 +302,11 @@ def test_what_may_be_left_out_is_said(saved, tmp_path):
     said = convert.import_(changed(saved("qwen3").folder, tmp_path / "tied", tie), tmp_path / "tied-run")
     assert "the head, which is the embeddings" in said
 
+    def tie_in_eight_bits(held):
+        held["lm_head.weight"] = held["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match=r"not known: lm_head\.weight"):
+        convert.import_(changed(saved("qwen3").folder, tmp_path / "eight", tie_in_eight_bits), tmp_path / "none")
+
 
 FOLDERS = {     # what is done to a folder of four shards -> what is said
     "no index": (lambda f: (f / files.INDEX).unlink(), "model-00001-of-.*, but no model.safetensors.index.json"),
@@ -320,7 +325,17 @@ FOLDERS = {     # what is done to a folder of four shards -> what is said
     "another architecture": (lambda f: setting(f, model_type="gpt2"), "model_type is gpt2, wanted one of"),
     "quantised": (lambda f: setting(f, quantization_config={"quant_method": "fp8"}), "fp8, wanted mxfp4 or none"),
     "refused by theirs": (lambda f: setting(f, hidden_size="wide"), "config.json: transformers refuses it"),
+    "no fields": (lambda f: (f / "config.json").write_text("[]"), r"config.json is damaged \(list, wanted fields\)"),
+    "no name": (lambda f: setting(f, model_type=None), "model_type is None, wanted one of"),
+    "adapters": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "only adapters of peft: merge_"),
+    "a cache": (lambda f: (f / "config.json").rename(made(f / "snapshots" / "0a1b") / "config.json"),
+                "holds no config.json: give .*snapshots/0a1b"),
 }
+
+
+def made(folder):
+    folder.mkdir(parents=True)
+    return folder
 
 
 def cut(path, size):

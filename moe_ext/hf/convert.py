@@ -121,14 +121,20 @@ def check_transformers() -> None:
 def read_config(folder: Path):
     """-> transformers' config of a folder, without its quantisation, and that one's name ("": none). ConfigError."""
     path = folder / "config.json"
-    require(path.is_file(), f"{folder} holds no config.json: give a folder of save_pretrained or of a download from "
-            "the hub")
+    if not path.is_file():
+        adapters, cached = (folder / "adapter_config.json").is_file(), sorted(folder.glob("snapshots/*/config.json"))
+        raise ConfigError(f"{folder} holds no config.json" + (
+            ", only adapters of peft: merge_and_unload them into their model, and save_pretrained that" if adapters else
+            f": give {cached[0].parent}" if cached else
+            ": give a folder of save_pretrained or of a download from the hub"))
     try:
         raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(f"{type(raw).__name__}, wanted fields")
         method = (raw.pop("quantization_config", None) or {"quant_method": ""}).get("quant_method", "of no method")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
-    families.of(SimpleNamespace(model_type=raw.get("model_type", "")))
+    families.of(SimpleNamespace(model_type=str(raw.get("model_type"))))
     require(method in ("", "mxfp4"), f"{path}: quantization_config is {method}, wanted mxfp4 or none: load the model "
             "dequantised with transformers, and save_pretrained it")
     from transformers import AutoConfig
@@ -152,7 +158,8 @@ def account(folder: Path, family: Family, model: ModelConfig, found: dict, confi
     free = {"RoPE's frequencies, which the GPT computes": {n for n in extra if n.endswith("rotary_emb.inv_freq")},
             "multi-token prediction, which the GPT does not have": {n for n in extra if n.startswith(beyond)}}
     head, embeddings = (found.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
-    if model.tied and head and embeddings and torch.equal(head.read(), embeddings.read()):
+    if model.tied and head and embeddings and {head.dtype, embeddings.dtype} <= SHORT.keys() and torch.equal(
+            head.read(), embeddings.read()):
         free["the head, which is the embeddings"] = {"lm_head.weight"}
     extra -= set().union(*free.values())
 
@@ -199,7 +206,8 @@ def import_(source: Path, out: Path, *, seq_len: int = 0) -> str:
     if seq_len < longest:
         said.append(f"model.seq_len is {seq_len} of max_position_embeddings {longest} (--seq-len)")
     if not text:
-        said.append(f"no text, only tokens: {source} has no tokenizer.json")
+        said.append(f"no text, only tokens: {source} has no tokenizer.json (AutoTokenizer's save_pretrained "
+                    "writes one)")
     return f"{out}: " + "; ".join([*said, f"go on with --weights {out}"])
 
 
