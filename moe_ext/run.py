@@ -263,7 +263,7 @@ def carry(path: Path, folder: Path) -> None:
     """Copy to a run folder what an imported model brought along (moe_ext.hf) to the one of the checkpoint `path`."""
     source = path.absolute().parents[1] / "hf"
     if source.is_dir() and source.resolve() != (folder / "hf").resolve():
-        shutil.copytree(source, folder / "hf", dirs_exist_ok=True)
+        shutil.copytree(source, folder / "hf", ignore=shutil.ignore_patterns("*.tmp-*"), dirs_exist_ok=True)
 
 
 def set_aside(folder: Path, step: int) -> list[str]:

@@ -218,8 +218,10 @@ def whole(out: Path):
         try:
             yield work
             work.rename(out)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(work, ignore_errors=True)     # what has failed is the error to tell
+            if isinstance(error, OSError) and error.filename is None:       # such as a full disk's
+                error.filename = str(out)
             raise
 
 

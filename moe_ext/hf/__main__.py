@@ -46,7 +46,7 @@ def compare_(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]
         run: a run folder, or a checkpoint
         folder: of transformers
         tokens: of the sequence that both see; 0: 128, or model.seq_len if that is less
-        dtype: in which both compute; memory for both models in it is needed
+        dtype: in which both compute, one after the other; memory for one model in it is needed
         tolerance: of logits and loss, relative, whatever tensors differ; 0: 1e-12 in fp64, 1e-4 in fp32
     """
     said, same = compare.compare(run, folder, tokens=tokens, dtype=dtype, tolerance=tolerance)

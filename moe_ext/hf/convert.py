@@ -56,7 +56,7 @@ from moe_ext.upcycle import source_of, whole
 
 TRIED = "5.24.0"        # of transformers
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",
-             "spiece.model", "chat_template*")
+             "*.model", "tekken.json", "chat_template*", "additional_chat_templates/*")
 LICENSE = ("LICENSE*", "NOTICE*")
 SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}   # the dtypes that parameters may have
 LONG = {short: long for long, short in SHORT.items()}
@@ -196,6 +196,7 @@ def import_(source: Path, out: Path, *, seq_len: int = 0) -> str:
         total = write_checkpoint(work / "ckpt", config, theirs)
         write(work, "config.toml", dumps(config).encode())
         if text:
+            load_tokenizer(source / "tokenizer.json")       # ConfigError if it is none
             copy_files(source, work, ("tokenizer.json",))
         (work / "hf").mkdir()
         copy_files(source, work / "hf", ("config.json", "generation_config.json", *TOKENIZER, *LICENSE))
@@ -253,6 +254,8 @@ def export(source: Path, out: Path, *, dtype: str = "", layout: str = "", max_sh
             f"{did_you_mean(dtype, LONG)}")
     room, path = read_size(max_shard_size), source_of(source)
     run = path.absolute().parents[1]
+    require(out.resolve() != (run / "hf").resolve(), f"--out {out} is where a run keeps what an import brought: choose "
+            "another folder")
     with whole(out) as work:
         check_transformers()
         config = build(Config, checkpoint.read_state(path).config)
@@ -427,7 +430,9 @@ def write_configs(work: Path, family: Family, model: ModelConfig, origin: Origin
 # ---- both ------------------------------------------------------------------------------------------------------------
 def copy_files(folder: Path, to: Path, patterns: tuple[str, ...]) -> None:
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, to / path.name)
+        target = to / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def usual(dtypes: dict[str, str]) -> str:
