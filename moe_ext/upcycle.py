@@ -220,7 +220,7 @@ def whole(out: Path):
             work.rename(out)
         except BaseException as error:
             shutil.rmtree(work, ignore_errors=True)     # what has failed is the error to tell
-            if isinstance(error, OSError) and error.filename is None:       # such as a full disk's
+            if isinstance(error, OSError) and error.strerror and error.filename is None:    # such as a full disk's
                 error.filename = str(out)
             raise
 
