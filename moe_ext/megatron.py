@@ -532,7 +532,9 @@ def main() -> None:
     usage = ("usage: python -m moe_ext.megatron export RUN_OR_CHECKPOINT --out FOLDER\n"
              "       python -m moe_ext.megatron import FOLDER RECIPE.toml --out RUN   (--help lists every field)")
     try:
-        if args[:1] == ["export"] and len(args) == 4 and args[2] == "--out":
+        if args in (["-h"], ["--help"]):
+            print(usage)
+        elif args[:1] == ["export"] and len(args) == 4 and args[2] == "--out":
             print(export(Path(args[1]), Path(args[3])))
         elif args[:1] == ["import"] and len(args) > 2 and not args[1].startswith("-"):
             command = parse(args[2:], Command, "moe_ext.megatron import FOLDER")

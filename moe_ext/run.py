@@ -280,7 +280,7 @@ def carry(path: Path, folder: Path) -> None:
     source = path.absolute().parents[1] / "hf"
     if source.is_dir() and source.resolve() != (folder / "hf").resolve():
         shutil.rmtree(folder / "hf", ignore_errors=True)
-        shutil.copytree(source, folder / "hf", dirs_exist_ok=True)
+        shutil.copytree(source, folder / "hf", ignore=shutil.ignore_patterns("*.tmp-*"))
 
 
 def set_aside(folder: Path, step: int) -> list[str]:

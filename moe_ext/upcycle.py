@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from types import SimpleNamespace
 
 import torch
 
+import moe_ext
 from moe_ext import checkpoint
 from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, build, dumps, parse, plain, require
 from moe_ext.layers.fused import MLP, FusedMoE, norm_power, site
@@ -216,20 +219,48 @@ def fill(work: Path, out: Path, source: Path, model: GPT, config: Config) -> Non
 
 @contextmanager
 def whole(out: Path):
-    """A folder to fill, which then becomes `out`, or vanishes if anything fails. ConfigError if there is no place."""
-    require(not out.exists(), f"--out {out} exists: choose another folder, or delete it")
+    """A folder to fill, which then becomes `out`, or vanishes if anything fails or a signal ends the process.
+    ConfigError if there is no place."""
+    require(not os.path.lexists(out), f"--out {out} exists: choose another folder, or delete it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=out.name + ".tmp-", dir=out.parent))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}: choose another folder") from None
     work.chmod(0o755)
+    with ending(lambda: shutil.rmtree(work, ignore_errors=True)):
+        try:
+            yield work
+            work.rename(out)
+        except BaseException as error:
+            shutil.rmtree(work, ignore_errors=True)     # what has failed is the error to tell
+            if isinstance(error, OSError) and error.strerror and error.filename is None:    # such as a full disk's
+                error.filename = str(out)
+            raise
+
+
+@contextmanager
+def ending(clean):
+    """Inside, SIGTERM, SIGHUP and the Ctrl-C of moe_ext's commands call `clean` before they end the process as they do
+    otherwise: at once, for an exception could be swallowed by what is interrupted. Other handlers stay, such as
+    Python's, which raises KeyboardInterrupt."""
+    known = signal.SIG_DFL, vars(moe_ext).get("interrupted", signal.SIG_DFL)
+    ends = {number: handler for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+            if (handler := signal.getsignal(number)) in known}
+
+    def end(number, frame):
+        clean()
+        signal.signal(number, ends[number])
+        signal.raise_signal(number)
+
+    mine = ends if threading.current_thread() is threading.main_thread() else ()    # others may set none
+    for number in mine:
+        signal.signal(number, end)
     try:
-        yield work
-        work.rename(out)
-    except BaseException:
-        shutil.rmtree(work)
-        raise
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, ends[number])
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
 """moe_ext.hf: whole checkpoints of transformers in, out and compared; what does not fit is refused, none half made."""
+import errno
 import json
 import shutil
 import sys
@@ -196,7 +197,9 @@ def test_a_run_begins_with_the_imported_weights_and_its_tokenizer_goes_along(sav
     grown.save_pretrained(folder)
     shutil.copyfile(data / "tokenizer.json", folder / "tokenizer.json")
     for name, text in {"tokenizer_config.json": '{"eos_token": "def", "tokenizer_class": "PreTrainedTokenizerFast"}',
-                       "chat_template.jinja": "{{ messages }}", "LICENSE": "free", "README.md": "a card"}.items():
+                       "chat_template.jinja": "{{ messages }}", "LICENSE": "free", "README.md": "a card",
+                       "additional_chat_templates/tool.jinja": "{{ tools }}", "spm.model": "pieces"}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     said = convert.import_(folder, tmp_path / "run", seq_len=16)
     assert f"model.seq_len is 16 of max_position_embeddings {config['max_position_embeddings']}" in said
@@ -207,7 +210,8 @@ def test_a_run_begins_with_the_imported_weights_and_its_tokenizer_goes_along(sav
     assert "weights from" in log and "sample: def " in log
     convert.export(run, tmp_path / "out")
     out = tmp_path / "out"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "generation_config.json",
+                 "additional_chat_templates/tool.jinja", "spm.model"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert not (out / "README.md").exists()
     written = json.loads((out / "config.json").read_text())
@@ -302,6 +306,11 @@ def test_what_may_be_left_out_is_said(saved, tmp_path):
     said = convert.import_(changed(saved("qwen3").folder, tmp_path / "tied", tie), tmp_path / "tied-run")
     assert "the head, which is the embeddings" in said
 
+    def tie_in_eight_bits(held):
+        held["lm_head.weight"] = held["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match=r"not known: lm_head\.weight"):
+        convert.import_(changed(saved("qwen3").folder, tmp_path / "eight", tie_in_eight_bits), tmp_path / "none")
+
 
 FOLDERS = {     # what is done to a folder of four shards -> what is said
     "no index": (lambda f: (f / files.INDEX).unlink(), "model-00001-of-.*, but no model.safetensors.index.json"),
@@ -320,7 +329,19 @@ FOLDERS = {     # what is done to a folder of four shards -> what is said
     "another architecture": (lambda f: setting(f, model_type="gpt2"), "model_type is gpt2, wanted one of"),
     "quantised": (lambda f: setting(f, quantization_config={"quant_method": "fp8"}), "fp8, wanted mxfp4 or none"),
     "refused by theirs": (lambda f: setting(f, hidden_size="wide"), "config.json: transformers refuses it"),
+    "no fields": (lambda f: (f / "config.json").write_text("[]"), r"config.json is damaged \(list, wanted fields\)"),
+    "no name": (lambda f: setting(f, model_type=None), "model_type is None, wanted one of"),
+    "a tokenizer of LFS": (lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com"),
+                           "tokenizer.json is no tokenizer"),
+    "adapters": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "only adapters of peft: merge_"),
+    "a cache": (lambda f: (f / "config.json").rename(made(f / "snapshots" / "0a1b") / "config.json"),
+                "holds no config.json: give .*snapshots/0a1b"),
 }
+
+
+def made(folder):
+    folder.mkdir(parents=True)
+    return folder
 
 
 def cut(path, size):
@@ -382,6 +403,14 @@ def test_what_is_there_stays_and_an_interruption_leaves_nothing(saved, tmp_path,
             patch.setattr(files.Stored, "read", read)
             action(tmp_path / "new")
         assert [path.name for path in tmp_path.iterdir()] == ["out"] and [p.name for p in out.iterdir()] == ["mine"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")      # as a write does, without a name
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*new"):
+        patch.setattr(files, "write", full)
+        convert.export(there.run, tmp_path / "new")
+    with pytest.raises(ConfigError, match="hf is where a run keeps what an import brought"):
+        convert.export(run_of(there, tmp_path / "run"), tmp_path / "run" / "hf")
 
 
 def test_versions_of_transformers(monkeypatch, recwarn):

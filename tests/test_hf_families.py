@@ -90,6 +90,8 @@ def test_a_published_dense_config():
     read = families.of(config).read(config)
     assert (read.rope_stretch, read.rope_scale, read.rope_context) == ("llama3", 8.0, 8192)
     assert GPT(read, device="meta").num_parameters()[0] == 8_030_261_248
+    older = config_of(LLAMA_31_8B, rope_scaling={"type": "linear", "factor": 4.0})
+    assert (families.of(older).read(older).rope_stretch, families.of(older).read(older).rope_scale) == ("linear", 4.0)
 
 
 @pytest.mark.parametrize("fields, changed, words", [

@@ -340,6 +340,7 @@ def test_the_commands(made, tmp_path, monkeypatch, capsys):
     for args in ((), ("export",), ("import", tmp_path / "out"), ("import", tmp_path / "out", recipe), ("move", "a")):
         with pytest.raises(SystemExit, match=r"usage|--out RUN"):
             run(*args)
+    assert "import FOLDER RECIPE.toml" in run("--help")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """moe_ext.upcycle: an MoE that begins as the dense model it was made of, from a checkpoint of any mesh."""
 
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 
@@ -238,3 +240,25 @@ def test_a_save_that_fails_leaves_nothing(dense_runs, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         upcycle.convert(dense_runs[0], load(RECIPE), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_signal_leaves_nothing_half_made(tmp_path, monkeypatch, number, status):
+    """As in a command, whose Ctrl-C moe_ext ends without an exception."""
+    def interrupted(number, frame):
+        os._exit(130)
+    before = signal.getsignal(signal.SIGINT)
+    if (pid := os.fork()) == 0:
+        try:
+            monkeypatch.setattr(moe_ext, "interrupted", interrupted, raising=False)
+            signal.signal(signal.SIGINT, interrupted)
+            with upcycle.whole(tmp_path / "out") as work:
+                (work / "half").write_text("")
+                signal.raise_signal(number)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGINT) is before
+    with upcycle.whole(tmp_path / "out"):
+        pass
+    assert signal.getsignal(signal.SIGINT) is before and (tmp_path / "out").is_dir()

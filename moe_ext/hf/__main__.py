@@ -1,5 +1,4 @@
 """`python -m moe_ext.hf import | export | compare`."""
-import signal
 import sys
 from pathlib import Path
 from typing import Literal
@@ -47,7 +46,7 @@ def compare_(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]
         run: a run folder, or a checkpoint
         folder: of transformers
         tokens: of the sequence that both see; 0: 128, or model.seq_len if that is less
-        dtype: in which both compute; memory for both models in it is needed
+        dtype: in which both compute, one after the other; memory for one model in it is needed
         tolerance: of logits and loss, relative, whatever tensors differ; 0: 1e-12 in fp64, 1e-4 in fp32
     """
     said, same = compare.compare(run, folder, tokens=tokens, dtype=dtype, tolerance=tolerance)
@@ -57,15 +56,11 @@ def compare_(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]
 
 
 def main() -> None:
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:       # as in the background of a script
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # the package's own leaves what is half made
     try:
         tyro.extras.subcommand_cli_from_dict({"import": import_, "export": export, "compare": compare_},
                                              prog="python -m moe_ext.hf")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was left behind")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ from moe_ext.upcycle import source_of, whole
 
 TRIED = "5.24.0"        # of transformers
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",
-             "spiece.model", "chat_template*")
+             "*.model", "tekken.json", "chat_template*", "additional_chat_templates/*")
 LICENSE = ("LICENSE*", "NOTICE*")
 SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}   # the dtypes that parameters may have
 LONG = {short: long for long, short in SHORT.items()}
@@ -121,14 +121,20 @@ def check_transformers() -> None:
 def read_config(folder: Path):
     """-> transformers' config of a folder, without its quantisation, and that one's name ("": none). ConfigError."""
     path = folder / "config.json"
-    require(path.is_file(), f"{folder} holds no config.json: give a folder of save_pretrained or of a download from "
-            "the hub")
+    if not path.is_file():
+        adapters, cached = (folder / "adapter_config.json").is_file(), sorted(folder.glob("snapshots/*/config.json"))
+        raise ConfigError(f"{folder} holds no config.json" + (
+            ", only adapters of peft: merge_and_unload them into their model, and save_pretrained that" if adapters else
+            f": give {cached[0].parent}" if cached else
+            ": give a folder of save_pretrained or of a download from the hub"))
     try:
         raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(f"{type(raw).__name__}, wanted fields")
         method = (raw.pop("quantization_config", None) or {"quant_method": ""}).get("quant_method", "of no method")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
-    families.of(SimpleNamespace(model_type=raw.get("model_type", "")))
+    families.of(SimpleNamespace(model_type=str(raw.get("model_type"))))
     require(method in ("", "mxfp4"), f"{path}: quantization_config is {method}, wanted mxfp4 or none: load the model "
             "dequantised with transformers, and save_pretrained it")
     from transformers import AutoConfig
@@ -152,7 +158,8 @@ def account(folder: Path, family: Family, model: ModelConfig, found: dict, confi
     free = {"RoPE's frequencies, which the GPT computes": {n for n in extra if n.endswith("rotary_emb.inv_freq")},
             "multi-token prediction, which the GPT does not have": {n for n in extra if n.startswith(beyond)}}
     head, embeddings = (found.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
-    if model.tied and head and embeddings and torch.equal(head.read(), embeddings.read()):
+    if model.tied and head and embeddings and {head.dtype, embeddings.dtype} <= SHORT.keys() and torch.equal(
+            head.read(), embeddings.read()):
         free["the head, which is the embeddings"] = {"lm_head.weight"}
     extra -= set().union(*free.values())
 
@@ -189,6 +196,7 @@ def import_(source: Path, out: Path, *, seq_len: int = 0) -> str:
         total = write_checkpoint(work / "ckpt", config, theirs)
         write(work, "config.toml", dumps(config).encode())
         if text:
+            load_tokenizer(source / "tokenizer.json")       # ConfigError if it is none
             copy_files(source, work, ("tokenizer.json",))
         (work / "hf").mkdir()
         copy_files(source, work / "hf", ("config.json", "generation_config.json", *TOKENIZER, *LICENSE))
@@ -199,7 +207,8 @@ def import_(source: Path, out: Path, *, seq_len: int = 0) -> str:
     if seq_len < longest:
         said.append(f"model.seq_len is {seq_len} of max_position_embeddings {longest} (--seq-len)")
     if not text:
-        said.append(f"no text, only tokens: {source} has no tokenizer.json")
+        said.append(f"no text, only tokens: {source} has no tokenizer.json (AutoTokenizer's save_pretrained "
+                    "writes one)")
     return f"{out}: " + "; ".join([*said, f"go on with --weights {out}"])
 
 
@@ -245,6 +254,8 @@ def export(source: Path, out: Path, *, dtype: str = "", layout: str = "", max_sh
             f"{did_you_mean(dtype, LONG)}")
     room, path = read_size(max_shard_size), source_of(source)
     run = path.absolute().parents[1]
+    require(out.resolve() != (run / "hf").resolve(), f"--out {out} is where a run keeps what an import brought: choose "
+            "another folder")
     with whole(out) as work:
         check_transformers()
         config = build(Config, checkpoint.read_state(path).config)
@@ -419,7 +430,9 @@ def write_configs(work: Path, family: Family, model: ModelConfig, origin: Origin
 # ---- both ------------------------------------------------------------------------------------------------------------
 def copy_files(folder: Path, to: Path, patterns: tuple[str, ...]) -> None:
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, to / path.name)
+        target = to / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def usual(dtypes: dict[str, str]) -> str:

@@ -84,6 +84,8 @@ def read_rope(c: dict) -> dict:
     rope = {name: value for name, value in c["rope_parameters"].items() if value is not None}
     kind, base = rope.pop("rope_type", "default"), float(rope.pop("rope_theta"))
     ours = {"rope_base": base, "rope_fraction": float(rope.pop("partial_rotary_factor", 1.0))}
+    if rope.get("type") == kind:        # its name in older configs
+        del rope["type"]
     if kind != "default":
         require(kind in STRETCHES, f"rope_type is {kind}, the GPT has default, {', '.join(STRETCHES)}")
         context = rope.pop("original_max_position_embeddings", c["max_position_embeddings"])
