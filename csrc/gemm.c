@@ -23,9 +23,9 @@
 // One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], fewer rows for many
 // threads. Its loops, outside in:
 //   row tiles (L2) > chunks of the sum > panels of B (L1) > panels of A (L2)
-// and B stays packed over the row tiles if it fits into BYTES_B. Rows of one panel
-// of A, as in generation, take B panel by panel, while it is in L1. Each element is one sum in one order, chunk by chunk,
-// whatever the number of threads. Tasks come from a queue; here no task waits for another.
+// and B stays packed over the row tiles if it fits into BYTES_B. Rows of one panel of A, as in generation, take B panel by
+// panel, while it is in L1. Each element is one sum in one order, chunk by chunk, whatever the number of threads. Tasks
+// come from a queue; here no task waits for another.
 #include "gemm.h"
 #include <stdatomic.h>
 #include <string.h>

@@ -27,12 +27,14 @@ static int64_t pieces_n, pieces_room;
 static char *up(char *p)   { return (char *)(((uintptr_t)p + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1)); }
 static char *down(char *p) { return (char *)((uintptr_t)p & ~(uintptr_t)(HUGE_PAGE - 1)); }
 
+#ifdef __SANITIZE_ADDRESS__
+static void reserve(void) {}
+#else
 // A fork waits for a call of another thread to end, so that the child finds the list whole.
 static void before_fork(void) { pthread_mutex_lock(&lock); }
 static void after_fork(void)  { pthread_mutex_unlock(&lock); }
 
 static void reserve(void) {
-#ifndef __SANITIZE_ADDRESS__
     struct rlimit addresses;
     if (getrlimit(RLIMIT_AS, &addresses) || addresses.rlim_cur != RLIM_INFINITY) return;
     const size_t size = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
@@ -43,8 +45,8 @@ static void reserve(void) {
 #ifdef MADV_HUGEPAGE
     madvise(base, (size_t)(limit - base), MADV_HUGEPAGE);   // a system without them loses nothing
 #endif
-#endif
 }
+#endif
 
 static char *end_of(int64_t i) { return i + 1 < pieces_n ? pieces[i + 1].begin : top; }
 

@@ -24,6 +24,7 @@ STORED = {
     "w13 of four": lambda gate, up, down: (torch.stack([gate, up], 1), None, down),
     "alternating": lambda gate, up, down: (
         torch.stack([gate.mT, up.mT], 3).flatten(2).unflatten(2, (-1, 2)).permute(0, 3, 2, 1), None, down),
+    "alternating halves": lambda gate, up, down: (*torch.stack([gate.mT, up.mT], 3).permute(3, 0, 2, 1), down),
     "transposed": lambda *weights: tuple(w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights),
 }
 
@@ -91,6 +92,11 @@ def test_stored_weights(stored, name, dtype, device):
     case = next(c for c in CASES if c.name == name)
     for biases in ((), BIASES):
         check_expert_mlp(ops, case, dtype, device, biases=biases, stored=stored)
+
+
+@pytest.mark.parametrize("stored", ["alternating", "alternating halves"])
+def test_alternating_weights_of_more_than_a_tile(stored, dtype, device):
+    check_expert_mlp(ops, Case("wide", Shape(3, 8, 530, 2, 2), "random"), dtype, device, biases=BIASES, stored=stored)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
