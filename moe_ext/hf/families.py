@@ -159,6 +159,7 @@ COMMON = (
     Rule(("rope_parameters",), read_rope, write_rope),
     only("hidden_act", "silu"), only("attention_dropout", 0.0),
     free("model_type", "architectures", "transformers_version", "dtype", "_name_or_path", "return_dict", "use_cache",
+         "tokenizer_class", "torchscript", "unsloth_version", "unsloth_fixed",
          "problem_type", "id2label", "label2id", "is_encoder_decoder", "chunk_size_feed_forward", "output_attentions",
          "output_hidden_states", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
