@@ -52,4 +52,9 @@ PY
 
 venv/bin/python resume.py 2> stderr | grep -v "^{" | tee found || { cat stderr; exit 1; }
 diff found - <<'SEEN' && echo "as it was seen"
+self_attn.q_proj: equals the run that was not interrupted False, nearer to the fresh model's random values False
+mlp.gate: equals the run that was not interrupted False, nearer to the fresh model's random values False
+experts.gate_up_proj: equals the run that was not interrupted False, nearer to the fresh model's random values True
+experts.down_proj: equals the run that was not interrupted False, nearer to the fresh model's random values True
+from_pretrained of a checkpoint has its experts: True
 SEEN
