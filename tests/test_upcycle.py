@@ -161,7 +161,8 @@ def test_from_a_run_of_any_mesh_to_a_run(data, dense_runs, tmp_path, monkeypatch
         said = command(monkeypatch, capsys, source, *options, "--out", out)
         assert f"2 layers of 4 experts, each one of 2 slices of the dense MLP of {source}" in said
         assert "computes exactly what that does" in said and f"--weights {out}" in said
-        assert sorted(path.name for path in out.iterdir()) == ["ckpt", "config.toml", "tokenizer.json"]
+        assert sorted(path.name for path in out.iterdir()) == ["ckpt", "config.toml", "tokenizer.json",
+                                                                "tokenizer.sha256"]
         was, now = load_run(dense_runs[number % 2]), load_run(out)
         assert now.step == 0 and now.config.log.name == out.name
         loss = evaluate(was.model, was.config, valid)
