@@ -20,14 +20,12 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pickle
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -41,12 +39,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from moe_ext import checkpoint
 from moe_ext.checkpoint import CheckpointError
-from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, build, dumps, parse, plain, require
+from moe_ext.config import Config, ConfigError, ModelConfig, MoEConfig, build, parse, plain, require
 from moe_ext.layers.fused import norm_power
 from moe_ext.model import GPT, parameter_dtype
-from moe_ext.optim import build_optimizer
-from moe_ext.run import absolute, write
-from moe_ext.upcycle import source_of, whole
+from moe_ext.upcycle import fill, source_of, whole
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
           "common_backend_version": 1}
@@ -516,12 +512,7 @@ def convert(folder: Path, config: Config, out: Path) -> str:
         return place.split(theirs.view(place.shape), [ours[name].shape for name in place.names])
 
     with whole(out) as work:
-        parent, name = os.path.split(os.path.abspath(out))
-        config = absolute(replace(config, log=replace(config.log, folder=parent, name=name)))
-        checkpoint.save(work / "ckpt", model=model, optimizer=build_optimizer(model, config.optim), step=0,
-                        loader=SimpleNamespace(state_dict=dict), config=asdict(config),
-                        source=lambda name: tensors(where[name])[name.removeprefix("model.")])
-        write(work, "config.toml", dumps(config).encode())
+        fill(work, out, model, config, source=lambda name: tensors(where[name])[name.removeprefix("model.")])
     left = len({name for name in stored.tensors if BESIDE.fullmatch(name)})
     return (f"{out}: {len(where)} tensors of {folder}; {left} of its optimizer, random numbers and TransformerEngine "
             f"not taken. Go on with --weights {out}")

@@ -58,7 +58,7 @@ def merge(source: Path, out: Path) -> str:
         checkpoint.load(source, model=model)
         merge_lora(model)
         model.requires_grad_(True)
-        fill(work, out, source, model, replace(config, model=replace(config.model, tune=TuneConfig())))
+        fill(work, out, model, replace(config, model=replace(config.model, tune=TuneConfig())), like=source)
         carry(source, work)
     return f"{out}: the model of {source} without adapters, which computes the same. Go on with --weights {out}"
 

@@ -188,7 +188,7 @@ def convert(source: Path, config: Config, out: Path, **options) -> str:
         tune.check(moe)
         checkpoint.load(source, model=dense)
         upcycle(dense, moe, seed=config.train.seed, **options)
-        fill(work, out, source, moe, config)
+        fill(work, out, moe, config, like=source)
     exact = weight_sum(config.model.moe)[1] and not options.get("noise") and not options.get("drop")
     kind = "a copy of the dense MLP" if g == 1 else f"one of {g} slices of the dense MLP"
     return (f"{out}: {len(moe.moe_layers())} layers of {config.model.moe.experts} experts, each {kind} of {source}; it "
@@ -203,16 +203,16 @@ def empty(config: Config) -> GPT:
     return model
 
 
-def fill(work: Path, out: Path, source: Path, model: GPT, config: Config) -> None:
+def fill(work: Path, out: Path, model: GPT, config: Config, *, like: Path | None = None, source=None) -> None:
     """Make `work` the run folder that `out` shall be: a checkpoint of step 0, the config, and which tokenizer the run
-    of the checkpoint `source` has."""
+    of the checkpoint `like` has. source: as checkpoint.save takes it."""
     folder, name = os.path.split(os.path.abspath(out))
     config = absolute(replace(config, log=replace(config.log, folder=folder, name=name)))
     checkpoint.save(work / "ckpt", model=model, optimizer=build_optimizer(model, config.optim), step=0,
-                    loader=SimpleNamespace(state_dict=dict), config=asdict(config))
+                    loader=SimpleNamespace(state_dict=dict), config=asdict(config), source=source)
     write(work, "config.toml", dumps(config).encode())
-    for name in ("tokenizer.json", "tokenizer.sha256"):
-        file = source.absolute().parents[1] / name
+    for name in ("tokenizer.json", "tokenizer.sha256") if like else ():
+        file = like.absolute().parents[1] / name
         if file.is_file():
             write(work, name, file.read_bytes())
 

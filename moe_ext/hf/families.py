@@ -315,30 +315,33 @@ def differences(model: ModelConfig, other: ModelConfig) -> list[tuple[str, objec
     return [(name, mine.get(name), there.get(name)) for name in mine | there if mine.get(name) != there.get(name)]
 
 
-SEPARATE = Layout(one_by_one("gate_proj", "up_proj", "down_proj"))
-FUSED = Layout(fused)
-DENSE_ONLY = {"experts": SEPARATE}      # there are none, in whatever layout
+def layouts(*names: tuple[str, str]) -> dict[str, Layout]:
+    """Both, with experts in the usual names; names: (ours, theirs) of whatever else is named otherwise."""
+    return {"experts": Layout(one_by_one("gate_proj", "up_proj", "down_proj"), dict(names)),
+            "fused": Layout(fused, dict(names))}
+
+
+DENSE_ONLY = {"experts": layouts()["experts"]}      # there are none, in whatever layout
 
 FAMILIES = {family.model_type: family for family in (
     Family("qwen3_moe", (
         *MOE, BALANCE, NORM, DENSE, read_bias("attention_bias", "all"), same("intermediate_size", "hidden"),
         same("num_local_experts", "moe.experts"), same("moe_intermediate_size", "moe.hidden"), WINDOW,
         Rule(("use_sliding_window", "max_window_layers"), lambda c: {}, lambda m: {"use_sliding_window": m.window > 0}),
-        always(qk_norm=True)), {"experts": SEPARATE, "fused": FUSED}),
+        always(qk_norm=True)), layouts()),
     Family("qwen2_moe", (
         *MOE, BALANCE, NORM, DENSE, read_bias("qkv_bias", "qkv"), same("intermediate_size", "hidden"),
         same("num_experts", "moe.experts"), same("moe_intermediate_size", "moe.hidden"), WINDOWS,
         same("shared_expert_intermediate_size", "moe.shared_hidden"), always(moe={"shared_gate": True})),
-        {"experts": Layout(SEPARATE.parts, {".shared.": ".shared_expert.", ".shared_gate.": ".shared_expert_gate."}),
-         "fused": Layout(fused, {".shared.": ".shared_expert.", ".shared_gate.": ".shared_expert_gate."})}),
+        layouts((".shared.", ".shared_expert."), (".shared_gate.", ".shared_expert_gate."))),
     Family("olmoe", (
         *MOE, BALANCE, NORM, read_bias("attention_bias", "all"), same("num_experts", "moe.experts"),
         same("intermediate_size", "moe.hidden"), only("clip_qkv", None), always(qk_norm=True, qk_norm_over="width")),
-        {"experts": SEPARATE, "fused": FUSED}),
+        layouts()),
     Family("mixtral", (
         *MOE, BALANCE, WINDOW, same("num_local_experts", "moe.experts"), same("intermediate_size", "moe.hidden"),
         only("router_jitter_noise", 0.0), always(attention_bias="none", moe={"score": "topk_softmax", "norm_p": 0.0})),
-        {"experts": Layout(one_by_one("w1", "w3", "w2"), {".mlp.": ".block_sparse_moe."}), "fused": FUSED}),
+        {"experts": Layout(one_by_one("w1", "w3", "w2"), {".mlp.": ".block_sparse_moe."}), "fused": Layout(fused)}),
     Family("glm4_moe", (
         *MOE, NORM, read_bias("attention_bias", "qkv"), same("intermediate_size", "hidden"),
         same("n_routed_experts", "moe.experts"), same("moe_intermediate_size", "moe.hidden"),
@@ -346,10 +349,7 @@ FAMILIES = {family.model_type: family for family in (
         same("n_group", "moe.groups"), same("topk_group", "moe.top_groups"),
         same("first_k_dense_replace", "moe.dense_layers"), same("use_qk_norm", "qk_norm"),
         free("num_nextn_predict_layers"), always(moe={"score": "sigmoid", "select_bias_rate": 0.001})),
-        {"experts": Layout(SEPARATE.parts, {".shared.": ".shared_experts.",
-                                            ".select_bias_E": ".gate.e_score_correction_bias"}),
-         "fused": Layout(fused, {".shared.": ".shared_experts.",
-                                 ".select_bias_E": ".gate.e_score_correction_bias"})}),
+        layouts((".shared.", ".shared_experts."), (".select_bias_E", ".gate.e_score_correction_bias"))),
     Family("gpt_oss", (
         *MOE, BALANCE, WINDOWS, read_bias("attention_bias", "all"), same("num_local_experts", "moe.experts"),
         same("intermediate_size", "moe.hidden"), only("swiglu_alpha", 1.702), only("swiglu_limit", 7.0),

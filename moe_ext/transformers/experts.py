@@ -87,16 +87,13 @@ def experts_forward(experts, hidden_states, top_k_index, top_k_weights, *, num_c
     dtype = torch.promote_types(up.dtype, down.dtype)
     x = hidden_states.to(dtype)
     up, down, up_bias, down_bias = (None if p is None else p.to(dtype) for p in (up, down, up_bias, down_bias))
-    weights = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    E, act = len(up), fused_act(experts)
-    if experts._is_expert_parallel:
-        top_k_index = top_k_index.masked_fill(top_k_index >= E, -1)
-    index = ops.route_index(top_k_index, E)
+    weights, index = routed(experts, top_k_index, top_k_weights, len(up), dtype)
+    act = fused_act(experts)
     if act is None:
-        y = composed(experts, x, up, down, up_bias, down_bias, weights, index)
+        y = composed(experts, x, (up, up_bias), (down, down_bias), weights, index)
     else:
-        if experts._is_expert_parallel and num_copies is None:
-            num_copies = index.bins_E[-1].item()
+        if num_copies is None:
+            num_copies = copies_of(experts, index)
         if not experts.is_concatenated:
             up = up.unflatten(1, (-1, 2)).transpose(1, 2)
             up_bias = None if up_bias is None else up_bias.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
@@ -105,19 +102,36 @@ def experts_forward(experts, hidden_states, top_k_index, top_k_weights, *, num_c
     return y.to(hidden_states.dtype)
 
 
-def composed(experts, x_TD, up, down, up_bias, down_bias, weights_TK, index):
-    """The same with the module's own activation and norm. Rows of skipped copies come last and stay out of all sums."""
+def routed(experts, top_k_index, top_k_weights, num_experts, dtype):
+    """-> the weights in the dtype that ops take beside products in `dtype`, and the routing index of this module's own
+    experts."""
+    if experts._is_expert_parallel:
+        top_k_index = top_k_index.masked_fill(top_k_index >= num_experts, -1)
+    weights = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return weights, ops.route_index(top_k_index, num_experts)
+
+
+def copies_of(experts, index):
+    """How many copies are this module's own; None: all."""
+    return index.bins_E[-1].item() if experts._is_expert_parallel else None
+
+
+def composed(experts, x_TD, up, down, weights_TK, index, scale=1.0):
+    """The same with the module's own activation and norm. Rows of skipped copies come last and stay out of all sums.
+    up, down: matrix and bias, and low-rank factors a and c with their scale if there are any (lora.py)."""
     order, bins, K = index.order_N, index.bins_E, weights_TK.shape[1]
 
-    def linear(x_NI, w_EOI, bias_EO):
+    def linear(x_NI, w_EOI, bias_EO, a_ErI=None, c_EOr=None):
         y_NO = ops.grouped_gemm(x_NI, w_EOI.transpose(1, 2), bins)
+        if a_ErI is not None:
+            u_Nr = ops.grouped_gemm(x_NI, a_ErI.transpose(1, 2), bins) * scale
+            y_NO = y_NO + ops.grouped_gemm(u_Nr, c_EOr.transpose(1, 2), bins)
         if bias_EO is None:
             return y_NO
         return y_NO + ops.grouped_gemm(x_NI.new_ones(len(x_NI), 1), bias_EO[:, None], bins)
 
-    h_NU = linear(ops.gather(x_TD, order, None, bins, K), up, up_bias)
-    a_NF = experts._apply_gate(h_NU) if experts.has_gate else experts.act_fn(h_NU)
-    y_ND = linear(a_NF, down, down_bias)
+    h_NU = linear(ops.gather(x_TD, order, None, bins, K), *up)
+    y_ND = linear(experts._apply_gate(h_NU) if experts.has_gate else experts.act_fn(h_NU), *down)
     if experts.has_post_expert_norm:
         y_ND = experts.post_expert_norm(y_ND)
     return ops.scatter(y_ND, order, None, weights_TK.flatten(), bins, K)

@@ -23,10 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moe_ext import ops
 from moe_ext.layers import lora
 from moe_ext.layers.lora import computed_dtype, has_lora, is_factor, lora_state_dict, low_rank_expert_mlp
-from moe_ext.transformers.experts import fused_act, parameters_of
+from moe_ext.transformers.experts import composed, copies_of, fused_act, parameters_of, routed
 
 __all__ = ["add_lora", "load_lora", "lora_state_dict", "merge_lora", "save_lora"]
 
@@ -56,36 +55,15 @@ class LowRankFusedExperts:
         factors = (getattr(self, f"{pair}_{suffix}", None) for pair in self.pairs_of(self).values() for suffix in "AB")
         up, down, up_bias, down_bias, a13, c13, a2, c2 = (
             None if p is None else p.to(dtype) for p in (up, down, up_bias, down_bias, *factors))
-        weights = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        x, act, copies = hidden_states.to(dtype), fused_act(self), None
-        if self._is_expert_parallel:
-            top_k_index = top_k_index.masked_fill(top_k_index >= len(up), -1)
-        index = ops.route_index(top_k_index, len(up))
-        if act is None:
-            y = self.composed(x, (up, up_bias, a13, c13), (down, down_bias, a2, c2), weights, index)
+        weights, index = routed(self, top_k_index, top_k_weights, len(up), dtype)
+        x, act = hidden_states.to(dtype), fused_act(self)
+        if act is None:     # for which autograd keeps more
+            y = composed(self, x, (up, up_bias, a13, c13), (down, down_bias, a2, c2), weights, index, self.lora_scale)
         else:
-            copies = index.bins_E[-1].item() if self._is_expert_parallel else None
             y = low_rank_expert_mlp(x, up, down, weights, index, a13=a13, c13=c13, a2=a2, c2=c2, b13=up_bias,
-                                    b2=down_bias, scale=self.lora_scale, act=act, num_copies=copies,
+                                    b2=down_bias, scale=self.lora_scale, act=act, num_copies=copies_of(self, index),
                                     in_turns=self.has_gate and not self.is_concatenated)
         return y.to(hidden_states.dtype)
-
-    def composed(self, x_TD, up, down, weights_TK, index):
-        """The same with the module's own activation and norm, for which autograd keeps more."""
-        order, bins, K = index.order_N, index.bins_E, weights_TK.shape[1]
-
-        def linear(x_NI, w, b, a, c):
-            y_NO = ops.grouped_gemm(x_NI, w.transpose(1, 2), bins)
-            if a is not None:
-                u_Nr = ops.grouped_gemm(x_NI, a.transpose(1, 2), bins) * self.lora_scale
-                y_NO = y_NO + ops.grouped_gemm(u_Nr, c.transpose(1, 2), bins)
-            return y_NO if b is None else y_NO + ops.grouped_gemm(x_NI.new_ones(len(x_NI), 1), b[:, None], bins)
-
-        h_NU = linear(ops.gather(x_TD, order, None, bins, K), *up)
-        y_ND = linear(self._apply_gate(h_NU) if self.has_gate else self.act_fn(h_NU), *down)
-        if self.has_post_expert_norm:
-            y_ND = self.post_expert_norm(y_ND)
-        return ops.scatter(y_ND, order, None, weights_TK.flatten(), bins, K)
 
 
 def kind(module: nn.Module) -> type | None:
