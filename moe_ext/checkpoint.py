@@ -507,9 +507,13 @@ def check_names(path: Path, section: str, stored: dict, wanted) -> None:
     got = {name for name in stored if name.startswith(section)}
     for problem, names in (("missing from", sorted(wanted - got)), ("unexpected in", sorted(got - wanted))):
         if names:
-            listed = ", ".join([*names[:4], "..."] if len(names) > 4 else names)
-            raise CheckpointError(f"{path}: {len(names)} tensors {problem} the checkpoint: {listed}: build the model "
-                                  "with the config of the checkpoint, or use another checkpoint")
+            raise CheckpointError(f"{path}: {len(names)} tensors {problem} the checkpoint: {listed(names)}: build the "
+                                  "model with the config of the checkpoint, or use another checkpoint")
+
+
+def listed(names: list[str]) -> str:
+    """The first of them, for a sentence."""
+    return ", ".join([*names[:4], "..."] if len(names) > 4 else names)
 
 
 @contextmanager

@@ -488,9 +488,9 @@ def located(folder: Path, stored: Stored, c: ModelConfig, ours: dict[str, torch.
     over = sorted(name for name in stored.tensors if name not in used and not BESIDE.fullmatch(name))
     for problem, names in (("missing from", missing), ("without a place in the recipe's model in", over)):
         if names:
-            listed = ", ".join([*names[:4], "..."] if len(names) > 4 else names)
-            raise CheckpointError(f"{folder}: {len(names)} tensors {problem} the checkpoint: {listed}: give the recipe "
-                                  "of this model, saved without singleton_local_shards")
+            raise CheckpointError(f"{folder}: {len(names)} tensors {problem} the checkpoint: "
+                                  f"{checkpoint.listed(names)}: give the recipe of this model, saved without "
+                                  "singleton_local_shards")
     return found
 
 
