@@ -43,10 +43,11 @@ def big(mib, value=1.0):
 
 # ---- no page fault in a steady step ----------------------------------------------------------------------------------
 # Counted for ten steps each, by this file as a program. Fewer than one a step: memory that a step loses costs a fault
-# for each 4 KB or, in huge pages, each 2 MB. Three times ten, of which the best counts: what every step loses shows in
-# all, but Python's heap takes 256 KB more now and then.
+# for each 4 KB or, in huge pages, each 2 MB. The heaps of malloc and Python grow for some dozens of steps, how many
+# varies with the hash seed, and a little now and then: the first ten steps in ROUNDS times ten that are steady count.
+# What every step loses shows in all.
 
-STEPS = 10
+STEPS, ROUNDS = 10, 30
 
 
 def ops_step(dtype, before=lambda: None):
@@ -85,11 +86,9 @@ def model_step():
     return step
 
 
-def faults_of(step, warm_up):
-    for _ in range(warm_up):
-        step()
+def faults_of(step):
     counts = []
-    for _ in range(3):
+    while len(counts) < ROUNDS and min(counts, default=STEPS) >= STEPS:
         before = faults()
         for _ in range(STEPS):
             step()
@@ -159,11 +158,11 @@ def measure():
         "any sizes": grown_by_any_sizes(),
         "past peak": grown_after_a_past_peak(False),
         "past peak below": grown_after_a_past_peak(True),
-        "float32": faults_of(ops_step(torch.float32), 2),
-        "bfloat16": faults_of(ops_step(torch.bfloat16), 2),
-        "not kept": faults_of(ops_step(torch.float32, moe_ext.empty_cache), 0),
+        "float32": faults_of(ops_step(torch.float32)),
+        "bfloat16": faults_of(ops_step(torch.bfloat16)),
+        "not kept": faults_of(ops_step(torch.float32, moe_ext.empty_cache)),
         "keep_freed_memory": moe_ext.keep_freed_memory(),
-        "model": faults_of(model_step(), 10),
+        "model": faults_of(model_step()),
     }
     print(json.dumps(measured))
 
