@@ -185,6 +185,25 @@ struct dact_epilogue {
     }
 };
 
+// The same of a dA' that lies in memory, whose place sA takes: a warp a row.
+template <class T>
+__global__ void __launch_bounds__(THREADS) dact_kernel(int64_t N, const T *da_NF, dact_epilogue<T> emit) {
+    const int64_t p = static_cast<int64_t>(blockIdx.x) * (THREADS / 32) + warp_id();
+    if (p >= N) return;
+    float sum = 0;
+    for (int64_t j = lane_id() * 8; j < emit.F; j += 32 * 8) {
+        float c[1][8];
+        load8(da_NF + p * emit.row_F + j, 8, c[0]);
+        sum += emit(0, p, j, 8, c);
+    }
+    sum = warp_sum(sum);
+    if (lane_id() == 0) emit.row(p, 0, sum);
+}
+template <class T>
+static int dact_pass(int64_t N, const T *da_NF, const dact_epilogue<T> &emit, cudaStream_t stream) {
+    return launch(dact_kernel<T>, ceil_div(N, THREADS / 32), THREADS, 0, stream, N, da_NF, emit);
+}
+
 // ---- backward -------------------------------------------------------------------------------------------------------
 // Whether [gate | up] is one matrix of 2F rows, and their columns of h, in rows of 2 row_F, one piece of 2F.
 static bool adjacent(const moe_mat &gate, const moe_mat &up, size_t element, int64_t F, int64_t row_F) {
@@ -215,8 +234,14 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
         .a = {g.ddown_EDF.p ? copies(g.dy_RD, ROWS) : gathered<T>(a, g.dy_RD, ROWS)},
         .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
-    const routing_weights<T> weights = {a.weights_RK, a.wdtype == MOE_F32};
-    const dact_job<T> job = {...};
+    const dact_epilogue<T> emit = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
+                                   {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU),
+                                   g.ddown_EDF.p ? w.a_NF : nullptr, w.dh_NU, w.ds_NP};
+    if (w.passes && w.a_NF) {
+        TRY(gemm_store<T>(dact, nullptr, 0, w.a_NF, w.row_F, stream));
+        TRY(dact_pass(a.N, w.a_NF, emit, stream));
+    } else if (w.a_NF || w.dh_NU || w.ds_NP)
+        TRY(gemm_rows<1>(dact, emit, stream));
 
     // 3
     const gemm_product<T> ddown = {
