@@ -20,7 +20,7 @@
 // sees h before it is rounded.
 // N is the host's word, which the grids need; bins[E-1] that is another: MOE_BAD_BINS. A flat id or a position out of
 // range: MOE_BAD_INDEX, and that copy counts as zeros.
-#include "expert_sums.cuh"
+#include "dact.cuh"
 
 // ---- the door -------------------------------------------------------------------------------------------------------
 static int check(const moe_expert_args &a) {
@@ -136,38 +136,14 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
 template <class T>
 struct dact_epilogue {
     static constexpr bool sums_rows = true;
-    bool               gated;
-    int                plain;
-    int64_t            F, row_F, flat_ids, pieces;
-    const int32_t     *order_N;
-    routing_weights<T> weights;
-    const T           *h_NU;
-    T                 *sa_NF, *dh_NU;
-    float             *ds_NP;
+    dact_rows<T> of;
+    int64_t      pieces;
+    float       *ds_NP;
     __device__ float operator()(int64_t, int64_t p, int64_t j, int n, const float (&c)[1][8]) const {
-        const int32_t f = order_N[p];
-        const float   s = f >= 0 && f < flat_ids ? weights[f] : 0;
-        const T      *h = h_NU + p * (gated ? 2 * F : F) + j;
-        float value[8], slope[8], up[8], x[8], du, ds = 0;
-        load8(h, n, x);
-        act8(plain, x, value, slope);
-        load8(gated ? h + F : h, n, up);
-        for (int v = 0; v < 8; v++) {
-            up[v] = gated ? up_value_f32(plain, up[v], &du) : du = 1;
-            const float a = value[v] * up[v];               // a = f(gate) * u(up)
-            if (v < n) ds = fmaf(c[0][v], a, ds);
-            x[v] = s * a;
-            value[v] *= du;
-        }
-        if (sa_NF) store8(piece_at<true>(sa_NF + p * row_F + j), 8, x);
-        if (!dh_NU) return ds;
-        T *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up[v] * slope[v];
-        store8(piece_at<true>(dh), 8, x);
-        if (!gated) return ds;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * value[v];
-        store8(piece_at<true>(dh + row_F), 8, x);
-        return ds;
+        float gate[8], up[8];
+        load8(of.h(p, j), n, gate);
+        if (of.gated) load8(of.h(p, j) + of.F, n, up);
+        return of.store(p, j, n, of.weight(p), c[0], gate, up);
     }
     __device__ void row(int64_t p, int64_t piece, float sum) const {
         if (ds_NP) ds_NP[p * pieces + piece] = sum;
@@ -202,9 +178,9 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
         .R = a.N, .E = a.E, .N = a.F, .K = w.dh_NU || w.ds_NP ? a.D : 0, .bins_E = a.bins_E,
         .a = {gathered<T>(a, g.dy_RD, ROWS)}, .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
-    const dact_epilogue<T> emit = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
-                                   {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU), w.a_NF,
-                                   w.dh_NU, w.ds_NP};
+    const dact_rows<T> of = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, a.order_RK,
+                             {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU), w.a_NF, w.dh_NU};
+    const dact_epilogue<T> emit = {of, w.pieces, w.ds_NP};
     if (w.a_NF || w.dh_NU || w.ds_NP) TRY(gemm_rows<1>(dact, emit, stream));
 
     const gemm_product<T> dx = {
