@@ -7,7 +7,7 @@
 #include <cstring>
 #include <mutex>
 
-#include "sm90.cuh"
+#include "gemm.cuh"
 #include "tensor_map.cuh"
 
 // The wires and the yardstick; then the overload with a stream of every function in the table; each is defined in the
@@ -118,7 +118,7 @@ const moe_cuda TABLE = {
 extern "C" const moe_cuda *moe_cuda_table(void) { return &TABLE; }
 
 verdict verdict_of(moe_cuda_op op) { return {words[current_device()], static_cast<unsigned long long>(op)}; }
-bool sm90_here() { return hopper[current_device()]; }
+bool sm90_here() { return forced != MOE_GEMM && hopper[current_device()]; }
 int forced_way() { return forced; }
 void count_product(moe_way way) { launched[way].fetch_add(1, std::memory_order_relaxed); }
 int multiprocessors() { return sm_counts[current_device()]; }

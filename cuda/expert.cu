@@ -25,7 +25,8 @@
 //
 // N is the host's word, which the grids need; bins[E-1] that is another: MOE_BAD_BINS. A flat id or a position out of
 // range: MOE_BAD_INDEX, and that copy counts as zeros.
-#include "expert_sums.cuh"
+#include "dact.cuh"
+#include "sm90.cuh"
 
 // ---- the door -------------------------------------------------------------------------------------------------------
 static int check(const moe_expert_args &a) {
@@ -147,62 +148,19 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
 template <class T>
 struct dact_epilogue {
     static constexpr bool sums_rows = true;
-    bool               gated;
-    int                plain;
-    int64_t            F, row_F, flat_ids, pieces;
-    const int32_t     *order_N;
-    routing_weights<T> weights;
-    const T           *h_NU;
-    T                 *sa_NF, *dh_NU;
-    float             *ds_NP;
+    dact_rows<T> of;
+    int64_t      pieces;
+    float       *ds_NP;
     __device__ float operator()(int64_t, int64_t p, int64_t j, int n, const float (&c)[1][8]) const {
-        const int32_t f = order_N[p];
-        const float   s = f >= 0 && f < flat_ids ? weights[f] : 0;
-        const T      *h = h_NU + p * (gated ? 2 * F : F) + j;
-        float value[8], slope[8], up[8], x[8], du, ds = 0;
-        load8(h, n, x);
-        act8(plain, x, value, slope);
-        load8(gated ? h + F : h, n, up);
-        for (int v = 0; v < 8; v++) {
-            up[v] = gated ? up_value_f32(plain, up[v], &du) : du = 1;
-            const float a = value[v] * up[v];               // a = f(gate) * u(up)
-            if (v < n) ds = fmaf(c[0][v], a, ds);
-            x[v] = s * a;
-            value[v] *= du;
-        }
-        if (sa_NF) store8(piece_at<true>(sa_NF + p * row_F + j), 8, x);
-        if (!dh_NU) return ds;
-        T *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up[v] * slope[v];
-        store8(piece_at<true>(dh), 8, x);
-        if (!gated) return ds;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * value[v];
-        store8(piece_at<true>(dh + row_F), 8, x);
-        return ds;
+        float gate[8], up[8];
+        load8(of.h(p, j), n, gate);
+        if (of.gated) load8(of.h(p, j) + of.F, n, up);
+        return of.store(p, j, n, of.weight(p), c[0], gate, up);
     }
     __device__ void row(int64_t p, int64_t piece, float sum) const {
         if (ds_NP) ds_NP[p * pieces + piece] = sum;
     }
 };
-
-// The same of a dA' that lies in memory, whose place sA takes: a warp a row.
-template <class T>
-__global__ void __launch_bounds__(THREADS) dact_kernel(int64_t N, const T *da_NF, dact_epilogue<T> emit) {
-    const int64_t p = static_cast<int64_t>(blockIdx.x) * (THREADS / 32) + warp_id();
-    if (p >= N) return;
-    float sum = 0;
-    for (int64_t j = lane_id() * 8; j < emit.F; j += 32 * 8) {
-        float c[1][8];
-        load8(da_NF + p * emit.row_F + j, 8, c[0]);
-        sum += emit(0, p, j, 8, c);
-    }
-    sum = warp_sum(sum);
-    if (lane_id() == 0) emit.row(p, 0, sum);
-}
-template <class T>
-static int dact_pass(int64_t N, const T *da_NF, const dact_epilogue<T> &emit, cudaStream_t stream) {
-    return launch(dact_kernel<T>, ceil_div(N, THREADS / 32), THREADS, 0, stream, N, da_NF, emit);
-}
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 // Whether [gate | up] is one matrix of 2F rows, and their columns of h, in rows of 2 row_F, one piece of 2F.
@@ -234,14 +192,17 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
         .a = {g.ddown_EDF.p ? copies(g.dy_RD, ROWS) : gathered<T>(a, g.dy_RD, ROWS)},
         .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
-    const dact_epilogue<T> emit = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
-                                   {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU),
-                                   g.ddown_EDF.p ? w.a_NF : nullptr, w.dh_NU, w.ds_NP};
-    if (w.passes && w.a_NF) {
-        TRY(gemm_store<T>(dact, nullptr, 0, w.a_NF, w.row_F, stream));
-        TRY(dact_pass(a.N, w.a_NF, emit, stream));
+    const dact_rows<T> of = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, a.order_RK,
+                             {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU),
+                             g.ddown_EDF.p ? w.a_NF : nullptr, w.dh_NU};
+    if (w.passes) {
+        if constexpr (sizeof(T) == 2)
+            if (w.a_NF) {
+                TRY(gemm_store(dact, static_cast<const T *>(nullptr), 0, w.a_NF, w.row_F, stream));
+                TRY(dact_pass(of, a.N, w.a_NF, w.ds_NP, stream));
+            }
     } else if (w.a_NF || w.dh_NU || w.ds_NP)
-        TRY(gemm_rows<1>(dact, emit, stream));
+        TRY(gemm_rows<1>(dact, dact_epilogue<T>{of, w.pieces, w.ds_NP}, stream));
 
     // 3
     const gemm_product<T> ddown = {

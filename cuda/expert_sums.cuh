@@ -7,7 +7,8 @@
 // Names are those of expert.cu. Each sum has one order, which sizes alone decide.
 #ifndef MOE_EXPERT_SUMS_CUH
 #define MOE_EXPERT_SUMS_CUH
-#include "sm90.cuh"
+#include "act.cuh"
+#include "gemm.cuh"
 
 enum { THREADS = 256, IN_FLIGHT = 4, SUM_COLUMNS = 64, SUM_ROWS = THREADS * 8 / SUM_COLUMNS };
 
@@ -23,8 +24,8 @@ struct lent {
     size_t  bytes = 0;
 
     lent(const moe_expert_args &a, const moe_expert_grads *g, void *workspace)
-        : passes(sizeof(T) == 2 && a.D % 8 == 0 && a.F % 8 == 0 && sm90_here()), row_F(round_up(a.F, 8)),
-          row_D(round_up(a.D, 8)), row_U(gated_act(a.act) ? 2 * row_F : row_F),
+        : passes(sizeof(T) == 2 && a.D % 8 == 0 && a.F % 8 == 0 && (!g || aligned16(g->dy_RD)) && sm90_here()),
+          row_F(round_up(a.F, 8)), row_D(round_up(a.D, 8)), row_U(gated_act(a.act) ? 2 * row_F : row_F),
           pieces(passes ? 1 : ceil_div(a.F, GEMM_PIECE)) {
         const bool weights = g && (g->ddown_EDF.p || g->dgate_EFD.p || g->dup_EFD.p);
         const bool dh = g && (g->dx_RD || g->dgate_EFD.p || g->dup_EFD.p || g->dgate_bias_EF || g->dup_bias_EF);
