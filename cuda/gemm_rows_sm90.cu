@@ -102,7 +102,7 @@ static __device__ __forceinline__ void load_gathered(const pipe<Tile> &ring, con
     ring_place<Tile> at, landed;        // landed: of the copies under way, which are at most one stage
     bool       under_way = false;
     gemm_piece next;
-    int64_t    t = blockIdx.x;
+    uint32_t   t = blockIdx.x;
     bool       more = find(t, &next);
     int        begin = more ? look_up(next) : -1;
     while (more) {
@@ -159,7 +159,7 @@ rows_kernel(const __grid_constant__ rows_maps maps, const gemm_product<T> g, con
     ring.init(gathered ? PIPE_LOADERS + 1 : 1);
     count_tiles<Tile::tile_m>(static_cast<int>(g.R), E, g.tail, g.bins_E, g.bad, table,
                               reinterpret_cast<uint32_t *>(shared_memory() + Tile::areas_at));
-    const auto find = [&](int64_t t, gemm_piece *p) { return find_of_rows<Tile, parts>(g, table, t, p); };
+    const auto find = [&](uint32_t t, gemm_piece *p) { return find_of_rows<Tile, parts>(g, table, t, p); };
     const auto load_b = [&](const gemm_piece &p, int step, int stage) {
         const int term = step >= term_steps, k = (step - term * term_steps) * PIPE_DEPTH;
 #pragma unroll
@@ -180,7 +180,7 @@ rows_kernel(const __grid_constant__ rows_maps maps, const gemm_product<T> g, con
         } else if (threadIdx.x == 0) {
             ring_place<Tile> at;
             gemm_piece       p;
-            for (int64_t t = blockIdx.x; find(t, &p); t += gridDim.x)
+            for (uint32_t t = blockIdx.x; find(t, &p); t += gridDim.x)
                 for (int step = 0; p.e < E && step < all_steps; step++) {
                     const int term = step >= term_steps, k = (step - term * term_steps) * PIPE_DEPTH;
                     ring.wait_empty(at);
@@ -195,10 +195,10 @@ rows_kernel(const __grid_constant__ rows_maps maps, const gemm_product<T> g, con
 
     more_registers<Tile::registers>();
     const int group = warp_id() / 4 - 1, first_row = Tile::by_turns ? 0 : group * Tile::group_m;
-    const int64_t hop = Tile::by_turns ? 2 * static_cast<int64_t>(gridDim.x) : gridDim.x;
+    const uint32_t hop = Tile::by_turns ? 2 * gridDim.x : gridDim.x;
     ring_place<Tile> at;
     gemm_piece       now, next;
-    int64_t          t = blockIdx.x;
+    uint32_t         t = blockIdx.x;
     uint32_t         lap = 1 - group;           // of turn[group]: the first turn is group 0's
     if (Tile::by_turns && group) {
         t += gridDim.x;
@@ -209,8 +209,7 @@ rows_kernel(const __grid_constant__ rows_maps maps, const gemm_product<T> g, con
         const int steps = now.e < E ? all_steps : 0;
         tile_sums<Tile, T, true, b_along_k> sums;
         float c[Tile::slices][Tile::tile_n / 2];
-        if (Tile::by_turns) {                   // the next tile is looked up while no tensor core waits for it
-            more = find(t += hop, &next);
+        if (Tile::by_turns) {
             mbarrier_wait(ring.turn(group), lap);
             lap ^= 1;
         }
@@ -219,14 +218,15 @@ rows_kernel(const __grid_constant__ rows_maps maps, const gemm_product<T> g, con
             ring.arrive(ring.turn(group ^ 1));
             at.skip(all_steps);                 // where the other has a tile of the tail, nobody needs a stage any more
         }
-        if (!Tile::by_turns) more = find(t += hop, &next);
+        if (!Tile::by_turns) more = find(t += hop, &next);      // while the last product runs
         sums.end(ring, steps, c);
 #pragma unroll
         for (int i = 0; i < Tile::slices; i++) {
             const int p = now.i0 + first_row + i * 64 + warp_id() % 4 * AREA_ROWS, rows = now.i_end - p;
             if (rows > 0) emit(ring.area(), now.e, now.e == E, p, rows, now.j0, static_cast<int>(g.N) - now.j0, c[i]);
         }
-        now = next;
+        if (Tile::by_turns) more = find(t += hop, &now);        // while the other multiplies
+        else now = next;
     }
 }
 
