@@ -41,6 +41,13 @@ int gemm_store(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, i
 // dw[e] = a b^T over the rows of e, a(i, p) with i < M, b(j, p) with j < N; any strides of dw.
 template <class T> int gemm_wgrad(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream);
 
+// Of api.cu. Whether products on this device may go the way of sm90.cuh: it is Hopper, its driver encodes tensor maps,
+// and neither MOE_SM90=0 in the environment nor moe_cuda::force forbids. Which way force wants there, or -1. A note for
+// moe_cuda::products.
+bool sm90_here();
+int  forced_way();
+void count_product(moe_way way);
+
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 // A block computes tile_m x tile_n of c: warps_m x warps_n warps of [tile_m / warps_m] x 64 columns.
 template <int m, int n, int warps_m_, int stages_, int per_sm_>
@@ -276,6 +283,7 @@ int gemm_launch(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
     const size_t area = Tile::warps * sums::pass_rows * WARP_STRIDE * sizeof(float);
     const size_t table = ragged_sums ? 0 : (experts + 1) * sizeof(uint32_t);
     const int64_t grid = min64(down * across, static_cast<int64_t>(multiprocessors()) * Tile::per_sm);
+    count_product(MOE_GEMM);
     return launch(gemm_kernel<Tile, parts, ragged_sums, b_along_k, vector, T, Epilogue>, grid, Tile::threads,
                   Tile::stages * Tile::stage_bytes + area + table, stream, g, emit);
 }

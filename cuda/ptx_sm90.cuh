@@ -16,7 +16,7 @@
 #define MOE_PTX_SM90_CUH
 #include "ptx.cuh"
 
-struct alignas(64) tensor_map { uint64_t word[16]; };       // opaque; a __grid_constant__ parameter of the kernel
+struct alignas(128) tensor_map { uint64_t word[16]; };      // opaque; a __grid_constant__ parameter of the kernel
 
 // A matrix operand of wgmma in 128-byte swizzle at shared address `at` (a multiple of 1024, or `steps` of 16 along the sum
 // further: 32 bytes each along k, 2048 along i).

@@ -14,9 +14,6 @@
 #include "act.cuh"
 #include "gemm.cuh"
 
-// Whether the calling thread's device is Hopper and its driver encodes tensor maps. MOE_SM90=0 in the environment: never.
-bool sm90_here();
-
 // T = bf16, f16. a may be gathered (index); b is along k or along i, by its strides; y and h are rows of `stride` elements.
 template <class T> bool rows_sm90_takes(const gemm_product<T> &g, const T *bias, const T *y, int64_t stride);
 template <class T>
