@@ -96,11 +96,10 @@ static __device__ void count_tiles(int R, int E, bool tail, const int32_t *bins_
 }
 
 // Tile t of `m` x `n`, eight rows of tiles at a time: neighbours in time share panels of both operands in L2.
-static __device__ __forceinline__ void swizzle(int64_t t, int m, int n, int *i, int *j) {
-    const int first = static_cast<int>(t / (8 * static_cast<int64_t>(n))) * 8, rows = min32(8, m - first);
-    const int rest = static_cast<int>(t - static_cast<int64_t>(first) * n);
-    *i = first + rest % rows;
-    *j = rest / rows;
+static __device__ __forceinline__ void swizzle(uint32_t t, uint32_t m, uint32_t n, int *i, int *j) {
+    const uint32_t first = t / (8 * n) * 8, rows = m - first < 8 ? m - first : 8, rest = t - first * n;
+    *i = static_cast<int>(first + rest % rows);
+    *j = static_cast<int>(rest / rows);
 }
 
 // The t-th tile of all experts; false if there is none.
@@ -114,7 +113,7 @@ static __device__ bool find_of_sums(const gemm_product<T> &g, int64_t t, gemm_pi
     const int e = static_cast<int>(t / tiles);
     int i, j, begin = e ? g.bins_E[e - 1] : 0, end = g.bins_E[e];
     if (begin < 0 || end < begin || end > g.R) g.bad(MOE_BAD_BINS, e), begin = end = 0;
-    swizzle(t - e * tiles, down, across, &i, &j);
+    swizzle(static_cast<uint32_t>(t - e * tiles), down, across, &i, &j);
     *piece = {e, i * Tile::tile_m, static_cast<int>(g.M), j * columns, begin, end, (end - begin + depth - 1) / depth};
     return true;
 }
@@ -122,12 +121,13 @@ template <class Tile, int parts, class T>
 static __device__ bool find_of_rows(const gemm_product<T> &g, const uint32_t *table, int64_t t, gemm_piece *piece) {
     constexpr int columns = Tile::tile_n / parts, depth = panel_depth<T>;
     const int R = static_cast<int>(g.R), E = static_cast<int>(g.E);
-    const int K = static_cast<int>(g.K), across = static_cast<int>((g.N + columns - 1) / columns);
+    const int K = static_cast<int>(g.K);
+    const uint32_t tile = static_cast<uint32_t>(t), across = static_cast<uint32_t>(g.N + columns - 1) / columns;
     const int experts = E + g.tail;
     int i, j;
-    if (t >= static_cast<int64_t>(table[experts]) * across) return false;
-    const int e = expert_at(experts, t / across, [&](int e) { return table[e + 1]; });
-    swizzle(t - static_cast<int64_t>(table[e]) * across, static_cast<int>(table[e + 1] - table[e]), across, &i, &j);
+    if (t >= table[experts] * across) return false;
+    const int e = expert_at(experts, tile / across, [&](int e) { return table[e + 1]; });
+    swizzle(tile - table[e] * across, table[e + 1] - table[e], across, &i, &j);
     *piece = {e, end_of_rows(R, E, g.bins_E, e - 1) + i * Tile::tile_m, end_of_rows(R, E, g.bins_E, e), j * columns, 0, K,
               e == E ? 0 : g.terms * ((K + depth - 1) / depth)};
     return true;
@@ -300,7 +300,9 @@ int gemm_by_tile(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
 template <class T>
 int gemm_check(const gemm_product<T> &g) {
     constexpr int64_t most = INT32_MAX - 1024;          // coordinates are 32 bits wide, with room for a tile
-    return g.E < 1 || g.E > MOE_MAX_EXPERTS || g.R > INT32_MAX - 1024 || g.N > most || g.M > most || g.K > most / 2
+    const int64_t across = g.N / 64 + 1;                // and so are the tiles of all rows, and of one matrix of sums
+    return g.E < 1 || g.E > MOE_MAX_EXPERTS || g.R > INT32_MAX - 1024 || g.N > most || g.M > most || g.K > most / 2 ||
+                   (g.R / 64 + g.E + 1) * across > most || (g.M / 64 + 1) * across > most
         ? MOE_BAD_SHAPE : MOE_OK;
 }
 

@@ -81,8 +81,9 @@ struct gated_rows {
 };
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
-struct rows_maps {
+struct rows_plan {
     tensor_map a[2], b[2];          // b: of the terms, or of the parts
+    int        term_steps, steps;   // stages of one term, and of all; a tile of the tail has none
 };
 
 // Rows of A through the index. Eight lanes copy 128 bytes of a row; a warp has rows 4 w .. 4 w + 3 of every 16. A stage
@@ -102,7 +103,7 @@ static __device__ __forceinline__ void load_gathered(const pipe<Tile> &ring, con
     ring_place<Tile> at, landed;        // landed: of the copies under way, which are at most one stage
     bool       under_way = false;
     gemm_piece next;
-    int64_t    t = blockIdx.x;
+    uint32_t   t = blockIdx.x;
     bool       more = find(t, &next);
     int        begin = more ? look_up(next) : -1;
     while (more) {
@@ -148,23 +149,22 @@ static __device__ __forceinline__ void load_gathered(const pipe<Tile> &ring, con
 // parts = 2: the first half of a tile's columns are of b[0], the second of b[1].
 template <class Tile, int parts, bool b_along_k, class T, class Epilogue>
 __global__ void __launch_bounds__(PIPE_THREADS, 1)
-rows_kernel(const __grid_constant__ rows_maps maps, const gemm_product<T> g, const Epilogue emit) {
+rows_kernel(const __grid_constant__ rows_plan plan, const gemm_product<T> g, const Epilogue emit) {
     constexpr int width = Tile::tile_n / parts;
     const pipe<Tile> ring;
     auto *const table = reinterpret_cast<uint32_t *>(shared_memory() + Tile::bytes);
     const bool  gathered = !Tile::by_turns && g.a[0].index;
-    const int   E = static_cast<int>(g.E), K = static_cast<int>(g.K), term_steps = (K + PIPE_DEPTH - 1) / PIPE_DEPTH;
-    const int   all_steps = g.terms * term_steps;           // of every expert; the tail has none
+    const int   E = static_cast<int>(g.E);
 
     ring.init(gathered ? PIPE_LOADERS + 1 : 1);
     count_tiles<Tile::tile_m>(static_cast<int>(g.R), E, g.tail, g.bins_E, g.bad, table,
                               reinterpret_cast<uint32_t *>(shared_memory() + Tile::areas_at));
-    const auto find = [&](int64_t t, gemm_piece *p) { return find_of_rows<Tile, parts>(g, table, t, p); };
+    const auto find = [&](uint32_t t, gemm_piece *p) { return find_of_rows<Tile, parts>(g, table, t, p); };
     const auto load_b = [&](const gemm_piece &p, int step, int stage) {
-        const int term = step >= term_steps, k = (step - term * term_steps) * PIPE_DEPTH;
+        const int term = step >= plan.term_steps, k = (step - term * plan.term_steps) * PIPE_DEPTH;
 #pragma unroll
         for (int q = 0; q < parts; q++) {
-            const tensor_map *map = &maps.b[parts == 2 ? q : term];
+            const tensor_map *map = &plan.b[parts == 2 ? q : term];
             const uint32_t    to = ring.b(stage) + q * width * 128;
             if (b_along_k) tma_load(to, map, ring.full(stage), k, p.j0, p.e);
             else
@@ -176,16 +176,16 @@ rows_kernel(const __grid_constant__ rows_maps maps, const gemm_product<T> g, con
     if (warp_id() < PIPE_LOADERS / 32) {
         fewer_registers<Tile::loader_registers>();
         if (gathered) {
-            if constexpr (!Tile::by_turns) load_gathered(ring, g, all_steps, find, load_b);
+            if constexpr (!Tile::by_turns) load_gathered(ring, g, plan.steps, find, load_b);
         } else if (threadIdx.x == 0) {
             ring_place<Tile> at;
             gemm_piece       p;
-            for (int64_t t = blockIdx.x; find(t, &p); t += gridDim.x)
-                for (int step = 0; p.e < E && step < all_steps; step++) {
-                    const int term = step >= term_steps, k = (step - term * term_steps) * PIPE_DEPTH;
+            for (uint32_t t = blockIdx.x; find(t, &p); t += gridDim.x)
+                for (int step = 0; p.e < E && step < plan.steps; step++) {
+                    const int term = step >= plan.term_steps, k = (step - term * plan.term_steps) * PIPE_DEPTH;
                     ring.wait_empty(at);
                     mbarrier_arrive_expect(ring.full(at.stage), Tile::stage_bytes);
-                    tma_load(ring.a(at.stage), &maps.a[term], ring.full(at.stage), k, p.i0);
+                    tma_load(ring.a(at.stage), &plan.a[term], ring.full(at.stage), k, p.i0);
                     load_b(p, step, at.stage);
                     at.next();
                 }
@@ -195,38 +195,38 @@ rows_kernel(const __grid_constant__ rows_maps maps, const gemm_product<T> g, con
 
     more_registers<Tile::registers>();
     const int group = warp_id() / 4 - 1, first_row = Tile::by_turns ? 0 : group * Tile::group_m;
-    const int64_t hop = Tile::by_turns ? 2 * static_cast<int64_t>(gridDim.x) : gridDim.x;
+    const uint32_t hop = Tile::by_turns ? 2 * gridDim.x : gridDim.x;
     ring_place<Tile> at;
     gemm_piece       now, next;
-    int64_t          t = blockIdx.x;
+    uint32_t         t = blockIdx.x;
     uint32_t         lap = 1 - group;           // of turn[group]: the first turn is group 0's
     if (Tile::by_turns && group) {
         t += gridDim.x;
-        at.skip(all_steps);
+        at.skip(plan.steps);
     }
     bool more = find(t, &now);
     while (more) {
-        const int steps = now.e < E ? all_steps : 0;
+        const int steps = now.e < E ? plan.steps : 0;
         tile_sums<Tile, T, true, b_along_k> sums;
         float c[Tile::slices][Tile::tile_n / 2];
-        if (Tile::by_turns) {                   // the next tile is looked up while no tensor core waits for it
-            more = find(t += hop, &next);
+        if (Tile::by_turns) {
             mbarrier_wait(ring.turn(group), lap);
             lap ^= 1;
         }
         sums.begin(ring, at, first_row, steps, c);
         if (Tile::by_turns) {
             ring.arrive(ring.turn(group ^ 1));
-            at.skip(all_steps);                 // where the other has a tile of the tail, nobody needs a stage any more
+            at.skip(plan.steps);                 // where the other has a tile of the tail, nobody needs a stage any more
         }
-        if (!Tile::by_turns) more = find(t += hop, &next);
+        if (!Tile::by_turns) more = find(t += hop, &next);      // while the last product runs
         sums.end(ring, steps, c);
 #pragma unroll
         for (int i = 0; i < Tile::slices; i++) {
             const int p = now.i0 + first_row + i * 64 + warp_id() % 4 * AREA_ROWS, rows = now.i_end - p;
             if (rows > 0) emit(ring.area(), now.e, now.e == E, p, rows, now.j0, static_cast<int>(g.N) - now.j0, c[i]);
         }
-        now = next;
+        if (Tile::by_turns) more = find(t += hop, &now);        // while the other multiplies
+        else now = next;
     }
 }
 
@@ -269,23 +269,24 @@ static_assert(together_256::bytes + (MOE_MAX_EXPERTS + 2) * sizeof(uint32_t) <= 
 template <class Tile, int parts, bool b_along_k, class T, class Epilogue>
 static int rows_launch(const gemm_product<T> &g, const Epilogue &emit, cudaStream_t stream) {
     constexpr int width = Tile::tile_n / parts, dtype = dtype_of(T{});
-    rows_maps maps = {};
+    rows_plan plan = {};
+    plan.term_steps = static_cast<int>(ceil_div(g.K, PIPE_DEPTH)), plan.steps = g.terms * plan.term_steps;
     for (int t = 0; t < g.terms && !g.a[0].index; t++) {
         const int64_t size[] = {g.K, g.R}, stride[] = {(g.R == 1 ? round_up(g.K, 8) : g.a[t].si) * 2};
         const int     box[] = {PIPE_DEPTH, Tile::tile_m};
-        TRY(encode_tensor_map(&maps.a[t], dtype, g.a[t].p, 2, size, stride, box));
+        TRY(encode_tensor_map(&plan.a[t], dtype, g.a[t].p, 2, size, stride, box));
     }
     for (int q = 0; q < (parts == 2 ? 2 : g.terms); q++) {
         const gemm_operand<T> &b = g.b[q];
         const int64_t along = b_along_k ? g.K : g.N, lines = b_along_k ? g.N : g.K, line = b_along_k ? b.si : b.sk;
         const int64_t size[] = {along, lines, g.E}, stride[] = {line * 2, (g.E == 1 ? line * lines : b.se) * 2};
         const int     box[] = {64, b_along_k ? width : PIPE_DEPTH, 1};
-        TRY(encode_tensor_map(&maps.b[q], dtype, b.p, 3, size, stride, box));
+        TRY(encode_tensor_map(&plan.b[q], dtype, b.p, 3, size, stride, box));
     }
     const int64_t experts = g.E + g.tail, down = g.R / Tile::tile_m + min64(g.R, experts);
     const int64_t grid = min64(down * ceil_div(g.N, width), multiprocessors());
     return launch(rows_kernel<Tile, parts, b_along_k, T, Epilogue>, grid, PIPE_THREADS, block_bytes<Tile>(experts), stream,
-                  maps, g, emit);
+                  plan, g, emit);
 }
 template <bool b_along_k, class T>
 static int rows_by_schedule(rows_schedule s, const gemm_product<T> &g, const rows_out<T> &emit, cudaStream_t stream) {
