@@ -3,7 +3,7 @@
 //
 // dA' comes rounded to T, where the epilogue has it in float. Against a double-precision reference that leaves dh and ds
 // with .65 to .75 of the root mean square error of plain torch, which rounds dA' too, and the epilogue with .42 to .52.
-#include "dact.cuh"
+#include "sm90.cuh"
 
 // Eight elements that stay words until they are needed, so that four registers hold them.
 using words = vec16<uint32_t>;

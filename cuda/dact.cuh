@@ -47,8 +47,4 @@ struct dact_rows {
         return ds;
     }
 };
-
-// Of dact.cu, T = bf16, f16: the pass. da_NF: N rows of row_F elements, each row at a multiple of 16 bytes as those of
-// sA and dh are. ds_N, the whole ds of each position: may be NULL.
-template <class T> int dact_pass(const dact_rows<T> &d, int64_t N, const T *da_NF, float *ds_N, cudaStream_t stream);
 #endif
