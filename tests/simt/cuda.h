@@ -4,7 +4,7 @@
 #define SIMT_CUDA_H
 #include <cstdint>
 
-typedef enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 } CUresult;
+typedef enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_NOT_SUPPORTED = 801 } CUresult;
 typedef uint32_t cuuint32_t;
 typedef uint64_t cuuint64_t;
 typedef struct alignas(64) { cuuint64_t opaque[16]; } CUtensorMap;

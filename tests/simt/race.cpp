@@ -169,9 +169,9 @@ void async_begin(const void *p, size_t bytes, const void *pc) {
     touch<WRITE>(p, bytes, pc);
     for_cells(p, bytes, [](cell &c, const char *) { c.write.under_way = true; });
 }
-void async_end(const void *p, size_t bytes, const void *pc) {
+void async_end(const void *p, size_t bytes, int thread, const void *pc) {
     for_cells(p, bytes, [&](cell &c, const char *) {
-        c.write = {now, offset_of(pc), static_cast<uint16_t>(simt::self->linear), false};
+        c.write = {now, offset_of(pc), static_cast<uint16_t>(thread), false};
     });
 }
 void begin_launch(const void *first_stack, size_t stack_bytes) {

@@ -11,7 +11,7 @@ namespace race {
 enum kind { READ, WRITE, ATOMIC };
 void access(kind what, const void *p, size_t bytes, const void *pc);      // by the running thread, now
 void async_begin(const void *p, size_t bytes, const void *pc);            // a copy to p is under way from now on
-void async_end(const void *p, size_t bytes, const void *pc);              // the running thread has waited for it
+void async_end(const void *p, size_t bytes, int thread, const void *pc);              // the running thread has waited for it
 void begin_launch(const void *stacks, size_t stack_bytes);
 void begin_block(const void *shared, size_t bytes, const void *room, size_t room_bytes);    // room: nothing else is there
 void block_barrier();                                                     // all threads of the block have met
