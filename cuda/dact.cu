@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(THREADS, 2) dact_kernel(dact_rows<T> d, int64_
             for (int i = 0; i < Shape::ahead; i++) {
                 const int64_t j = first + i * step;
                 if (j >= d.F) continue;
-                float x[8], g[8], u[8];
+                float x[8], g[8];
                 widen<T>(da[i], x);
                 widen<T>(gate[i], g);
-                widen<T>(up[i], u);
-                ds += d.store(p, j, whole ? 8 : static_cast<int>(min64(8, d.F - j)), s, x, g, u);
+                ds += d.store(p, j, whole ? 8 : static_cast<int>(min64(8, d.F - j)), s, x, g,
+                              [&](float (&u)[8]) { widen<T>(up[i], u); });
             }
         }
     }
