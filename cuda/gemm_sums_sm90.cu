@@ -17,7 +17,7 @@
 // The order of tiles. All experts have as many, but of very different lengths. Every block sorts the experts, longest
 // first, and deals out their tiles as if it were all blocks: half a grid of tiles at a time, to those blocks that have the least
 // to do so far. Which is as good as a queue that they would share (99 % of the ideal under Zipf's law, where taking turns
-// has 78 to 95), needs no memory, and gives neighbours in time neighbouring tiles, whose operands meet in L2.
+// has 77 to 99), needs no memory, and gives neighbours in time neighbouring tiles, whose operands meet in L2.
 #include "pipe_sm90.cuh"
 #include "policy_sm90.cuh"
 #include "sm90.cuh"
@@ -329,7 +329,9 @@ static int launch_sums(const gemm_product<T> &g, moe_mat dw, bool add, cudaStrea
 }
 template <class Out, class T>
 static int by_way(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream) {
-    const moe_way way = sm90_sums_way(g.R, g.E, g.M, g.N, multiprocessors());
+    const int wanted = forced_way();
+    const moe_way way = wanted == MOE_SM90_128x256 || wanted == MOE_SM90_128x128
+                            ? static_cast<moe_way>(wanted) : sm90_sums_way(g.R, g.E, g.M, g.N, multiprocessors());
     count_product(way);
     return way == MOE_SM90_128x256 ? launch_sums<wide_tile, T, Out>(g, dw, add, stream)
                                    : launch_sums<narrow_tile, T, Out>(g, dw, add, stream);

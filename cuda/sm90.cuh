@@ -37,8 +37,8 @@ template <class T> bool float_sums_sm90_takes(const gemm_product<T> &g, moe_mat 
 template <class T> int float_sums_sm90(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream);
 
 // T = bf16, f16. Rows of D elements to rows of row_D, a multiple of 8, at a multiple of 16 bytes; what is between is zeros.
-// Each row of from is read once and stored at its K places inverse[r K + k] (-1: none). A place p < N that is not that of
-// order[p] is zeros, and MOE_BAD_INDEX.
+// Each row of from is read once and stored at its K places inverse[r K + k] (-1: none). A place p < N that is not the
+// inverse of order[p] is zeros, if no other row has it, and MOE_BAD_INDEX.
 template <class T>
 int sort_rows(int64_t R, int64_t K, int64_t D, int64_t N, const T *from_RD, const int32_t *order_N,
               const int32_t *inverse_RK, T *to_ND, int64_t row_D, verdict bad, cudaStream_t stream);

@@ -242,7 +242,7 @@ cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     const int sm = getenv("SIMT_SM") ? atoi(getenv("SIMT_SM")) : 80;        // another device, for tests
     switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 2; break;
+    case cudaDevAttrMultiProcessorCount: *value = getenv("SIMT_SMS") ? atoi(getenv("SIMT_SMS")) : 2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = sm / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = sm % 10; break;
     default: *value = 227 * 1024;
