@@ -5,7 +5,7 @@
 // Each row is read once and stored at its K places, which moves (1 + 1/K) / 2 of the bytes of a gather.
 #include "sm90.cuh"
 
-enum { THREADS = 256, PLACES = 8 };
+enum { PLACES = 8 };
 
 struct sorting {
     int64_t        R, K, D, N, row_D;
