@@ -1,5 +1,6 @@
 """Which way grouped products go (docs/hopper.md): on Hopper by TMA and wgmma wherever these can, elsewhere never."""
 
+import functools
 import os
 
 import cublas
@@ -7,7 +8,7 @@ import devices
 import pytest
 import torch
 from cases import Case, Shape
-from compare import same
+from compare import each_set_alone, same
 from test_expert import BIASES, mlp_call, mlp_inputs
 from test_head import peak_bytes
 
@@ -62,6 +63,14 @@ def test_the_layer(act, stored, products, table, hopper, device):
         _, ran = cublas.ways(table, lambda call=call, inputs=inputs: call(ops, **inputs).sum().backward())
         apart = F == 20 and stored == "w13"     # rows of h that are longer than F: gate and up are no one matrix
         assert count(ran) == ((0, products) if taken else (products + apart, 0))
+
+
+@pytest.mark.parametrize("act, stored", [("swiglu", "separate"), ("swiglu", "w13"), ("gelu", "separate")])
+def test_each_set_of_gradients_alone(act, stored, device):
+    """In passes too: of rows that are whole 16 bytes."""
+    case = Case("whole", Shape(7, 8, 16, 3, 2), "some_absent")
+    inputs = mlp_inputs(case, torch.bfloat16, device, act == "swiglu", BIASES)
+    each_set_alone(functools.partial(mlp_call(case, act, device, stored), ops), inputs)
 
 
 def test_every_tile_gives_the_same_bits(table, hopper, device):
