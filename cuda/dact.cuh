@@ -24,11 +24,14 @@ struct dact_rows {
     }
     // h of columns j .. j + 8 of the copy at position p; those of up stand F elements further.
     __device__ const T *h(int64_t p, int64_t j) const { return h_NU + p * (gated ? 2 * F : F) + j; }
-    // Stores sA and dh of columns j .. j+n, n <= 8, for this da and h (gate alone, if not gated); returns their part of ds.
+    // Stores sA and dh of columns j .. j+n, n <= 8, for this da and h = [gate | up]; returns their part of ds. load_up(x)
+    // is called where h is gated, and when it is needed: up is in no register before.
+    template <class Up>
     __device__ __forceinline__ float store(int64_t p, int64_t j, int n, float s, const float (&da)[8],
-                                           const float (&gate)[8], float (&up)[8]) const {
-        float value[8], slope[8], x[8], du, ds = 0;
+                                           const float (&gate)[8], const Up &load_up) const {
+        float value[8], slope[8], up[8], x[8], du, ds = 0;
         act8(plain, gate, value, slope);
+        if (gated) load_up(up);
         for (int v = 0; v < 8; v++) {
             up[v] = gated ? up_value_f32(plain, up[v], &du) : du = 1;
             const float a = value[v] * up[v];   // a = f(gate) * u(up)
@@ -47,8 +50,4 @@ struct dact_rows {
         return ds;
     }
 };
-
-// Of dact.cu, T = bf16, f16: the pass. da_NF: N rows of row_F elements, each row at a multiple of 16 bytes as those of
-// sA and dh are. ds_N, the whole ds of each position: may be NULL.
-template <class T> int dact_pass(const dact_rows<T> &d, int64_t N, const T *da_NF, float *ds_N, cudaStream_t stream);
 #endif

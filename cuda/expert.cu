@@ -152,10 +152,10 @@ struct dact_epilogue {
     int64_t      pieces;
     float       *ds_NP;
     __device__ float operator()(int64_t, int64_t p, int64_t j, int n, const float (&c)[1][8]) const {
-        float gate[8], up[8];
+        const float s = of.weight(p);
+        float       gate[8];
         load8(of.h(p, j), n, gate);
-        if (of.gated) load8(of.h(p, j) + of.F, n, up);
-        return of.store(p, j, n, of.weight(p), c[0], gate, up);
+        return of.store(p, j, n, s, c[0], gate, [&](float (&up)[8]) { load8(of.h(p, j) + of.F, n, up); });
     }
     __device__ void row(int64_t p, int64_t piece, float sum) const {
         if (ds_NP) ds_NP[p * pieces + piece] = sum;

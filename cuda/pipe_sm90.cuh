@@ -89,36 +89,48 @@ struct pipe {
 
 // ---- the sums of a tile ---------------------------------------------------------------------------------------------
 // c[i] = sums of rows first_row + 64 i .. of the tile, all its columns, over `steps` stages from `at` on, in the layout
-// of wgmma. begin returns while the last product runs: c is not to be touched before end.
+// of wgmma; of the last stage, over its first `last_pieces` times 16. begin returns while the last product runs: c is not
+// to be touched before end.
 template <class Tile, class T, bool a_along_k, bool b_along_k>
 struct tile_sums {
+    static constexpr int all_pieces = PIPE_DEPTH / 16;
+    using sums = float[Tile::slices][Tile::tile_n / 2];
     int last = 0;                       // the stage whose product runs
 
-    __device__ __forceinline__ void begin(const pipe<Tile> &ring, ring_place<Tile> &at, int first_row, int steps,
-                                          float (&c)[Tile::slices][Tile::tile_n / 2]) {
+    // No branch may stand between products that are asked for together: `pieces` is a constant.
+    template <int pieces>
+    __device__ __forceinline__ void multiply(const pipe<Tile> &ring, ring_place<Tile> &at, int first_row, int step,
+                                             sums &c) {
         constexpr int a_step = (a_along_k ? 32 : 16 * 128) >> 4, b_step = (b_along_k ? 32 : 16 * 128) >> 4;
+        mbarrier_wait(ring.full(at.stage), at.lap);
+        const uint64_t a = wgmma_operand(ring.a(at.stage) + first_row * 128), b = wgmma_operand(ring.b(at.stage));
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < pieces; k++)
+#pragma unroll
+            for (int i = 0; i < Tile::slices; i++)
+                wgmma<Tile::tile_n, a_along_k, b_along_k>(T{}, c[i], a + (i * (PIPE_BOX >> 4) + k * a_step),
+                                                          b + k * b_step, (step | k) != 0);
+        wgmma_commit();
+        if (step) {                     // one product runs while the next is asked for
+            wgmma_wait<1>();
+            ring.arrive(ring.empty(last));
+        }
+        last = at.stage;
+        at.next();
+    }
+    __device__ __forceinline__ void begin(const pipe<Tile> &ring, ring_place<Tile> &at, int first_row, int steps, sums &c,
+                                          int last_pieces = all_pieces) {
+        const int whole = last_pieces == all_pieces ? steps : steps - 1;
 #pragma unroll 1
-        for (int step = 0; step < steps; step++) {
-            mbarrier_wait(ring.full(at.stage), at.lap);
-            const uint64_t a = wgmma_operand(ring.a(at.stage) + first_row * 128), b = wgmma_operand(ring.b(at.stage));
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < PIPE_DEPTH / 16; k++)
-#pragma unroll
-                for (int i = 0; i < Tile::slices; i++)
-                    wgmma<Tile::tile_n, a_along_k, b_along_k>(T{}, c[i], a + (i * (PIPE_BOX >> 4) + k * a_step),
-                                                              b + k * b_step, (step | k) != 0);
-            wgmma_commit();
-            if (step) {                 // one product runs while the next is asked for
-                wgmma_wait<1>();
-                ring.arrive(ring.empty(last));
-            }
-            last = at.stage;
-            at.next();
+        for (int step = 0; step < whole; step++) multiply<all_pieces>(ring, at, first_row, step, c);
+        switch (last_pieces) {
+        case 1: multiply<1>(ring, at, first_row, whole, c); break;
+        case 2: multiply<2>(ring, at, first_row, whole, c); break;
+        case 3: multiply<3>(ring, at, first_row, whole, c); break;
         }
     }
-    __device__ __forceinline__ void end(const pipe<Tile> &ring, int steps,
-                                        float (&c)[Tile::slices][Tile::tile_n / 2]) const {
+    __device__ __forceinline__ void end(const pipe<Tile> &ring, int steps, sums &c) const {
         wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < Tile::slices; i++) {

@@ -11,8 +11,7 @@
 // wrong, indices out of range, empty experts, tails) are those of gemm.cuh.
 #ifndef MOE_SM90_CUH
 #define MOE_SM90_CUH
-#include "act.cuh"
-#include "gemm.cuh"
+#include "dact.cuh"
 
 // T = bf16, f16. a may be gathered (index); b is along k or along i, by its strides; y and h are rows of `stride` elements.
 template <class T> bool rows_sm90_takes(const gemm_product<T> &g, const T *bias, const T *y, int64_t stride);
@@ -30,14 +29,21 @@ struct gated_out {
 template <class T> bool gated_sm90_takes(const gemm_product<T> &g, const gated_out<T> &out);
 template <class T> int gated_sm90(const gemm_product<T> &g, const gated_out<T> &out, cudaStream_t stream);
 
-// Neither a nor b is gathered: sort_rows first. dw of T, any strides that wrap rows of multiples of 16 bytes.
+// Neither a nor b is gathered: sort_rows first. dw in rows (sc = 1) of any multiples of 16 bytes: of T; or of float, which
+// may be added to what is there (an expert without rows leaves it).
 template <class T> bool sums_sm90_takes(const gemm_product<T> &g, moe_mat dw);
 template <class T> int sums_sm90(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream);
+template <class T> bool float_sums_sm90_takes(const gemm_product<T> &g, moe_mat dw);
+template <class T> int float_sums_sm90(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream);
 
-// Rows of D elements of T. Each row of from is read once and stored at its K places inverse[r K + k] (-1: none); a place
-// p < N that no row has is zeros only if order[p] is out of range, and then MOE_BAD_INDEX.
+// T = bf16, f16. Rows of D elements to rows of row_D, a multiple of 8, at a multiple of 16 bytes; what is between is zeros.
+// Each row of from is read once and stored at its K places inverse[r K + k] (-1: none). A place p < N that is not that of
+// order[p] is zeros, and MOE_BAD_INDEX.
 template <class T>
 int sort_rows(int64_t R, int64_t K, int64_t D, int64_t N, const T *from_RD, const int32_t *order_N,
               const int32_t *inverse_RK, T *to_ND, int64_t row_D, verdict bad, cudaStream_t stream);
 
+// T = bf16, f16. da_NF: rows of d.row_F elements, each at a multiple of 16 bytes, as those of sA and dh are; sA may take its
+// place. ds_N, the whole ds of each position: may be NULL.
+template <class T> int dact_pass(const dact_rows<T> &d, int64_t N, const T *da_NF, float *ds_N, cudaStream_t stream);
 #endif
