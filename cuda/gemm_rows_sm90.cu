@@ -5,14 +5,14 @@
 // end of the sum is zero. Rows past the end of an expert are multiplied, but a row of a product has only its own sums,
 // and they are not stored.
 #include "pipe_sm90.cuh"
+#include "policy_sm90.cuh"
 #include "sm90.cuh"
 #include "tensor_map.cuh"
 
 // ---- schedules ------------------------------------------------------------------------------------------------------
 using together_256 = pipe_tile<128, 256, 4, false, 56>;     // 24 registers are too few for the threads that gather
-using by_turns_192 = pipe_tile<128, 192, 5, true, 24>;
+using by_turns_192 = pipe_tile<128, 192, 5, true, 24>;      // 192 sums a thread
 using by_turns_128 = pipe_tile<128, 128, 5, true, 56>;
-enum rows_schedule { TOGETHER_256, BY_TURNS_192, BY_TURNS_128 };
 
 // ---- epilogues: what happens to a warp's 16 rows --------------------------------------------------------------------
 // c[n] of row p on and column j on, in the layout of wgmma; columns: that g.N has from j on.
@@ -267,7 +267,7 @@ static size_t block_bytes(int64_t experts) { return Tile::bytes + (experts + 1) 
 static_assert(together_256::bytes + (MOE_MAX_EXPERTS + 2) * sizeof(uint32_t) <= BLOCK_BYTES);
 
 template <class Tile, int parts, bool b_along_k, class T, class Epilogue>
-static int rows_launch(const gemm_product<T> &g, const Epilogue &emit, cudaStream_t stream) {
+static int rows_launch(moe_way way, const gemm_product<T> &g, const Epilogue &emit, cudaStream_t stream) {
     constexpr int width = Tile::tile_n / parts, dtype = dtype_of(T{});
     rows_plan plan = {};
     plan.term_steps = static_cast<int>(ceil_div(g.K, PIPE_DEPTH)), plan.steps = g.terms * plan.term_steps;
@@ -285,29 +285,31 @@ static int rows_launch(const gemm_product<T> &g, const Epilogue &emit, cudaStrea
     }
     const int64_t experts = g.E + g.tail, down = g.R / Tile::tile_m + min64(g.R, experts);
     const int64_t grid = min64(down * ceil_div(g.N, width), multiprocessors());
+    count_product(way);
     return launch(rows_kernel<Tile, parts, b_along_k, T, Epilogue>, grid, PIPE_THREADS, block_bytes<Tile>(experts), stream,
                   plan, g, emit);
 }
 template <bool b_along_k, class T>
-static int rows_by_schedule(rows_schedule s, const gemm_product<T> &g, const rows_out<T> &emit, cudaStream_t stream) {
-    if (g.a[0].index) s = TOGETHER_256;
-    if (s == BY_TURNS_192 && block_bytes<by_turns_192>(g.E + g.tail) <= BLOCK_BYTES)
-        return rows_launch<by_turns_192, 1, b_along_k>(g, emit, stream);
-    if (s == BY_TURNS_128) return rows_launch<by_turns_128, 1, b_along_k>(g, emit, stream);
-    return rows_launch<together_256, 1, b_along_k>(g, emit, stream);
+static int rows_by_way(moe_way way, const gemm_product<T> &g, const rows_out<T> &emit, cudaStream_t stream) {
+    if (way == MOE_SM90_128x192) return rows_launch<by_turns_192, 1, b_along_k>(way, g, emit, stream);
+    if (way == MOE_SM90_128x128) return rows_launch<by_turns_128, 1, b_along_k>(way, g, emit, stream);
+    return rows_launch<together_256, 1, b_along_k>(way, g, emit, stream);
 }
 template <class T>
 int rows_sm90(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, int64_t stride, cudaStream_t stream) {
     const rows_out<T> emit = {bias, bias_se, y, stride};
-    const rows_schedule s = TOGETHER_256;
-    return b_takes(g, g.terms, true) ? rows_by_schedule<true>(s, g, emit, stream)
-                                     : rows_by_schedule<false>(s, g, emit, stream);
+    const int64_t experts = g.E + g.tail;
+    const bool gathered = g.a[0].index;
+    moe_way way = forced_way() < 0 ? sm90_rows_way(g.R, g.E, g.N, g.terms * g.K, gathered, 1, multiprocessors())
+                                   : static_cast<moe_way>(forced_way());
+    if (gathered || (way == MOE_SM90_128x192 && block_bytes<by_turns_192>(experts) > BLOCK_BYTES)) way = MOE_SM90_128x256;
+    return b_takes(g, g.terms, true) ? rows_by_way<true>(way, g, emit, stream) : rows_by_way<false>(way, g, emit, stream);
 }
 template <class T>
 int gated_sm90(const gemm_product<T> &g, const gated_out<T> &out, cudaStream_t stream) {
     const gated_rows<T> emit = {out, g.N};
-    return b_takes(g, 2, true) ? rows_launch<together_256, 2, true>(g, emit, stream)
-                               : rows_launch<together_256, 2, false>(g, emit, stream);
+    return b_takes(g, 2, true) ? rows_launch<together_256, 2, true>(MOE_SM90_128x256, g, emit, stream)
+                               : rows_launch<together_256, 2, false>(MOE_SM90_128x256, g, emit, stream);
 }
 #define INSTANCES(T) \
     template bool rows_sm90_takes(const gemm_product<T> &, const T *, const T *, int64_t); \

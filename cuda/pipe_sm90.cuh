@@ -156,7 +156,7 @@ static __device__ __forceinline__ void store_rows16(unsigned char *area, const f
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float *const v = x + 8 * i;
-        stmatrix_x4(line + ((2 * i + half ^ (row & 7)) << 4), pack2(T{}, v[0], v[1]), pack2(T{}, v[2], v[3]),
+        stmatrix_x4(line + (((2 * i + half) ^ (row & 7)) << 4), pack2(T{}, v[0], v[1]), pack2(T{}, v[2], v[3]),
                     pack2(T{}, v[4], v[5]), pack2(T{}, v[6], v[7]));
     }
     __syncwarp();
