@@ -7,6 +7,7 @@ Grouped GEMM, each of its three forms alone (bf16, the up and the down projectio
 Layer: route_index + expert_mlp (SwiGLU), forward and forward + backward, against
   bound        bmm, activation, bmm and a sum over K on equal shares: no routing at all
   grouped-mm, loop    as in benchmarks/ops.py
+Ran: which way ours went (cuda/policy_sm90.cuh): gemm.cuh is mma.sync, sm90 TMA and wgmma with a tile of that size.
 Movement: share of the bandwidth of a copy of the expert rows, rows counted once for each copy read or written.
 Other ops: against the same in plain torch.
 
@@ -23,6 +24,7 @@ on stderr what it has done. The default shapes take about three minutes; --all a
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -99,7 +101,7 @@ class Bench:
             "dtype": options.dtype, "gpu": gpu_state(), "gemm": [], "layer": [], "movement": [], "other": [],
             "left out": [],
         }  # fmt: skip
-        self.copy_bandwidth = self.state = None
+        self.copy_bandwidth = self.state = self.ran = None
         self.cublas = None if options.dry else cublas.load()
 
     def warm_up(self):
@@ -148,7 +150,10 @@ class Bench:
                     for _ in range(8):
                         self.scratch.zero_()
                     start = self.stamp()
-                    result = function(drawn)
+                    if rounds == 0 and name == "ours" and self.cublas:
+                        result, self.ran = cublas.ways(self.cublas, functools.partial(function, drawn))
+                    else:
+                        result = function(drawn)
                     stamps[name] = start, self.stamp()
                     if rounds == 0 and name == "ours":
                         want = result
@@ -167,7 +172,7 @@ class Bench:
         """Adds one line to a section. work: FLOPs and least bytes of one call."""
         flops, size = work
         line = {**head, "ms": {name: 1e3 * s for name, s in seconds.items()}, "failed": failed, **more}
-        line["gpu"] = self.state
+        line["gpu"], line["ran"] = self.state, self.ran
         if "ours" in seconds:
             least = [size / self.copy_bandwidth] if self.copy_bandwidth else []
             least += [flops / self.peak_flops] if self.peak_flops else []
@@ -426,10 +431,12 @@ def markdown(report):
     if report["left out"]:
         text += f"\nleft out: {', '.join(dict.fromkeys(report['left out']))}\n"
     for section, (head, peers) in COLUMNS.items():
-        titles = [*head, "ms", "TFLOP/s", "GB/s", "of roofline", *(f"x {peer}" for peer in peers)]
+        ran = ["ran"] if section in ("gemm", "layer") else []
+        titles = [*head, *ran, "ms", "TFLOP/s", "GB/s", "of roofline", *(f"x {peer}" for peer in peers)]
         text += f"\n## {section}\n\n| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|\n"
         for line in report[section]:
-            cells = [str(line[key]) for key in head] + [cell(line, "ms", "ours", 3)]
+            ways = ", ".join(way + f" ({n})" * (n > 1) for way, n in (line["ran"] or {}).items()) or "-"
+            cells = [*(str(line[key]) for key in head), *(ways for _ in ran), cell(line, "ms", "ours", 3)]
             cells += [f"{line.get(key, 0):.0f}" for key in ("tflops", "gbps")] + [share(line)]
             text += f"| {' | '.join([*cells, *(cell(line, 'ratio', peer, 2) for peer in peers)])} |\n"
         for line in report[section]:

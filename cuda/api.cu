@@ -1,10 +1,14 @@
 // api.cu: the one exported symbol of libmoe_cuda.so, the table of its functions; the devices and their error words.
+#include <algorithm>
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 
-#include "common.cuh"
+#include "gemm.cuh"
+#include "tensor_map.cuh"
 
 // The wires and the yardstick; then the overload with a stream of every function in the table; each is defined in the
 // file named like its twin's.
@@ -27,6 +31,7 @@ std::mutex making;
 // the life of the process.
 std::atomic<unsigned long long *> words[MAX_DEVICES];
 std::atomic<int> sm_counts[MAX_DEVICES];
+std::atomic<bool> hopper[MAX_DEVICES];          // and nothing speaks against the kernels of *_sm90.cu
 
 int current_device() {
     int device = 0;
@@ -57,12 +62,19 @@ int ready(int device) {
                  major, minor);
         return MOE_CUDA_FAILED;
     }
+    const char *const wanted = getenv("MOE_SM90");
+    if (wanted && strcmp(wanted, "0") && strcmp(wanted, "1")) {
+        snprintf(last_error, sizeof last_error, "MOE_SM90 is \"%.100s\", wanted 0 (no kernels of Hopper's own) or 1",
+                 wanted);
+        return MOE_CUDA_FAILED;
+    }
     std::lock_guard<std::mutex> guard(making);
     if (words[device]) return MOE_OK;
     void *word = nullptr;
     TRY(cuda_status(cudaHostAlloc(&word, sizeof(unsigned long long), cudaHostAllocMapped), "making the error word"));
     *static_cast<unsigned long long *>(word) = 0;
     sm_counts[device] = count;
+    hopper[device] = major == 9 && minor == 0 && !(wanted && *wanted == '0') && tensor_maps_here();
     words[device] = static_cast<unsigned long long *>(word);
     return MOE_OK;
 }
@@ -87,9 +99,15 @@ int read_verdict(bool wait, const char **op, int64_t *position, cudaStream_t str
     return static_cast<int>(said >> 56);
 }
 
+std::atomic<int64_t> launched[MOE_WAYS];
+std::atomic<int> forced{-1};
+
+void products(int64_t *counts) { std::copy(std::begin(launched), std::end(launched), counts); }
+void force(int way) { forced = way; }
+
 const moe_cuda TABLE = {
     sizeof(moe_cuda), ready, error, read_verdict, moe_nccl_id, moe_nccl_open, moe_window_open,
-    moe_slots_open, moe_cublas_gemm, moe_cublas_gemm_wgrad,
+    moe_slots_open, moe_cublas_gemm, moe_cublas_gemm_wgrad, products, force,
 #define X(name) moe_##name,
     MOE_CUDA_OPS(X)
     MOE_CUDA_WORKSPACES(X)
@@ -100,6 +118,9 @@ const moe_cuda TABLE = {
 extern "C" const moe_cuda *moe_cuda_table(void) { return &TABLE; }
 
 verdict verdict_of(moe_cuda_op op) { return {words[current_device()], static_cast<unsigned long long>(op)}; }
+bool sm90_here() { return forced != MOE_GEMM && hopper[current_device()]; }
+int forced_way() { return forced; }
+void count_product(moe_way way) { launched[way].fetch_add(1, std::memory_order_relaxed); }
 int multiprocessors() { return sm_counts[current_device()]; }
 int cuda_failed(const char *format, ...) {
     va_list values;

@@ -53,6 +53,9 @@ struct moe_wire {
 };
 enum { MOE_NCCL_ID_BYTES = 128 };
 
+// How a grouped product is computed: by the kernel of gemm.cuh, or on Hopper by TMA and wgmma with one of these tiles.
+enum moe_way { MOE_GEMM, MOE_SM90_128x256, MOE_SM90_128x192, MOE_SM90_128x128, MOE_WAYS };
+
 // The tensors of csrc/slots.c where they are in device memory: slots.cu. send and take only queue, all on one stream;
 // raise(claim) is called behind the copy, by a thread of the driver.
 struct moe_device_slots {
@@ -84,6 +87,10 @@ struct moe_cuda {
     // The yardstick of benchmarks, one cublasGemmEx per expert: it reads bins on the host, so it waits for the stream.
     decltype(with_stream(&moe_grouped_gemm)) cublas_gemm;
     decltype(with_stream(&moe_grouped_gemm_wgrad)) cublas_gemm_wgrad;
+    // For benchmarks and tests. How many products this process has launched in each way, MOE_WAYS counts; and from now on
+    // every product that can takes this way instead of its policy's (-1: the policy's again).
+    void (*products)(int64_t *counts);
+    void (*force)(int way);
 #define X(name) decltype(with_stream(&moe_##name)) name;
     MOE_CUDA_OPS(X)
     MOE_CUDA_WORKSPACES(X)

@@ -13,14 +13,21 @@
 //                 flat id f        dweights = sum of ds (+ <dy[r], bd_e>)
 //              A gradient that is not wanted, and what only it needs, is left out: its place in memory is NULL.
 //
-// Rows of x and dy are gathered while a product loads them (gemm.cuh); no sorted copy of them exists. Saved for the
-// backward: h_NU, nothing else. What lies between two launches is in the workspace, in the storage type: tensor cores
-// read a, sA and dh in it; y and dx of a copy would take twice the traffic in float, in a step that memory bounds, to
-// be more exact than plain torch, which rounds them before it adds them too. All arithmetic, and ds, is in float; act
-// sees h before it is rounded.
+// Rows of x and dy are gathered while a product loads them (gemm.cuh); no sorted copy of them exists but in a backward in
+// passes. Saved for the backward: h_NU, nothing else. What lies between two launches is in the workspace, in the storage
+// type: tensor cores read a, sA and dh in it; y and dx of a copy would take twice the traffic in float, in a step that
+// memory bounds, to be more exact than plain torch, which rounds them before it adds them too. All arithmetic, and ds, is
+// in float; act sees h before it is rounded.
+//
+// In passes, on Hopper (sm90.cuh), two things are other. Without a gate act is a pass over h, which is rounded then. The
+// backward's step 1 is a product that stores dA', rounded too, and a pass over it that puts sA in its place; the weight
+// gradients read copies of dy and then of x in sorted order. Both lie where dx_ND will, which is made after them: with dx
+// wanted no byte more is lent, without it one copy's.
+//
 // N is the host's word, which the grids need; bins[E-1] that is another: MOE_BAD_BINS. A flat id or a position out of
 // range: MOE_BAD_INDEX, and that copy counts as zeros.
-#include "expert_sums.cuh"
+#include "dact.cuh"
+#include "sm90.cuh"
 
 // ---- the door -------------------------------------------------------------------------------------------------------
 static int check(const moe_expert_args &a) {
@@ -62,20 +69,18 @@ static gemm_operand<T> transposed(moe_mat w) {  // dx = dy w
 template <class T>
 struct gated_epilogue {
     static constexpr bool sums_rows = false;
-    int     plain;
-    int64_t F, row_F;
-    bias<T> gate_bias, up_bias;
-    T      *h_NU, *a_NF;
+    int64_t      F;
+    gated_out<T> out;
     __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[2][8]) const {
-        T    *h = h_NU + p * 2 * F + j;
+        T    *h = out.h_NU + p * 2 * F + j;
         float x[8], a[8], slope[8], unused;
-        gate_bias.add(e, j, n, c[0], x);
+        bias<T>{out.gate_bias, out.gate_bias_se}.add(e, j, n, c[0], x);
         store8(h, n, x);
-        act8(plain, x, a, slope);
-        up_bias.add(e, j, n, c[1], x);
+        act8(out.plain, x, a, slope);
+        bias<T>{out.up_bias, out.up_bias_se}.add(e, j, n, c[1], x);
         store8(h + F, n, x);
-        for (int v = 0; v < 8; v++) a[v] *= up_value_f32(plain, x[v], &unused);
-        store8(piece_at<true>(a_NF + p * row_F + j), 8, a);
+        for (int v = 0; v < 8; v++) a[v] *= up_value_f32(out.plain, x[v], &unused);
+        store8(piece_at<true>(out.a_NF + p * out.row_F + j), 8, a);
         return 0;
     }
 };
@@ -100,19 +105,27 @@ struct plain_epilogue {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 template <class T>
+static int gated_product(const gemm_product<T> &up, const gated_out<T> &out, cudaStream_t stream) {
+    if constexpr (sizeof(T) == 2)
+        if (sm90_here() && gated_sm90_takes(up, out)) return gated_sm90(up, out, stream);
+    return gemm_rows<2>(up, gated_epilogue<T>{up.N, out}, stream);
+}
+template <class T>
 static int forward(const moe_expert_args &a, void *workspace, T *y_RD, T *h_NU, cudaStream_t stream) {
     const verdict bad = verdict_of(OP_expert_mlp);
     const lent<T> w(a, nullptr, workspace);
     const bias<T> gate_bias = {static_cast<const T *>(a.gate_bias_EF), a.gate_bias_se};
-    const bias<T> up_bias = {static_cast<const T *>(a.up_bias_EF), a.up_bias_se};
     const int plain = act_plain(a.act);
     const gemm_product<T> up = {
         .R = a.N, .E = a.E, .N = a.F, .K = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, a.x_RD, ROWS)},
         .b = {weight<T>(a.gate_EFD), weight<T>(a.up_EFD)}, .bad = bad,
     };
-    if (gated_act(a.act)) {
-        const gated_epilogue<T> emit = {plain, a.F, w.row_F, gate_bias, up_bias, h_NU, w.a_NF};
-        TRY(gemm_rows<2>(up, emit, stream));
+    if (gated_act(a.act))
+        TRY(gated_product(up, {plain, gate_bias.p, static_cast<const T *>(a.up_bias_EF), gate_bias.se, a.up_bias_se,
+                               h_NU, w.a_NF, w.row_F}, stream));
+    else if (w.passes) {
+        TRY(gemm_store(up, gate_bias.p, gate_bias.se, h_NU, a.F, stream));
+        TRY(moe_activation(a.dtype, a.act, a.N, a.F, h_NU, w.a_NF, stream));
     } else
         TRY(gemm_rows<1>(up, plain_epilogue<T>{plain, a.F, w.row_F, gate_bias, h_NU, w.a_NF}, stream));
 
@@ -136,38 +149,14 @@ int moe_expert_mlp(const moe_expert_args *a, void *workspace, void *y_RD, void *
 template <class T>
 struct dact_epilogue {
     static constexpr bool sums_rows = true;
-    bool               gated;
-    int                plain;
-    int64_t            F, row_F, flat_ids, pieces;
-    const int32_t     *order_N;
-    routing_weights<T> weights;
-    const T           *h_NU;
-    T                 *sa_NF, *dh_NU;
-    float             *ds_NP;
+    dact_rows<T> of;
+    int64_t      pieces;
+    float       *ds_NP;
     __device__ float operator()(int64_t, int64_t p, int64_t j, int n, const float (&c)[1][8]) const {
-        const int32_t f = order_N[p];
-        const float   s = f >= 0 && f < flat_ids ? weights[f] : 0;
-        const T      *h = h_NU + p * (gated ? 2 * F : F) + j;
-        float value[8], slope[8], up[8], x[8], du, ds = 0;
-        load8(h, n, x);
-        act8(plain, x, value, slope);
-        load8(gated ? h + F : h, n, up);
-        for (int v = 0; v < 8; v++) {
-            up[v] = gated ? up_value_f32(plain, up[v], &du) : du = 1;
-            const float a = value[v] * up[v];               // a = f(gate) * u(up)
-            if (v < n) ds = fmaf(c[0][v], a, ds);
-            x[v] = s * a;
-            value[v] *= du;
-        }
-        if (sa_NF) store8(piece_at<true>(sa_NF + p * row_F + j), 8, x);
-        if (!dh_NU) return ds;
-        T *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * up[v] * slope[v];
-        store8(piece_at<true>(dh), 8, x);
-        if (!gated) return ds;
-        for (int v = 0; v < 8; v++) x[v] = s * c[0][v] * value[v];
-        store8(piece_at<true>(dh + row_F), 8, x);
-        return ds;
+        const float s = of.weight(p);
+        float       gate[8];
+        load8(of.h(p, j), n, gate);
+        return of.store(p, j, n, s, c[0], gate, [&](float (&up)[8]) { load8(of.h(p, j) + of.F, n, up); });
     }
     __device__ void row(int64_t p, int64_t piece, float sum) const {
         if (ds_NP) ds_NP[p * pieces + piece] = sum;
@@ -175,22 +164,10 @@ struct dact_epilogue {
 };
 
 // ---- backward -------------------------------------------------------------------------------------------------------
-// dW = dh^T x. Where up follows gate both in w13 and in the rows of dh, they are one matrix of 2F rows.
-template <class T>
-static int up_gradients(const moe_expert_args &a, const moe_expert_grads &g, const lent<T> &w, verdict bad,
-                        cudaStream_t stream) {
-    const moe_mat &dgate = g.dgate_EFD, &dup = g.dup_EFD;
-    const bool gated = gated_act(a.act);
-    const bool adjacent = gated && dgate.p && dup.p == static_cast<T *>(dgate.p) + a.F * dgate.sr &&
-                          dup.se == dgate.se && dup.sr == dgate.sr && dup.sc == dgate.sc && w.row_F == a.F;
-    gemm_product<T> product = {
-        .R = a.N, .E = a.E, .N = a.D, .M = adjacent ? 2 * a.F : a.F, .bins_E = a.bins_E,
-        .a = {sorted<T>(w.dh_NU, w.row_U, SUMS)}, .b = {gathered<T>(a, a.x_RD, SUMS)}, .bad = bad,
-    };
-    if (dgate.p) TRY(gemm_wgrad(product, dgate, stream));
-    if (!gated || adjacent || !dup.p) return MOE_OK;
-    product.a[0].p += w.row_F;
-    return gemm_wgrad(product, dup, stream);
+// Whether [gate | up] is one matrix of 2F rows, and their columns of h, in rows of 2 row_F, one piece of 2F.
+static bool adjacent(const moe_mat &gate, const moe_mat &up, size_t element, int64_t F, int64_t row_F) {
+    return gate.p && up.p == static_cast<char *>(gate.p) + F * gate.sr * static_cast<int64_t>(element) &&
+           up.se == gate.se && up.sr == gate.sr && up.sc == gate.sc && row_F == F;
 }
 
 template <class T>
@@ -198,31 +175,65 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
     const verdict bad = verdict_of(OP_expert_mlp_backward);
     const bool gated = gated_act(a.act);
     const lent<T> w(a, &g, workspace);
+    const auto copy = [&](const void *rows_RD) {        // in passes: sorted, where a weight gradient reads them
+        if constexpr (sizeof(T) == 2)
+            if (w.passes)
+                return sort_rows(a.R, a.K, a.D, a.N, static_cast<const T *>(rows_RD), a.order_RK, a.inverse_RK, w.y_ND,
+                                 w.row_D, bad, stream);
+        return static_cast<int>(MOE_OK);
+    };
+    const auto copies = [&](const void *rows_RD, axis where) {
+        return w.passes ? sorted<T>(w.y_ND, w.row_D, where) : gathered<T>(a, rows_RD, where);
+    };
+
+    // 1
+    if (g.ddown_EDF.p) TRY(copy(g.dy_RD));
     const gemm_product<T> dact = {                      // for sA alone dA' is a sum of nothing
         .R = a.N, .E = a.E, .N = a.F, .K = w.dh_NU || w.ds_NP ? a.D : 0, .bins_E = a.bins_E,
-        .a = {gathered<T>(a, g.dy_RD, ROWS)}, .b = {transposed<T>(a.down_EDF)}, .bad = bad,
+        .a = {g.ddown_EDF.p ? copies(g.dy_RD, ROWS) : gathered<T>(a, g.dy_RD, ROWS)},
+        .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
-    const dact_epilogue<T> emit = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, w.pieces, a.order_RK,
-                                   {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU), w.a_NF,
-                                   w.dh_NU, w.ds_NP};
-    if (w.a_NF || w.dh_NU || w.ds_NP) TRY(gemm_rows<1>(dact, emit, stream));
+    const dact_rows<T> of = {gated, act_plain(a.act), a.F, w.row_F, a.R * a.K, a.order_RK,
+                             {a.weights_RK, a.wdtype == MOE_F32}, static_cast<const T *>(g.h_NU),
+                             g.ddown_EDF.p ? w.a_NF : nullptr, w.dh_NU};
+    if (w.passes) {
+        if constexpr (sizeof(T) == 2)
+            if (w.a_NF) {
+                TRY(gemm_store(dact, static_cast<const T *>(nullptr), 0, w.a_NF, w.row_F, stream));
+                TRY(dact_pass(of, a.N, w.a_NF, w.ds_NP, stream));
+            }
+    } else if (w.a_NF || w.dh_NU || w.ds_NP)
+        TRY(gemm_rows<1>(dact, dact_epilogue<T>{of, w.pieces, w.ds_NP}, stream));
 
-    const gemm_product<T> dx = {
-        .R = a.N, .E = a.E, .N = a.D, .K = a.F, .terms = gated ? 2 : 1, .bins_E = a.bins_E,
-        .a = {sorted<T>(w.dh_NU, w.row_U, ROWS), sorted<T>(w.dh_NU + w.row_F, w.row_U, ROWS)},
-        .b = {transposed<T>(a.gate_EFD), transposed<T>(a.up_EFD)}, .bad = bad,
-    };
-    if (g.dx_RD) TRY(gemm_store<T>(dx, nullptr, 0, w.y_ND, w.row_D, stream));
-
+    // 3
     const gemm_product<T> ddown = {
-        .R = a.N, .E = a.E, .N = a.F, .M = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, g.dy_RD, SUMS)},
+        .R = a.N, .E = a.E, .N = a.F, .M = a.D, .bins_E = a.bins_E, .a = {copies(g.dy_RD, SUMS)},
         .b = {sorted<T>(w.a_NF, w.row_F, SUMS)}, .bad = bad,
     };
     if (g.ddown_EDF.p) TRY(gemm_wgrad(ddown, g.ddown_EDF, stream));
-    TRY(up_gradients(a, g, w, bad, stream));
+    const bool one = gated && adjacent(g.dgate_EFD, g.dup_EFD, sizeof(T), a.F, w.row_F);
+    gemm_product<T> dup = {                             // dW = dh^T x
+        .R = a.N, .E = a.E, .N = a.D, .M = one ? 2 * a.F : a.F, .bins_E = a.bins_E,
+        .a = {sorted<T>(w.dh_NU, w.row_U, SUMS)}, .b = {copies(a.x_RD, SUMS)}, .bad = bad,
+    };
+    if (g.dgate_EFD.p || g.dup_EFD.p) TRY(copy(a.x_RD));
+    if (g.dgate_EFD.p) TRY(gemm_wgrad(dup, g.dgate_EFD, stream));
+    dup.a[0].p += w.row_F;
+    if (g.dup_EFD.p && !one) TRY(gemm_wgrad(dup, g.dup_EFD, stream));
     TRY(sum_biases(a, g, w, stream));
 
-    if (g.dx_RD) TRY(sum_slots<T>(a, {}, w, g.dx_RD, bad, stream));
+    // 2, 4
+    if (g.dx_RD) {
+        const bool both = gated && adjacent(a.gate_EFD, a.up_EFD, sizeof(T), a.F, w.row_F);
+        const gemm_product<T> dx = {
+            .R = a.N, .E = a.E, .N = a.D, .K = both ? 2 * a.F : a.F, .terms = gated && !both ? 2 : 1,
+            .bins_E = a.bins_E,
+            .a = {sorted<T>(w.dh_NU, w.row_U, ROWS), sorted<T>(w.dh_NU + w.row_F, w.row_U, ROWS)},
+            .b = {transposed<T>(a.gate_EFD), transposed<T>(a.up_EFD)}, .bad = bad,
+        };
+        TRY(gemm_store<T>(dx, nullptr, 0, w.y_ND, w.row_D, stream));
+        TRY(sum_slots<T>(a, {}, w, g.dx_RD, bad, stream));
+    }
     return g.dweights_RK ? sum_dweights(a, g, w, stream) : MOE_OK;
 }
 

@@ -14,20 +14,23 @@ enum { THREADS = 256, IN_FLIGHT = 4, SUM_COLUMNS = 64, SUM_ROWS = THREADS * 8 / 
 
 // ---- the workspace: one list of pieces gives both their places and the size of all ----------------------------------
 // Its rows begin at multiples of 16 bytes whatever D and F are. g: of a backward, else NULL. What no wanted gradient
-// needs is NULL. workspace = NULL: only the size.
+// needs is NULL. workspace = NULL: only the size, which depends on the device: passes (expert.cu) need more.
 template <class T>
 struct lent {
+    bool    passes;                             // on Hopper, where every row is whole pieces of 16 bytes
     int64_t row_F, row_D, row_U, pieces;        // elements of a row; parts of one ds
-    T      *a_NF, *y_ND, *dh_NU;                // backward: sA, dx per copy, dh
+    T      *a_NF, *y_ND, *dh_NU;                // backward: dA' then sA, sorted copies then dx per copy, dh
     float  *ds_NP;
     size_t  bytes = 0;
 
     lent(const moe_expert_args &a, const moe_expert_grads *g, void *workspace)
-        : row_F(round_up(a.F, 8)), row_D(round_up(a.D, 8)), row_U(gated_act(a.act) ? 2 * row_F : row_F),
-          pieces(ceil_div(a.F, GEMM_PIECE)) {
+        : passes(sizeof(T) == 2 && a.D % 8 == 0 && a.F % 8 == 0 && (!g || aligned16(g->dy_RD)) && sm90_here()),
+          row_F(round_up(a.F, 8)), row_D(round_up(a.D, 8)), row_U(gated_act(a.act) ? 2 * row_F : row_F),
+          pieces(passes ? 1 : ceil_div(a.F, GEMM_PIECE)) {
+        const bool weights = g && (g->ddown_EDF.p || g->dgate_EFD.p || g->dup_EFD.p);
         const bool dh = g && (g->dx_RD || g->dgate_EFD.p || g->dup_EFD.p || g->dgate_bias_EF || g->dup_bias_EF);
-        a_NF = take<T>(workspace, !g || g->ddown_EDF.p, a.N * row_F);
-        y_ND = take<T>(workspace, !g || g->dx_RD, a.N * row_D);
+        a_NF = take<T>(workspace, !g || g->ddown_EDF.p || (passes && (dh || g->dweights_RK)), a.N * row_F);
+        y_ND = take<T>(workspace, !g || g->dx_RD || (passes && weights), a.N * row_D);
         dh_NU = take<T>(workspace, dh, a.N * row_U);
         ds_NP = take<float>(workspace, g && g->dweights_RK, a.N * pieces);
     }

@@ -4,7 +4,9 @@
 //   moe_grouped_gemm_wgrad   dw_EIO[e]   = x_RI[bin e]^T dy_RO[bin e]     ragged sums; zeros for an empty expert
 //
 // Bins that decrease or leave [0, R]: MOE_BAD_BINS; then y is not written, and dw[e] is zeros for that expert.
-#include "gemm.cuh"
+//
+// On Hopper elements of 16 bits go the way of sm90.cuh wherever TMA can read them.
+#include "sm90.cuh"
 
 // ---- epilogues ------------------------------------------------------------------------------------------------------
 template <class T>
@@ -43,15 +45,20 @@ struct store_matrix {
 
 template <class T>
 int gemm_store(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, int64_t stride, cudaStream_t stream) {
+    if constexpr (sizeof(T) == 2)
+        if (sm90_here() && rows_sm90_takes(g, bias, y, stride)) return rows_sm90(g, bias, bias_se, y, stride, stream);
     return gemm_rows<1, true>(g, store_rows<T>{bias, bias_se, y, stride}, stream);
 }
 template <class T>
 int gemm_wgrad(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream) {
-    T *p = static_cast<T *>(dw.p);
-    if (dw.sc == 1 || dw.sr != 1) return gemm_sums<true>(g, store_matrix<T>{p, dw.se, dw.sr, dw.sc}, stream);
-    gemm_product<T> swapped = g;                        // dw^T = b a^T has its rows in one piece
-    swapped.M = g.N, swapped.N = g.M, swapped.a[0] = g.b[0], swapped.b[0] = g.a[0];
-    return gemm_sums<true>(swapped, store_matrix<T>{p, dw.se, dw.sc, dw.sr}, stream);
+    if (dw.sc != 1 && dw.sr == 1) {                     // dw^T = b a^T has its rows in one piece
+        gemm_product<T> swapped = g;
+        swapped.M = g.N, swapped.N = g.M, swapped.a[0] = g.b[0], swapped.b[0] = g.a[0];
+        return gemm_wgrad(swapped, moe_mat{dw.p, dw.se, dw.sc, dw.sr}, stream);
+    }
+    if constexpr (sizeof(T) == 2)
+        if (sm90_here() && sums_sm90_takes(g, dw)) return sums_sm90(g, dw, stream);
+    return gemm_sums<true>(g, store_matrix<T>{static_cast<T *>(dw.p), dw.se, dw.sr, dw.sc}, stream);
 }
 #define INSTANCES(T) \
     template int gemm_store(const gemm_product<T> &, const T *, int64_t, T *, int64_t, cudaStream_t); \

@@ -41,6 +41,13 @@ int gemm_store(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, i
 // dw[e] = a b^T over the rows of e, a(i, p) with i < M, b(j, p) with j < N; any strides of dw.
 template <class T> int gemm_wgrad(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream);
 
+// Of api.cu. Whether products on this device may go the way of sm90.cuh: it is Hopper, its driver encodes tensor maps,
+// and neither MOE_SM90=0 in the environment nor moe_cuda::force forbids. Which way force wants there, or -1. A note for
+// moe_cuda::products.
+bool sm90_here();
+int  forced_way();
+void count_product(moe_way way);
+
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 // A block computes tile_m x tile_n of c: warps_m x warps_n warps of [tile_m / warps_m] x 64 columns.
 template <int m, int n, int warps_m_, int stages_, int per_sm_>
@@ -60,19 +67,18 @@ struct gemm_piece {
     int e, i0, i_end, j0, k0, k_end, steps;
 };
 
-// Ragged rows: how many tiles of rows stand before each expert, and where its rows begin; experts + 1 entries.
-struct gemm_expert {
-    uint32_t tiles;
-    int      begin;
-};
-
-// Every block counts for itself. Bins that are not in order: a verdict, and no tiles at all.
+// Ragged rows: where the rows of expert e end. Expert E is the tail.
+static __device__ __forceinline__ int end_of_rows(int R, int E, const int32_t *bins_E, int e) {
+    return e < 0 ? 0 : e < E ? bins_E[e] : R;
+}
+// How many tiles of rows stand before each expert: experts + 1 entries. Every block counts for itself. Bins that are not
+// in order: a verdict, and no tiles at all. shared: 32 words.
 template <int tile_m>
-static __device__ void count_tiles(int R, int E, bool tail, const int32_t *bins_E, verdict bad, gemm_expert *table,
+static __device__ void count_tiles(int R, int E, bool tail, const int32_t *bins_E, verdict bad, uint32_t *table,
                                    uint32_t *shared) {
     const int n = E + tail, each = (n + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
     const int first = min32(n, static_cast<int>(threadIdx.x) * each), last = min32(n, first + each);
-    const auto end_of = [&](int e) { return e < 0 ? 0 : e < E ? bins_E[e] : R; };
+    const auto end_of = [&](int e) { return end_of_rows(R, E, bins_E, e); };
     uint32_t mine = 0, wrong = 0, all;
     for (int e = first; e < last; e++) {
         const int begin = end_of(e - 1), end = end_of(e);
@@ -82,20 +88,18 @@ static __device__ void count_tiles(int R, int E, bool tail, const int32_t *bins_
     wrong = block_sum(wrong, shared);
     uint32_t tiles = block_exclusive_scan(wrong ? 0 : mine, shared, &all);
     for (int e = first; e < last; e++) {
-        const int begin = end_of(e - 1);
-        table[e] = {tiles, begin};
-        if (!wrong) tiles += static_cast<uint32_t>(end_of(e) - begin + tile_m - 1) / tile_m;
+        table[e] = tiles;
+        if (!wrong) tiles += static_cast<uint32_t>(end_of(e) - end_of(e - 1) + tile_m - 1) / tile_m;
     }
-    if (threadIdx.x == 0) table[n] = {all, end_of(n - 1)};
+    if (threadIdx.x == 0) table[n] = all;
     __syncthreads();
 }
 
 // Tile t of `m` x `n`, eight rows of tiles at a time: neighbours in time share panels of both operands in L2.
-static __device__ __forceinline__ void swizzle(int64_t t, int m, int n, int *i, int *j) {
-    const int first = static_cast<int>(t / (8 * static_cast<int64_t>(n))) * 8, rows = min32(8, m - first);
-    const int rest = static_cast<int>(t - static_cast<int64_t>(first) * n);
-    *i = first + rest % rows;
-    *j = rest / rows;
+static __device__ __forceinline__ void swizzle(uint32_t t, uint32_t m, uint32_t n, int *i, int *j) {
+    const uint32_t first = t / (8 * n) * 8, rows = m - first < 8 ? m - first : 8, rest = t - first * n;
+    *i = static_cast<int>(first + rest % rows);
+    *j = static_cast<int>(rest / rows);
 }
 
 // The t-th tile of all experts; false if there is none.
@@ -109,22 +113,23 @@ static __device__ bool find_of_sums(const gemm_product<T> &g, int64_t t, gemm_pi
     const int e = static_cast<int>(t / tiles);
     int i, j, begin = e ? g.bins_E[e - 1] : 0, end = g.bins_E[e];
     if (begin < 0 || end < begin || end > g.R) g.bad(MOE_BAD_BINS, e), begin = end = 0;
-    swizzle(t - e * tiles, down, across, &i, &j);
+    swizzle(static_cast<uint32_t>(t - e * tiles), down, across, &i, &j);
     *piece = {e, i * Tile::tile_m, static_cast<int>(g.M), j * columns, begin, end, (end - begin + depth - 1) / depth};
     return true;
 }
 template <class Tile, int parts, class T>
-static __device__ bool find_of_rows(const gemm_product<T> &g, const gemm_expert *table, int64_t t, gemm_piece *piece) {
+static __device__ bool find_of_rows(const gemm_product<T> &g, const uint32_t *table, int64_t t, gemm_piece *piece) {
     constexpr int columns = Tile::tile_n / parts, depth = panel_depth<T>;
-    const int K = static_cast<int>(g.K), across = static_cast<int>((g.N + columns - 1) / columns);
-    const int experts = static_cast<int>(g.E) + g.tail;
+    const int R = static_cast<int>(g.R), E = static_cast<int>(g.E);
+    const int K = static_cast<int>(g.K);
+    const uint32_t tile = static_cast<uint32_t>(t), across = static_cast<uint32_t>(g.N + columns - 1) / columns;
+    const int experts = E + g.tail;
     int i, j;
-    if (t >= static_cast<int64_t>(table[experts].tiles) * across) return false;
-    const int e = expert_at(experts, t / across, [&](int e) { return table[e + 1].tiles; });
-    const uint32_t before = table[e].tiles;
-    swizzle(t - static_cast<int64_t>(before) * across, static_cast<int>(table[e + 1].tiles - before), across, &i, &j);
-    *piece = {e, table[e].begin + i * Tile::tile_m, table[e + 1].begin, j * columns, 0, K,
-              e == g.E ? 0 : g.terms * ((K + depth - 1) / depth)};
+    if (t >= table[experts] * across) return false;
+    const int e = expert_at(experts, tile / across, [&](int e) { return table[e + 1]; });
+    swizzle(tile - table[e] * across, table[e + 1] - table[e], across, &i, &j);
+    *piece = {e, end_of_rows(R, E, g.bins_E, e - 1) + i * Tile::tile_m, end_of_rows(R, E, g.bins_E, e), j * columns, 0, K,
+              e == E ? 0 : g.terms * ((K + depth - 1) / depth)};
     return true;
 }
 
@@ -140,7 +145,7 @@ gemm_kernel(const gemm_product<T> g, const Epilogue emit) {
     using sums = warp_sums<T, warp_m, parts, a_along_k, b_along_k, Tile::tile_m, width_b>;
     unsigned char *const shared = shared_memory();
     auto *const area = reinterpret_cast<float *>(shared + stages * Tile::stage_bytes);      // of the block's warps
-    auto *const table = reinterpret_cast<gemm_expert *>(area + Tile::warps * sums::pass_rows * WARP_STRIDE);
+    auto *const table = reinterpret_cast<uint32_t *>(area + Tile::warps * sums::pass_rows * WARP_STRIDE);
     if (!ragged_sums)
         count_tiles<Tile::tile_m>(static_cast<int>(g.R), static_cast<int>(g.E), g.tail, g.bins_E, g.bad, table,
                                   reinterpret_cast<uint32_t *>(area));
@@ -276,8 +281,9 @@ int gemm_launch(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
     const int64_t across = ceil_div(g.N, Tile::tile_n / parts), experts = g.E + g.tail;
     const int64_t down = ragged_sums ? g.E * ceil_div(g.M, Tile::tile_m) : g.R / Tile::tile_m + min64(g.R, experts);
     const size_t area = Tile::warps * sums::pass_rows * WARP_STRIDE * sizeof(float);
-    const size_t table = ragged_sums ? 0 : (experts + 1) * sizeof(gemm_expert);
+    const size_t table = ragged_sums ? 0 : (experts + 1) * sizeof(uint32_t);
     const int64_t grid = min64(down * across, static_cast<int64_t>(multiprocessors()) * Tile::per_sm);
+    count_product(MOE_GEMM);
     return launch(gemm_kernel<Tile, parts, ragged_sums, b_along_k, vector, T, Epilogue>, grid, Tile::threads,
                   Tile::stages * Tile::stage_bytes + area + table, stream, g, emit);
 }
@@ -294,7 +300,9 @@ int gemm_by_tile(const gemm_product<T> &g, Epilogue emit, cudaStream_t stream) {
 template <class T>
 int gemm_check(const gemm_product<T> &g) {
     constexpr int64_t most = INT32_MAX - 1024;          // coordinates are 32 bits wide, with room for a tile
-    return g.E < 1 || g.E > MOE_MAX_EXPERTS || g.R > INT32_MAX - 1024 || g.N > most || g.M > most || g.K > most / 2
+    const int64_t across = g.N / 64 + 1;                // and so are the tiles of all rows, and of one matrix of sums
+    return g.E < 1 || g.E > MOE_MAX_EXPERTS || g.R > INT32_MAX - 1024 || g.N > most || g.M > most || g.K > most / 2 ||
+                   (g.R / 64 + g.E + 1) * across > most || (g.M / 64 + 1) * across > most
         ? MOE_BAD_SHAPE : MOE_OK;
 }
 

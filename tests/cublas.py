@@ -1,5 +1,5 @@
-"""The grouped products with cuBLAS, one product per expert (cuda/cublas.cu): the head of libmoe_cuda.so's table through
-ctypes, for benchmarks and tests. No op of ours uses it."""
+"""The grouped products with cuBLAS, one product per expert (cuda/cublas.cu), and which way ours went: the head of
+libmoe_cuda.so's table through ctypes, for benchmarks and tests. No op of ours uses it."""
 
 import ctypes
 import os
@@ -10,6 +10,7 @@ import torch
 import moe_ext
 
 SIZE, INT64, POINTER = ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
+WAYS = ["gemm.cuh", "sm90 128x256", "sm90 128x192", "sm90 128x128"]  # moe_way of cuda/api.h
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -31,6 +32,8 @@ class Table(ctypes.Structure):
         *((name, POINTER) for name in ("verdict", "nccl_id", "nccl_open", "window_open", "slots_open")),
         ("gemm", function(ctypes.c_int, *[INT64] * 4, POINTER, Mat, *[POINTER] * 4)),
         ("wgrad", function(ctypes.c_int, *[INT64] * 4, *[POINTER] * 4, Mat, POINTER)),
+        ("products", ctypes.CFUNCTYPE(None, ctypes.POINTER(INT64))),
+        ("force", ctypes.CFUNCTYPE(None, ctypes.c_int)),
     ]
 
 
@@ -42,6 +45,21 @@ def load(library=None):
     if table.ready(0):
         raise RuntimeError(table.error().decode())
     return table
+
+
+def products(table):
+    """How many products this process has launched, by way."""
+    counts = (INT64 * len(WAYS))()
+    table.products(counts)
+    return list(counts)
+
+
+def ways(table, call):
+    """What call() returns, and {way: number of products} that it launched, on any thread."""
+    before = products(table)
+    result = call()
+    launched = zip(WAYS, before, products(table), strict=True)
+    return result, {way: after - before for way, before, after in launched if after > before}
 
 
 def matrix(tensor):

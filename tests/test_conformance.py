@@ -19,7 +19,8 @@ FOLDER = ROOT / "tests" / "gpu"
 def test_the_host_gives_the_recorded_hashes(level, tmp_path):
     program = tmp_path / "conformance"
     flags = f"-std=c++20 {level} -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -Itests/simt -x c++"
-    sources = [FOLDER / "conformance.cu", *(ROOT / "tests" / "simt" / f for f in ("simt.cpp", "twins.cpp", "ipc.cpp"))]
+    harness = [ROOT / "tests" / "simt" / f"{name}.cpp" for name in ("simt", "twins", "sm90", "ipc")]
+    sources = [FOLDER / "conformance.cu", *harness]
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     subprocess.run([*compiler, *flags.split(), *sources, "-o", program, "-lpthread"], cwd=ROOT, check=True)
     got = json.loads(subprocess.run([program], capture_output=True, text=True, check=True, timeout=100).stdout)

@@ -39,7 +39,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "gpu"
-OPS = ["random", "index", "permute", "gemm", "cublas", "expert", "route", "head", "errors", "determinism"]
+OPS = ["random", "index", "permute", "gemm", "hopper", "cublas", "expert", "route", "head", "errors", "determinism"]
 LAYERS = ["layers", "model", "compile"]
 
 

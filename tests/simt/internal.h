@@ -3,8 +3,29 @@
 #define SIMT_INTERNAL_H
 #include <string>
 
+#include "simt.h"
+
 namespace simt {
-void forget_copies();                       // a new block: no cp.async is under way
+// ---- simt.cpp -------------------------------------------------------------------------------------------------------
 std::string line_of(const void *pc);        // file:line of a return address in this library
+std::string line_of(place at);
+void wait(const char *what, place at);      // until another thread, or async_step, wakes the running one
+void wake(int thread);
+
+// ---- twins.cpp: cp.async --------------------------------------------------------------------------------------------
+void forget_copies();                       // a new block: none is under way
+uint64_t copies_so_far(int thread);         // issued
+uint64_t copies_landed(int thread);         // the first so many have landed
+void land_copies(int thread, uint64_t upto);
+
+// ---- sm90.cpp: what simt.cpp tells it -------------------------------------------------------------------------------
+void block_begins(int threads);
+void block_meets();                         // at a __syncthreads, which orders inits of mbarriers
+void block_ends();
+void thread_ends();
+bool async_step(bool anything);             // no thread is ready: something asynchronous that one waits for, if there is any
+std::string waits_for(int thread);          // more of where it waits
+void copies_waited_for(int thread);
+bool in_flight(const void *p, size_t bytes);        // an accumulator of the running thread
 }  // namespace simt
 #endif

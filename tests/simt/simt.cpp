@@ -64,7 +64,7 @@ uint64_t block_at(uint64_t i, uint64_t n) {
 }
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------
-enum state { READY, AT_BARRIER, IN_WARP, SPINNING, ENDED };
+enum state { READY, AT_BARRIER, IN_WARP, WAITING, SPINNING, ENDED };
 struct fiber : thread {
     void       *stack_pointer;
     state       is;
@@ -160,6 +160,7 @@ void leave() {
 
 void fiber_main() {
     block.body(block.arg);
+    thread_ends();
     fiber *me = running();
     me->is = ENDED;
     block.ended[me->linear / 32] |= 1u << (me->linear & 31);
@@ -207,19 +208,21 @@ void ask_addr2line(const void *pc, char *name, char *line, size_t room) {
 
 // "3 threads wait at __syncthreads (gemm.cu:120): 0-2": a line for every state and place.
 std::string who_waits_where() {
-    static const char *const names[] = {"are ready", "wait at", "wait at", "spin at", "ended"};
+    static const char *const names[] = {"are ready", "wait at", "wait at", "wait at", "spin at", "ended"};
     std::string text;
     bool told[MAX_THREADS] = {};
     for (int i = 0; i < block.n; i++) {
         if (told[i]) continue;
         const fiber &f = block.fibers[i];
         const bool placed = f.is != READY && f.is != ENDED;
+        const std::string why = f.is == WAITING ? waits_for(i) : "";
         int n = 0, since = -1;
         char list[512] = "";
         for (int j = i; j <= block.n; j++) {
             const fiber &g = block.fibers[std::min(j, block.n - 1)];
             const bool like = j < block.n && g.is == f.is &&
-                              (!placed || (g.what == f.what && g.at.line() == f.at.line() && g.mask == f.mask));
+                              (!placed || (g.what == f.what && g.at.line() == f.at.line() && g.mask == f.mask)) &&
+                              (f.is != WAITING || waits_for(j) == why);
             if (like && since < 0) since = j;
             if (like) told[j] = true, n++;
             if (like || since < 0) continue;
@@ -234,7 +237,7 @@ std::string who_waits_where() {
             snprintf(line, sizeof line, " %s (%s:%u", f.what, base_name(f.at.file_name()), f.at.line());
             text += line;
             if (f.is == IN_WARP) snprintf(line, sizeof line, ", mask %08x", f.mask), text += line;
-            text += ")";
+            text += ")" + why;
         }
         text += ":";
         text += list;
@@ -283,15 +286,17 @@ void run_block() {
             self = next;
             simt_switch(&scheduler_stack, next->stack_pointer);
             if (failed) throw failure();
+        } else if (self = nullptr, async_step(false)) {
+            block.progress++;
         } else if (block.spinning) {                // memory that another process writes may still change
             if (!since || progress != block.progress) progress = block.progress, since = nanoseconds();
-            else if (nanoseconds() - since > SPIN_LIMIT) self = nullptr, fail("a wait without end%s", who_waits_where().c_str());
+            else if (nanoseconds() - since > SPIN_LIMIT) fail("a wait without end%s", who_waits_where().c_str());
             sched_yield();
+            if (async_step(true)) block.progress++;
             block.spinning = 0;
             for (int i = 0; i < block.n; i++)
                 if (block.fibers[i].is == SPINNING) make_ready(block.fibers[i]);
         } else {
-            self = nullptr;
             fail("deadlock%s", who_waits_where().c_str());
         }
     }
@@ -343,8 +348,10 @@ void run_grid(dim3 grid, dim3 dim, size_t shared) {
                     static_cast<unsigned>(b / grid.x / grid.y)};
         memset(block.shared, 0xff, shared);
         forget_copies();
-        RACE(begin_block(block.shared, shared, room, ROOM));
+        block_begins(block.n);
+        RACE(begin_block(block.n, block.shared, shared, room, ROOM));
         run_block();
+        block_ends();
     }
 }
 }  // namespace
@@ -379,6 +386,11 @@ void fail(const char *format, ...) {
     abort();
 }
 
+std::string line_of(place at) {
+    char text[128];
+    snprintf(text, sizeof text, "%s:%u", base_name(at.file_name()), at.line());
+    return text;
+}
 std::string line_of(const void *pc) {
     char name[256], line[256];
     ask_addr2line(static_cast<const char *>(pc) - 1, name, line, sizeof name);
@@ -407,8 +419,20 @@ void barrier(place at) {
         block.arrived = 0;
         block.progress++;
         RACE(block_barrier());
+        block_meets();
     }
     leave();
+}
+
+void wait(const char *what, place at) {
+    fiber *me = running();
+    me->is = WAITING, me->what = what, me->at = at, me->mask = 0;
+    leave();
+}
+
+void wake(int thread) {
+    make_ready(block.fibers[thread]);
+    block.progress++;
 }
 
 void yield(place at) {

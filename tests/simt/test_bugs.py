@@ -22,7 +22,7 @@ AT_A_TIME = 2
 
 
 def conditions(bug):
-    return bug.variant, bug.schedule, bug.timing, bug.check
+    return bug.variant, bug.schedule, bug.timing, bug.sm, bug.check
 
 
 CONTROLS = sorted({conditions(bug): i for i, bug in enumerate(BUGS)}.values())  # one bug of each check
@@ -53,7 +53,7 @@ def plant(bug, folder):
 def work(job):
     kind, i = job.split("-")
     bug = BUGS[int(i)]
-    os.environ.update(SIMT_SCHEDULE=bug.schedule, SIMT_ASYNC=bug.timing, SIMT_PATIENCE="2")
+    os.environ.update(SIMT_SCHEDULE=bug.schedule, SIMT_ASYNC=bug.timing, SIMT_SM=str(bug.sm), SIMT_PATIENCE="2")
     with tempfile.TemporaryDirectory() as folder:
         path = plant(bug, Path(folder)) if kind == "planted" else library(bug.variant)
         return pytest.main(["-qx", "-p", "no:cacheprovider", f"--simt={path}", *shlex.split(bug.check)])

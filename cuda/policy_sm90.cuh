@@ -1,0 +1,58 @@
+// policy_sm90.cuh: how a product of gemm.cuh is computed on Hopper: pure functions of its shape and of the device.
+//
+//   way                rows                                 sums
+//   MOE_SM90_128x256   two warpgroups share a tile          the same            the fastest main loop, its epilogue shows
+//   MOE_SM90_128x192   two warpgroups take tiles by turns   -                   one's epilogue behind the other's sums
+//   MOE_SM90_128x128   the same                             they share a tile   where the others are too wide
+//
+// The time of a product is that of its rounds over the device, a tile each, half a round more for the end, at which not
+// all multiprocessors are at work:
+//     rounds * tile * (depth + exposed) / speed
+// in units that only compare. `exposed` is what a tile's epilogue costs, in steps of the sum that the tensor cores could
+// have done meanwhile; `speed` is that of the main loop. Both are fits to what an H200 showed: without stores 128x256
+// reaches 100 % of a dense product, with them 93 % at depth 2048 and 80 to 84 % at 768, which is 140 steps; 128x192 reaches
+// 100 % of a batched product at 768, where 128x256 has 94, and 98 at 14336, where it has 100.
+//
+// Example, Qwen3-30B's layer of 32,768 tokens on 132 multiprocessors: R = 262144 copies, E = 128, D = 2048, F = 768.
+//   up     gathered in the load, [gate | up] meet: 128x256, the only way
+//   down   2048 columns, depth 768    128x256:  (2048 + 64) * 8 / 132 + .5 rounds *  32768 * (768 + 140) / 1   = 3.82e9
+//                                     128x192:  (2048 + 64) * 11 / 132 + .5       *  24576 * (768 + 20) / .94  = 3.64e9
+//   dA'    768 columns, depth 2048    128x256:  (2048 + 64) * 3 / 132 + .5        *  32768 * (2048 + 140)      = 3.48e9
+//                                     128x192:  (2048 + 64) * 4 / 132 + .5        *  24576 * (2048 + 20) / .94 = 3.49e9
+//   dW     1536 x 2048 each           128x256:  128 * 12 * 8 / 132 + .5           *  32768 * (2048 + 60)       = 6.47e9
+#ifndef MOE_POLICY_SM90_CUH
+#define MOE_POLICY_SM90_CUH
+#include "api.h"
+
+// Tiles of rows that are done before the next columns are begun: 8, 16 and 32 were equal within noise, 8 the best for
+// Mixtral's large weights. Sums begin with the longest expert: under Zipf's law 675 TFLOP/s instead of 577.
+enum { SM90_GROUP = 8 };
+
+// Whether the rows of a gathered operand are copied into sorted order first. A product that reads them along the sum
+// (wgrad) at half speed pays for a copy many times over. Along the rows (forward) a gather costs 2 to 3 %, a copy 18 %,
+// so there it is copied only if a wgrad will read it too.
+inline bool sm90_copies(bool wgrad_reads) { return wgrad_reads; }
+
+inline double sm90_cost(double down, double columns, int tile_n, double depth, double exposed, double speed, int sms) {
+    const double across = static_cast<double>((static_cast<int64_t>(columns) + tile_n - 1) / tile_n);
+    const double rounds = down * across / sms;
+    return (rounds <= 1 ? 1 : rounds + 0.5) * 128 * tile_n * (depth + exposed) / speed;
+}
+// Ragged rows: columns of all parts, depth of all terms. Of the rows half a tile per expert is lost.
+inline moe_way sm90_rows_way(int64_t R, int64_t E, int64_t columns, int64_t depth, bool gathered, int parts, int sms) {
+    if (gathered || parts == 2) return MOE_SM90_128x256;        // by turns, the gather is a third slower
+    const double down = static_cast<double>(R) / 128 + 0.5 * static_cast<double>(E), n = static_cast<double>(columns);
+    const double k = static_cast<double>(depth);
+    const double wide = sm90_cost(down, n, 256, k, 140, 1, sms);
+    const double turns = sm90_cost(down, n, 192, k, 20, 0.94, sms);
+    const double narrow = sm90_cost(down, n, 128, k, 20, 0.9, sms);
+    return wide <= turns && wide <= narrow ? MOE_SM90_128x256 : turns <= narrow ? MOE_SM90_128x192 : MOE_SM90_128x128;
+}
+// Ragged sums: dw of M x N for each of E experts, over R rows of all.
+inline moe_way sm90_sums_way(int64_t R, int64_t E, int64_t M, int64_t N, int sms) {
+    const double down = static_cast<double>(E * ((M + 127) / 128)), n = static_cast<double>(N);
+    const double k = static_cast<double>(R) / static_cast<double>(E);
+    return sm90_cost(down, n, 256, k, 60, 1, sms) <= sm90_cost(down, n, 128, k, 60, 0.92, sms) ? MOE_SM90_128x256
+                                                                                                : MOE_SM90_128x128;
+}
+#endif
