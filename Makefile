@@ -102,7 +102,7 @@ endif
 
 # ---- the CUDA kernels on the host: the op tests again, served by cuda/; then with every access under ASan ----------------
 SIMT       := $(if $(filter x86_64,$(shell uname -m)),plain asan)
-SIMT_TESTS := $(addprefix tests/test_,$(addsuffix .py,random index permute gemm expert route head errors exchange links cublas))
+SIMT_TESTS := $(addprefix tests/test_,$(addsuffix .py,random index permute gemm expert route head norm errors exchange links cublas))
 .PHONY: test-simt $(SIMT:%=simt-%)
 test-simt: $(SIMT:%=simt-%)
 simt-plain: build

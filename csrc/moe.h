@@ -323,7 +323,7 @@ int moe_samples(int dtype, int64_t bytes, const void *tokens, int64_t starts_n, 
                 const void *docs, int64_t rows, const int64_t *doc_R, const int64_t *offset_R, int64_t length,
                 void *tokens_RL, int32_t *documents_RL);
 
-// ---- norm.c, rope.c: on the CPU alone; a GPU runs torch's ----------------------------------------------------------
+// ---- norm.c, rope.c ------------------------------------------------------------------------------------------------
 // y_Rn = r_R x_Rn w_n with r = 1 / sqrt(mean of x^2 + eps), real. wdtype: of w_n and dw_n, dtype or its real.
 size_t moe_rms_norm_workspace(int64_t n);
 int moe_rms_norm(int dtype, int wdtype, int64_t R, int64_t n, double eps, const void *x_Rn, const void *w_n,

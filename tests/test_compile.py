@@ -22,8 +22,6 @@ NO_GRADIENT = CONSTANT | {
     "select_bias_update", "square_sum", "xent_", "z_loss_backward",
 }  # fmt: skip
 
-CPU_ALONE = {"rms_norm", "rms_norm_backward", "rotate", "square_sum"}  # a GPU runs torch's
-
 
 class Recorder(TorchDispatchMode):
     """Keeps the arguments of every call of an op of ours, one call per op and pattern of absent arguments."""
@@ -63,15 +61,10 @@ def record(device):
     return recorder.calls
 
 
-def recorded(key, device):
-    """The call on a device that has the op."""
-    return record("cpu" if key[0].removeprefix("moe_ext::") in CPU_ALONE else device)[key]
-
-
 @pytest.mark.parametrize("key", record("cpu"), ids=lambda key: key[0].removeprefix("moe_ext::"))
 def test_opcheck(key, device):
     """Schema, autograd registration, shape function, and AOT dispatch with dynamic shapes."""
-    torch.library.opcheck(*recorded(key, device))
+    torch.library.opcheck(*record(device)[key])
 
 
 def test_every_op_is_checked():

@@ -245,8 +245,6 @@ def test_an_argument_elsewhere_is_called_as_its_caller_calls_it(name, device):
     call(lambda place, x: places.append(place) or x)
     arguments = {place.removeprefix("argument "): place for place in places if place.startswith("argument ")}
     torchs_own = {("padded_gather", "padded_bins"), ("noisy", "scale_E"), ("linear", "w_OI"), ("linear", "bias_O")}
-    if device == "cuda":
-        torchs_own |= {("rms_norm", "w_n"), ("rotate", "cos"), ("rotate", "sin")}
     for argument in list(arguments)[1:]:
         if (name, argument) in torchs_own:  # .item(), an operator, whole ops
             continue

@@ -1,10 +1,14 @@
-"""RMSNorm, RoPE's rotation and the sum of squares, each one pass on the CPU: csrc/norm.c, rope.c. On a GPU they are
-torch's own ops, and what those promise."""
+"""RMSNorm, RoPE's rotation and the sum of squares, each one pass: csrc/norm.c, rope.c. float64 on a GPU, for which there
+are no kernels, is torch's."""
 
 import torch
 import torch.nn.functional as F
 
 from moe_ext.ops.define import define, real
+
+def _torchs(x):
+    return x.is_cuda and x.dtype == torch.float64
+
 
 # ---- RMSNorm ---------------------------------------------------------------------------------------------------------
 
@@ -41,7 +45,7 @@ def rms_norm(x, w_n, eps):
     x [..,n]; w_n of x's dtype or of the one that it is computed in. -> x's shape and dtype. Differentiable in x and w.
     Of DTensors it is torch's, which knows how they are sharded.
     """
-    if x.is_cuda or hasattr(x, "placements") or hasattr(w_n, "placements"):
+    if _torchs(x) or hasattr(x, "placements") or hasattr(w_n, "placements"):
         return F.rms_norm(x.to(w_n.dtype), (x.shape[-1],), w_n, eps).to(x.dtype)
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     return _rms_norm(rows.contiguous(), w_n.contiguous(), eps)[0].view(x.shape)
@@ -85,8 +89,8 @@ def rotate(x_BSHd, cos, sin):
         if table.shape != cos.shape or table.shape[:-1] not in ((S, 1), (B, S, 1)):
             wanted = f"[S={S}, 1, n] or [B={B}, S={S}, 1, n], cos and sin alike"
             raise RuntimeError(f"moe_ext::rotate: {name} has shape {list(table.shape)}, wanted {wanted}")
-    cos, sin = (t.to(real(x_BSHd.dtype) if not x_BSHd.is_cuda else x_BSHd.dtype) for t in (cos, sin))
-    if x_BSHd.is_cuda:
+    cos, sin = (t.to(real(x_BSHd.dtype)) for t in (cos, sin))
+    if _torchs(x_BSHd):
         n = cos.shape[-1]
         a, b = x_BSHd[..., : 2 * n].chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, x_BSHd[..., 2 * n :]], dim=-1)
@@ -102,6 +106,6 @@ _square_sum = define("square_sum(Tensor x) -> Tensor", fake=lambda x: x.new_empt
 def square_sum(x):
     """-> float64 scalar, the sum of x^2, squared and added in float64: finite and exact to its rounding for float32 of
     any size. x: any shape and floating dtype. It has no gradient."""
-    if x.is_cuda:
+    if _torchs(x):
         return torch.linalg.vector_norm(x, dtype=torch.float64).square()
     return _square_sum(x.reshape(-1).contiguous())

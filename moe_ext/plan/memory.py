@@ -189,12 +189,12 @@ def attended(config: Config, window: int, device: str) -> int:
     real, half = widths(config)
     size = half * inside * copies(config, 3) * c.dim + core(config, window, device)[0]
     if c.position == "rope" and half < 8:               # angles as q and k want them
-        size += (real if device == "cpu" else half) * 2 * places(config) * c.rope_columns
+        size += real * 2 * places(config) * c.rope_columns
     if c.qk_norm:
         wide = c.qk_norm_over == "width"
         for n in (c.heads // tp, c.kv_groups // tp):
             rows, over = (inside, n * c.head_width) if wide else (inside * n, c.head_width)
-            width = 2 * real if wide and tp > 1 else half if device == "cpu" else real      # made of single ops with tp
+            width = 2 * real if wide and tp > 1 else half       # made of single ops with tp
             size += rows * (over * width + real)
     return size
 
