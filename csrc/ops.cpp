@@ -592,6 +592,43 @@ std::tuple<Tensor, Tensor> rms_norm_backward(In x, In w, In r, In dy) {
     return {dx, dw};
 }
 
+std::tuple<Tensor, Tensor, Tensor> add_norm(In x, MaybeIn y, In w, MaybeIn b, double eps, bool centred, int64_t half) {
+    Door door{"add_norm"};
+    Dim R{"R"}, n{"n"};
+    const auto f32 = [&](const char *name, In t, Shape shape) {
+        return static_cast<float *>(door.in(name, t, only(MOE_F32), shape));
+    };
+    float *x_Rn = f32("x", x, {&R, &n});
+    const int dtype = door.choice("half", half, MOE_F16);
+    void *y_Rn = door.in("y", y, only(dtype), {&R, &n});
+    float *w_n = f32("w", w, {&n}), *b_n = b ? f32("b", *b, {&n}) : nullptr;
+    Tensor s = empty(x, MOE_F32, {y ? R.n : 0, n}), z = empty(x, dtype, {R, n}), stats = empty(x, MOE_F32, {R, 2});
+    door.done(RUN(add_norm, dtype, centred, R, n, eps, x_Rn, y_Rn, w_n, b_n, static_cast<float *>(s.data_ptr()),
+                  z.data_ptr(), static_cast<float *>(stats.data_ptr())), "x has n=", n.n, " columns");
+    return {s, z, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(MaybeIn ds, In dz, In s, In w, In stats, bool centred,
+                                                             bool want_dy, bool want_db) {
+    Door door{"add_norm_backward"};
+    Dim R{"R"}, n{"n"}, two{"2", 2};
+    const auto f32 = [&](const char *name, In t, Shape shape) {
+        return static_cast<float *>(door.in(name, t, only(MOE_F32), shape));
+    };
+    const int half = dtype_of(dz);
+    void *dz_Rn = door.in("dz", dz, only(MOE_BF16) | only(MOE_F16), {&R, &n});
+    float *ds_Rn = ds ? f32("ds", *ds, {&R, &n}) : nullptr, *s_Rn = f32("s", s, {&R, &n}), *w_n = f32("w", w, {&n});
+    float *stats_R2 = f32("stats", stats, {&R, &two});
+    Tensor dx = empty(s, MOE_F32, {R, n}), dy = empty(s, half, {want_dy ? R.n : 0, n});
+    Tensor dw = empty(s, MOE_F32, {n}), db = empty(s, MOE_F32, {want_db ? n.n : 0});
+    Workspace work(door, RUN(add_norm_backward_workspace, R, n));
+    door.done(RUN(add_norm_backward, half, centred, R, n, ds_Rn, dz_Rn, s_Rn, w_n, stats_R2, work.p,
+                  static_cast<float *>(dx.data_ptr()), want_dy ? dy.data_ptr() : nullptr,
+                  static_cast<float *>(dw.data_ptr()), want_db ? static_cast<float *>(db.data_ptr()) : nullptr),
+              "s has n=", n.n, " columns");
+    return {dx, dy, dw, db};
+}
+
 Tensor square_sum(In x) {
     Door door{"square_sum"};
     Dim n{"n"};
@@ -687,7 +724,7 @@ const Op OPS[] = {
     OP(router), OP(router_backward), OP(capacity_drop), OP(balance_counts), OP(balance_loss), OP(balance_loss_backward),
     OP(z_loss), OP(z_loss_backward), OP(select_bias_update),
     OP(xent_), OP(random_uniform), OP(random_normal), OP(dropout), OP(check),
-    OP(rms_norm), OP(rms_norm_backward), OP(square_sum), OP(rotate),
+    OP(rms_norm), OP(rms_norm_backward), OP(add_norm), OP(add_norm_backward), OP(square_sum), OP(rotate),
 };
 
 }  // namespace

@@ -17,7 +17,8 @@ from moe_ext import ops
 
 CONSTANT = {"capacity_drop", "check", "random_normal", "random_uniform"}  # of their floating arguments
 NO_GRADIENT = CONSTANT | {
-    "activation_backward", "balance_loss_backward", "exchange_combine", "exchange_pack", "exchange_unpack",
+    "activation_backward", "add_norm_backward", "balance_loss_backward", "exchange_combine", "exchange_pack",
+    "exchange_unpack",
     "expert_mlp_backward", "linear_cross_entropy_backward", "rms_norm_backward", "router_backward",
     "select_bias_update", "square_sum", "xent_", "z_loss_backward",
 }  # fmt: skip

@@ -150,7 +150,7 @@ FUNCTIONS = {  # name -> call of ops or reference, and the shapes of its floatin
     "noisy": (lambda o, x, scale: o.noisy(x, scale, **KEY), (5, 3), (3,)),
 }  # fmt: skip
 WIRED = {"exchange_pack", "exchange_unpack", "exchange_combine", "select_bias_update", "capacity_drop",
-         "square_sum"}  # above, as ops
+         "square_sum", "add_norm"}  # above, as ops
 NO_FLOATS = {"ExchangePlan", "RouteIndex", "balance_counts", "exchange_plan", "exclusive_cumsum", "histogram",
              "inclusive_cumsum", "random_normal", "random_uniform", "repeat", "round_up", "route_index", "sort", "sum",
              "topology"}  # fmt: skip
