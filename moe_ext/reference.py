@@ -433,7 +433,7 @@ def square_sum(x):
 # ---- head ------------------------------------------------------------------------------------------------------------
 
 
-def linear_cross_entropy(x_TD, w_VD, targets_T, *, ignore_index=-100, chunk=1024):
+def linear_cross_entropy(x_TD, w_VD, targets_T, *, ignore_index=-100, chunk=None):
     """-> the sum over tokens of logsumexp(x w^T) - (x w^T)[target]; `chunk` bounds the op's memory, not its value."""
     return F.cross_entropy(_real(x_TD @ w_VD.T), targets_T, ignore_index=ignore_index, reduction="sum")
 

@@ -14,6 +14,7 @@ from moe_ext.attention import computed_in
 from moe_ext.config import Config, MeshConfig, ModelConfig
 from moe_ext.model import half_dtype
 from moe_ext.ops.enums import GATED
+from moe_ext.ops.head import chunk_on
 from moe_ext.plan.optimizer import cost
 from moe_ext.plan.pipeline import alive
 from moe_ext.plan.shares import (
@@ -32,8 +33,6 @@ from moe_ext.plan.shares import (
     tokens,
     widths,
 )
-
-CHUNK = 1024        # tokens of which the head has logits at a time (ops.linear_cross_entropy)
 
 
 class Memory(NamedTuple):
@@ -71,8 +70,8 @@ def memory(config: Config, device: str = "cuda", stage: int | None = None) -> Me
                          for sizes, more in zip(zip(*each, strict=True), work, strict=True))
     moves = cost(config, stage)
     return Memory(share.parameters * real, share.trained * real, moves.state + moves.host * (device == "cpu"),
-                  activations, head(config) if ends(config.model, pieces)[1] else 0, whole(config, pieces), cast,
-                  exchange(config, pieces), sequence(config), links(config, device, pieces), moves.work)
+                  activations, head(config, device) if ends(config.model, pieces)[1] else 0, whole(config, pieces),
+                  cast, exchange(config, pieces), sequence(config), links(config, device, pieces), moves.work)
 
 
 def fullest(config: Config, device: str = "cuda") -> int:
@@ -250,14 +249,14 @@ def head_moves(model: ModelConfig) -> bool:
     return model.tune.moves("embed_tokens.weight" if model.tied else "lm_head.weight")
 
 
-def head(config: Config) -> int:
+def head(config: Config, device: str) -> int:
     """While it works: logits of a chunk; the sum of its matrix's gradient over chunks, in fp32, and the next term; its
     matrix as autocast casts it."""
     c = config.model
     real, half = widths(config)
     rows = -(-c.vocab_size // config.mesh.tp)
     width = c.dim * ((real + half) * head_moves(c) + (half if half < real else 0))
-    return rows * (half * min(CHUNK, tokens(config)[1]) + width)
+    return rows * (half * min(chunk_on(device), tokens(config)[1]) + width)
 
 
 def whole(config: Config, pieces: Pieces) -> int:
