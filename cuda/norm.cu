@@ -34,8 +34,8 @@ static __device__ inline void for_pieces(const norm_job &job, Body body) {
     for (int64_t i = static_cast<int64_t>(threadIdx.x) % job.width * 8; i < job.n; i += stride)
         body(i, static_cast<int>(min64(8, job.n - i)));
 }
-// The sum over the threads of this one's group, in each of them. shared: a float for each warp. All threads of the block
-// call; starts with a barrier.
+// The sum over the threads of the group, in each of them; all threads of the block call. shared: a float for each
+// warp, which a barrier protects from the call before.
 static __device__ inline float group_sum(const norm_job &job, float x, float *shared) {
     x = warp_sum(x);
     if (job.width == 32) return x;
