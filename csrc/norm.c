@@ -184,33 +184,37 @@ static void add_norm_rows(int64_t begin, int64_t end, void *arg) {
 static void dadd_norm_blocks(int64_t begin, int64_t end, void *arg) {
     const add_norm_job *job = arg;
     const int64_t n = job->n, size = moe_size(job->half), last = end * BLOCK < job->R ? end * BLOCK : job->R;
+    const float *restrict w = job->w_n;
+    float h[TILE], u[TILE];
     real_tile tile;
     memset(job->sums_B2n + begin * 2 * n, 0, (size_t)((end - begin) * 2 * n) * sizeof(float));
     for (int64_t m = begin * BLOCK; m < last; m++) {
-        const float *s = job->s_Rn + m * n, mean = job->stats_R2[2 * m], r = job->stats_R2[2 * m + 1];
+        const float *restrict s = job->s_Rn + m * n, mean = job->stats_R2[2 * m], r = job->stats_R2[2 * m + 1];
         const char *dz = job->dz_Rn + m * n * size;
-        float *dx = job->dx_Rn + m * n, *dw = job->sums_B2n + m / BLOCK * 2 * n, *db = dw + n;
-        float sum[LANES] = {0}, dot[LANES] = {0};
-        for (int64_t i = 0; i < n; i += TILE) {
-            const int64_t k = n - i < TILE ? n - i : TILE;      // TILE is a multiple of LANES
-            moe_k->load(job->half, k, dz + i * size, &tile);
-            for (int64_t j = 0; j < k; j += LANES)
-                for (int64_t l = 0; l < LANES && j + l < k; l++) {
-                    const float h = tile.f32[j + l] * job->w_n[i + j + l];
-                    sum[l] += h;
-                    dot[l] += h * ((s[i + j + l] - mean) * r);
-                }
-        }
-        const float mean_h = job->centred ? fold(sum) / (float)n : 0, mean_hu = fold(dot) / (float)n;
+        float *restrict dx = job->dx_Rn + m * n;
+        float *restrict dw = job->sums_B2n + m / BLOCK * 2 * n, *restrict db = dw + n;
+        float sum = 0, dot = 0;
         for (int64_t i = 0; i < n; i += TILE) {
             const int64_t k = n - i < TILE ? n - i : TILE;
             moe_k->load(job->half, k, dz + i * size, &tile);
             for (int64_t j = 0; j < k; j++) {
-                const float u = (s[i + j] - mean) * r;
-                dx[i + j] = r * (tile.f32[j] * job->w_n[i + j] - mean_h - u * mean_hu);
-                dw[i + j] += tile.f32[j] * u;
-                db[i + j] += tile.f32[j];
+                h[j] = tile.f32[j] * w[i + j];
+                u[j] = h[j] * ((s[i + j] - mean) * r);
             }
+            sum += sum_of(k, h);
+            dot += sum_of(k, u);
+        }
+        const float mean_h = job->centred ? sum / (float)n : 0, mean_hu = dot / (float)n;
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int64_t k = n - i < TILE ? n - i : TILE;
+            moe_k->load(job->half, k, dz + i * size, &tile);
+            for (int64_t j = 0; j < k; j++) {       // one at a time: so they are vectorised
+                u[j] = (s[i + j] - mean) * r;
+                h[j] = tile.f32[j] * w[i + j];
+            }
+            for (int64_t j = 0; j < k; j++) dx[i + j] = r * (h[j] - mean_h - u[j] * mean_hu);
+            for (int64_t j = 0; j < k; j++) dw[i + j] += tile.f32[j] * u[j];
+            for (int64_t j = 0; j < k; j++) db[i + j] += tile.f32[j];
         }
         if (job->ds_Rn)
             for (int64_t i = 0; i < n; i++) dx[i] += job->ds_Rn[m * n + i];
