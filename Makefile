@@ -102,7 +102,7 @@ endif
 
 # ---- the CUDA kernels on the host: the op tests again, served by cuda/; then with every access under ASan ----------------
 SIMT       := $(if $(filter x86_64,$(shell uname -m)),plain asan)
-SIMT_TESTS := $(addprefix tests/test_,$(addsuffix .py,random index permute gemm hopper expert route head errors exchange links cublas))
+SIMT_TESTS := $(addprefix tests/test_,$(addsuffix .py,random index permute gemm hopper expert route head norm errors exchange links cublas))
 # What Hopper computes in its own way: products of halves. One of the two types; fp16 differs in one letter of one instruction.
 SM90       := bfloat16 or hopper or errors
 SM90_TESTS := $(addprefix tests/test_,$(addsuffix .py,hopper gemm expert errors))

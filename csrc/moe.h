@@ -323,7 +323,7 @@ int moe_samples(int dtype, int64_t bytes, const void *tokens, int64_t starts_n, 
                 const void *docs, int64_t rows, const int64_t *doc_R, const int64_t *offset_R, int64_t length,
                 void *tokens_RL, int32_t *documents_RL);
 
-// ---- norm.c, rope.c: on the CPU alone; a GPU runs torch's ----------------------------------------------------------
+// ---- norm.c, rope.c ------------------------------------------------------------------------------------------------
 // y_Rn = r_R x_Rn w_n with r = 1 / sqrt(mean of x^2 + eps), real. wdtype: of w_n and dw_n, dtype or its real.
 size_t moe_rms_norm_workspace(int64_t n);
 int moe_rms_norm(int dtype, int wdtype, int64_t R, int64_t n, double eps, const void *x_Rn, const void *w_n,
@@ -331,6 +331,17 @@ int moe_rms_norm(int dtype, int wdtype, int64_t R, int64_t n, double eps, const 
 size_t moe_rms_norm_backward_workspace(int64_t R, int64_t n);
 int moe_rms_norm_backward(int dtype, int wdtype, int64_t R, int64_t n, const void *x_Rn, const void *w_n,
                           const void *r_R, const void *dy_Rn, void *workspace, void *dx_Rn, void *dw_n);
+// The residual stream's addition and norm, of which the latter goes on in `half` (MOE_BF16, MOE_F16; y, z and dy are):
+//   s_Rn = x_Rn + y_Rn      z_Rn = (s - mean) r w_n + b_n, rounded once, with r = 1 / sqrt(mean of (s - mean)^2 + eps)
+// all float; the mean is 0 if not `centred` (RMSNorm). stats_R2: mean and r. y_Rn NULL: s is x, and is not written; b_n
+// NULL: zeros.
+int moe_add_norm(int half, int centred, int64_t R, int64_t n, double eps, const float *x_Rn, const void *y_Rn,
+                 const float *w_n, const float *b_n, float *s_Rn, void *z_Rn, float *stats_R2);
+// dx_Rn = ds_Rn + what z gives it, dy_Rn the same rounded. ds_Rn NULL: zeros; dy_Rn or db_n NULL: not wanted.
+size_t moe_add_norm_backward_workspace(int64_t R, int64_t n);
+int moe_add_norm_backward(int half, int centred, int64_t R, int64_t n, const float *ds_Rn, const void *dz_Rn,
+                          const float *s_Rn, const float *w_n, const float *stats_R2, void *workspace, float *dx_Rn,
+                          void *dy_Rn, float *dw_n, float *db_n);
 // The sum of x_n^2 in double.
 size_t moe_square_sum_workspace(int64_t n);
 int moe_square_sum(int dtype, int64_t n, const void *x_n, void *workspace, double *sum);

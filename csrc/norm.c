@@ -1,4 +1,4 @@
-// norm.c: RMSNorm and its backward; the sum of squares of a tensor.
+// norm.c: RMSNorm and its backward; a residual addition with the norm behind it; the sum of squares of a tensor.
 //
 //   r_m = 1 / sqrt(mean_i x[m,i]^2 + eps)        y[m,i] = r_m x[m,i] w[i]
 //   dx[m,i] = r_m w[i] dy[m,i] - c_m x[m,i],     c_m = r_m^3 mean_i(dy[m,i] w[i] x[m,i])
@@ -109,6 +109,153 @@ int moe_rms_norm_backward(int dtype, int wdtype, int64_t R, int64_t n, const voi
         real_tile tile;
         real_set(dtype, &tile, 0, sum);
         moe_k->store(wdtype, 1, &tile, (char *)dw_n + i * moe_size(wdtype));
+    }
+    return MOE_OK;
+}
+
+// ---- addition and norm ----------------------------------------------------------------------------------------------
+//   s = x + y    u = (s - mean) r    z = u w + b    with h = dz w:  dx = ds + r (h - mean h - u mean(h u)),  dy = dx
+//   dw = sum over rows of dz u    db = sum over rows of dz
+// RMSNorm has no mean, of s and of h. In float; sums along a row in 16 lanes, over rows as dw above.
+enum { LANES = 16 };
+
+typedef struct {
+    int          half;
+    bool         centred;
+    int64_t      R, n;
+    float        eps;
+    const float *x_Rn, *w_n, *b_n, *s_Rn, *ds_Rn;
+    const char  *y_Rn, *dz_Rn;
+    float       *sum_Rn, *stats_R2, *dx_Rn, *sums_B2n;      // of a block: the parts of dw and of db
+    char        *z_Rn, *dy_Rn;
+} add_norm_job;
+
+static float fold(const float *lane) {
+    float half[LANES / 2];
+    for (int l = 0; l < LANES / 2; l++) half[l] = lane[l] + lane[l + LANES / 2];
+    for (int step = LANES / 4; step; step /= 2)
+        for (int l = 0; l < step; l++) half[l] += half[l + step];
+    return half[0];
+}
+static float sum_of(int64_t n, const float *x) {
+    float lane[LANES] = {0};
+    for (int64_t i = 0; i < n - n % LANES; i += LANES)
+        for (int l = 0; l < LANES; l++) lane[l] += x[i + l];
+    for (int64_t i = n - n % LANES; i < n; i++) lane[i % LANES] += x[i];
+    return fold(lane);
+}
+static float squares_of(int64_t n, const float *x, float mean) {
+    float lane[LANES] = {0};
+    for (int64_t i = 0; i < n - n % LANES; i += LANES)
+        for (int l = 0; l < LANES; l++) lane[l] += (x[i + l] - mean) * (x[i + l] - mean);
+    for (int64_t i = n - n % LANES; i < n; i++) lane[i % LANES] += (x[i] - mean) * (x[i] - mean);
+    return fold(lane);
+}
+
+static void add_norm_rows(int64_t begin, int64_t end, void *arg) {
+    const add_norm_job *job = arg;
+    const int64_t n = job->n, size = moe_size(job->half);
+    real_tile tile;
+    for (int64_t m = begin; m < end; m++) {
+        const float *s = job->x_Rn + m * n;
+        if (job->y_Rn) {
+            float *sum = job->sum_Rn + m * n;
+            for (int64_t i = 0; i < n; i += TILE) {
+                const int64_t k = n - i < TILE ? n - i : TILE;
+                moe_k->load(job->half, k, job->y_Rn + (m * n + i) * size, &tile);
+                for (int64_t j = 0; j < k; j++) sum[i + j] = s[i + j] + tile.f32[j];
+            }
+            s = sum;
+        }
+        const float mean = job->centred ? sum_of(n, s) / (float)n : 0;
+        const float r = 1 / sqrtf(squares_of(n, s, mean) / (float)n + job->eps);
+        job->stats_R2[2 * m] = mean;
+        job->stats_R2[2 * m + 1] = r;
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int64_t k = n - i < TILE ? n - i : TILE;
+            for (int64_t j = 0; j < k; j++) tile.f32[j] = (s[i + j] - mean) * r * job->w_n[i + j];
+            if (job->b_n)
+                for (int64_t j = 0; j < k; j++) tile.f32[j] += job->b_n[i + j];
+            moe_k->store(job->half, k, &tile, job->z_Rn + (m * n + i) * size);
+        }
+    }
+}
+
+static void dadd_norm_blocks(int64_t begin, int64_t end, void *arg) {
+    const add_norm_job *job = arg;
+    const int64_t n = job->n, size = moe_size(job->half), last = end * BLOCK < job->R ? end * BLOCK : job->R;
+    const float *restrict w = job->w_n;
+    float h[TILE], u[TILE];
+    real_tile tile;
+    memset(job->sums_B2n + begin * 2 * n, 0, (size_t)((end - begin) * 2 * n) * sizeof(float));
+    for (int64_t m = begin * BLOCK; m < last; m++) {
+        const float *restrict s = job->s_Rn + m * n, mean = job->stats_R2[2 * m], r = job->stats_R2[2 * m + 1];
+        const char *dz = job->dz_Rn + m * n * size;
+        float *restrict dx = job->dx_Rn + m * n;
+        float *restrict dw = job->sums_B2n + m / BLOCK * 2 * n, *restrict db = dw + n;
+        float sum = 0, dot = 0;
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int64_t k = n - i < TILE ? n - i : TILE;
+            moe_k->load(job->half, k, dz + i * size, &tile);
+            for (int64_t j = 0; j < k; j++) {
+                h[j] = tile.f32[j] * w[i + j];
+                u[j] = h[j] * ((s[i + j] - mean) * r);
+            }
+            sum += sum_of(k, h);
+            dot += sum_of(k, u);
+        }
+        const float mean_h = job->centred ? sum / (float)n : 0, mean_hu = dot / (float)n;
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int64_t k = n - i < TILE ? n - i : TILE;
+            moe_k->load(job->half, k, dz + i * size, &tile);
+            for (int64_t j = 0; j < k; j++) {       // one at a time: so they are vectorised
+                u[j] = (s[i + j] - mean) * r;
+                h[j] = tile.f32[j] * w[i + j];
+            }
+            for (int64_t j = 0; j < k; j++) dx[i + j] = r * (h[j] - mean_h - u[j] * mean_hu);
+            for (int64_t j = 0; j < k; j++) dw[i + j] += tile.f32[j] * u[j];
+            for (int64_t j = 0; j < k; j++) db[i + j] += tile.f32[j];
+        }
+        if (job->ds_Rn)
+            for (int64_t i = 0; i < n; i++) dx[i] += job->ds_Rn[m * n + i];
+        if (job->dy_Rn) moe_k->store(job->half, n, dx, job->dy_Rn + m * n * size);
+    }
+}
+
+static int check_add_norm(int half, int64_t R, int64_t n) {
+    if (half != MOE_BF16 && half != MOE_F16) return MOE_BAD_DTYPE;
+    return check_norm(MOE_F32, MOE_F32, R, n);
+}
+
+int moe_add_norm(int half, int centred, int64_t R, int64_t n, double eps, const float *x_Rn, const void *y_Rn,
+                 const float *w_n, const float *b_n, float *s_Rn, void *z_Rn, float *stats_R2) {
+    const int status = check_add_norm(half, R, n);
+    if (status != MOE_OK) return status;
+    add_norm_job job = {.half = half, .centred = centred, .R = R, .n = n, .eps = (float)eps, .x_Rn = x_Rn, .y_Rn = y_Rn,
+                        .w_n = w_n, .b_n = b_n, .sum_Rn = s_Rn, .z_Rn = z_Rn, .stats_R2 = stats_R2};
+    moe_parallel(R, moe_row_grain(n), add_norm_rows, &job);
+    return MOE_OK;
+}
+
+size_t moe_add_norm_backward_workspace(int64_t R, int64_t n) { return (size_t)(8 * n * blocks_of(R)); }
+
+int moe_add_norm_backward(int half, int centred, int64_t R, int64_t n, const float *ds_Rn, const void *dz_Rn,
+                          const float *s_Rn, const float *w_n, const float *stats_R2, void *workspace, float *dx_Rn,
+                          void *dy_Rn, float *dw_n, float *db_n) {
+    const int status = check_add_norm(half, R, n);
+    if (status != MOE_OK) return status;
+    add_norm_job job = {.half = half, .centred = centred, .R = R, .n = n, .ds_Rn = ds_Rn, .dz_Rn = dz_Rn,
+                        .s_Rn = s_Rn, .w_n = w_n, .stats_R2 = (float *)stats_R2, .sums_B2n = workspace,
+                        .dx_Rn = dx_Rn, .dy_Rn = dy_Rn};
+    moe_parallel(blocks_of(R), moe_row_grain(n * BLOCK), dadd_norm_blocks, &job);
+    for (int64_t i = 0; i < n; i++) {
+        double dw = 0, db = 0;
+        for (int64_t b = 0; b < blocks_of(R); b++) {
+            dw += (double)job.sums_B2n[b * 2 * n + i];
+            db += (double)job.sums_B2n[(b * 2 + 1) * n + i];
+        }
+        dw_n[i] = (float)dw;
+        if (db_n) db_n[i] = (float)db;
     }
     return MOE_OK;
 }

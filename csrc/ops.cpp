@@ -563,7 +563,7 @@ Tensor xent_(In logits, In targets, int64_t ignore_index, double grad_scale) {
     return loss;
 }
 
-// ---- norms and RoPE: on the CPU alone -------------------------------------------------------------------------------
+// ---- norms and RoPE -------------------------------------------------------------------------------------------------
 
 // Of w beside x.
 unsigned norm_dtypes(In x) { return only(dtype_of(x)) | only(real_of(dtype_of(x))); }
@@ -573,8 +573,8 @@ std::tuple<Tensor, Tensor> rms_norm(In x, In w, double eps) {
     Dim R{"R"}, n{"n"};
     void *x_Rn = door.in("x", x, FLOATS, {&R, &n}), *w_n = door.in("w", w, norm_dtypes(x), {&n});
     Tensor y = empty(x, dtype_of(x), {R, n}), r = empty(x, real_of(dtype_of(x)), {R});
-    Workspace work(door, moe_rms_norm_workspace(n));
-    door.done(moe_rms_norm(dtype_of(x), dtype_of(w), R, n, eps, x_Rn, w_n, work.p, y.data_ptr(), r.data_ptr()),
+    Workspace work(door, RUN(rms_norm_workspace, n));
+    door.done(RUN(rms_norm, dtype_of(x), dtype_of(w), R, n, eps, x_Rn, w_n, work.p, y.data_ptr(), r.data_ptr()),
               "x has n=", n.n, " columns");
     return {y, r};
 }
@@ -586,10 +586,47 @@ std::tuple<Tensor, Tensor> rms_norm_backward(In x, In w, In r, In dy) {
     void *r_R = door.in("r", r, only(real_of(dtype_of(x))), {&R});
     void *dy_Rn = door.in("dy", dy, only(dtype_of(x)), {&R, &n});
     Tensor dx = empty(x, dtype_of(x), {R, n}), dw = empty(x, dtype_of(w), {n});
-    Workspace work(door, moe_rms_norm_backward_workspace(R, n));
-    door.done(moe_rms_norm_backward(dtype_of(x), dtype_of(w), R, n, x_Rn, w_n, r_R, dy_Rn, work.p, dx.data_ptr(),
-                                    dw.data_ptr()), "x has n=", n.n, " columns");
+    Workspace work(door, RUN(rms_norm_backward_workspace, R, n));
+    door.done(RUN(rms_norm_backward, dtype_of(x), dtype_of(w), R, n, x_Rn, w_n, r_R, dy_Rn, work.p, dx.data_ptr(),
+                  dw.data_ptr()), "x has n=", n.n, " columns");
     return {dx, dw};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_norm(In x, MaybeIn y, In w, MaybeIn b, double eps, bool centred, int64_t half) {
+    Door door{"add_norm"};
+    Dim R{"R"}, n{"n"};
+    const auto f32 = [&](const char *name, In t, Shape shape) {
+        return static_cast<float *>(door.in(name, t, only(MOE_F32), shape));
+    };
+    float *x_Rn = f32("x", x, {&R, &n});
+    const int dtype = door.choice("half", half, MOE_F16);
+    void *y_Rn = door.in("y", y, only(dtype), {&R, &n});
+    float *w_n = f32("w", w, {&n}), *b_n = b ? f32("b", *b, {&n}) : nullptr;
+    Tensor s = empty(x, MOE_F32, {y ? R.n : 0, n}), z = empty(x, dtype, {R, n}), stats = empty(x, MOE_F32, {R, 2});
+    door.done(RUN(add_norm, dtype, centred, R, n, eps, x_Rn, y_Rn, w_n, b_n, static_cast<float *>(s.data_ptr()),
+                  z.data_ptr(), static_cast<float *>(stats.data_ptr())), "x has n=", n.n, " columns");
+    return {s, z, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(MaybeIn ds, In dz, In s, In w, In stats, bool centred,
+                                                             bool want_dy, bool want_db) {
+    Door door{"add_norm_backward"};
+    Dim R{"R"}, n{"n"}, two{"2", 2};
+    const auto f32 = [&](const char *name, In t, Shape shape) {
+        return static_cast<float *>(door.in(name, t, only(MOE_F32), shape));
+    };
+    const int half = dtype_of(dz);
+    void *dz_Rn = door.in("dz", dz, only(MOE_BF16) | only(MOE_F16), {&R, &n});
+    float *ds_Rn = ds ? f32("ds", *ds, {&R, &n}) : nullptr, *s_Rn = f32("s", s, {&R, &n}), *w_n = f32("w", w, {&n});
+    float *stats_R2 = f32("stats", stats, {&R, &two});
+    Tensor dx = empty(s, MOE_F32, {R, n}), dy = empty(s, half, {want_dy ? R.n : 0, n});
+    Tensor dw = empty(s, MOE_F32, {n}), db = empty(s, MOE_F32, {want_db ? n.n : 0});
+    Workspace work(door, RUN(add_norm_backward_workspace, R, n));
+    door.done(RUN(add_norm_backward, half, centred, R, n, ds_Rn, dz_Rn, s_Rn, w_n, stats_R2, work.p,
+                  static_cast<float *>(dx.data_ptr()), want_dy ? dy.data_ptr() : nullptr,
+                  static_cast<float *>(dw.data_ptr()), want_db ? static_cast<float *>(db.data_ptr()) : nullptr),
+              "s has n=", n.n, " columns");
+    return {dx, dy, dw, db};
 }
 
 Tensor square_sum(In x) {
@@ -597,8 +634,8 @@ Tensor square_sum(In x) {
     Dim n{"n"};
     void *x_n = door.in("x", x, FLOATS, {&n});
     Tensor sum = empty(x, MOE_F64, {});
-    Workspace work(door, moe_square_sum_workspace(n));
-    door.done(moe_square_sum(dtype_of(x), n, x_n, work.p, static_cast<double *>(sum.data_ptr())));
+    Workspace work(door, RUN(square_sum_workspace, n));
+    door.done(RUN(square_sum, dtype_of(x), n, x_n, work.p, static_cast<double *>(sum.data_ptr())));
     return sum;
 }
 
@@ -609,7 +646,7 @@ Tensor rotate(In x, In cos, In sin, bool inverse) {
     void *cos_Pn = door.in("cos", cos, only(real_of(dtype_of(x))), {&P, &n});
     void *sin_Pn = door.in("sin", sin, only(real_of(dtype_of(x))), {&P, &n});
     Tensor y = empty(x, dtype_of(x), {R, H, d});
-    door.done(moe_rotate(dtype_of(x), R, P, H, d, n, inverse, x_RHd, cos_Pn, sin_Pn, y.data_ptr()),
+    door.done(RUN(rotate, dtype_of(x), R, P, H, d, n, inverse, x_RHd, cos_Pn, sin_Pn, y.data_ptr()),
               "wanted rows of cos, P=", P.n, ", that divide R=", R.n, ", and pairs n=", n.n, " <= d/2, d=", d.n);
     return y;
 }
@@ -687,8 +724,8 @@ const Op OPS[] = {
     OP(router), OP(router_backward), OP(capacity_drop), OP(balance_counts), OP(balance_loss), OP(balance_loss_backward),
     OP(z_loss), OP(z_loss_backward), OP(select_bias_update),
     OP(xent_), OP(random_uniform), OP(random_normal), OP(dropout), OP(check),
+    OP(rms_norm), OP(rms_norm_backward), OP(add_norm), OP(add_norm_backward), OP(square_sum), OP(rotate),
 };
-const Op CPU_OPS[] = {OP(rms_norm), OP(rms_norm_backward), OP(square_sum), OP(rotate)};
 
 }  // namespace
 extern "C" const size_t moe_cuda_size = sizeof(moe_cuda);
@@ -705,7 +742,6 @@ int threads() {
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
     moe_set_pool(torch_parallel_for, threads);
     for (const auto &op : OPS) m.impl(op.name, op.boxed);
-    for (const auto &op : CPU_OPS) m.impl(op.name, op.boxed);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {

@@ -20,11 +20,13 @@ typedef struct CUstream_st *moe_stream;         // cudaStream_t, without CUDA's 
     X(expert_mlp) X(expert_mlp_backward) \
     X(exchange_plan) X(exchange_pack) X(exchange_unpack) X(exchange_combine) \
     X(router) X(router_backward) X(capacity) X(balance_counts) X(balance_loss) X(balance_loss_backward) \
-    X(z_loss) X(z_loss_backward) X(select_bias_update) X(xent) X(uniform) X(normal) X(dropout)
+    X(z_loss) X(z_loss_backward) X(select_bias_update) X(xent) X(uniform) X(normal) X(dropout) \
+    X(rms_norm) X(rms_norm_backward) X(add_norm) X(add_norm_backward) X(rotate) X(square_sum)
 #define MOE_CUDA_WORKSPACES(X) \
     X(sort_workspace) X(route_index_workspace) X(scatter_workspace) X(scatter_dweights_workspace) \
     X(grouped_gemm_workspace) X(grouped_gemm_wgrad_workspace) X(expert_mlp_workspace) \
-    X(expert_mlp_backward_workspace) X(capacity_workspace) X(balance_loss_workspace) X(exchange_plan_workspace)
+    X(expert_mlp_backward_workspace) X(capacity_workspace) X(balance_loss_workspace) X(exchange_plan_workspace) \
+    X(rms_norm_workspace) X(rms_norm_backward_workspace) X(add_norm_backward_workspace) X(square_sum_workspace)
 
 enum moe_cuda_op {
 #define X(name) OP_##name,

@@ -69,15 +69,39 @@ class KVCache:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Computed in the weight's dtype, whatever x's, which the result has."""
-    def forward(self, x):
-        return ops.rms_norm(x, self.weight, self.eps)
+    """norm(x) of x's dtype, computed in the weight's, or add_and_norm."""
+    centred = False
+
+    def forward(self, x, y=None):
+        return add_and_norm(self, x, y, lambda s: ops.rms_norm(s, self.weight, self.eps))
+
+
+class LayerNorm(nn.LayerNorm):
+    """norm(x), or add_and_norm."""
+    centred = True
+
+    def forward(self, x, y=None):
+        return add_and_norm(self, x, y, super().forward)
+
+
+def add_and_norm(module, x, y, norm):
+    """norm(x); with y x + y and norm(x + y). In an autocast region, to whose dtype matrix products would cast the norm
+    of a float32 x, it has that dtype at once, and all is one op."""
+    w, b, device = module.weight, getattr(module, "bias", None), x.device.type
+    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if half and x.dtype == w.dtype == torch.float32 and (y is None or y.dtype == half) and not hasattr(w, "placements"):
+        s, z = ops.add_norm(x, y, w, b, module.eps, centred=module.centred, dtype=half)
+        return z if y is None else (s, z)
+    if y is None:
+        return norm(x)
+    x = x + y
+    return x, norm(x)
 
 
 def make_norm(c: ModelConfig, **options):
     if c.norm == "rmsnorm":
         return RMSNorm(c.dim, eps=c.norm_eps, **options)
-    return nn.LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
+    return LayerNorm(c.dim, eps=c.norm_eps, bias=c.bias, **options)
 
 
 def rope_angles(positions, columns, base, scale=1.0, context=0, stretch="yarn"):
@@ -173,8 +197,8 @@ class Block(nn.Module):
         """-> x_BSD, Routing (None for a dense block)."""
         p = self.dropout if self.training else 0.0
         y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, cache, self.layer, seen)
-        x_BSD = x_BSD + drop(y_BSD, p, draws, lambda: self.name + ".self_attn")
-        y_BSD, routing = self.post_attention_layernorm(x_BSD), None
+        y_BSD, routing = drop(y_BSD, p, draws, lambda: self.name + ".self_attn"), None
+        x_BSD, y_BSD = self.post_attention_layernorm(x_BSD, y_BSD)
         if isinstance(self.mlp, FusedMoE):
             y_BSD, routing = self.mlp(y_BSD, draws, token_mask, ids_BSK)
         else:

@@ -408,6 +408,15 @@ def rms_norm(x, w_n, eps):
     return (_real(x) * r * _real(w_n)).to(x.dtype)
 
 
+def add_norm(x, y, w_n, b_n, eps, *, centred, dtype):
+    """-> x + y, or None without y, and its norm in dtype (float64 stays so): LayerNorm if centred, else RMSNorm + b."""
+    s = x if y is None else x + y
+    u = s - s.mean(-1, keepdim=True) if centred else s
+    z = u * (u.square().mean(-1, keepdim=True) + eps).rsqrt() * w_n
+    z = z if b_n is None else z + b_n
+    return None if y is None else s, z if z.dtype == torch.float64 else z.to(dtype)
+
+
 def rotate(x_BSHd, cos, sin):
     """The pairs (x[i], x[i + n]) of the first 2n columns turned by the angles of cos, sin [..,n] (Su et al., 2021)."""
     n, x = cos.shape[-1], _real(x_BSHd)
@@ -424,7 +433,7 @@ def square_sum(x):
 # ---- head ------------------------------------------------------------------------------------------------------------
 
 
-def linear_cross_entropy(x_TD, w_VD, targets_T, *, ignore_index=-100, chunk=1024):
+def linear_cross_entropy(x_TD, w_VD, targets_T, *, ignore_index=-100, chunk=None):
     """-> the sum over tokens of logsumexp(x w^T) - (x w^T)[target]; `chunk` bounds the op's memory, not its value."""
     return F.cross_entropy(_real(x_TD @ w_VD.T), targets_T, ignore_index=ignore_index, reduction="sum")
 

@@ -33,6 +33,7 @@ import torch
 from moe_ext import checkpoint, choices, keep_freed_memory, private, tune
 from moe_ext.config import Config, TuneConfig, named_sets, parse, plain, require
 from moe_ext.data import Loader, open_data
+from moe_ext.data.loader import sent
 from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
 from moe_ext.generate import complete, load_tokenizer
 from moe_ext.log import Log, Memory, Silence, Spending, Timers, peak_flops, plot
@@ -185,14 +186,16 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                 with timers("data"):
                     batch = loader.batch(*mesh.rows(micro, t.micro_batch))
                 draws = mesh.draws(t.seed, step, batch.row0, config.model.seq_len)
+                tokens, targets = (sent(x, device) for x in (batch.tokens, batch.targets))
                 borders = batch.borders(device)
-                return (batch.tokens.to(device), batch.targets.to(device), draws, None, borders.get("documents_BS"),
-                        borders.get("positions_BS"))
+                return tokens, targets, draws, None, borders.get("documents_BS"), borders.get("positions_BS")
 
             totals = pipeline.step(feed, sequences // (t.micro_batch * config.mesh.dp), tokens=loader.targets,
                                    scale=scaler.scale, around=around)
-            asked = torch.tensor(float(bool(stop.asked)), device=device)
+            asked = torch.full((), float(bool(stop.asked)), device=device)
             loss, aux, balance, counts_LE, dropped_L, bad_L, asked = pipeline.sum(*totals, asked)
+            # here, where clipping waits for the gradients anyway; behind optimizer.step() a read would wait for that
+            loss, aux, balance, asked = torch.stack([loss, aux, balance, asked]).tolist()
             counts_LE = counts_LE.long()
             problem = not_finite(config.model, bad_L, {"the loss": loss, "the balance loss or the z-loss": aux})
             with diverging(step, folder):
@@ -213,10 +216,10 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
             loader.advance()
             profile.step()
 
-            balance = float(balance) if config.model.moe.balance_weight and len(counts_LE) else None
-            log.tick(sequences, float(loss) if grad_norm is not None else None, balance)
+            balance = balance if config.model.moe.balance_weight and len(counts_LE) else None
+            log.tick(sequences, loss if grad_norm is not None else None, balance)
             if told:
-                log.step(step, sequences=sequences, loss=float(loss), aux=float(aux), grad_norm=grad_norm, zeros=zeros,
+                log.step(step, sequences=sequences, loss=loss, aux=aux, grad_norm=grad_norm, zeros=zeros,
                          parameter_norm=parameter_norm(model.named_parameters(), model.holders), lr=lr,
                          loss_scale=scaler.scale, counts_LE=counts_LE,
                          dropped_L=dropped_L if config.model.moe.capacity_factor else None,

@@ -126,6 +126,7 @@ CHECKS = {  # op -> check(impl, case, dtype, device)
     "linear": lambda impl, case, dtype, device: test_dense.check_linear(impl, case, dtype, device),
     "linear_cross_entropy": _linear_cross_entropy,
     "rms_norm": lambda impl, case, dtype, device: test_norm.check_rms_norm(impl, case, dtype, device),
+    "add_norm": lambda impl, case, dtype, device: test_norm.check_add_norm(impl, case, dtype, device),
     "rotate": lambda impl, case, dtype, device: test_norm.check_rotate(impl, case, dtype, device),
     "square_sum": lambda impl, case, dtype, device: test_norm.check_square_sum(impl, case, dtype, device),
     "random_uniform": _random(test_random.check_uniform),

@@ -23,6 +23,10 @@ KEY = dict(seed=0, step=0, site=0)
 ELSEWHERE = {"cpu": "meta", "cuda": "cpu"}
 
 
+def add_norm(x, y, w_n):
+    return ops.add_norm(x, y, w_n, None, 1e-6, centred=True, dtype=torch.bfloat16)
+
+
 class Inputs:
     """Good arguments of every op on one device."""
 
@@ -179,6 +183,10 @@ ON_CPU = {
     "rms_norm: w [3] wanted [n=4]": lambda i: ops.rms_norm(i.x, i.x[0, 1:], 1e-6),
     "rms_norm: x int32 wanted float": lambda i: ops.rms_norm(i.x.int(), i.x[0], 1e-6),
     "rms_norm: a size is negative n=0 columns": lambda i: ops.rms_norm(i.x[:, :0], i.x[0, :0], 1e-6),
+    "add_norm: x float64 wanted float32 Hint x.to": lambda i: add_norm(i.x.double(), None, i.x[0]),
+    "add_norm: w [3] wanted [n=4]": lambda i: add_norm(i.x, None, i.x[0, 1:]),
+    "add_norm: y float32 wanted bfloat16 Hint y.to": lambda i: add_norm(i.x, i.x, i.x[0]),
+    "add_norm: a size is negative n=0 columns": lambda i: add_norm(i.x[:, :0], None, i.x[0, :0]),
     "square_sum: x int32 wanted float": lambda i: ops.square_sum(i.x.int()),
     "rotate: x int32 wanted float": lambda i: ops.rotate(i.x.int()[None, :, None], *[i.x[:, None]] * 2),
     "rotate: P=3 that divide R=4": lambda i: raw.rotate(i.x[:4, None], *[i.x[:3, :1].contiguous()] * 2, False),
@@ -245,8 +253,6 @@ def test_an_argument_elsewhere_is_called_as_its_caller_calls_it(name, device):
     call(lambda place, x: places.append(place) or x)
     arguments = {place.removeprefix("argument "): place for place in places if place.startswith("argument ")}
     torchs_own = {("padded_gather", "padded_bins"), ("noisy", "scale_E"), ("linear", "w_OI"), ("linear", "bias_O")}
-    if device == "cuda":
-        torchs_own |= {("rms_norm", "w_n"), ("rotate", "cos"), ("rotate", "sin")}
     for argument in list(arguments)[1:]:
         if (name, argument) in torchs_own:  # .item(), an operator, whole ops
             continue

@@ -8,7 +8,7 @@ import torch
 from cases import SMALLEST
 from compare import same
 from ranks import run_ranks
-from test_compile import CONSTANT, NO_GRADIENT, record, recorded
+from test_compile import CONSTANT, NO_GRADIENT, record
 from torch.autograd import forward_ad
 
 import moe_ext
@@ -41,7 +41,7 @@ def refused(call, *args):
 def with_floats(device):
     """The recorded calls of ops that take floating tensors: key -> op, arguments, positions of these."""
     for key in record("cpu"):
-        op, args, _ = recorded(key, device)
+        op, args, _ = record(device)[key]
         args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
         floats = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
         if floats:
@@ -150,7 +150,7 @@ FUNCTIONS = {  # name -> call of ops or reference, and the shapes of its floatin
     "noisy": (lambda o, x, scale: o.noisy(x, scale, **KEY), (5, 3), (3,)),
 }  # fmt: skip
 WIRED = {"exchange_pack", "exchange_unpack", "exchange_combine", "select_bias_update", "capacity_drop",
-         "square_sum"}  # above, as ops
+         "square_sum", "add_norm"}  # above, as ops
 NO_FLOATS = {"ExchangePlan", "RouteIndex", "balance_counts", "exchange_plan", "exclusive_cumsum", "histogram",
              "inclusive_cumsum", "random_normal", "random_uniform", "repeat", "round_up", "route_index", "sort", "sum",
              "topology"}  # fmt: skip

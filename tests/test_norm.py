@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE's rotation, the sum of squares."""
+"""RMSNorm, the residual addition with a norm, RoPE's rotation, the sum of squares."""
 
 import math
 
@@ -23,13 +23,34 @@ def check_rms_norm(impl, case, dtype, device, wdtype=None):
                       norm_inputs(case, dtype, device, wdtype))  # fmt: skip
 
 
+def check_add_norm(impl, case, dtype, device, adds=True, centred=True, biased=True):
+    """x + y is plain torch's in every bit, the rest obeys the rule. The op knows no dtype but float32 and halves."""
+    T, D, *_ = case.shape
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    inputs = {"x": case.randn(T, D, salt=1, dtype=torch.float32, device=device) + 2,
+              "w_n": case.randn(D, salt=2, dtype=torch.float32, device=device)}  # fmt: skip
+    if adds:
+        inputs["y"] = case.randn(T, D, salt=3, dtype=half, device=device)
+    if biased:
+        inputs["b_n"] = case.randn(D, salt=4, dtype=torch.float32, device=device)
+
+    def call(ops, x, w_n, y=None, b_n=None):
+        s, z = ops.add_norm(x, y, w_n, b_n, 1e-5, centred=centred, dtype=half)
+        assert (s is None) == (y is None)
+        return z if s is None else (s, z)
+
+    against_reference(impl, call, inputs)
+    if adds:
+        same(call(impl, **inputs)[0], inputs["x"] + inputs["y"])
+
+
 def check_rotate(impl, case, dtype, device, heads=3, columns=None):
     """The positions of T tokens in each of two sequences turn `columns` of d columns."""
     T, d, *_ = case.shape
     n = d // 2 if columns is None else columns // 2
     angle = case.randn(T, 1, n, salt=5, device=device)
     x_BSHd = case.randn(2, T, heads, d, salt=6, dtype=dtype, device=device)
-    real = torch.float64 if dtype == torch.float64 else dtype if device == "cuda" else torch.float32
+    real = torch.float64 if dtype == torch.float64 else torch.float32
     against_reference(impl, lambda ops, **inputs: ops.rotate(**inputs),
                       {"x_BSHd": x_BSHd, "cos": angle.cos().to(real), "sin": angle.sin().to(real)})  # fmt: skip
 
@@ -44,6 +65,13 @@ def check_square_sum(impl, case, dtype, device):
 
 def test_rms_norm(case, dtype, device):
     check_rms_norm(ops, case, dtype, device)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("shape", [(2500, 24), (5, 9001), (1100, 520)], ids=str)
+def test_rows_of_many_blocks(shape, device):
+    """Blocks of several rows, rows too wide for shared memory, groups of several warps."""
+    check_rms_norm(ops, Case("many", Shape(*shape, 1, 1, 1), "balanced"), torch.float32, device)
 
 
 @pytest.mark.parametrize("wdtype", [None, torch.float32], ids=["same", "float32"])
@@ -66,6 +94,37 @@ def test_rms_norm_keeps_nan_and_infinity_to_their_rows(device):
     bad = ops.rms_norm(x, torch.ones(6, device=device), 0.0).isnan().any(1)
     assert bad.tolist() == [False, True, True, False]
     assert ops.rms_norm(x[:1] * 0, torch.ones(6, device=device), 1e-6).eq(0).all()
+
+
+@pytest.mark.parametrize("case", [SMALLEST, WIDE, Case("widest", Shape(3, 9001, 1, 1, 1), "balanced"),
+                                  Case("many", Shape(2500, 24, 1, 1, 1), "balanced")], ids=lambda case: case.name)
+@pytest.mark.parametrize("adds", [True, False], ids=["adds", "alone"])
+@pytest.mark.parametrize("centred", [True, False], ids=["layernorm", "rmsnorm"])
+def test_add_norm(case, adds, centred, device):
+    for half in (torch.bfloat16, torch.float16):
+        check_add_norm(ops, case, half, device, adds, centred, biased=centred)
+
+
+def test_add_norm_without_one_of_its_results(device):
+    """What nobody reads gives no gradient, and costs none: the sum alone, the norm alone."""
+    x, w_n = torch.randn(5, 24, device=device, requires_grad=True), torch.rand(24, device=device, requires_grad=True)
+    y = torch.randn(5, 24, device=device, dtype=torch.bfloat16, requires_grad=True)
+    s, z = ops.add_norm(x, y, w_n, None, 1e-5, centred=False, dtype=torch.bfloat16)
+    ds, dz = torch.randn_like(s), torch.randn_like(z)
+    dx, dy, dw = torch.autograd.grad(s, (x, y, w_n), ds, retain_graph=True, allow_unused=True)
+    same(dx, ds), same(dy, ds.bfloat16())
+    assert dw is None
+    of_z = torch.autograd.grad(z, (x, y, w_n), dz, retain_graph=True)
+    both = torch.autograd.grad((s, z), (x, y, w_n), (ds, dz))
+    same(both[0], of_z[0] + ds), same(of_z[1], of_z[0].bfloat16()), same(both[2], of_z[2])
+
+
+def test_add_norm_keeps_what_is_far_from_zero(device):
+    """The variance of values that share a large part is theirs, not the rounding's."""
+    x = torch.randn(4, 300, device=device) + 1000
+    _, z = ops.add_norm(x, None, torch.ones(300, device=device), None, 0.0, centred=True, dtype=torch.float16)
+    want = torch.nn.functional.layer_norm(x.double(), (300,), eps=0.0)
+    torch.testing.assert_close(z.double(), want, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("columns", [0, 2, 6, 8])
@@ -98,7 +157,7 @@ def test_gradcheck():
               {"x": SMALLEST.randn(5, 3, 5, salt=1), **tables})  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [0, 1, 17, 2**15, 2**15 + 1, 100_003])
+@pytest.mark.parametrize("n", [0, 1, 17, 2**15, 2**15 + 1, 100_003, 2_200_017])
 def test_square_sum(n, dtype, device):
     x = torch.randn(n, dtype=torch.float64).to(dtype).to(device)
     torch.testing.assert_close(ops.square_sum(x), reference.square_sum(x), rtol=1e-14, atol=0)

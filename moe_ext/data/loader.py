@@ -22,6 +22,11 @@ from moe_ext.data.indexed import IndexedDataset
 IGNORED = -100      # a target that is not learnt: torch's ignore_index
 
 
+def sent(x: torch.Tensor, device) -> torch.Tensor:
+    """x on the device. To a GPU the copy is queued, from pinned memory, and the host goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+
 class Batch(NamedTuple):
     tokens: torch.Tensor    # int64 [B, S]
     targets: torch.Tensor   # int64 [B, S]: the token after each; with mask_end -100 after the last of a document
@@ -31,7 +36,7 @@ class Batch(NamedTuple):
 
     def borders(self, device) -> dict[str, torch.Tensor]:
         """What the model is told of documents, as its arguments."""
-        return {name: tensor.to(device) for name, tensor in (("documents_BS", self.documents),
+        return {name: sent(tensor, device) for name, tensor in (("documents_BS", self.documents),
                                                              ("positions_BS", self.positions)) if tensor is not None}
 
 

@@ -30,7 +30,7 @@ from moe_ext.ops.index import (
     sum,
     topology,
 )
-from moe_ext.ops.norm import rms_norm, rotate, square_sum
+from moe_ext.ops.norm import add_norm, rms_norm, rotate, square_sum
 from moe_ext.ops.permute import binned_gather, binned_scatter, gather, padded_gather, padded_scatter, scatter
 from moe_ext.ops.random import dropout, jitter, noisy, random_normal, random_uniform
 from moe_ext.ops.route import (
@@ -46,6 +46,7 @@ __all__ = [
     "ExchangePlan",
     "RouteIndex",
     "activation",
+    "add_norm",
     "balance_counts",
     "balance_loss",
     "binned_gather",

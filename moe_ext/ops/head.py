@@ -91,12 +91,21 @@ _linear_cross_entropy_backward = define(
 )
 
 
-def linear_cross_entropy(x_TD, w_VD, targets_T, *, ignore_index=-100, chunk=1024):
-    """The sum over tokens of logsumexp(x w^T) - (x w^T)[target], without ever holding more than [chunk,V] logits.
+def chunk_on(device):
+    """Tokens of which a device of this type, "cpu" or "cuda", has logits at a time. The sum of dw over chunks moves 12
+    bytes per value and chunk beside 6 FLOPs per value and token: at an H200's 4.2 TB/s and 700 TFLOP/s a third of the
+    products' time for 1024 tokens, a twelfth for 4096."""
+    return 1024 if device == "cpu" else 4096
+
+
+def linear_cross_entropy(x_TD, w_VD, targets_T, *, ignore_index=-100, chunk=None):
+    """The sum over tokens of logsumexp(x w^T) - (x w^T)[target], without ever holding more than [chunk,V] logits; None:
+    as many tokens as suit the device.
 
     x_TD [T,D] and w_VD [V,D] of one dtype, targets_T int64 [T] in [0,V) or ignore_index (counts as nothing).
     -> 0-d float32 (float64 for float64). Differentiable in x and w; follows autocast.
     """
+    chunk = chunk_on(x_TD.device.type) if chunk is None else chunk
     grad = torch.is_grad_enabled()
     need_dx, need_dw = grad and x_TD.requires_grad, grad and w_VD.requires_grad
     return _linear_cross_entropy(x_TD, w_VD, targets_T, ignore_index, chunk, need_dx, need_dw)[0]

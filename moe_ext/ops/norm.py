@@ -1,10 +1,19 @@
-"""RMSNorm, RoPE's rotation and the sum of squares, each one pass on the CPU: csrc/norm.c, rope.c. On a GPU they are
-torch's own ops, and what those promise."""
+"""RMSNorm, a residual addition with the norm behind it, RoPE's rotation and the sum of squares, each one pass:
+csrc/norm.c, rope.c. float64 on a GPU, for which there are no kernels, is torch's."""
 
 import torch
 import torch.nn.functional as F
 
 from moe_ext.ops.define import define, real
+
+
+def _torchs(x):
+    return x.is_cuda and x.dtype == torch.float64
+
+
+def _rows(x):
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
+
 
 # ---- RMSNorm ---------------------------------------------------------------------------------------------------------
 
@@ -41,10 +50,70 @@ def rms_norm(x, w_n, eps):
     x [..,n]; w_n of x's dtype or of the one that it is computed in. -> x's shape and dtype. Differentiable in x and w.
     Of DTensors it is torch's, which knows how they are sharded.
     """
-    if x.is_cuda or hasattr(x, "placements") or hasattr(w_n, "placements"):
+    if _torchs(x) or hasattr(x, "placements") or hasattr(w_n, "placements"):
         return F.rms_norm(x.to(w_n.dtype), (x.shape[-1],), w_n, eps).to(x.dtype)
-    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-    return _rms_norm(rows.contiguous(), w_n.contiguous(), eps)[0].view(x.shape)
+    return _rms_norm(_rows(x).contiguous(), w_n.contiguous(), eps)[0].view(x.shape)
+
+
+# ---- addition and norm -----------------------------------------------------------------------------------------------
+
+_HALVES = {torch.bfloat16: 2, torch.float16: 3}  # as in moe.h
+
+
+def _fake_add_norm(x, y, w, b, eps, centred, half):
+    (R, n), dtype = x.shape, next(dtype for dtype, number in _HALVES.items() if number == half)
+    return x.new_empty(0 if y is None else R, n), x.new_empty(R, n, dtype=dtype), x.new_empty(R, 2)
+
+
+def _save_add_norm(ctx, inputs, output):
+    (x, y, w, *_, ctx.centred, _), (s, z, stats) = inputs, output
+    ctx.half = z.dtype
+    ctx.mark_non_differentiable(stats, *([s] if y is None else []))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if y is None else s, w, stats)
+
+
+def _backward_add_norm(ctx, ds, dz, _):
+    s, w, stats = ctx.saved_tensors
+    if dz is None:      # nobody read the norm
+        return ds, ds if ds is None else ds.to(ctx.half), *(None,) * 5
+    want_dy, want_db = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    ds = ds if ds is None else ds.contiguous()
+    dx, dy, dw, db = _add_norm_backward(ds, dz.contiguous(), s, w, stats, ctx.centred, want_dy, want_db)
+    return dx, dy if want_dy else None, dw, db if want_db else None, None, None, None
+
+
+_add_norm = define(
+    "add_norm(Tensor x, Tensor? y, Tensor w, Tensor? b, float eps, bool centred, int half) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_add_norm,
+    save=_save_add_norm,
+    backward=_backward_add_norm,
+)
+_add_norm_backward = define(
+    "add_norm_backward(Tensor? ds, Tensor dz, Tensor s, Tensor w, Tensor stats, bool centred, bool want_dy, "
+    "bool want_db) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda ds, dz, s, w, stats, centred, want_dy, want_db: (
+        torch.empty_like(s),
+        dz.new_empty(s.shape[0] if want_dy else 0, s.shape[1]),
+        torch.empty_like(w),
+        w.new_empty(w.shape[0] if want_db else 0),
+    ),
+)
+
+
+def add_norm(x, y, w_n, b_n, eps, *, centred, dtype):
+    """-> s = x + y, or None without y, and its norm along the last dimension, computed in float32 and rounded once to
+    dtype: (s - mean) / sqrt(variance + eps) * w + b, LayerNorm, if `centred`; else s / sqrt(mean of s^2 + eps) * w + b.
+
+    x [..,n], w_n and b_n (None: zeros) in float32; y (None: zeros) and the norm in dtype, bfloat16 or float16: those of
+    an autocast region whose residual stream is float32. Differentiable in all four.
+    """
+    if dtype not in _HALVES:
+        raise ValueError(f"add_norm: dtype is {dtype}, wanted torch.bfloat16 or torch.float16")
+    rows, y_rows = (t if t is None else _rows(t).contiguous() for t in (x, y))
+    w_n, b_n = (t if t is None else t.contiguous() for t in (w_n, b_n))
+    s, z, _ = _add_norm(rows, y_rows, w_n, b_n, eps, centred, _HALVES[dtype])
+    return None if y is None else s.view(x.shape), z.view(x.shape)
 
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------
@@ -85,8 +154,8 @@ def rotate(x_BSHd, cos, sin):
         if table.shape != cos.shape or table.shape[:-1] not in ((S, 1), (B, S, 1)):
             wanted = f"[S={S}, 1, n] or [B={B}, S={S}, 1, n], cos and sin alike"
             raise RuntimeError(f"moe_ext::rotate: {name} has shape {list(table.shape)}, wanted {wanted}")
-    cos, sin = (t.to(real(x_BSHd.dtype) if not x_BSHd.is_cuda else x_BSHd.dtype) for t in (cos, sin))
-    if x_BSHd.is_cuda:
+    cos, sin = (t.to(real(x_BSHd.dtype)) for t in (cos, sin))
+    if _torchs(x_BSHd):
         n = cos.shape[-1]
         a, b = x_BSHd[..., : 2 * n].chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, x_BSHd[..., 2 * n :]], dim=-1)
@@ -102,6 +171,6 @@ _square_sum = define("square_sum(Tensor x) -> Tensor", fake=lambda x: x.new_empt
 def square_sum(x):
     """-> float64 scalar, the sum of x^2, squared and added in float64: finite and exact to its rounding for float32 of
     any size. x: any shape and floating dtype. It has no gradient."""
-    if x.is_cuda:
+    if _torchs(x):
         return torch.linalg.vector_norm(x, dtype=torch.float64).square()
     return _square_sum(x.reshape(-1).contiguous())

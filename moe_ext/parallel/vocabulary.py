@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from moe_ext import ops
 from moe_ext.ops.define import Function, real
 from moe_ext.ops.dense import ours, outer, product
+from moe_ext.ops.head import chunk_on
 from moe_ext.parallel.collectives import as_autocast, gather_rows
 
 _xent_ = torch.ops.moe_ext.xent_.default
@@ -51,14 +52,16 @@ def vocabulary_parallel_embedding(tokens, w_vD, *, vocab_size, group):
     return F.embedding(ids, table).masked_fill(~here[..., None], 0)
 
 
-def vocabulary_parallel_cross_entropy(x_TD, w_vD, targets_T, *, vocab_size, group, ignore_index=-100, chunk=1024):
-    """ops.linear_cross_entropy over the rows of all ranks, without ever holding more than [chunk,v] logits.
+def vocabulary_parallel_cross_entropy(x_TD, w_vD, targets_T, *, vocab_size, group, ignore_index=-100, chunk=None):
+    """ops.linear_cross_entropy over the rows of all ranks, without ever holding more than [chunk,v] logits;
+    None: as many tokens as there.
 
     x_TD [T,D] and targets_T int64 [T], in [0,V) or ignore_index: equal on all ranks. w_vD [v,D]: this rank's rows, of
     x's dtype. -> 0-d float32 (float64 for float64), the same bits on every rank. Follows autocast.
     Differentiable in x and w. The loss counts once, not once per rank: dw is whole, dx this rank's share, to be summed
     over ranks. Targets are checked before the first all-gather, so that all ranks raise; a GPU's host waits for that.
     """
+    chunk = chunk_on(x_TD.device.type) if chunk is None else chunk
     x_TD, w_vD = as_autocast(x_TD), as_autocast(w_vD)
     _check(x_TD, w_vD, targets_T, vocab_size, group, ignore_index, chunk)
     if dist.get_world_size(group) == 1:

@@ -14,6 +14,7 @@ from moe_ext.attention import computed_in
 from moe_ext.config import Config, MeshConfig, ModelConfig
 from moe_ext.model import half_dtype
 from moe_ext.ops.enums import GATED
+from moe_ext.ops.head import chunk_on
 from moe_ext.plan.optimizer import cost
 from moe_ext.plan.pipeline import alive
 from moe_ext.plan.shares import (
@@ -32,8 +33,6 @@ from moe_ext.plan.shares import (
     tokens,
     widths,
 )
-
-CHUNK = 1024        # tokens of which the head has logits at a time (ops.linear_cross_entropy)
 
 
 class Memory(NamedTuple):
@@ -71,8 +70,8 @@ def memory(config: Config, device: str = "cuda", stage: int | None = None) -> Me
                          for sizes, more in zip(zip(*each, strict=True), work, strict=True))
     moves = cost(config, stage)
     return Memory(share.parameters * real, share.trained * real, moves.state + moves.host * (device == "cpu"),
-                  activations, head(config) if ends(config.model, pieces)[1] else 0, whole(config, pieces), cast,
-                  exchange(config, pieces), sequence(config), links(config, device, pieces), moves.work)
+                  activations, head(config, device) if ends(config.model, pieces)[1] else 0, whole(config, pieces),
+                  cast, exchange(config, pieces), sequence(config), links(config, device, pieces), moves.work)
 
 
 def fullest(config: Config, device: str = "cuda") -> int:
@@ -121,22 +120,15 @@ def block(config: Config, sparse: bool, window: int, device: str) -> int:
     inner = routed(config) if sparse else mlp(config, c.hidden)
     if sparse and moe.shared_hidden:
         inner += mlp(config, moe.shared_hidden, shared=True)
-    if sparse and moe.shared_gate:      # what the shared expert gives, its gate, and what that reads if it is cast
-        real, half = widths(config)
-        inner += tokens(config)[0] * half * (c.dim + 1 + (c.dim if half < real else 0))
+    if sparse and moe.shared_gate:      # what the shared expert gives, its gate
+        inner += tokens(config)[0] * widths(config)[1] * (c.dim + 1)
     return 2 * norm(config) + attended(config, window, device) + inner
 
 
 def norm(config: Config) -> int:
     """One of a block's two, or the last: its input and statistics."""
-    c = config.model
-    return tokens(config)[0] * widths(config)[0] * (c.dim + (1 if c.norm == "rmsnorm" else 2))
-
-
-def copies(config: Config, readers: int) -> int:
-    """How often an input is kept that so many matrices read: autocast casts it for each of them; tp's gather before."""
-    real, half = widths(config)
-    return readers if half < real and config.mesh.tp == 1 else 1
+    c, (real, half) = config.model, widths(config)
+    return tokens(config)[0] * real * (c.dim + (1 if c.norm == "rmsnorm" and half == real else 2))
 
 
 def places(config: Config) -> int:
@@ -187,14 +179,14 @@ def attended(config: Config, window: int, device: str) -> int:
     """The input of q, k and v, their norms and angles, attention itself."""
     c, tp, inside = config.model, config.mesh.tp, tokens(config)[1]
     real, half = widths(config)
-    size = half * inside * copies(config, 3) * c.dim + core(config, window, device)[0]
+    size = half * inside * c.dim + core(config, window, device)[0]
     if c.position == "rope" and half < 8:               # angles as q and k want them
-        size += (real if device == "cpu" else half) * 2 * places(config) * c.rope_columns
+        size += real * 2 * places(config) * c.rope_columns
     if c.qk_norm:
         wide = c.qk_norm_over == "width"
         for n in (c.heads // tp, c.kv_groups // tp):
             rows, over = (inside, n * c.head_width) if wide else (inside * n, c.head_width)
-            width = 2 * real if wide and tp > 1 else half if device == "cpu" else real      # made of single ops with tp
+            width = 2 * real if wide and tp > 1 else half       # made of single ops with tp
             size += rows * (over * width + real)
     return size
 
@@ -219,18 +211,18 @@ def core(config: Config, window: int, device: str) -> tuple[int, int]:
 
 
 def mlp(config: Config, hidden: int, shared: bool = False) -> int:
-    """Of a dense MLP or a shared expert: its input (the latter's is there where it is neither cast nor gathered), the
-    values before the activation and after it."""
-    c, tp = config.model, config.mesh.tp
-    real, half = widths(config)
+    """Of a dense MLP or a shared expert: its input (the latter's is there where it is not gathered), the values before
+    the activation and after it."""
+    c, tp, half = config.model, config.mesh.tp, widths(config)[1]
     halves, inside = 2 if c.act in GATED else 1, tokens(config)[1]
-    inputs = 0 if shared and half == real and tp == 1 else copies(config, halves)
-    return half * inside * (inputs * c.dim + (halves + 1) * hidden // tp)
+    inputs = 0 if shared and tp == 1 else c.dim
+    return half * inside * (inputs + (halves + 1) * hidden // tp)
 
 
 def routed(config: Config) -> int:
     """Router and experts: the router's input, logits, scores and choice, and what jitter, noise and losses add; the
-    rows that the experts read, the values before the activation of every copy, and where each row goes."""
+    rows that the experts read, as autocast has them, or a shared expert or its gate where ranks exchange those; the
+    values before the activation of every copy, and where each row goes."""
     c, m, mesh = config.model, config.model.moe, config.mesh
     real, half = widths(config)
     halves, T, K, E = 2 if c.act in GATED else 1, tokens(config)[0], m.top_k, m.experts
@@ -239,12 +231,15 @@ def routed(config: Config) -> int:
     x = T * c.dim * real
     extra = m.noise * E + (m.z_weight > 0) + (E + 2 if m.score == "sigmoid" and m.balance_weight else 0)
     size = x * (2 if m.jitter else 1) + T * ((2 * E + extra) * real + K * 4 + 1)
-    if mesh.ep * mesh.etp > 1:
+    exchanged = mesh.ep * mesh.etp > 1
+    if half < real and (not exchanged or m.shared_gate or (m.shared_hidden and mesh.tp == 1)):
+        size += T * c.dim * half
+    if exchanged:
         rows = T * mesh.etp * rows_per_token(E, K, mesh.ep)
         size += rows * (c.dim * half + K * (real + 4))      # x, weights and their place
     else:
         rows = T
-        size += T * K * (real + 4) + (x if m.jitter and half == real else T * c.dim * half if half < real else 0)
+        size += T * K * (real + 4) + (x if m.jitter and half == real else 0)
     size += copied * (halves * m.hidden // mesh.etp * half + 4)
     return round(size)
 
@@ -254,14 +249,14 @@ def head_moves(model: ModelConfig) -> bool:
     return model.tune.moves("embed_tokens.weight" if model.tied else "lm_head.weight")
 
 
-def head(config: Config) -> int:
+def head(config: Config, device: str) -> int:
     """While it works: logits of a chunk; the sum of its matrix's gradient over chunks, in fp32, and the next term; its
     matrix as autocast casts it."""
     c = config.model
     real, half = widths(config)
     rows = -(-c.vocab_size // config.mesh.tp)
     width = c.dim * ((real + half) * head_moves(c) + (half if half < real else 0))
-    return rows * (half * min(CHUNK, tokens(config)[1]) + width)
+    return rows * (half * min(chunk_on(device), tokens(config)[1]) + width)
 
 
 def whole(config: Config, pieces: Pieces) -> int:
