@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, load completely or not at all, and continue bit for bit, on any mesh.
 
     RUN/ckpt/step-000500/
-        shard-*.safetensors     tensors, by torch.distributed.checkpoint, one file of each rank, without pickle
+        shard-*.safetensors     tensors, by torch.distributed.checkpoint and snapshot.py, one file of each rank
             model.NAME          parameters and persistent buffers
             optim.NAME.STATE    the optimizer's state of parameter NAME (exp_avg, exp_avg_sq, step, ...), or what the
                                 owner of a matrix of it has (factor0.3,0,0: of the one that begins there)
@@ -9,8 +9,9 @@
         state.json              format, step, best_loss, config, the loader's position, which states each parameter has
 
 A save writes a folder step-000500.tmp-*, syncs every file and the folder to disk, and renames it: a kill at any moment
-leaves a folder that does not count, beside the previous checkpoint. Tied parameters are stored once, under their
-first name. Learning rate, weight decay and betas are not state: they come from the config of the run that continues.
+leaves a folder that does not count, beside the previous checkpoint. `save` holds the run up for that long; a Saver
+takes a copy and has it written by a thread. Tied parameters are stored once, under their first name. Learning rate,
+weight decay and betas are not state: they come from the config of the run that continues.
 
 With torch.distributed, all ranks of the default group call save and load together, on a folder that all of them see; an
 error of one rank is raised on every rank. A DTensor is stored as boxes: a rank's file holds its box under the tensor's
@@ -26,6 +27,7 @@ parameters moving. A run that starts with a checkpoint's weights (`start`) may h
 An optimizer that is Keeping (optim.state) makes room for its own state, in its own way, so a run may continue with
 another optim.state: tensors are converted on the way, and only with the same one it continues bit for bit.
 """
+import copy
 import dataclasses
 import functools
 import json
@@ -35,9 +37,12 @@ import pickle
 import re
 import shutil
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,13 +51,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from moe_ext.config import Config
 from moe_ext.layers.fused import norm_power
 from moe_ext.layers.lora import is_factor
 from moe_ext.optim.together import parts_of
 from moe_ext.parallel.stages import Stage
+from moe_ext.snapshot import CheckpointError, File, Image, Piece
 
 FORMAT = 1
 WHOLE = re.compile(r"step-(\d{6,})(\.old)?")       # .old: set aside while a save of the same step takes its place
@@ -63,10 +69,6 @@ WHOLE = re.compile(r"step-(\d{6,})(\.old)?")       # .old: set aside while a sav
 TRAINING_ONLY = {"model." + name for name in (
     "seq_len", "dropout", "init_std", "tune.train", "tune.freeze", "moe.jitter", "moe.balanced", "moe.capacity_factor",
     "moe.drop_by", "moe.scope", "moe.balance_form", "moe.balance_weight", "moe.z_weight")}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit or is damaged; the message names the tensor, field or file and what to do."""
 
 
 class State(NamedTuple):
@@ -81,11 +83,149 @@ class State(NamedTuple):
     best_step: int | None = None    # checkpoint of the lowest held-out loss, if such ones are kept
 
 
-def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader, step: int,
-         config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None,
-         best_step: int | None = None, source: Callable[[str], torch.Tensor] | None = None) -> Path:
+def save(folder: str | Path, **content) -> Path:
     """Write folder/step-NNNNNN and return it; then keep only the newest keep_last checkpoints (0: all) and of each of
-    them the best one that it knows. Collective.
+    them the best one that it knows. Collective. Arguments and errors: as of draft."""
+    checkpoint = draft(folder, **content)
+    checkpoint.complete()
+    return checkpoint.final
+
+
+class Saver:
+    """Saves while training goes on, one checkpoint at a time:
+
+        with Saver(device, told=log.saved) as saver:    # leaving, for whatever reason, waits for what is under way
+            for step in range(1, steps + 1):
+                ..                                      # failed: saver.failed(), summed over all ranks
+                if failed:
+                    saver.wait()                        # raises, on every rank the same
+                if step % 500 == 0:
+                    saver.save(folder, model=model, ..)
+
+    `save` copies what this rank writes into the host's memory, which it keeps for the next time, and returns; a thread
+    writes the copy. The threads of all ranks have a process group of their own, in which they learn that all have
+    written, and then one of them lets the checkpoint count; or they all get the error of the one that has failed. The
+    main threads take no part in that, so one that has raised, or waits for such a one, does not hold it up.
+
+    device: of the parameters. timeout: how long a thread waits for those of the other ranks, None: torch's default.
+    told: the main thread calls told(path, step, waited, written) when a checkpoint is whole: the seconds that training
+    waited for it, and those from the end of that until it counted. Making one, `reserve`, `save` and `wait` are
+    collective.
+    """
+
+    def __init__(self, device: torch.device, timeout: timedelta | None = None,
+                 told: Callable[[Path, int, float, float], None] = lambda *what: None):
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks() > 1 else None
+        self.image, self.told = Image(device), told
+        self.draft = self.thread = self.error = None        # thread: there is one until `settle` has seen its end
+        self.waited = self.took = 0.0
+
+    def reserve(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Have the memory now that `save` would need now: what does not fit ends a run at its beginning. Errors:
+        CheckpointError."""
+        file = layout(Path(), tensors_of(model, optimizer)[0])[0]
+        together(lambda: self.image.reserve(file.size))
+
+    def save(self, folder: str | Path, *, behind: bool = True, **content) -> None:
+        """As checkpoint.save, which it is with behind=False: it returns when all is done, and takes no copy."""
+        self.wait()
+        began = time.perf_counter()
+        self.draft = draft(folder, **content)
+        if behind:
+            together(lambda: self.image.take(self.draft.files[0]))
+            self.written = threading.Event()
+            self.thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
+            self.thread.start()
+        else:
+            self.draft.complete()
+        self.waited += time.perf_counter() - began
+        if not behind:
+            self.tell()
+
+    def run(self) -> None:
+        began = time.perf_counter()
+        try:
+            self.draft.complete(self.image, self.written, self.group)
+        except Exception as error:
+            self.error = error
+        self.took = time.perf_counter() - began
+
+    def failed(self) -> bool:
+        """Whether `wait` would raise; if not now, then soon on every rank, when it is so on one. To be asked once a
+        step, for it also tells of a checkpoint that has become whole."""
+        if self.thread and not self.thread.is_alive():
+            self.settle()
+        return self.error is not None
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is whole. Errors: as of checkpoint.save."""
+        began = time.perf_counter()
+        self.settle()
+        self.waited = time.perf_counter() - began       # which the next one has cost
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+    def settle(self) -> None:
+        """Until the thread has ended, well or not: of this rank alone, and whatever becomes of the others."""
+        if self.thread:
+            self.written.wait()
+            arrived(self.thread)
+            self.thread = None
+            if not self.error:
+                self.tell()
+
+    def tell(self) -> None:
+        self.told(self.draft.final, step_of(self.draft.final), self.waited, self.took)
+        self.waited = self.took = 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            self.wait()
+        else:
+            self.settle()
+            if self.error:
+                error.add_note(str(self.error))
+
+
+def arrived(thread: threading.Thread) -> None:
+    """This rank has written, and waits for the others (so parallel.failure takes it)."""
+    thread.join()
+
+
+class Draft(NamedTuple):
+    """A checkpoint that is not on disk yet."""
+    work: Path          # the folder to write into
+    final: Path         # what it will become
+    files: list[File]   # those of this rank, whose values are tensors that are in use
+    state: State        # on rank 0 that of all
+    keep_last: int
+
+    def complete(self, image: Image | None = None, written: threading.Event | None = None,
+                 group: dist.ProcessGroup | None = None) -> None:
+        """Write the files of this rank, of the tensors or of an image of one file, and when all ranks have done so let
+        it count. written: set when this rank has, or could not. Collective, as together."""
+        def write():
+            try:
+                for file in self.files:
+                    file.write(image and image.data())
+            except Exception as error:
+                raise CheckpointError(f"{self.final} was not saved, earlier checkpoints are as they were: rank "
+                                      f"{rank()}: {type(error).__name__}: {error}") from None
+            finally:
+                if written:
+                    written.set()
+        together(write, group)
+        on_rank_0(lambda: finish(self.work, self.final, self.state, self.keep_last), group)
+
+
+def draft(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader, step: int,
+          config: dict, best_loss: float | None = None, keep_last: int = 0, extra: dict | None = None,
+          best_step: int | None = None, source: Callable[[str], torch.Tensor] | None = None) -> Draft:
+    """What is to be written of model, optimizer and loader as they are now. Collective.
 
     loader: anything with state_dict() -> JSON values. config: dataclasses.asdict(Config). extra: more JSON values.
     best_step: the step of the best checkpoint, this one or an earlier one, if it is to be kept.
@@ -94,42 +234,65 @@ def save(folder: str | Path, *, model: torch.nn.Module, optimizer: torch.optim.O
     folder and all that is not a tensor are those of rank 0. Errors: CheckpointError, OSError, on every rank the same.
     """
     work, final = on_rank_0(lambda: begin(Path(folder), f"step-{step:06d}"))
-    kind = class_of(optimizer)
+    tensors, moved = tensors_of(model, optimizer)
 
     def content():
         if not work.is_dir():
             raise CheckpointError(f"{work}: made by rank 0, but rank {rank()} does not see it: give the full path of "
                                   "a folder on storage that all ranks share")
+        return copy.deepcopy(State(step, best_loss, config, loader.state_dict(), moved, extra or {}, best_step))
+
+    state = together(content)
+    state = state._replace(optimizer=merged(state.optimizer))
+    return Draft(work, final, layout(work, tensors, source), state, keep_last)
+
+
+def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+    """What this rank has of a checkpoint's tensors, and of State.optimizer. Collective."""
+    kind = class_of(optimizer)
+
+    def content():
         if torch.cuda.is_available():
             torch.cuda.synchronize()        # what is on its way to state on the host has arrived
         states = {name: optimizer.state.get(p, {}) for name, p in moved_parameters(model, optimizer).items()}
         tensors = model_tensors(model) | flat(states) | (generator_tensors() if rank() == 0 else {})
         shapes = {name: {key: list(tensor.shape) for key, tensor in of.items()} for name, of in states.items()}
-        moved = {"class": kind, "states": shapes, "movers": movers(model, optimizer)}
-        return tensors, State(step, best_loss, config, loader.state_dict(), moved, extra or {}, best_step)
+        return tensors, {"class": kind, "states": shapes, "movers": movers(model, optimizer)}
 
-    tensors, state = together(content)
-    state = state._replace(optimizer=merged(state.optimizer))
-    with dcp_errors(f"{final} was not saved, earlier checkpoints are as they were"):
-        files = None if source is None else {name: file_of(name) for name in tensors}
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(work), files, save_distributed=True),
-                 planner=Contiguous(source), no_dist=ranks() == 1)
-    on_rank_0(lambda: finish(work, final, state, keep_last))
-    return final
+    return together(content)
 
 
-class Contiguous(DefaultSavePlanner):
-    """Writes each box in row-major order, as safetensors wants it, whatever the strides of a rank's tensor; what has no
-    memory as source(name) gives it."""
+def layout(folder: Path, tensors: dict[str, torch.Tensor], source=None) -> list[File]:
+    """The files of this rank in a checkpoint: one, or with a source one for each block. Collective."""
+    taken = Taken()
+    with dcp_errors(f"{folder}: the ranks' tensors do not make a checkpoint"):
+        dcp.save(tensors, storage_writer=taken, planner=DefaultSavePlanner(flatten_state_dict=False),
+                 no_dist=ranks() == 1)
+    of = {} if source else {1: taken.pieces}
+    for piece in taken.pieces if source else ():
+        of.setdefault(file_of(piece.name), []).append(piece)
+    name = f"shard-{rank() + 1:05d}-model-{{:05d}}-of-{max(of):05d}.safetensors"
+    return together(lambda: [File.of(folder / name.format(number), pieces, source) for number, pieces in of.items()])
 
-    def __init__(self, source=None):
-        super().__init__(flatten_state_dict=False)
-        self.source = source
 
-    def transform_object(self, write_item, object):
-        if object.is_meta:
-            object = self.source(write_item.index.fqn)
-        return object.contiguous()
+class Taken(dcp.StorageWriter):
+    """In the place of torch's writer: keeps as `pieces` what a rank is to write, after the ranks have agreed who writes
+    a box that several have."""
+
+    def write_data(self, plan, planner):
+        self.pieces = [Piece(item.index.fqn, tuple(item.tensor_data.chunk.offsets), planner.resolve_data(item).detach())
+                       for item in plan.items]
+        done = torch.futures.Future()
+        done.set_result([])
+        return done
+
+    def reset(self, checkpoint_id=None): pass
+    def set_up_storage_writer(self, is_coordinator, *args, **kwargs): pass
+    def prepare_local_plan(self, plan): return plan
+    def prepare_global_plan(self, plans): return plans
+    def finish(self, metadata, results): pass
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id): return True
 
 
 def file_of(name: str) -> int:
@@ -297,8 +460,9 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def together(action: Callable):
-    """action() of this rank; an error of any rank is raised on every rank, that of the lowest one. Collective."""
+def together(action: Callable, group: dist.ProcessGroup | None = None):
+    """action() of this rank; an error of any rank is raised on every rank, that of the lowest one. Collective, over all
+    ranks: in `group`, None: the default one."""
     value, error = None, None
     try:
         value = action()
@@ -307,18 +471,19 @@ def together(action: Callable):
     errors = [error]
     if ranks() > 1:
         errors = [None] * ranks()
-        dist.all_gather_object(errors, portable(error))
+        dist.all_gather_object(errors, portable(error), group)
     for error in errors:
         if error is not None:
             raise error
     return value
 
 
-def on_rank_0(action: Callable):
-    """What action() gives on rank 0, or its error, on every rank: `on_rank_0(lambda: latest(folder))`. Collective."""
-    value = [together(action if rank() == 0 else lambda: None)]
+def on_rank_0(action: Callable, group: dist.ProcessGroup | None = None):
+    """What action() gives on rank 0, or its error, on every rank: `on_rank_0(lambda: latest(folder))`. Collective, as
+    together."""
+    value = [together(action if rank() == 0 else lambda: None, group)]
     if ranks() > 1:
-        dist.broadcast_object_list(value, src=0)
+        dist.broadcast_object_list(value, src=0, group=group)
     return value[0]
 
 

@@ -343,6 +343,11 @@ class TrainConfig:
         require(not self.memory_snapshot or self.profile_steps > 0, "train.memory_snapshot records the profiled "
                 "steps: set train.profile_steps too")
 
+    @property
+    def saves_on_the_way(self) -> bool:
+        """Whether there are checkpoints before the last step."""
+        return 0 < self.save_every < self.steps or self.keep_best
+
 
 @dataclass(frozen=True)
 class MuonConfig:

@@ -151,18 +151,20 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
     questions = checkpoint.on_rank_0(lambda: choices.read(
         config.data.choices, load_tokenizer(config.data.tokenizer), config.model) if config.data.choices else [])
 
-    def save(step, keep_last=t.keep_last):
+    saver = checkpoint.Saver(device, mesh.timeout, told=log.saved)
+
+    def save(step, behind, keep_last=t.keep_last):
         mesh.at(f"step {step}, saving")
         with log.paused():
+            saver.wait()        # for the one before
             log.saving(step)
-            path = checkpoint.save(folder / "ckpt", model=model, optimizer=optimizer, loader=loader, step=step,
-                                   config=dataclasses.asdict(absolute(config)), best_loss=best, keep_last=keep_last,
-                                   extra=scaler.state_dict() | {"seconds": log.seconds},
-                                   best_step=best_step if t.keep_best else None)
-            log.saved(path, step)
+            saver.save(folder / "ckpt", behind=behind, model=model, optimizer=optimizer, loader=loader, step=step,
+                       config=dataclasses.asdict(absolute(config)), best_loss=best, keep_last=keep_last,
+                       extra=scaler.state_dict() | {"seconds": log.seconds},
+                       best_step=best_step if t.keep_best else None)
 
     if start_from and not own(start_from, config):
-        save(done)      # now, so that whatever happens next, this folder goes on from there
+        save(done, behind=False)    # now, so that whatever happens next, this folder goes on from there
     timers = Timers(device)
     spending = Spending(optimizer, config.optim.optimizers, timers, config.log.timers)
     pipeline = Pipeline(model, mesh, config.pipeline, micro_batch=t.micro_batch, micros=t.accumulation, folder=folder)
@@ -173,7 +175,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
         with precision(config, device) if part == "forward" else nullcontext(), timers(part):
             yield
 
-    with Stop() as stop, Profile(config, mesh) as profile:
+    with Stop() as stop, Profile(config, mesh) as profile, saver:
         for step in range(done + 1, t.steps + 1):
             mesh.at(f"step {step}")
             last = step == t.steps
@@ -192,13 +194,15 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
 
             totals = pipeline.step(feed, sequences // (t.micro_batch * config.mesh.dp), tokens=loader.targets,
                                    scale=scaler.scale, around=around)
-            asked = torch.full((), float(bool(stop.asked)), device=device)
-            loss, aux, balance, counts_LE, dropped_L, bad_L, asked = pipeline.sum(*totals, asked)
+            wishes = sent(torch.tensor([float(bool(stop.asked)), float(saver.failed())]), device)
+            loss, aux, balance, counts_LE, dropped_L, bad_L, wishes = pipeline.sum(*totals, wishes)
             # here, where clipping waits for the gradients anyway; behind optimizer.step() a read would wait for that
-            loss, aux, balance, asked = torch.stack([loss, aux, balance, asked]).tolist()
+            loss, aux, balance, asked, failed = torch.cat([torch.stack([loss, aux, balance]), wishes]).tolist()
+            if failed:
+                saver.wait()        # and raise what went wrong
             counts_LE = counts_LE.long()
             problem = not_finite(config.model, bad_L, {"the loss": loss, "the balance loss or the z-loss": aux})
-            with diverging(step, folder):
+            with diverging(step, folder, saver):
                 if problem and not scaler.enabled:
                     raise FloatingPointError(f"{problem}: lower optim.lr, lengthen optim.warmup or set optim.clip")
                 with timers("optimizer"):
@@ -228,7 +232,7 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                          spent=mesh.each(spending.now()))
             if (sets or questions) and (last or (t.eval_every and step % t.eval_every == 0 and not asked)):
                 mesh.at(f"step {step}, evaluating")
-                with log.paused(), diverging(step, folder):
+                with log.paused(), diverging(step, folder, saver):
                     losses = {name: evaluate(model, config, dataset, t.eval_batches, mesh)
                               for name, dataset in sets.items()}
                     for name, text in texts.items():
@@ -239,7 +243,9 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                     best, best_step = losses["valid"], step
             due = (t.save_every and step % t.save_every == 0) or (t.keep_best and best_step == step)
             if last or asked or (due and grad_norm is not None):
-                save(step, t.keep_last if grad_norm is not None else 0)     # what overflows displaces no others
+                save(step, not (last or asked), t.keep_last if grad_norm is not None else 0)    # no overflow displaces
+            elif step == done + 1 and t.saves_on_the_way:
+                saver.reserve(model, optimizer)
             if asked and not last:
                 log.say(f"stopped by {stop.asked or 'another rank'} after step {step}; continue with --resume auto")
                 break
@@ -248,11 +254,12 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
 
 
 @contextmanager
-def diverging(step: int, folder: Path):
+def diverging(step: int, folder: Path, saver: checkpoint.Saver):
     """A FloatingPointError from inside says its step and what to do next."""
     try:
         yield
     except FloatingPointError as error:
+        saver.settle()      # it may become what the run continues from
         raise FloatingPointError(f"step {step}: {error}; {resumable(folder)}") from error
 
 

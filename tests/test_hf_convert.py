@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_train import data  # noqa: F401
 
 import moe_ext.train
-from moe_ext import checkpoint
+from moe_ext import checkpoint, snapshot
 from moe_ext.checkpoint import CheckpointError
 from moe_ext.config import ConfigError, MeshConfig, TuneConfig, load, parse
 from moe_ext.hf import convert, files
@@ -407,7 +407,7 @@ def test_what_is_there_stays_and_an_interruption_leaves_nothing(saved, tmp_path,
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")      # as a write does, without a name
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*new"):
-        patch.setattr(files, "write", full)
+        patch.setattr(snapshot, "write", full)
         convert.export(there.run, tmp_path / "new")
     with pytest.raises(ConfigError, match="hf is where a run keeps what an import brought"):
         convert.export(run_of(there, tmp_path / "run"), tmp_path / "run" / "hf")
@@ -479,7 +479,7 @@ def test_one_tensor_at_a_time(saved, tmp_path, monkeypatch):
         most = max(most, sum(alive.nbytes for ref in held.values() if (alive := ref()) is not None))
         return x
     monkeypatch.setattr(files.Stored, "read", lambda stored, read=files.Stored.read: watched(read(stored)))
-    monkeypatch.setattr(files, "memory", lambda x, memory=files.memory: memory(watched(x)))
+    monkeypatch.setattr(snapshot, "memory", lambda x, memory=snapshot.memory: memory(watched(x)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, make=torch.empty_like, **more: watched(make(*args, **more)))
     there = saved("glm4_moe")
     ours = [x.nbytes for x in tensors(there.run / "ckpt" / "step-000000").values() if x.dtype == torch.float32]

@@ -22,11 +22,6 @@ from moe_ext.data.indexed import IndexedDataset
 IGNORED = -100      # a target that is not learnt: torch's ignore_index
 
 
-def sent(x: torch.Tensor, device) -> torch.Tensor:
-    """x on the device. To a GPU the copy is queued, from pinned memory, and the host goes on."""
-    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
-
-
 class Batch(NamedTuple):
     tokens: torch.Tensor    # int64 [B, S]
     targets: torch.Tensor   # int64 [B, S]: the token after each; with mask_end -100 after the last of a document
@@ -38,6 +33,14 @@ class Batch(NamedTuple):
         """What the model is told of documents, as its arguments."""
         return {name: sent(tensor, device) for name, tensor in (("documents_BS", self.documents),
                                                              ("positions_BS", self.positions)) if tensor is not None}
+
+
+def sent(x: torch.Tensor, device) -> torch.Tensor:
+    """x on a device. To CUDA from pinned memory: the copy is one more piece of work of the stream, for which the host
+    does not wait, so that it can be queued while the device is busy with what came before."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class Loader:

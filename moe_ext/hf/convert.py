@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_ext import checkpoint
+from moe_ext import checkpoint, snapshot
 from moe_ext.checkpoint import CheckpointError, State
 from moe_ext.config import (
     Config,
@@ -48,10 +48,11 @@ from moe_ext.data.tokenise import ENDS
 from moe_ext.generate import load_tokenizer
 from moe_ext.hf import families, files
 from moe_ext.hf.families import FAMILIES, Family, Part
-from moe_ext.hf.files import DTYPES, NAMES, Stored, listed
+from moe_ext.hf.files import Stored, listed
 from moe_ext.model import GPT, parameter_dtype
 from moe_ext.optim import build_optimizer
 from moe_ext.run import absolute, write
+from moe_ext.snapshot import DTYPES, NAMES
 from moe_ext.upcycle import source_of, whole
 
 TRIED = "5.24.0"        # of transformers
@@ -235,7 +236,7 @@ def write_checkpoint(folder: Path, config: Config, theirs: Theirs) -> int:
             yield generator
 
     work, final = checkpoint.begin(folder, "step-000000")
-    files.write(work / "shard-00001-model-00001-of-00001.safetensors",
+    snapshot.write(work / "shard-00001-model-00001-of-00001.safetensors",
                 [(name, NAMES[x.dtype], tuple(x.shape)) for name, x in entries.items()], ours(), {"format": "pt"})
     checkpoint.finish(work, final, state, 0)
     return gpt.num_parameters()[0]
@@ -361,7 +362,7 @@ def write_weights(work: Path, found: dict[str, Stored], table: dict[str, list[Pa
         for number, shard in enumerate(shards, start=1):
             shard.sort(key=lambda entry: -DTYPES[dtypes[entry[1].name]].itemsize)
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            files.write(work / file, [(part.name, dtypes[part.name], part.shape) for _, part in shard],
+            snapshot.write(work / file, [(part.name, dtypes[part.name], part.shape) for _, part in shard],
                         theirs(shard, advance), {"format": "pt"})
             where |= {part.name: file for _, part in shard}
     if len(shards) > 1:

@@ -1,12 +1,10 @@
-"""safetensors files, read and written tensor by tensor.
+"""safetensors files, read tensor by tensor (and written so by moe_ext.snapshot, which has the format).
 
     found = tensors(paths)              # {name: Stored}: dtype and shape; nothing is read yet
     x = found[name].read()              # all of a tensor, in memory of its own
-    write(path, entries, values)        # entries: [(name, dtype, shape)]; values: their tensors, one by one
 
-A file is 8 bytes, the length of its header (little-endian); the header, {name: {dtype, shape, data_offsets}} as JSON;
-and the data. Plain reads and writes do here what the library cannot: it writes what is all in memory, and what it has
-read stays mapped. A checkpoint of a mesh has boxes of a tensor in several files (moe_ext.checkpoint), joined here.
+Plain reads do here what the library cannot: what it has read stays mapped. A checkpoint of a mesh has boxes of a tensor
+in several files (moe_ext.checkpoint), joined here.
 """
 from __future__ import annotations
 
@@ -19,14 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from moe_ext.checkpoint import CheckpointError
+from moe_ext.snapshot import BOXES, DTYPES, CheckpointError, memory
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BOXES = "DCP_SHARDING_INFO"     # in the metadata of a mesh's files: {name: {"saved_offsets": first index of the box}}
 INDEX = "model.safetensors.index.json"
 
 
@@ -98,11 +90,6 @@ def unpacked(found: dict[str, Stored]) -> dict[str, Stored | MXFP4]:
             raise CheckpointError(f"{blocks.boxes[0].path}: {name}: blocks {blocks.dtype} {list(blocks.shape)} and "
                                   f"scales {scales.dtype} {list(scales.shape)} are not MXFP4 as gpt-oss has it")
     return packed | rest
-
-
-def memory(x: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor."""
-    return memoryview(x.reshape(-1).view(torch.uint8).numpy())
 
 
 def header(path: Path) -> tuple[dict, dict, int]:
@@ -190,25 +177,3 @@ def weights(folder: Path) -> dict[str, Stored]:
 
 def listed(names: list[str]) -> str:
     return ", ".join([*names[:4], f".. ({len(names)} in all)"] if len(names) > 4 else names)
-
-
-def write(path: Path, entries: list[tuple[str, str, tuple[int, ...]]], values: Iterable[torch.Tensor],
-          metadata: dict[str, str]) -> None:
-    """A file with all of `entries`, synced to disk. Where dtypes differ in size, give the wide ones first: then each
-    tensor begins at a multiple of its own."""
-    table, at = {"__metadata__": metadata}, 0
-    for name, dtype, shape in entries:
-        size = math.prod(shape) * DTYPES[dtype].itemsize
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at := at + size]}
-    head = json.dumps(table, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with open(path, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        values = iter(values)
-        for _, dtype, shape in entries:
-            value = next(values)
-            assert (NAMES[value.dtype], tuple(value.shape)) == (dtype, shape)
-            file.write(memory(value.contiguous()))
-            del value       # before the next one is made
-        file.flush()
-        os.fsync(file.fileno())

@@ -63,8 +63,8 @@ class Line:
     def saving(self, step: int) -> str:
         return ""
 
-    def saved(self, path: Path, step: int) -> str:
-        return f"saved {path}"
+    def saved(self, path: Path, step: int, waited: float, written: float) -> str:
+        return f"saved {path} | waited {waited:.2f} s" + (f", then written in {written:.2f} s" if written else "")
 
 
 def step_line(record: dict, steps: int, eta: float) -> str:

@@ -88,7 +88,7 @@ class Megatron:
     def saving(self, step: int) -> str:
         return f"saving checkpoint at iteration {step:7d} to {self.config.run_folder / 'ckpt'} in torch_dist format"
 
-    def saved(self, path: Path, step: int) -> str:
+    def saved(self, path: Path, step: int, waited: float, written: float) -> str:
         return f"  successfully saved checkpoint from iteration {step:7d} to {path.parent} {self.shards}"
 
     @property

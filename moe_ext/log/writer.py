@@ -149,12 +149,14 @@ class Log:
                      **{f"choices_{key}": value for key, value in scores.items()}})
 
     def saving(self, step: int) -> None:
+        self.tokens_saved = self.tokens
         if line := self.style.saving(step):
             self.say(line)
 
-    def saved(self, path: Path, step: int) -> None:
-        self.say(self.style.saved(path, step))
-        self.progress.saved(step, self.tokens)
+    def saved(self, path: Path, step: int, waited: float, written: float) -> None:
+        """waited, written: seconds, as checkpoint.Saver tells them."""
+        self.say(self.style.saved(path, step, waited, written))
+        self.progress.saved(step, self.tokens_saved)
 
     def record(self, record: dict) -> None:
         """One line of metrics.jsonl (NaN and infinity as null), and its numbers to TensorBoard and wandb."""
@@ -180,7 +182,7 @@ class Silence:
     def evaluation(self, step, loss, unigram_entropy, name="valid", **numbers): pass
     def choices(self, step, scores): pass
     def saving(self, step): pass
-    def saved(self, path, step): pass
+    def saved(self, path, step, waited, written): pass
     def paused(self): return nullcontext()
     def close(self): pass
 

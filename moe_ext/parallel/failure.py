@@ -58,7 +58,7 @@ PATIENCE = 6            # beats of silence that convict a rank once another one 
 LINGER = 20             # seconds within which a process that has lost another rank must have ended
 LEFT = "left"           # the last heartbeat of a rank that ended well
 EXCHANGE = re.compile(r"/torch/distributed/(?!tensor/)|/moe_ext/parallel/(links|transport)\.py:"
-                      r"|/moe_ext/optim/owners\.py:arrived$")       # files and functions that wait
+                      r"|/moe_ext/(optim/owners|checkpoint)\.py:arrived$")       # files and functions that wait
 LATE = re.compile(r"timed? ?out|within [\d.]+ s", re.I)      # in the words of one that has waited long enough
 
 

@@ -16,7 +16,7 @@ import moe_ext
 from moe_ext.config import Config, TuneConfig
 from moe_ext.model import GPT, pick_device
 from moe_ext.plan.memory import Memory, fullest, memory
-from moe_ext.plan.optimizer import cost, kept, movers, saved
+from moe_ext.plan.optimizer import cost, kept, movers, optimizer_state, saved
 from moe_ext.plan.pipeline import turns
 from moe_ext.plan.shares import Share, boxes, makes, rows_per_token, stages, widths
 from moe_ext.plan.traffic import traffic
@@ -56,6 +56,10 @@ def describe(config: Config, model: GPT) -> str:
                "the optimizer while it steps": held.step}
     rows["buffers"] = "about " + ", ".join(f"{mib(size)} {what}" for what, size in passing.items() if size)
     rows["checkpoint"] = f"{mib(checkpoint_size(config, total))}, in {config.run_folder}"
+    if t.saves_on_the_way:
+        stage = fullest(config, device.type)
+        rows["checkpoint"] += f"; {mib(held.weights + optimizer_state(config, stage))} of the host's memory keep a copy"
+        rows["checkpoint"] += " of it" if mesh.world == 1 else " of a rank's part, at most"
     if config.optim.rule or (config.optim.name, config.optim.state) != ("adamw", "full"):
         rows["optimizer"] = f"\n{'':12}".join(f"{name} ({what}): {spent(config, name)}"
                                               for name, what in movers(config).items())
