@@ -12,6 +12,8 @@ import os
 # What a kernel finds wrong in memory is raised by the call that met it, not by a later one.
 os.environ.setdefault("MOE_CHECK", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks anybody: a folder that is not there is an error at once
+# Tests fork, and Megatron compiles in the child: it would wait for the parent's compiling threads, which no fork has.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import devices
 import pytest

@@ -57,6 +57,8 @@ def test_parameters_of_every_recipe(recipe):
 
 # torch counts aten's products; these are the others
 PRODUCTS = {
+    torch.ops.moe_ext.linear: lambda x, w, *a, out_shape, **k: 2 * x[0] * math.prod(w),
+    torch.ops.moe_ext.grouped_gemm_wgrad: lambda x, dy, *a, out_shape, **k: 2 * math.prod(x) * dy[1],
     torch.ops.moe_ext.expert_mlp: lambda x, w13, _, w2, weights, *a, out_shape, **k:
         2 * math.prod(weights) * math.prod(x[1:]) * (w13[1] + w2[2]),
     torch.ops.moe_ext.expert_mlp_backward: lambda dy, h, x, w13, _, w2, weights, *a, out_shape, **k:
@@ -70,12 +72,14 @@ PRODUCTS = {
 
 
 @pytest.mark.c_core
+@pytest.mark.parametrize("slow", [(), (torch.float32,)], ids=["torch's", "ours"])      # whose products, on any CPU
 @pytest.mark.parametrize("config", [
     case(MoEConfig(), kv_heads=2), case(MoEConfig(), head_dim=20, act="gelu", tied=True, layers=3, seq_len=72),
     case(replace(MOE, shared_hidden=48, shared_gate=True, dense_layers=1)),
     case(replace(MOE, experts=6, top_k=3), dim=48, vocab_size=300),
 ], ids=["dense", "wide heads", "shared", "top-3"])  # fmt: skip
-def test_flops_are_what_torch_counts(config):
+def test_flops_are_what_torch_counts(config, slow, monkeypatch):
+    monkeypatch.setattr("moe_ext.ops.dense.SLOW", slow)
     c = config.model
     model, tokens = GPT(c), torch.zeros(2, c.seq_len, dtype=torch.int64)
     with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
