@@ -22,7 +22,6 @@ namespace simt {
 namespace {
 enum { THREADS = 1024, SHARED = 227 * 1024, GROUP = 128, REGISTERS = 65536, MAX_BYTES = (1 << 20) - 1,
        BARRIERS = race::UNITS - race::LOADS };
-#define PC(at) race::pc_of(at.file_name(), at.line())
 
 bool random_turn() { return async_timing() == RANDOM && random_number() % 4 == 0; }
 void tick();                                    // under `random`, something asynchronous may happen now
