@@ -33,7 +33,6 @@ void block_barrier();                                                     // all
 void warp_barrier(int warp, uint32_t mask);                               // __syncwarp
 void end_launch();
 #define RACE(call) race::call
-#define PC(at) race::pc_of(at.file_name(), at.line())
 #else
 inline instant time() { return 0; }
 #define RACE(call) static_cast<void>(0)

@@ -226,7 +226,7 @@ TOY(load_to_64) { load_one<bad ? 64 : 128, BOX, 2>(m, &m.rows); finish(out); }
 TOY(load_beyond) { load_one<bad ? 62 * 1024 : 60 * 1024, BOX, 2>(m, &m.rows); finish(out); }
 TOY(load_of_another_rank) { load_one<0, BOX, bad ? 3 : 2>(m, &m.rows); finish(out); }
 TOY(no_map) {
-    alignas(64) tensor_map map = m.rows;
+    tensor_map map = m.rows;
     if (bad) map.word[3]++;
     prefetch_tensor_map(&map);
     load_one<0, BOX, 2>(m, &map);
@@ -596,7 +596,7 @@ extern "C" __attribute__((visibility("default"))) const char *run_toy_sm90(const
 // What the encoder says of a map of rank 2: 0, or why not.
 extern "C" __attribute__((visibility("default"))) int encode_toy(uint64_t base, uint64_t columns, uint64_t rows, uint64_t stride,
                                                                  uint64_t box_columns, uint64_t box_rows) {
-    alignas(64) tensor_map map;
+    tensor_map map;
     const cuuint64_t size[] = {columns, rows};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
     return encode_16(&map, reinterpret_cast<void *>(base), 2, size, &stride, box);

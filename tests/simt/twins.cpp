@@ -53,8 +53,8 @@ void cp_async_16(uint32_t to, const void *from, int bytes, [[maybe_unused]] plac
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async from an address that is not a multiple of 16");
     agent &me = agents[self->linear];
     copy c = {shared_at(to, 16, 16), from, bytes, me.groups, false, me.issued++};
-    RACE(async_begin(c.to, 16, PC(at)));
-    if (bytes) RACE(access(race::READ, from, static_cast<size_t>(bytes), PC(at)));
+    RACE(async_begin(c.to, 16, LINE(at)));
+    if (bytes) RACE(access(race::READ, from, static_cast<size_t>(bytes), LINE(at)));
     memset(c.to, 0xff, 16);
     if (async_timing() == EARLY || (async_timing() == RANDOM && random_number() % 2)) finish(c);
     me.copies.push_back(c);
