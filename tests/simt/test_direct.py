@@ -114,8 +114,10 @@ def test_sums_of_every_rest(direct):
         s.b[ends[e] : ends[e + 1], :24] = torch.nan
     assert s.run(direct, NARROW) == (0, 0)
     for e in range(64):
-        if e % 2: assert s.dw[e].isnan().all()
-        else: s.check(e, s.want(e, ends[e], ends[e + 1]))
+        if e % 2:
+            assert s.dw[e].isnan().all()
+        else:
+            s.check(e, s.want(e, ends[e], ends[e + 1]))
 
 
 def test_sums_of_many_experts(direct):
@@ -182,19 +184,13 @@ def test_sort_rows(K, D, direct):
     assert to.view(torch.int16).equal(want.view(torch.int16))
 
 
-@pytest.mark.parametrize("change", ["order", "inverse", "apart"])
-def test_a_place_without_a_row_is_zeros(change, direct):
-    ids_RK = torch.tensor([[0], [1], [0], [1]]).int()
-    order, inverse = torch.tensor([0, 2, 1, 3]).int(), torch.tensor([0, 2, 1, 3]).int()
-    x, to = torch.ones(len(ids_RK), 8).bfloat16(), torch.full([4, 8], torch.nan).bfloat16()
-    if change == "order": order[1] = 4
-    if change == "inverse": inverse[2] = 4
-    if change == "apart": order[1] = 0
+@pytest.mark.parametrize("order, inverse", [([0, 4, 1, 3], [0, 2, -1, 3]), ([0, 2, 1, 3], [0, 2, 4, 3])])
+def test_a_place_without_a_row_is_zeros(order, inverse, direct):
+    x, to = torch.ones(4, 8).bfloat16(), torch.full([4, 8], torch.nan).bfloat16()
+    order, inverse = torch.tensor(order).int(), torch.tensor(inverse).int()
     status, at = direct("sort_rows", 2, 4, 1, 8, 4, x, order, inverse, to, 8)
     assert status == BAD_INDEX and at in (1, 2)
-    if change != "order": assert to[1].eq(0).all() or to[1].eq(1).all()
-    else: assert not to.isnan().any()
-    assert to[[0, 2, 3]].eq(1).all()
+    assert to.eq(torch.tensor([[1.0], [0], [1], [1]])).all()
 
 
 # ---- dact_pass -------------------------------------------------------------------------------------------------------
@@ -213,7 +209,7 @@ def test_dact(F, dtype, wide, act, direct):
     s = torch.where(order < 0, 0, weights[order.long()]).double()[:, None]
     h_ = h.double().requires_grad_()
     A = reference.activation(h_, ACTS[act])
-    dh_want, = torch.autograd.grad(A, h_, s * da[:, :F].double())
+    (dh_want,) = torch.autograd.grad(A, h_, s * da[:, :F].double())
     want = {"sA": s * A.detach(), "dh": dh_want, "ds": (da[:, :F].double() * A.detach()).sum(1)}
 
     def run(sa, dh, ds, da=da):
@@ -235,4 +231,5 @@ def test_dact(F, dtype, wide, act, direct):
         some[left_out] = None
         run(*some, da=in_place)
         for x, y in zip(some, (sa, dh, ds), strict=True):
-            if x is not None: assert torch.equal(x.nan_to_num(), y.nan_to_num())
+            if x is not None:
+                assert torch.equal(x.nan_to_num(), y.nan_to_num())
