@@ -89,8 +89,8 @@ struct pipe {
 
 // ---- the sums of a tile ---------------------------------------------------------------------------------------------
 // c[i] = sums of rows first_row + 64 i .. of the tile, all its columns, over `steps` stages from `at` on, in the layout
-// of wgmma; of the last stage, over its first `last_pieces` times 16. begin returns while the last product runs: c is not
-// to be touched before end.
+// of wgmma; of the last stage, over its first `last_pieces` times 16. begin returns while the last product runs: c is
+// not to be touched before end.
 template <class Tile, class T, bool a_along_k, bool b_along_k>
 struct tile_sums {
     static constexpr int all_pieces = PIPE_DEPTH / 16;
@@ -119,8 +119,8 @@ struct tile_sums {
         last = at.stage;
         at.next();
     }
-    __device__ __forceinline__ void begin(const pipe<Tile> &ring, ring_place<Tile> &at, int first_row, int steps, sums &c,
-                                          int last_pieces = all_pieces) {
+    __device__ __forceinline__ void begin(const pipe<Tile> &ring, ring_place<Tile> &at, int first_row, int steps,
+                                          sums &c, int last_pieces = all_pieces) {
         const int whole = last_pieces == all_pieces ? steps : steps - 1;
 #pragma unroll 1
         for (int step = 0; step < whole; step++) multiply<all_pieces>(ring, at, first_row, step, c);
