@@ -24,6 +24,7 @@ on stderr what it has done. The default shapes take about three minutes; --all a
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -150,7 +151,7 @@ class Bench:
                         self.scratch.zero_()
                     start = self.stamp()
                     if rounds == 0 and name == "ours" and self.cublas:
-                        result, self.ran = cublas.ways(self.cublas, lambda function=function: function(drawn))
+                        result, self.ran = cublas.ways(self.cublas, functools.partial(function, drawn))
                     else:
                         result = function(drawn)
                     stamps[name] = start, self.stamp()
