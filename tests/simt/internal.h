@@ -5,6 +5,8 @@
 
 #include "simt.h"
 
+#define LINE(at) race::pc_of(at.file_name(), at.line())         // for the race detector
+
 namespace simt {
 // ---- simt.cpp -------------------------------------------------------------------------------------------------------
 std::string line_of(const void *pc);        // file:line of a return address in this library

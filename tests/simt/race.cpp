@@ -284,9 +284,9 @@ void async_begin(const void *p, size_t bytes, const void *pc) {
     touch<WRITE>(p, bytes, pc);
     for_cells(p, bytes, [](cell &c, const char *) { c.write.under_way = true; });
 }
-void async_end(const void *p, size_t bytes, int thread, const void *pc) {
+void async_end(const void *p, size_t bytes, int thread) {
     for_cells(p, bytes, [&](cell &c, const char *) {
-        c.write = {now, offset_of(pc), static_cast<uint16_t>(of(thread)), false, true};
+        c.write = {now, c.write.pc, static_cast<uint16_t>(of(thread)), false, true};
     });
 }
 void unit_reads(const void *at, size_t bytes, int unit, const void *pc) {

@@ -17,7 +17,7 @@ const void *pc_of(const char *file, unsigned line);                       // sta
 instant time();                                                           // of what began last; the next is later
 void access(kind what, const void *p, size_t bytes, const void *pc);      // by the running thread, now
 void async_begin(const void *p, size_t bytes, const void *pc);            // a copy to p is under way from now on
-void async_end(const void *p, size_t bytes, int thread, const void *pc);  // it has landed
+void async_end(const void *p, size_t bytes, int thread);                  // it has landed
 void unit_reads(const void *p, size_t bytes, int unit, const void *pc);   // multiples of 16; wgmma by its whole warpgroup
 void unit_writes(const void *p, size_t bytes, int unit, const void *pc);
 void unit_done(int unit, instant upto, int thread);                       // what began until then, says a wait to the thread

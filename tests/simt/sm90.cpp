@@ -22,7 +22,6 @@ namespace simt {
 namespace {
 enum { THREADS = 1024, SHARED = 227 * 1024, GROUP = 128, REGISTERS = 65536, MAX_BYTES = (1 << 20) - 1,
        BARRIERS = race::UNITS - race::LOADS };
-#define PC(at) race::pc_of(at.file_name(), at.line())
 
 bool random_turn() { return async_timing() == RANDOM && random_number() % 4 == 0; }
 void tick();                                    // under `random`, something asynchronous may happen now
@@ -356,7 +355,7 @@ void happen(const event &e, int group) {
         e.d->last_group = g.groups;
         for (const bool is_a : {true, false})
             for_pieces(is_a ? e.a : e.b, is_a ? e.a_along_k : e.b_along_k, is_a ? 64 : e.columns, [&](int, int, [[maybe_unused]] const void *p) {
-                RACE(unit_reads(p, 16, race::WGMMA + group, PC(e.at)));
+                RACE(unit_reads(p, 16, race::WGMMA + group, LINE(e.at)));
             });
         g.products.push_back({e, g.groups});
         g.times.push_back({g.groups, race::time()});
@@ -529,10 +528,10 @@ void tma_load(uint32_t to, const void *map, uint32_t barrier, int rank, const in
     std::copy(coordinates, coordinates + rank, l.c);
     const size_t bytes = static_cast<size_t>(box_bytes(l.t));
     unsigned char *target = shared_at(to, static_cast<int>(bytes), 128);
-    RACE(unit_writes(target, bytes, race::LOADS + l.b->number, PC(at)));
+    RACE(unit_writes(target, bytes, race::LOADS + l.b->number, LINE(at)));
     l.time = race::time();
     for_lines(l.t, to, l.c, [&]([[maybe_unused]] uint32_t, [[maybe_unused]] const void *from, int, [[maybe_unused]] int n) {
-        RACE(access(race::READ, from, static_cast<size_t>(2 * n), PC(at)));
+        RACE(access(race::READ, from, static_cast<size_t>(2 * n), LINE(at)));
     });
     memset(target, 0xff, bytes);
     l.b->loads++, l.b->load = at, l.b->unseen = true;
@@ -687,10 +686,10 @@ void tma_store(const tensor_map *map, uint32_t from, int x, int y, int z, place 
     const int me = simt::self->linear;
     simt::store s = {simt::tensor_of(map, "tma_store", 3), from, {x, y, z}, me, simt::bulk_groups[me], at, false, false, 0, {}};
     [[maybe_unused]] const unsigned char *source = simt::shared_at(from, box_bytes(s.t), 128);
-    RACE(unit_reads(source, static_cast<size_t>(box_bytes(s.t)), race::STORES + me / 32, PC(at)));
+    RACE(unit_reads(source, static_cast<size_t>(box_bytes(s.t)), race::STORES + me / 32, LINE(at)));
     s.time = race::time();
     for_lines(s.t, 0, s.c, [&](uint32_t, [[maybe_unused]] const void *to, int, [[maybe_unused]] int n) {
-        RACE(access(race::WRITE, to, static_cast<size_t>(2 * n), PC(at)));
+        RACE(access(race::WRITE, to, static_cast<size_t>(2 * n), LINE(at)));
     });
     simt::stores.push_back(s);
     if (simt::async_timing() == simt::EARLY) write_store(simt::stores.back());
