@@ -189,10 +189,10 @@ std::string who(const char *what, actor a) {
 }
 
 template <kind what>
-void check(cell &c, const char *p, const void *pc) {
+void check(cell &c, const char *p, const void *pc, actor as) {
     static const char *const names[] = {"a read", "a write", "an atomic"};
     const int me = simt::self->linear;
-    const auto mine = [=] { return who(names[what], of(me)); };
+    const auto mine = [=] { return who(names[what], as); };
     if (c.write.under_way && c.write.time > block_start)
         report(p, mine(), pc, "a cp.async under way", c.write.by, c.write.time, c.write.pc);
     if (!before(c.write.time, c.write.by))
@@ -247,7 +247,7 @@ inline void touch(const void *at, size_t bytes, const void *pc) {
                    shared_end - shared);
     }
     horizon = p >= shared && p < shared_end ? block_start : launch_start;
-    for_cells(p, bytes, [&](cell &c, const char *q) { check<what>(c, q, pc); });
+    for_cells(p, bytes, [&](cell &c, const char *q) { check<what>(c, q, pc, of(simt::self->linear)); });
     if (what != READ && p >= shared && p < shared_end)
         check_units(p, bytes, who("a write", of(simt::self->linear)), pc);
 }
@@ -332,7 +332,7 @@ void unit_writes(const void *at, size_t bytes, int unit, const void *pc) {
         const auto mine = [=] { return who("", unit); };
         if (w.time > horizon && !w.under_way && w.by >= UNITS && before(w.time, w.by) && w.time > k.fenced[w.by])
             report(p, mine(), pc, "a write", w.by, w.time, w.pc, NO_FENCE);
-        check<WRITE>(c, p, pc);
+        check<WRITE>(c, p, pc, unit);
         c.write = {now, offset_of(pc), static_cast<uint16_t>(unit), false, false};
     });
     check_units(static_cast<const char *>(at), bytes, who("", unit), pc);
