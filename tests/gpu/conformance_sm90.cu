@@ -116,8 +116,8 @@ static __global__ void tma_stores(const __grid_constant__ maps m, uint32_t *out,
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
-// Two products of 16 terms at steps of 16 along the sum, the second added to the first, of operands of small numbers that
-// lie in swizzled lines of 64: those of a, then those of b.
+// Two products of 16 terms at steps of 16 along the sum, the second added to the first, of operands of small numbers
+// that lie in swizzled lines of 64: those of a, then those of b.
 template <class T, int n, bool a_along_k, bool b_along_k>
 static __global__ void products(const __grid_constant__ maps, uint32_t *out, int) {
     start(1);

@@ -7,8 +7,8 @@
 #include <cstdint>
 
 namespace race {
-// Not only threads touch shared memory: so do a warpgroup's wgmma, a warp's TMA stores and an mbarrier's TMA loads. What
-// such a unit does begins at an instant, and others come after it once they are told so.
+// Not only threads touch shared memory: so do a warpgroup's wgmma, a warp's TMA stores and an mbarrier's TMA loads.
+// What such a unit does begins at an instant, and others come after it once they are told so.
 enum : int { WGMMA = 0, STORES = 8, LOADS = 40, UNITS = 104 };              // units: + warpgroup, + warp, + mbarrier
 typedef uint32_t instant;
 #ifdef SIMT_RACE

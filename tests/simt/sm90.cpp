@@ -697,7 +697,7 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity, place at) {
     long long &told = b.told[static_cast<size_t>(me)];
     if (has_ended(b, parity, at)) {
         if (told == b.phase - 1)
-            fail("a phase misread: mbarrier_wait (%s) for parity %u of %s is told again of the end of phase %lld, and not "
+            fail("a phase misread: mbarrier_wait (%s) for parity %u of %s is told again of the end of phase %lld, not "
                  "of phase %lld", line(at),
                  parity, b.name(), told, told + 2);
         told = b.phase - 1;

@@ -52,7 +52,7 @@ SM90_TOYS = {
     "wait_missing": ("race", "race on shared memory"),
     "arrives_before_it_writes": ("race", "race on shared memory"),
     "lapped": ("plain", "a phase misread: phase 1 of .* ends before thread|deadlock; .* wait at mbarrier_wait"),
-    "a_turn_ahead": ("plain", "a phase misread: .* told again of the end of phase 0, and not of phase 2"),
+    "a_turn_ahead": ("plain", "a phase misread: .* told again of the end of phase 0, not of phase 2"),
     "copies_not_awaited": ("race", "a cp.async under way"),
     "load_not_awaited": ("plain", "nobody waited for the TMA load|an arrival too many"),
     "load_swizzled": ("plain", None),
