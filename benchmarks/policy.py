@@ -34,26 +34,13 @@ def products(bench, shape):
     }
 
 
-def forced(table, way, call):
-    """call(), in this way."""
-
-    def run(r):
-        table.force(way)
-        try:
-            return call(r)
-        finally:
-            table.force(-1)
-
-    return run
-
-
 def candidates(bench, call, routed):
     """-> {way: call} of those that can, and the policy's."""
     if not bench.cublas:        # a dry run
         return {"ours": call}, None
     found, ((chosen, _),) = {"ours": call}, cublas.ways(bench.cublas, lambda: call(routed))[1].items()
-    for number, way in enumerate(cublas.WAYS):
-        run = forced(bench.cublas, number, call)
+    for way in cublas.WAYS:
+        run = cublas.forced(bench.cublas, way, call)
         if way in cublas.ways(bench.cublas, lambda run=run: run(routed))[1]:
             found[way] = run
     return found, chosen
