@@ -102,12 +102,16 @@ endif
 
 # ---- the CUDA kernels on the host: the op tests again, served by cuda/; then with every access under ASan ----------------
 SIMT       := $(if $(filter x86_64,$(shell uname -m)),plain asan)
-SIMT_TESTS := $(addprefix tests/test_,$(addsuffix .py,random index permute gemm expert route head errors exchange links cublas))
+SIMT_TESTS := $(addprefix tests/test_,$(addsuffix .py,random index permute gemm hopper expert route head errors exchange links cublas))
+# What Hopper computes in its own way: products of halves. One of the two types; fp16 differs in one letter of one instruction.
+SM90       := bfloat16 or hopper or errors
+SM90_TESTS := $(addprefix tests/test_,$(addsuffix .py,hopper gemm expert errors))
 .PHONY: test-simt $(SIMT:%=simt-%)
 test-simt: $(SIMT:%=simt-%)
 simt-plain: build
 	$(MAKE) -sj2 -f tests/simt/Makefile VARIANT=plain
 	$(PYTEST) --simt=build/simt/plain/libmoe_simt.so $(SIMT_TESTS)
+	SIMT_SM=90 $(PYTEST) --simt=build/simt/plain/libmoe_simt.so -k "$(SM90)" $(SM90_TESTS)
 simt-asan: build
 	$(MAKE) -sj2 -f tests/simt/Makefile VARIANT=asan
 	LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \

@@ -29,6 +29,7 @@ most come first. --without leaves out what rests on these kernels, by the names 
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -175,7 +176,7 @@ class Bench:
                     held = self.held(reset=True)
                     start = self.stamp()
                     if rounds == 0 and name == "ours" and self.cublas:
-                        result, self.ran = cublas.ways(self.cublas, lambda function=function: function(drawn))
+                        result, self.ran = cublas.ways(self.cublas, functools.partial(function, drawn))
                     else:
                         result = function(drawn)
                     stamps[name] = start, self.stamp()

@@ -61,8 +61,8 @@ def main(arguments=None):
     bench, deadline = Bench(options), time.perf_counter() + options.limit
     bench.warm_up()
     shapes = DRY_SHAPES if options.dry else {name: SHAPES[name] for name in options.shapes}
-    print(f"{bench.name}, commit {bench.report['commit']}\n\n| shape | routing | product | policy | TFLOP/s | off by |", end="")
-    print("".join(f" {way} |" for way in cublas.WAYS) + "\n" + "|---" * (6 + len(cublas.WAYS)) + "|")
+    titles = ["shape", "routing", "product", "policy", "TFLOP/s", "off by", *cublas.WAYS]
+    print(f"{bench.name}, commit {bench.report['commit']}\n\n| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|")
     for name, shape in shapes.items():
         for routing in options.routings:
             for product, (R, I, O, call) in products(bench, shape).items():

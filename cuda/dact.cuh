@@ -24,8 +24,8 @@ struct dact_rows {
     }
     // h of columns j .. j + 8 of the copy at position p; those of up stand F elements further.
     __device__ const T *h(int64_t p, int64_t j) const { return h_NU + p * (gated ? 2 * F : F) + j; }
-    // Stores sA and dh of columns j .. j+n, n <= 8, for this da and h = [gate | up]; returns their part of ds. load_up(x)
-    // is called where h is gated, and when it is needed: up is in no register before.
+    // Stores sA and dh of columns j .. j+n, n <= 8, for this da and h = [gate | up]; returns their part of ds. load_up
+    // fills up where h is gated, when it is needed: it is in no register before.
     template <class Up>
     __device__ __forceinline__ float store(int64_t p, int64_t j, int n, float s, const float (&da)[8],
                                            const float (&gate)[8], const Up &load_up) const {

@@ -13,15 +13,16 @@
 //                 flat id f        dweights = sum of ds (+ <dy[r], bd_e>)
 //              A gradient that is not wanted, and what only it needs, is left out: its place in memory is NULL.
 //
-// Rows of x and dy are gathered while a product loads them (gemm.cuh), and no sorted copy of them exists but in a
-// backward in passes. Saved for the backward: h_NU, nothing else. What lies between two launches is in the workspace, in the storage type: tensor cores
-// read a, sA and dh in it; y and dx of a copy would take twice the traffic in float, in a step that memory bounds, to
-// be more exact than plain torch, which rounds them before it adds them too. All arithmetic, and ds, is in float; act
-// sees h before it is rounded.
+// Rows of x and dy are gathered while a product loads them (gemm.cuh); no sorted copy of them exists but in a backward in
+// passes. Saved for the backward: h_NU, nothing else. What lies between two launches is in the workspace, in the storage
+// type: tensor cores read a, sA and dh in it; y and dx of a copy would take twice the traffic in float, in a step that
+// memory bounds, to be more exact than plain torch, which rounds them before it adds them too. All arithmetic, and ds, is
+// in float; act sees h before it is rounded.
 //
-// In passes, on Hopper (sm90.cuh), the backward's step 1 is a product that stores dA' and a pass over it, which takes its
-// place by sA; and the weight gradients read sorted copies of dy and then of x. Both lie where dx_ND will, which is made
-// after them: with dx wanted no byte more is lent, without it one copy's.
+// In passes, on Hopper (sm90.cuh), two things are other. Without a gate act is a pass over h, which is rounded then. The
+// backward's step 1 is a product that stores dA', rounded too, and a pass over it that puts sA in its place; the weight
+// gradients read copies of dy and then of x in sorted order. Both lie where dx_ND will, which is made after them: with dx
+// wanted no byte more is lent, without it one copy's.
 //
 // N is the host's word, which the grids need; bins[E-1] that is another: MOE_BAD_BINS. A flat id or a position out of
 // range: MOE_BAD_INDEX, and that copy counts as zeros.

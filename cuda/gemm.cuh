@@ -71,8 +71,8 @@ struct gemm_piece {
 static __device__ __forceinline__ int end_of_rows(int R, int E, const int32_t *bins_E, int e) {
     return e < 0 ? 0 : e < E ? bins_E[e] : R;
 }
-// How many tiles of rows stand before each expert: experts + 1 entries. Every block counts for itself. Bins that are not
-// in order: a verdict, and no tiles at all. shared: 32 words.
+// How many tiles of rows stand before each expert: experts + 1 entries. Every block counts for itself. Bins that are
+// not in order: a verdict, and no tiles at all. shared: 32 words.
 template <int tile_m>
 static __device__ void count_tiles(int R, int E, bool tail, const int32_t *bins_E, verdict bad, uint32_t *table,
                                    uint32_t *shared) {
@@ -128,8 +128,8 @@ static __device__ bool find_of_rows(const gemm_product<T> &g, const uint32_t *ta
     if (t >= table[experts] * across) return false;
     const int e = expert_at(experts, tile / across, [&](int e) { return table[e + 1]; });
     swizzle(tile - table[e] * across, table[e + 1] - table[e], across, &i, &j);
-    *piece = {e, end_of_rows(R, E, g.bins_E, e - 1) + i * Tile::tile_m, end_of_rows(R, E, g.bins_E, e), j * columns, 0, K,
-              e == E ? 0 : g.terms * ((K + depth - 1) / depth)};
+    *piece = {e, end_of_rows(R, E, g.bins_E, e - 1) + i * Tile::tile_m, end_of_rows(R, E, g.bins_E, e), j * columns,
+              0, K, e == E ? 0 : g.terms * ((K + depth - 1) / depth)};
     return true;
 }
 

@@ -1,35 +1,33 @@
 // gemm_rows_sm90.cu: products over ragged rows on Hopper: rows_sm90 and gated_sm90 of sm90.cuh.
 //
-// One block per multiprocessor walks over the tiles of gemm.cuh (eight rows of tiles share panels of B in L2). A comes by
-// TMA, or row by row through its index; B by TMA, the expert being the map's third coordinate. What TMA reads past the
-// end of the sum is zero. Rows past the end of an expert are multiplied, but a row of a product has only its own sums,
-// and they are not stored.
+// One block per multiprocessor walks over the tiles of gemm.cuh (eight rows of tiles share panels of B in L2). A comes
+// by TMA, or row by row through its index; B by TMA, the expert being the map's third coordinate. What TMA reads past
+// the end of the sum is zero. Rows past the end of an expert are multiplied too, but no row has a part in the sums of
+// another, and theirs are not stored.
 #include "pipe_sm90.cuh"
+#include "policy_sm90.cuh"
 #include "sm90.cuh"
 #include "tensor_map.cuh"
 
 // ---- schedules ------------------------------------------------------------------------------------------------------
 using together_256 = pipe_tile<128, 256, 4, false, 56>;     // 24 registers are too few for the threads that gather
-using by_turns_192 = pipe_tile<128, 192, 5, true, 24>;
+using by_turns_192 = pipe_tile<128, 192, 5, true, 24>;      // 192 sums a thread
 using by_turns_128 = pipe_tile<128, 128, 5, true, 56>;
-enum rows_schedule { TOGETHER_256, BY_TURNS_192, BY_TURNS_128 };
 
 // ---- epilogues: what happens to a warp's 16 rows --------------------------------------------------------------------
 // c[n] of row p on and column j on, in the layout of wgmma; columns: that g.N has from j on.
 // x += bias, for 64 columns: a lane reads two of them and asks others for its own.
 template <class T>
 static __device__ __forceinline__ void add_bias(const T *bias, int columns, float *x) {
-    const int   lane = lane_id();
-    const bool  here = 2 * lane < columns;
-    const float b[2] = {here ? to_float(bias[2 * lane]) : 0, here ? to_float(bias[2 * lane + 1]) : 0};
+    const int lane = lane_id();
+    uint32_t  mine = 0;
+    if (2 * lane < columns) mine = bias[2 * lane].bits | static_cast<uint32_t>(bias[2 * lane + 1].bits) << 16;
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i++) {
+        const uint32_t pair = __shfl_sync(0xffffffffu, mine, 4 * i + (lane & 3));
 #pragma unroll
-        for (int v = 0; v < 2; v++) {
-            const float y = __shfl_sync(0xffffffffu, b[v], 4 * i + (lane & 3));
-            x[4 * i + v] += y;
-            x[4 * i + 2 + v] += y;
-        }
+        for (int v = 0; v < 4; v++) x[4 * i + v] += to_float(T{static_cast<uint16_t>(v & 1 ? pair >> 16 : pair)});
+    }
 }
 
 template <class T>
@@ -38,15 +36,14 @@ struct rows_out {
     int64_t  bias_se;
     T       *y;
     int64_t  stride;
-    template <int n>
-    __device__ __forceinline__ void operator()(unsigned char *area, int e, bool tail, int p, int rows, int j, int columns,
-                                               float (&c)[n]) const {
-        const T *const b = bias && !tail ? bias + e * bias_se + j : nullptr;
+    template <class Tile, int n>
+    __device__ __forceinline__ void store(unsigned char *area, int e, bool tail, int p, int rows, int j, int columns,
+                                          float (&c)[n]) const {
         T *const to = y + p * stride + j;
 #pragma unroll
         for (int at = 0; at < 2 * n; at += AREA_COLUMNS) {
-            if (b) add_bias(b + at, columns - at, c + at / 2);
-            store_rows16(area, c + at / 2, to + at, stride, rows, columns - at);
+            if (bias && !tail) add_bias(bias + (e * bias_se + j + at), columns - at, c + at / 2);
+            store_rows16<Tile::pieces>(area, c + at / 2, to + at, stride, rows, columns - at);
         }
     }
 };
@@ -55,17 +52,17 @@ template <class T>
 struct gated_rows {
     gated_out<T> out;
     int64_t      F;
-    template <int n>
-    __device__ __forceinline__ void operator()(unsigned char *area, int e, bool, int p, int rows, int j, int columns,
-                                               float (&c)[n]) const {
+    template <class Tile, int n>
+    __device__ __forceinline__ void store(unsigned char *area, int e, bool, int p, int rows, int j, int columns,
+                                          float (&c)[n]) const {
         T *const h = out.h_NU + p * 2 * F + j, *const a = out.a_NF + p * out.row_F + j;
 #pragma unroll
         for (int at = 0; at < n; at += AREA_COLUMNS) {
             float *const gate = c + at / 2, *const up = c + (n + at) / 2;
-            if (out.gate_bias) add_bias(out.gate_bias + e * out.gate_bias_se + j + at, columns - at, gate);
-            if (out.up_bias) add_bias(out.up_bias + e * out.up_bias_se + j + at, columns - at, up);
-            store_rows16(area, gate, h + at, 2 * F, rows, columns - at);
-            store_rows16(area, up, h + F + at, 2 * F, rows, columns - at);
+            if (out.gate_bias) add_bias(out.gate_bias + (e * out.gate_bias_se + j + at), columns - at, gate);
+            if (out.up_bias) add_bias(out.up_bias + (e * out.up_bias_se + j + at), columns - at, up);
+            store_rows16<Tile::pieces>(area, gate, h + at, 2 * F, rows, columns - at);
+            store_rows16<Tile::pieces>(area, up, h + F + at, 2 * F, rows, columns - at);
 #pragma unroll
             for (int i = 0; i < AREA_COLUMNS / 2; i += 8) {
                 float x[8], value[8], slope[8], unused;
@@ -75,7 +72,7 @@ struct gated_rows {
 #pragma unroll
                 for (int v = 0; v < 8; v++) gate[i + v] = value[v] * up_value_f32(out.plain, up[i + v], &unused);
             }
-            store_rows16(area, gate, a + at, out.row_F, rows, columns - at);
+            store_rows16<Tile::pieces>(area, gate, a + at, out.row_F, rows, columns - at);
         }
     }
 };
@@ -94,25 +91,27 @@ static __device__ __forceinline__ void load_gathered(const pipe<Tile> &ring, con
     constexpr int copies = Tile::tile_m / 16;
     const int lane = lane_id(), K = static_cast<int>(g.K), chunk = lane & 7, line = warp_id() * 4 + lane / 8;
     const int row_chunks = static_cast<int>(g.a[0].si / 8);
-    // Where row lane%4 + 4 w + 16 (lane/4) of a tile begins, in chunks; -1: there is none. One tile ahead of its use.
-    const auto look_up = [&](const gemm_piece &p) {
+    // Lane l knows row l%4 + 4 w + 16 (l/4) of a tile. What the index has there is read one tile ahead of its use.
+    const auto position = [&](const gemm_piece &p) {                    // -1: there is none
         const int i = p.i0 + lane / 4 * 16 + warp_id() * 4 + lane % 4;
-        const int row = p.e < g.E && i < p.i_end ? g.a[0].row(i, g.bad) : -1;
-        return row < 0 ? -1 : row * row_chunks;
+        return p.e < g.E && i < p.i_end ? i : -1;
     };
+    const auto read = [&](const gemm_piece &p) { return position(p) < 0 ? 0 : g.a[0].index[position(p)]; };
     ring_place<Tile> at, landed;        // landed: of the copies under way, which are at most one stage
     bool       under_way = false;
     gemm_piece next;
     uint32_t   t = blockIdx.x;
     bool       more = find(t, &next);
-    int        begin = more ? look_up(next) : -1;
+    int32_t    flat = more ? read(next) : 0;
     while (more) {
         const gemm_piece now = next;
-        int from[copies];
+        const int row = position(now) < 0 ? -1 : g.a[0].row_of(flat, position(now), g.bad);
+        int from[copies];                                               // where rows begin, in chunks; -1: of zeros
 #pragma unroll
-        for (int u = 0; u < copies; u++) from[u] = __shfl_sync(0xffffffffu, begin, u * 4 + lane / 8);
+        for (int u = 0; u < copies; u++)
+            from[u] = __shfl_sync(0xffffffffu, row < 0 ? -1 : row * row_chunks, u * 4 + lane / 8);
         more = find(t += gridDim.x, &next);
-        if (more) begin = look_up(next);
+        if (more) flat = read(next);
         if (now.e == g.E) continue;
         for (int step = 0; step < steps; step++) {
             const int k = step * PIPE_DEPTH + chunk * 8, bytes = min32(16, (K - k) * 2);
@@ -216,14 +215,16 @@ rows_kernel(const __grid_constant__ rows_plan plan, const gemm_product<T> g, con
         sums.begin(ring, at, first_row, steps, c);
         if (Tile::by_turns) {
             ring.arrive(ring.turn(group ^ 1));
-            at.skip(plan.steps);                 // where the other has a tile of the tail, nobody needs a stage any more
+            at.skip(plan.steps);                // if the other has a tile of the tail, no stage is needed any more
         }
         if (!Tile::by_turns) more = find(t += hop, &next);      // while the last product runs
         sums.end(ring, steps, c);
 #pragma unroll
         for (int i = 0; i < Tile::slices; i++) {
             const int p = now.i0 + first_row + i * 64 + warp_id() % 4 * AREA_ROWS, rows = now.i_end - p;
-            if (rows > 0) emit(ring.area(), now.e, now.e == E, p, rows, now.j0, static_cast<int>(g.N) - now.j0, c[i]);
+            if (rows > 0)
+                emit.template store<Tile>(ring.area(), now.e, now.e == E, p, rows, now.j0,
+                                          static_cast<int>(g.N) - now.j0, c[i]);
         }
         if (Tile::by_turns) more = find(t += hop, &now);        // while the other multiplies
         else now = next;
@@ -231,7 +232,6 @@ rows_kernel(const __grid_constant__ rows_plan plan, const gemm_product<T> g, con
 }
 
 // ---- who may come ---------------------------------------------------------------------------------------------------
-static constexpr int64_t MOST = INT32_MAX - 1024;           // coordinates are 32 bits wide, with room for a tile
 template <class T>
 static bool strides_fit(const gemm_operand<T> &x) {         // TMA: below 2^40 bytes
     constexpr int64_t most = 1ll << 38;
@@ -245,8 +245,7 @@ static bool b_takes(const gemm_product<T> &g, int matrices, bool along_k) {
 }
 template <class T>
 static bool product_takes(const gemm_product<T> &g, int matrices) {
-    bool fits = g.R >= 1 && g.N >= 1 && g.K >= 1 && g.E >= 1 && g.R <= MOST && g.N <= MOST && g.K <= MOST / 2 &&
-                g.E <= MOE_MAX_EXPERTS && g.N % 8 == 0;
+    bool fits = gemm_check(g) == MOE_OK && g.R >= 1 && g.N >= 1 && g.K >= 1 && g.N % 8 == 0;
     for (int t = 0; t < g.terms; t++) fits = fits && gemm_vector(g.a[t], true, 1) && strides_fit(g.a[t]);
     if (fits && g.a[0].index) fits = g.terms == 1 && g.a[0].index_rows * (g.a[0].si / 8) <= INT32_MAX;
     return fits && (b_takes(g, matrices, true) || b_takes(g, matrices, false));
@@ -265,9 +264,10 @@ bool gated_sm90_takes(const gemm_product<T> &g, const gated_out<T> &out) {
 template <class Tile>
 static size_t block_bytes(int64_t experts) { return Tile::bytes + (experts + 1) * sizeof(uint32_t); }
 static_assert(together_256::bytes + (MOE_MAX_EXPERTS + 2) * sizeof(uint32_t) <= BLOCK_BYTES);
+static_assert(by_turns_128::bytes + (MOE_MAX_EXPERTS + 2) * sizeof(uint32_t) <= BLOCK_BYTES);
 
 template <class Tile, int parts, bool b_along_k, class T, class Epilogue>
-static int rows_launch(const gemm_product<T> &g, const Epilogue &emit, cudaStream_t stream) {
+static int rows_launch(moe_way way, const gemm_product<T> &g, const Epilogue &emit, cudaStream_t stream) {
     constexpr int width = Tile::tile_n / parts, dtype = dtype_of(T{});
     rows_plan plan = {};
     plan.term_steps = static_cast<int>(ceil_div(g.K, PIPE_DEPTH)), plan.steps = g.terms * plan.term_steps;
@@ -285,29 +285,31 @@ static int rows_launch(const gemm_product<T> &g, const Epilogue &emit, cudaStrea
     }
     const int64_t experts = g.E + g.tail, down = g.R / Tile::tile_m + min64(g.R, experts);
     const int64_t grid = min64(down * ceil_div(g.N, width), multiprocessors());
-    return launch(rows_kernel<Tile, parts, b_along_k, T, Epilogue>, grid, PIPE_THREADS, block_bytes<Tile>(experts), stream,
-                  plan, g, emit);
+    count_product(way);
+    return launch(rows_kernel<Tile, parts, b_along_k, T, Epilogue>, grid, PIPE_THREADS, block_bytes<Tile>(experts),
+                  stream, plan, g, emit);
 }
 template <bool b_along_k, class T>
-static int rows_by_schedule(rows_schedule s, const gemm_product<T> &g, const rows_out<T> &emit, cudaStream_t stream) {
-    if (g.a[0].index) s = TOGETHER_256;
-    if (s == BY_TURNS_192 && block_bytes<by_turns_192>(g.E + g.tail) <= BLOCK_BYTES)
-        return rows_launch<by_turns_192, 1, b_along_k>(g, emit, stream);
-    if (s == BY_TURNS_128) return rows_launch<by_turns_128, 1, b_along_k>(g, emit, stream);
-    return rows_launch<together_256, 1, b_along_k>(g, emit, stream);
+static int rows_by_way(moe_way way, const gemm_product<T> &g, const rows_out<T> &emit, cudaStream_t stream) {
+    if (way == MOE_SM90_128x192) return rows_launch<by_turns_192, 1, b_along_k>(way, g, emit, stream);
+    if (way == MOE_SM90_128x128) return rows_launch<by_turns_128, 1, b_along_k>(way, g, emit, stream);
+    return rows_launch<together_256, 1, b_along_k>(way, g, emit, stream);
 }
 template <class T>
 int rows_sm90(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, int64_t stride, cudaStream_t stream) {
     const rows_out<T> emit = {bias, bias_se, y, stride};
-    const rows_schedule s = TOGETHER_256;
-    return b_takes(g, g.terms, true) ? rows_by_schedule<true>(s, g, emit, stream)
-                                     : rows_by_schedule<false>(s, g, emit, stream);
+    const bool gathered = g.a[0].index, fits = block_bytes<by_turns_192>(g.E + g.tail) <= BLOCK_BYTES;
+    moe_way way = forced_way() < 0 ? sm90_rows_way(g.R, g.E, g.N, g.terms * g.K, gathered, 1, multiprocessors())
+                                   : static_cast<moe_way>(forced_way());
+    if (gathered || (way == MOE_SM90_128x192 && !fits)) way = MOE_SM90_128x256;
+    const auto by_way = b_takes(g, g.terms, true) ? rows_by_way<true, T> : rows_by_way<false, T>;
+    return by_way(way, g, emit, stream);
 }
 template <class T>
 int gated_sm90(const gemm_product<T> &g, const gated_out<T> &out, cudaStream_t stream) {
     const gated_rows<T> emit = {out, g.N};
-    return b_takes(g, 2, true) ? rows_launch<together_256, 2, true>(g, emit, stream)
-                               : rows_launch<together_256, 2, false>(g, emit, stream);
+    return b_takes(g, 2, true) ? rows_launch<together_256, 2, true>(MOE_SM90_128x256, g, emit, stream)
+                               : rows_launch<together_256, 2, false>(MOE_SM90_128x256, g, emit, stream);
 }
 #define INSTANCES(T) \
     template bool rows_sm90_takes(const gemm_product<T> &, const T *, const T *, int64_t); \

@@ -1,7 +1,7 @@
 // gemm_sums_sm90.cu: products over ragged sums on Hopper: sums_sm90 of sm90.cuh.
 //
-// Both operands lie in shared memory as they do in global memory, along i: a stage holds 64 rows of the sum, in boxes of
-// 64 columns. One block per multiprocessor; two warpgroups share a tile by its rows. Warps and what they do:
+// Both operands lie in shared memory as they do in global memory, along i: a stage holds 64 rows of the sum, in boxes
+// of 64 columns. One block per multiprocessor; two warpgroups share a tile by its rows. Warps and what they do:
 //   0        loads: TMA into the ring of pipe_sm90.cuh
 //   1 to 3   deal: which tile this block computes next, into a short queue that all others read
 //   4 to 11  multiply, and store
@@ -15,9 +15,10 @@
 // rows that hold one are multiplied.
 //
 // The order of tiles. All experts have as many, but of very different lengths. Every block sorts the experts, longest
-// first, and deals out their tiles as if it were all blocks: half a grid of tiles at a time, to those blocks that have the least
-// to do so far. Which is as good as a queue that they would share (99 % of the ideal under Zipf's law, where taking turns
-// has 78 to 95), needs no memory, and gives neighbours in time neighbouring tiles, whose operands meet in L2.
+// first, and deals out their tiles as if it were all blocks: half a grid of tiles at a time, to those blocks that have
+// the least to do so far. In a model of 132 blocks that reaches .96 to 1 of perfect shares under Zipf's law, where
+// turns reach .77 to .99: as good as a queue that blocks share, which would need memory to be cleared first.
+// Neighbours in time get neighbouring tiles, whose operands meet in L2.
 #include "pipe_sm90.cuh"
 #include "policy_sm90.cuh"
 #include "sm90.cuh"
@@ -36,7 +37,7 @@ struct sums_job {
     tensor_map     a, b, a_end, b_end;
 };
 
-// Rows of expert e, 0 where its bin is wrong.
+// Rows of expert e, which begin at *begin; -1 where its bin is wrong.
 static __device__ __forceinline__ int rows_of(const int32_t *bins_E, int R, int e, int *begin) {
     const int end = bins_E[e];
     *begin = e ? bins_E[e - 1] : 0;
@@ -82,7 +83,7 @@ static __device__ void sort_descending(uint32_t *key, int n) {
 struct alignas(16) sums_tile {
     int e, begin, rows, tile;                   // rows begin .. begin + rows of expert e; e < 0: no more
 };
-// Barriers: full[slot] when its tile is written; empty[slot] when all that multiply and the loading thread have read it.
+// Barriers: full[slot] when its tile is written; empty[slot] when the loading thread and all that multiply have it.
 // Behind a block's ring: barriers, tiles, what each block has to do so far, the experts in order.
 template <class Tile>
 struct sums_queue {
@@ -94,8 +95,12 @@ struct sums_queue {
     int      slot = 0;
     uint32_t lap = 0;
 
-    static __device__ __forceinline__ float *loads() { return reinterpret_cast<float *>(shared_memory() + loads_at); }
-    static __device__ __forceinline__ uint32_t *keys() { return reinterpret_cast<uint32_t *>(shared_memory() + keys_at); }
+    static __device__ __forceinline__ float *loads() {
+        return reinterpret_cast<float *>(shared_memory() + loads_at);
+    }
+    static __device__ __forceinline__ uint32_t *keys() {
+        return reinterpret_cast<uint32_t *>(shared_memory() + keys_at);
+    }
     __device__ __forceinline__ uint32_t full() const { return shared_u32(shared_memory()) + Tile::bytes + slot * 8; }
     __device__ __forceinline__ uint32_t empty() const { return full() + slots * 8; }
     __device__ __forceinline__ sums_tile *at() const {
@@ -241,7 +246,8 @@ static __device__ __forceinline__ void store_rows16(unsigned char *area, const f
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 template <class Tile, class T, class Out>
-__global__ void __launch_bounds__(PIPE_THREADS, 1) sums_kernel(const __grid_constant__ sums_job<T, Out> g, int keys, int shift) {
+__global__ void __launch_bounds__(PIPE_THREADS, 1)
+sums_kernel(const __grid_constant__ sums_job<T, Out> g, int keys, int shift) {
     using queue_of = sums_queue<Tile>;
     const pipe<Tile> ring;
     queue_of         queue;
@@ -283,8 +289,9 @@ __global__ void __launch_bounds__(PIPE_THREADS, 1) sums_kernel(const __grid_cons
 #pragma unroll
             for (int n = 0; n < Tile::tile_n; n += AREA_COLUMNS) {
                 const float *const x = c[s] + n / 2;
-                if constexpr (sizeof(Out) == 4) store_rows16(ring.area(), x, to + n, g.dw.sr, g.M - row, g.N - j - n, g.add);
-                else store_rows16(ring.area(), x, to + n, g.dw.sr, g.M - row, g.N - j - n);
+                const int rows = g.M - row, columns = g.N - j - n;
+                if constexpr (sizeof(Out) == 4) store_rows16(ring.area(), x, to + n, g.dw.sr, rows, columns, g.add);
+                else                            store_rows16(ring.area(), x, to + n, g.dw.sr, rows, columns);
             }
         }
     }
@@ -329,7 +336,9 @@ static int launch_sums(const gemm_product<T> &g, moe_mat dw, bool add, cudaStrea
 }
 template <class Out, class T>
 static int by_way(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream) {
-    const moe_way way = sm90_sums_way(g.R, g.E, g.M, g.N, multiprocessors());
+    const int wanted = forced_way();
+    const moe_way way = wanted == MOE_SM90_128x256 || wanted == MOE_SM90_128x128
+                            ? static_cast<moe_way>(wanted) : sm90_sums_way(g.R, g.E, g.M, g.N, multiprocessors());
     count_product(way);
     return way == MOE_SM90_128x256 ? launch_sums<wide_tile, T, Out>(g, dw, add, stream)
                                    : launch_sums<narrow_tile, T, Out>(g, dw, add, stream);

@@ -22,8 +22,10 @@ struct gemm_operand {
     int64_t        index_rows = 0;
 
     __device__ int row(int position, verdict bad) const {           // -1: there is none
-        if (!index) return position;
-        const int32_t flat = index[position], row = flat / index_div;
+        return index ? row_of(index[position], position, bad) : position;
+    }
+    __device__ int row_of(int32_t flat, int position, verdict bad) const {
+        const int32_t row = flat / index_div;
         if (flat >= 0 && row < index_rows) return row;
         bad(MOE_BAD_INDEX, position);
         return -1;

@@ -20,7 +20,7 @@
 #include "ptx_sm90.cuh"
 
 static constexpr int PIPE_THREADS = 384, PIPE_LOADERS = 128, PIPE_WARPS = 8, PIPE_DEPTH = 64, PIPE_BOX = 64 * 128;
-static constexpr int AREA_ROWS = 16, AREA_COLUMNS = 64, AREA_BYTES = AREA_ROWS * AREA_COLUMNS * 2;  // of a warp, for rows that leave
+static constexpr int AREA_ROWS = 16, AREA_COLUMNS = 64, AREA_BYTES = AREA_ROWS * AREA_COLUMNS * 2;  // of a warp's rows
 static constexpr int BLOCK_BYTES = 227 * 1024;      // of shared memory, at most
 
 static constexpr int dtype_of(bf16) { return MOE_BF16; }
@@ -33,6 +33,7 @@ struct pipe_tile {
     static constexpr bool by_turns = by_turns_;
     static constexpr int  loader_registers = loader_registers_, registers = (504 - loader_registers) / 2;
     static constexpr int  group_m = by_turns ? m : m / 2, slices = group_m / 64;    // of one warpgroup: rows, 64 of them
+    static constexpr int  pieces = slices * n > 256 ? 1 : 4;        // of store_rows16 at once: registers that c leaves
     static constexpr int  a_bytes = m * 128, b_bytes = n * 128, stage_bytes = a_bytes + b_bytes;
     static constexpr int  areas_at = stages * stage_bytes, barriers_at = areas_at + PIPE_WARPS * AREA_BYTES;
     static constexpr int  bytes = barriers_at + (2 * stages + 2) * 8;       // more may follow
@@ -90,7 +91,7 @@ struct pipe {
 // ---- the sums of a tile ---------------------------------------------------------------------------------------------
 // c[i] = sums of rows first_row + 64 i .. of the tile, all its columns, over `steps` stages from `at` on, in the layout
 // of wgmma; of the last stage, over its first `last_pieces` times 16. begin returns while the last product runs: c is not
-// to be touched before end.
+// to be touched before end. Without a step they are zeros.
 template <class Tile, class T, bool a_along_k, bool b_along_k>
 struct tile_sums {
     static constexpr int all_pieces = PIPE_DEPTH / 16;
@@ -144,10 +145,13 @@ struct tile_sums {
 };
 
 // ---- rows to memory -------------------------------------------------------------------------------------------------
+__extension__ typedef unsigned __int128 bytes16;        // moved as one, where a struct may come apart
+
 // 64 columns of a warp's 16 rows, x[4 i + v] as wgmma leaves them: row lane/4 + 8 (v/2), column 8 i + 2 (lane%4) + v%2.
 // They go through the area, so that eight lanes write 128 bytes of a row. The first `rows` rows and `columns` columns, a
-// multiple of 8, are stored; `to` and the rows' stride are multiples of 16 bytes. By all lanes.
-template <class T>
+// multiple of 8, are stored; `to` and the rows' stride are multiples of 16 bytes. By all lanes, of which each has at_once
+// pieces under way.
+template <int at_once = 4, class T>
 static __device__ __forceinline__ void store_rows16(unsigned char *area, const float *x, T *to, int64_t stride,
                                                     int rows, int columns) {
     const int lane = lane_id(), row = lane & 15, half = lane >> 4;      // of stmatrix: chunk 2 i + half of this row
@@ -156,16 +160,24 @@ static __device__ __forceinline__ void store_rows16(unsigned char *area, const f
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float *const v = x + 8 * i;
-        stmatrix_x4(line + ((2 * i + half ^ (row & 7)) << 4), pack2(T{}, v[0], v[1]), pack2(T{}, v[2], v[3]),
+        stmatrix_x4(line + (((2 * i + half) ^ (row & 7)) << 4), pack2(T{}, v[0], v[1]), pack2(T{}, v[2], v[3]),
                     pack2(T{}, v[4], v[5]), pack2(T{}, v[6], v[7]));
     }
     __syncwarp();
-    const int chunk = lane & 7;
-    if (chunk * 8 >= columns) return;
+    const int chunk = lane & 7, first = lane >> 3;
+    T *place = to + first * stride + chunk * 8;
+    rows = chunk * 8 < columns ? rows - first : 0;
 #pragma unroll
-    for (int r = lane >> 3; r < AREA_ROWS; r += 4)
-        if (r < rows)
-            *reinterpret_cast<vec16<T> *>(to + r * stride + chunk * 8) =
-                *reinterpret_cast<const vec16<T> *>(area + r * 128 + ((chunk ^ (r & 7)) << 4));
+    for (int i = 0; i < 4; i += at_once) {
+        bytes16 piece[at_once];
+#pragma unroll
+        for (int u = 0; u < at_once; u++) {
+            const int r = first + 4 * (i + u);
+            piece[u] = *reinterpret_cast<const bytes16 *>(area + r * 128 + ((chunk ^ (r & 7)) << 4));
+        }
+#pragma unroll
+        for (int u = 0; u < at_once; u++, place += 4 * stride)
+            if (4 * (i + u) < rows) *reinterpret_cast<bytes16 *>(place) = piece[u];
+    }
 }
 #endif

@@ -3,7 +3,7 @@
 //   way                rows                                 sums
 //   MOE_SM90_128x256   two warpgroups share a tile          the same            the fastest main loop, its epilogue shows
 //   MOE_SM90_128x192   two warpgroups take tiles by turns   -                   one's epilogue behind the other's sums
-//   MOE_SM90_128x128   two warpgroups share a tile          the same            where the others are too wide
+//   MOE_SM90_128x128   the same                             they share a tile   where the others are too wide
 //
 // The time of a product is that of its rounds over the device, a tile each, half a round more for the end, at which not
 // all multiprocessors are at work:
@@ -45,7 +45,7 @@ inline moe_way sm90_rows_way(int64_t R, int64_t E, int64_t columns, int64_t dept
     const double k = static_cast<double>(depth);
     const double wide = sm90_cost(down, n, 256, k, 140, 1, sms);
     const double turns = sm90_cost(down, n, 192, k, 20, 0.94, sms);
-    const double narrow = sm90_cost(down, n, 128, k, 70, 0.9, sms);
+    const double narrow = sm90_cost(down, n, 128, k, 20, 0.9, sms);
     return wide <= turns && wide <= narrow ? MOE_SM90_128x256 : turns <= narrow ? MOE_SM90_128x192 : MOE_SM90_128x128;
 }
 // Ragged sums: dw of M x N for each of E experts, over R rows of all.

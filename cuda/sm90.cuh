@@ -29,21 +29,21 @@ struct gated_out {
 template <class T> bool gated_sm90_takes(const gemm_product<T> &g, const gated_out<T> &out);
 template <class T> int gated_sm90(const gemm_product<T> &g, const gated_out<T> &out, cudaStream_t stream);
 
-// Neither a nor b is gathered: sort_rows first. dw in rows (sc = 1) of any multiples of 16 bytes: of T; or of float, which
-// may be added to what is there (an expert without rows leaves it).
+// Neither a nor b is gathered: sort_rows first. dw in rows (sc = 1) of any multiples of 16 bytes: of T; or of float,
+// which may be added to what is there (an expert without rows leaves it).
 template <class T> bool sums_sm90_takes(const gemm_product<T> &g, moe_mat dw);
 template <class T> int sums_sm90(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream);
 template <class T> bool float_sums_sm90_takes(const gemm_product<T> &g, moe_mat dw);
 template <class T> int float_sums_sm90(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream);
 
-// T = bf16, f16. Rows of D elements to rows of row_D, a multiple of 8, at a multiple of 16 bytes; what is between is zeros.
-// Each row of from is read once and stored at its K places inverse[r K + k] (-1: none). A place p < N that is not that of
-// order[p] is zeros, and MOE_BAD_INDEX.
+// T = bf16, f16. Rows of D elements to rows of row_D, a multiple of 8, at a multiple of 16 bytes; up to the next
+// multiple of 8 they get zeros. Each row of from is read once and stored at its K places inverse[r K + k] (-1: none).
+// A place p < N that is not the inverse of order[p] is zeros, if no other row has it, and MOE_BAD_INDEX.
 template <class T>
 int sort_rows(int64_t R, int64_t K, int64_t D, int64_t N, const T *from_RD, const int32_t *order_N,
               const int32_t *inverse_RK, T *to_ND, int64_t row_D, verdict bad, cudaStream_t stream);
 
-// T = bf16, f16. da_NF: rows of d.row_F elements, each at a multiple of 16 bytes, as those of sA and dh are; sA may take its
-// place. ds_N, the whole ds of each position: may be NULL.
+// T = bf16, f16. da_NF: rows of d.row_F elements, each at a multiple of 16 bytes, as those of sA and dh are; sA may take
+// its place. ds_N, the whole ds of each position: may be NULL.
 template <class T> int dact_pass(const dact_rows<T> &d, int64_t N, const T *da_NF, float *ds_N, cudaStream_t stream);
 #endif

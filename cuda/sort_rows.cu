@@ -5,7 +5,7 @@
 // Each row is read once and stored at its K places, which moves (1 + 1/K) / 2 of the bytes of a gather.
 #include "sm90.cuh"
 
-enum { THREADS = 256, PLACES = 8 };
+enum { PLACES = 8 };
 
 struct sorting {
     int64_t        R, K, D, N, row_D;
@@ -54,7 +54,7 @@ int sort_rows(int64_t R, int64_t K, int64_t D, int64_t N, const T *from_RD, cons
                   strided_grid(max64(R * ceil_div(D, width), N), THREADS), THREADS, 0, stream, g, from_RD, to_ND);
 }
 #define INSTANCE(T) \
-    template int sort_rows(int64_t, int64_t, int64_t, int64_t, const T *, const int32_t *, const int32_t *, T *, int64_t, \
-                           verdict, cudaStream_t);
+    template int sort_rows(int64_t, int64_t, int64_t, int64_t, const T *, const int32_t *, const int32_t *, T *, \
+                           int64_t, verdict, cudaStream_t);
 INSTANCE(bf16) INSTANCE(f16)
 #undef INSTANCE

@@ -5,7 +5,8 @@
     y, routing = layer(x)       # x [B,S,D]; routing.loss is to be added to the loss
 
 `python -m moe_ext` says what was built and what runs. Importing needs only torch and
-numpy. The environment's MOE_ISA=base|avx2|avx512|avx512bf16|amx forces a set of kernels.
+numpy. The environment's MOE_ISA=base|avx2|avx512|avx512bf16|amx forces a set of kernels; MOE_SM90=0
+leaves out those of Hopper's own.
 """
 
 import ctypes

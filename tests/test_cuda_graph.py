@@ -31,11 +31,42 @@ for seed in range(4):
     torch.manual_seed(seed)
     with torch.no_grad():
         x.copy_(torch.randn_like(x) * (1 + seed))       # another routing every time
+        for p in layer.parameters():
+            p.neg_()                                    # a step of the optimizer, in place
     graph.replay()
     got = [t.clone() for t in captured]
     assert all(torch.equal(g, w) for g, w in zip(got, step(), strict=True)), f"replay {seed} is not the eager step"
 moe_ext.synchronize()
 print("replays equal eager")
+"""
+
+HELD = """
+import cublas
+table = cublas.load()
+bins = torch.tensor([70, 70, 200], dtype=torch.int32, device=device)
+x, w, dy = (torch.randn(size, device=device).to(dtype) for size in ((200, 72), (3, 72, 136), (200, 136)))
+
+def call():
+    return moe_ext.ops.grouped_gemm(x, w, bins), moe_ext.ops.grouped_gemm_wgrad(x, dy, bins)
+
+call()
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured, ran = cublas.ways(table, call)
+hopper = torch.cuda.get_device_capability() == (9, 0) and dtype != torch.float32
+assert sum(ran.values()) == 2 and ("gemm.cuh" not in ran) == hopper, ran
+
+def replay():
+    _, ran = cublas.ways(table, graph.replay)
+    assert not ran, "a replay encodes nothing anew"
+    return [t.clone() for t in captured]
+
+x.neg_(), bins.copy_(torch.tensor([0, 130, 200]))       # new contents at the addresses of the capture
+assert all(map(torch.equal, replay(), call()))
+held, old, x = replay(), x, x * 2                       # an address that the graph does not know
+assert all(map(torch.equal, replay(), held)) and not torch.equal(call()[0], held[0])
+moe_ext.synchronize()
 """
 
 OPS = """
@@ -70,6 +101,12 @@ def run(program):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_dropless_layer(dtype, device):
     run(f"dtype = {dtype}\n{LAYER}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_a_graph_holds(dtype, device):
+    """The addresses of its capture, tensor maps too (docs/hopper.md)."""
+    run(f"dtype = {dtype}\n{HELD}")
 
 
 def test_every_op(device):

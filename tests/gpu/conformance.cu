@@ -4,26 +4,9 @@
 //
 // Arithmetic is on small integers, or on single operations that IEEE 754 rounds one way, so there is one right answer.
 // NaNs count as one NaN: sign and payload may differ.
-#include <cstdio>
-
 #include "../../csrc/philox.h"
-#include "../../cuda/common.cuh"
+#include "conformance.cuh"
 
-verdict verdict_of(moe_cuda_op) { return {}; }
-int multiprocessors() { return 1; }
-int cuda_status(cudaError_t error, const char *what) {
-    if (error == cudaSuccess) return MOE_OK;
-    fprintf(stderr, "%s failed: %s\n", what, cudaGetErrorString(error));
-    return MOE_CUDA_FAILED;
-}
-
-// A number of any bits for each i.
-static __host__ __device__ inline uint32_t bits_of(uint32_t i) {
-    uint32_t x = i * 0x9E3779B9u + 0x7F4A7C15u;
-    x = (x ^ x >> 16) * 0x85EBCA6Bu;
-    x = (x ^ x >> 13) * 0xC2B2AE35u;
-    return x ^ x >> 16;
-}
 static __device__ inline uint32_t float_bits(float x) { return x != x ? 0x7fffffffu : __float_as_uint(x); }
 // Every upper half of a float, with lower halves around the ties of bf16 and f16.
 static __device__ inline float some_float(uint32_t i) {
@@ -190,45 +173,29 @@ static __global__ void flags(uint32_t *out, int) {
 }
 
 // ---- the list -------------------------------------------------------------------------------------------------------
-struct test {
-    const char *name;
-    void (*kernel)(uint32_t *, int);
-    int words, grid, block, shared;
-};
-static const test TESTS[] = {
-    {"bf16 from float", bf16_from_float, 1 << 20, 16, 256, 0},
-    {"f16 from float", f16_from_float, 1 << 20, 16, 256, 0},
-    {"float from f16", float_from_f16, 1 << 16, 16, 256, 0},
-    {"float from bf16", float_from_bf16, 1 << 16, 16, 256, 0},
-    {"integers and floats", integers_and_floats, 1 << 16, 16, 256, 0},
-    {"sums and products", sums_and_products, 1 << 18, 16, 256, 0},
-    {"fused multiply-add", fused_multiply_add, 1 << 18, 16, 256, 0},
-    {"quotients and roots", quotients_and_roots, 1 << 18, 16, 256, 0},
-    {"philox", philox_numbers, 1 << 18, 16, 256, 0},
-    {"shuffles and votes", shuffles_and_votes, 512 * SHUFFLES, 2, 256, 0},
-    {"scans of a block", scans_of_a_block, 3 * 512, 1, 512, 32 * 4},
-    {"atomics", atomics, 32, 4, 96, 0},
-    {"ldmatrix", ldmatrix, 32 * 8, 1, 32, 64 * 16},
-    {"mma bf16", mma<bf16>, 32 * 4, 1, 32, 0},
-    {"mma f16", mma<f16>, 32 * 4, 1, 32, 0},
-    {"cp.async", cp_async, 2 * 64 * 12, 1, 64, 64 * 12 * 4},
-    {"flags", flags, 66, 1, 32, 0},
+static const struct { test t; void (*kernel)(uint32_t *, int); } TESTS[] = {
+    {{"bf16 from float", 1 << 20, 16, 256, 0}, bf16_from_float},
+    {{"f16 from float", 1 << 20, 16, 256, 0}, f16_from_float},
+    {{"float from f16", 1 << 16, 16, 256, 0}, float_from_f16},
+    {{"float from bf16", 1 << 16, 16, 256, 0}, float_from_bf16},
+    {{"integers and floats", 1 << 16, 16, 256, 0}, integers_and_floats},
+    {{"sums and products", 1 << 18, 16, 256, 0}, sums_and_products},
+    {{"fused multiply-add", 1 << 18, 16, 256, 0}, fused_multiply_add},
+    {{"quotients and roots", 1 << 18, 16, 256, 0}, quotients_and_roots},
+    {{"philox", 1 << 18, 16, 256, 0}, philox_numbers},
+    {{"shuffles and votes", 512 * SHUFFLES, 2, 256, 0}, shuffles_and_votes},
+    {{"scans of a block", 3 * 512, 1, 512, 32 * 4}, scans_of_a_block},
+    {{"atomics", 32, 4, 96, 0}, atomics},
+    {{"ldmatrix", 32 * 8, 1, 32, 64 * 16}, ldmatrix},
+    {{"mma bf16", 32 * 4, 1, 32, 0}, mma<bf16>},
+    {{"mma f16", 32 * 4, 1, 32, 0}, mma<f16>},
+    {{"cp.async", 2 * 64 * 12, 1, 64, 64 * 12 * 4}, cp_async},
+    {{"flags", 66, 1, 32, 0}, flags},
 };
 
 int main() {
-    const char *before = "{\n";
-    for (const test &t : TESTS) {
-        void *memory;
-        if (cuda_status(cudaHostAlloc(&memory, t.words * 4, cudaHostAllocMapped), "cudaHostAlloc")) return 1;
-        auto *out = static_cast<uint32_t *>(memory);
-        memset(out, 0, t.words * 4);
-        if (launch(t.kernel, t.grid, t.block, t.shared, nullptr, out, t.words)) return 1;
-        if (cuda_status(cudaStreamSynchronize(nullptr), t.name)) return 1;
-        uint64_t hash = 0xcbf29ce484222325u;                // FNV-1a
-        for (int i = 0; i < t.words; i++) hash = (hash ^ out[i]) * 0x100000001b3u;
-        printf("%s  \"%s\": \"%016llx\"", before, t.name, static_cast<unsigned long long>(hash));
-        before = ",\n";
-    }
+    for (const auto &[t, kernel] : TESTS)
+        if (!print_hash(t, kernel)) return 1;
     printf("\n}\n");
     return 0;
 }

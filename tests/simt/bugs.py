@@ -1,7 +1,8 @@
 """Mistakes to plant in the kernels of cuda/, and the check that must find each: see test_bugs.py.
 
 `old` occurs in the file exactly once. The check, arguments of pytest, runs on the library of `variant` under `schedule`
-and with `timing` of asynchronous copies; the race variant also fails on what only the detector sees.
+and with `timing` of asynchronous copies, on a device of compute capability `sm`; the race variant also fails on what
+only the detector sees. `unit`: the kernel file that is compiled anew, where the header's name does not say it.
 """
 
 from typing import NamedTuple
@@ -16,6 +17,8 @@ class Bug(NamedTuple):
     variant: str = "plain"
     schedule: str = "inorder"
     timing: str = "early"
+    sm: int = 80
+    unit: str = ""
 
 
 # fmt: off
@@ -290,6 +293,28 @@ BUGS = [
     Bug("cuda/nccl.cu", "            if (in) TRY(", "            TRY(",
         "a pair without bytes is skipped on one side only",
         "tests/test_exchange.py -k 'test_transport and NcclTransport and 2'"),
+    # ---- which way a product goes, on Hopper and elsewhere ----------------------------------------------------------
+    Bug("cuda/api.cu", "hopper[device] = major == 9 && minor == 0", "hopper[device] = major >= 8",
+        "kernels of Hopper on an A100", "tests/test_hopper.py -k what_tma_takes"),
+    Bug("cuda/api.cu", "&& !(wanted && *wanted == '0')", "&& true",
+        "MOE_SM90=0 is not heard", "tests/test_hopper.py -k switches_it_off", sm=90),
+    Bug("cuda/gemm.cu", "if (sm90_here() && rows_sm90_takes(g, bias, y, stride))", "if (sm90_here())",
+        "rows that TMA cannot read go to it", "tests/test_hopper.py -k what_tma_takes", sm=90),
+    Bug("cuda/gemm.cu", "if (sm90_here() && sums_sm90_takes(g, dw))", "if (!sm90_here() && sums_sm90_takes(g, dw))",
+        "weight gradients never reach Hopper's kernel", "tests/test_hopper.py -k what_tma_takes", sm=90),
+    Bug("cuda/tensor_map.cu", "static_cast<cuuint32_t>(box[i])", "static_cast<cuuint32_t>(box[0])",
+        "all sides of a box are its first", "tests/test_hopper.py -k what_tma_takes", sm=90),
+    Bug("cuda/expert.cu", "return gate.p && up.p == static_cast<char *>(gate.p) + F * gate.sr * static_cast<int64_t>(element) &&",
+        "return gate.p && up.p &&",
+        "gate and up are one matrix wherever they lie",
+        "tests/test_expert.py -k 'stored_weights and separate and divides_nothing and float32'"),
+    Bug("cuda/expert.cu", ".a = {g.ddown_EDF.p ? copies(g.dy_RD, ROWS) : gathered<T>(a, g.dy_RD, ROWS)},",
+        ".a = {copies(g.dy_RD, ROWS)},",
+        "without ddown dA' reads sorted rows that nobody sorted", "tests/test_hopper.py -k each_set", sm=90),
+    Bug("cuda/expert.cu", "if (g.dgate_EFD.p || g.dup_EFD.p) TRY(copy(a.x_RD));", "",
+        "the gradients of gate and up read dy for x", "tests/test_expert.py -k 'tiles and w13 and bfloat16'", sm=90),
+    Bug("cuda/expert_sums.cuh", "!g || g->dx_RD || (passes && weights)", "!g || g->dx_RD",
+        "sorted rows have no place without dx", "tests/test_hopper.py -k each_set", sm=90),
     # ---- cuda/api.cu -------------------------------------------------------------------------------------------------
     Bug("cuda/api.cu", "if (!word || !__atomic_load_n(word, __ATOMIC_RELAXED)) return MOE_OK;", "return MOE_OK;",
         "no verdict is ever told", "tests/test_errors.py -k 'about_values and grouped_gemm and within'"),

@@ -7,7 +7,7 @@
 typedef enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_NOT_SUPPORTED = 801 } CUresult;
 typedef uint32_t cuuint32_t;
 typedef uint64_t cuuint64_t;
-typedef struct alignas(64) { cuuint64_t opaque[16]; } CUtensorMap;
+typedef struct alignas(128) { cuuint64_t opaque[16]; } CUtensorMap;
 typedef enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9 } CUtensorMapDataType;
 typedef enum { CU_TENSOR_MAP_INTERLEAVE_NONE = 0 } CUtensorMapInterleave;
 typedef enum { CU_TENSOR_MAP_SWIZZLE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_128B = 3 } CUtensorMapSwizzle;

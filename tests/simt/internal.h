@@ -5,6 +5,8 @@
 
 #include "simt.h"
 
+#define LINE(at) race::pc_of(at.file_name(), at.line())         // for the race detector
+
 namespace simt {
 // ---- simt.cpp -------------------------------------------------------------------------------------------------------
 std::string line_of(const void *pc);        // file:line of a return address in this library
@@ -26,5 +28,6 @@ void thread_ends();
 bool async_step(bool anything);             // no thread is ready: something asynchronous that one waits for, if there is any
 std::string waits_for(int thread);          // more of where it waits
 void copies_waited_for(int thread);
+bool in_flight(const void *p, size_t bytes);        // an accumulator of the running thread
 }  // namespace simt
 #endif

@@ -7,9 +7,16 @@
 //   atomics         do not race with one another, and order nothing (they are relaxed);
 //   cp.async        writes from its issue to the wait_group that covers it: until then nobody may touch the target, not
 //                   even its own thread, and others not before the barrier after that;
+//   mbarriers       what a thread did before an arrival, and who waits for the end of that phase after the wait; named
+//                   barriers likewise among those who meet;
+//   TMA, wgmma      touch shared memory from their issue until a wait says that they are done: the mbarrier's, bulk_wait*,
+//                   wgmma_wait. They come through another proxy: what a thread wrote is ordered before what they read or
+//                   overwrite only if it called fence_async() in between, or, for cp.async, if who issues them has seen
+//                   the copies arrive and called it. A wgmma comes after what all 128 threads come after;
 //   blocks          of one launch are never ordered.
-// A clock ticks at every such event, and each place keeps the time of its last write and of its last reads and atomics
-// by two warps: with a warp's lanes in a mask, two are enough to see one of another warp.
+// A clock ticks at every such event, and each place keeps the time of its last write, of its last reads and atomics by
+// two warps, and of its last reads by three units. A thread knows, of each other and of each unit, until when it comes
+// after what that one did; blocks and full warps have one time for all that is before their barrier.
 #ifdef SIMT_RACE
 #include "race.h"
 
@@ -18,6 +25,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <numeric>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -25,10 +34,16 @@
 
 namespace race {
 namespace {
-enum { GRAIN = 2, PAGE = 4096, CELLS = PAGE / GRAIN, MAX_PAGES = 12 * 1024, WARPS = 32 };
+enum { GRAIN = 2, PAGE = 4096, CELLS = PAGE / GRAIN, MAX_PAGES = 12 * 1024, WARPS = 32, GROUP = 128,
+       PIECE = 16, ROOM_PIECES = 512 * 1024 / PIECE };
+constexpr int THREADS = 1024, BARRIERS = UNITS - LOADS;
 
-typedef uint32_t instant;                       // 0: never
-struct write_mark { instant time; uint32_t pc; uint16_t thread; bool under_way; };
+// Of instants: 0: never. Actors are the units, then the threads.
+typedef int actor;
+actor of(int thread) { return UNITS + thread; }
+struct write_mark { instant time; uint32_t pc; uint16_t by; bool under_way, copied; };      // copied: by cp.async
+struct unit_mark { instant time; uint32_t pc; int unit; };              // a read
+struct piece { unit_mark reads[3]; };
 struct group_mark { instant time; uint32_t lanes, pc; int warp; };      // accesses of one warp, the newest at `time`
 struct cell {
     write_mark write;
@@ -38,14 +53,31 @@ struct cell {
 instant now = 1, launch_start, block_start, barrier_time;
 instant horizon;                                // of the access at hand: what is older cannot race with it
 instant warp_time[WARPS];                       // the last __syncwarp of a full warp
-instant seen[WARPS][32][32];                    // [warp][lane][other]: what lane knows of other by smaller masks
+struct knowledge {                              // of one thread, or of all who arrived at an mbarrier
+    instant seen[UNITS + THREADS];              // of each actor: all until then is before
+    instant fenced[UNITS + THREADS];            // of each thread: and fence_async came between
+} threads[THREADS], arrived[BARRIERS], ended[BARRIERS];
+struct { instant barrier_time, seen[UNITS + THREADS]; } at_fence[THREADS];      // by its last fence_async
+bool spread;                                    // threads know, since the last barrier of the block, what others do not
+int actors;                                     // units and threads of the block
+struct group_view { bool valid; knowledge all; instant at_fence[UNITS + THREADS]; } views[THREADS / GROUP];
+piece pieces[ROOM_PIECES];                      // of shared memory and its surroundings
+std::vector<std::pair<const char *, unsigned>> lines;
 std::vector<instant> block_starts;
 bool active;
 const char *stacks, *stacks_end, *shared, *shared_end, *room, *room_end, *here;
 std::unordered_map<uintptr_t, cell *> pages;
 struct { uintptr_t page; cell *cells; } recent[256];
 
+enum { IS_LINE = 1u << 31 };                     // an offset that numbers a line
 uint32_t offset_of(const void *pc) { return static_cast<uint32_t>(static_cast<const char *>(pc) - here); }
+std::string line_of(const void *pc) {
+    const uint32_t offset = offset_of(pc);
+    if (!(offset & IS_LINE)) return simt::line_of(pc);
+    const auto &[file, line] = lines[offset & ~IS_LINE];
+    const char *slash = strrchr(file, '/');
+    return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+}
 
 cell *cells_of(uintptr_t page) {
     auto &r = recent[page % 256];
@@ -67,21 +99,50 @@ void forget() {
 }
 
 // ---- order ----------------------------------------------------------------------------------------------------------
-// Whether what `thread` did at `time` comes before what the running thread does now.
-bool before(instant time, int thread) {
+// What the thread knows, after what barriers of its warp have told it.
+knowledge &known(int thread) {
+    knowledge &k = threads[thread];
+    const int warp = thread / 32;
+    for (actor a = of(warp * 32); a < std::min(of(warp * 32 + 32), actors); a++) k.seen[a] = std::max(k.seen[a], warp_time[warp]);
+    return k;
+}
+void join(instant *into, const instant *from) {
+    for (actor a = 0; a < actors; a++) into[a] = std::max(into[a], from[a]);
+}
+void join(knowledge &into, const knowledge &from) { join(into.seen, from.seen), join(into.fenced, from.fenced); }
+// The thread knows more now than others of its block.
+void learns(int thread) { spread = true, views[thread / GROUP].valid = false; }
+// All that these threads did and knew comes before what they do next.
+template <class List>
+void join_all(const List &list) {
+    static knowledge all;
+    memset(&all, 0, sizeof all);
+    for (int t : list) {
+        join(all, known(t));
+        all.seen[of(t)] = now;
+    }
+    for (int t : list) {
+        memcpy(threads[t].seen, all.seen, sizeof(instant) * static_cast<size_t>(actors));
+        memcpy(threads[t].fenced, all.fenced, sizeof(instant) * static_cast<size_t>(actors));
+        learns(t);
+    }
+}
+
+// Whether what `a` did at `time` comes before what the running thread does now.
+bool before(instant time, actor a) {
     const int me = simt::self->linear;
     if (time <= horizon) return true;
     if (time <= block_start) return false;      // another block
-    if (time <= barrier_time || thread == me) return true;
+    if (a >= UNITS && (time <= barrier_time || a == of(me))) return true;
     const int warp = me / 32;
-    return thread / 32 == warp && time <= std::max(warp_time[warp], seen[warp][me & 31][thread & 31]);
+    return time <= threads[me].seen[a] || (a >= of(warp * 32) && a < of(warp * 32 + 32) && time <= warp_time[warp]);
 }
 // A thread of the mark that is not ordered before now, or -1.
 int unordered(const group_mark &m) {
     if (m.time <= horizon) return -1;
     for (uint32_t lanes = m.lanes; lanes; lanes &= lanes - 1) {
         const int thread = m.warp * 32 + __builtin_ctz(lanes);
-        if (!before(m.time, thread)) return thread;
+        if (!before(m.time, of(thread))) return thread;
     }
     return -1;
 }
@@ -92,12 +153,12 @@ void add(group_mark (&marks)[2], uint32_t pc) {
     const uint32_t bit = 1u << (me & 31);
     int i = 0;
     while (i < 2 && !(marks[i].time > block_start && marks[i].warp == warp)) i++;
-    if (i == 2) i = marks[0].time <= barrier_time ? 0 : 1;
+    if (i == 2) i = marks[0].time <= barrier_time || unordered(marks[0]) < 0 ? 0 : 1;
     group_mark &m = marks[i];
     uint32_t kept = 0;
     if (m.time > barrier_time && m.warp == warp && m.time > warp_time[warp])
         for (uint32_t lanes = m.lanes; lanes; lanes &= lanes - 1)
-            if (m.time > seen[warp][me & 31][__builtin_ctz(lanes)]) kept |= lanes & -lanes;
+            if (m.time > threads[me].seen[of(warp * 32 + __builtin_ctz(lanes))]) kept |= lanes & -lanes;
     m = {now, kept | bit, pc, warp};
 }
 
@@ -105,37 +166,56 @@ void add(group_mark (&marks)[2], uint32_t pc) {
 int block_of(instant time) {                    // in the order in which blocks ran
     return static_cast<int>(std::lower_bound(block_starts.begin(), block_starts.end(), time) - block_starts.begin()) - 1;
 }
-[[noreturn]] void report(const char *p, const char *mine, const void *pc, const char *theirs, int thread, instant time,
-                         uint32_t their_pc) {
+// "a write by thread 3", or the unit that did it.
+std::string who(const char *what, actor a) {
+    if (a >= UNITS) return std::string(what) + " by thread " + std::to_string(a - UNITS);
+    return a >= LOADS ? "a TMA load" : a >= STORES ? "a TMA store" : "a wgmma of warpgroup " + std::to_string(a);
+}
+[[noreturn]] void report(const char *p, const std::string &mine, const void *pc, const char *theirs, actor a, instant time,
+                         uint32_t their_pc, const char *more = "") {
     active = false;
     const bool in_shared = p >= shared && p < shared_end;
-    const std::string line = simt::line_of(pc), their_line = simt::line_of(here + their_pc);
+    const std::string line = line_of(pc), their_line = line_of(here + their_pc);
     char where[64], whose[64] = "";
     if (in_shared) snprintf(where, sizeof where, "shared memory + %td", p - shared);
     else snprintf(where, sizeof where, "global memory %p", static_cast<const void *>(p));
     if (time <= block_start)
         snprintf(whose, sizeof whose, " of another block (run as number %d, this is %d)", block_of(time), block_of(now));
-    simt::fail("race on %s: %s by thread %d (%s) and %s by thread %d%s (%s) are not ordered", where, mine,
-               simt::self->linear, line.c_str(), theirs, thread, whose, their_line.c_str());
+    simt::fail("race on %s: %s (%s) and %s%s (%s) are not ordered%s", where, mine.c_str(), line.c_str(), who(theirs, a).c_str(), whose,
+               their_line.c_str(), more);
 }
 
 template <kind what>
 void check(cell &c, const char *p, const void *pc) {
     static const char *const names[] = {"a read", "a write", "an atomic"};
     const int me = simt::self->linear;
+    const auto mine = [=] { return who(names[what], of(me)); };
     if (c.write.under_way && c.write.time > block_start)
-        report(p, names[what], pc, "a cp.async under way", c.write.thread, c.write.time, c.write.pc);
-    if (!before(c.write.time, c.write.thread))
-        report(p, names[what], pc, "a write", c.write.thread, c.write.time, c.write.pc);
+        report(p, mine(), pc, "a cp.async under way", c.write.by, c.write.time, c.write.pc);
+    if (!before(c.write.time, c.write.by))
+        report(p, mine(), pc, "a write", c.write.by, c.write.time, c.write.pc);
     if (what == WRITE || what == ATOMIC)
         for (const group_mark &m : c.reads)
-            if (const int t = unordered(m); t >= 0) report(p, names[what], pc, "a read", t, m.time, m.pc);
+            if (const int t = unordered(m); t >= 0) report(p, mine(), pc, "a read", of(t), m.time, m.pc);
     if (what != ATOMIC)
         for (const group_mark &m : c.atomics)
-            if (const int t = unordered(m); t >= 0) report(p, names[what], pc, "an atomic", t, m.time, m.pc);
+            if (const int t = unordered(m); t >= 0) report(p, mine(), pc, "an atomic", of(t), m.time, m.pc);
     if (what == READ) add(c.reads, offset_of(pc));
     else if (what == ATOMIC) add(c.atomics, offset_of(pc));
-    else c.write = {now, offset_of(pc), static_cast<uint16_t>(me), false};
+    else c.write = {now, offset_of(pc), static_cast<uint16_t>(of(me)), false, false};
+}
+
+template <class F>
+void for_pieces(const void *p, size_t bytes, F f) {
+    const ptrdiff_t first = (static_cast<const char *>(p) - room) / PIECE, last = (static_cast<const char *>(p) + bytes - 1 - room) / PIECE;
+    for (ptrdiff_t i = first; i <= last; i++) f(pieces[i]);
+}
+// Nobody may overwrite what a unit still reads.
+void check_units(const char *p, size_t bytes, const std::string &mine, const void *pc) {
+    for_pieces(p, bytes, [&](const piece &x) {
+        for (const unit_mark &m : x.reads)
+            if (!before(m.time, m.unit)) report(p, mine, pc, "", m.unit, m.time, m.pc);
+    });
 }
 
 template <class F>
@@ -148,7 +228,14 @@ void for_cells(const void *p, size_t bytes, F f) {
 template <kind what>
 inline void touch(const void *at, size_t bytes, const void *pc) {
     const char *p = static_cast<const char *>(at);
-    if (!active || !simt::self || (p >= stacks && p < stacks_end) || !bytes) return;
+    if (!active || !simt::self || !bytes) return;
+    if (p >= stacks && p < stacks_end) {
+        if (simt::in_flight(p, bytes)) {
+            active = false;
+            simt::fail("thread %d touches accumulators (%s) while a wgmma on them is under way", simt::self->linear, simt::line_of(pc).c_str());
+        }
+        return;
+    }
     if (p + bytes > room && p < room_end && (p < shared || p + bytes > shared_end)) {
         active = false;
         simt::fail("%zu bytes at shared memory + %td (%s), which has %td", bytes, p - shared, simt::line_of(pc).c_str(),
@@ -156,7 +243,28 @@ inline void touch(const void *at, size_t bytes, const void *pc) {
     }
     horizon = p >= shared && p < shared_end ? block_start : launch_start;
     for_cells(p, bytes, [&](cell &c, const char *q) { check<what>(c, q, pc); });
+    if (what != READ && p >= shared && p < shared_end) check_units(p, bytes, who("a write", of(simt::self->linear)), pc);
 }
+
+// ---- units ----------------------------------------------------------------------------------------------------------
+// What all 128 threads of a warpgroup know.
+const group_view &view_of(int group) {
+    group_view &v = views[group];
+    if (v.valid) return v;
+    memset(&v.all, 0xff, sizeof v.all);
+    memset(v.at_fence, 0xff, sizeof v.at_fence);
+    for (int t = group * GROUP; t < (group + 1) * GROUP; t++) {
+        const knowledge &k = known(t);
+        for (actor a = 0; a < actors; a++) {
+            if (a != of(t)) v.all.seen[a] = std::min(v.all.seen[a], k.seen[a]);
+            v.all.fenced[a] = std::min(v.all.fenced[a], k.fenced[a]);
+            v.at_fence[a] = std::min(v.at_fence[a], std::max(at_fence[t].barrier_time, at_fence[t].seen[a]));
+        }
+    }
+    v.valid = true;
+    return v;
+}
+const char *const NO_FENCE = " between the proxies: no fence_async";
 }  // namespace
 
 // ---- what the harness tells -----------------------------------------------------------------------------------------
@@ -165,43 +273,135 @@ void access(kind what, const void *p, size_t bytes, const void *pc) {
     else if (what == WRITE) touch<WRITE>(p, bytes, pc);
     else touch<ATOMIC>(p, bytes, pc);
 }
+const void *pc_of(const char *file, unsigned line) {
+    const std::pair<const char *, unsigned> wanted = {file, line};
+    size_t i = static_cast<size_t>(std::find(lines.begin(), lines.end(), wanted) - lines.begin());
+    if (i == lines.size()) lines.push_back(wanted);
+    return here + (IS_LINE | i);
+}
+instant time() { return now++; }
 void async_begin(const void *p, size_t bytes, const void *pc) {
     touch<WRITE>(p, bytes, pc);
     for_cells(p, bytes, [](cell &c, const char *) { c.write.under_way = true; });
 }
-void async_end(const void *p, size_t bytes, int thread, const void *pc) {
+void async_end(const void *p, size_t bytes, int thread) {
     for_cells(p, bytes, [&](cell &c, const char *) {
-        c.write = {now, offset_of(pc), static_cast<uint16_t>(thread), false};
+        c.write = {now, c.write.pc, static_cast<uint16_t>(of(thread)), false, true};
     });
+}
+void unit_reads(const void *at, size_t bytes, int unit, const void *pc) {
+    if (!active) return;
+    horizon = block_start;
+    const int me = simt::self->linear;
+    const bool by_group = unit < STORES;
+    const group_view *view = by_group ? &view_of(unit) : nullptr;
+    const knowledge &k = by_group ? view->all : known(me);
+    for_cells(at, bytes, [&](cell &c, const char *p) {
+        const write_mark &w = c.write;
+        if (w.time <= horizon) return;
+        const auto mine = [=] { return who("", unit); };
+        if (w.under_way) report(p, mine(), pc, "a cp.async under way", w.by, w.time, w.pc);
+        const bool own = !by_group && w.by == of(me);
+        if (!own && w.time > k.seen[w.by] && (w.by < UNITS || w.time > barrier_time)) report(p, mine(), pc, "a write", w.by, w.time, w.pc);
+        if (w.by < UNITS || w.time <= k.fenced[w.by]) return;
+        if (w.copied && w.time <= (by_group ? view->at_fence[w.by] : std::max(at_fence[me].barrier_time, at_fence[me].seen[w.by]))) return;
+        report(p, mine(), pc, "a write", w.by, w.time, w.pc, NO_FENCE);
+    });
+    for_pieces(at, bytes, [&](piece &x) {
+        int i = 0;
+        while (i < 2 && x.reads[i].unit != unit && x.reads[i].time > block_start && !before(x.reads[i].time, x.reads[i].unit)) i++;
+        x.reads[i] = {now, offset_of(pc), unit};
+    });
+}
+void unit_writes(const void *at, size_t bytes, int unit, const void *pc) {
+    if (!active) return;
+    horizon = block_start;
+    const knowledge &k = known(simt::self->linear);
+    for_cells(at, bytes, [&](cell &c, const char *p) {
+        const write_mark w = c.write;
+        const auto mine = [=] { return who("", unit); };
+        if (w.time > horizon && !w.under_way && w.by >= UNITS && before(w.time, w.by) && w.time > k.fenced[w.by])
+            report(p, mine(), pc, "a write", w.by, w.time, w.pc, NO_FENCE);
+        check<WRITE>(c, p, pc);
+        c.write = {now, offset_of(pc), static_cast<uint16_t>(unit), false, false};
+    });
+    check_units(static_cast<const char *>(at), bytes, who("", unit), pc);
+}
+void unit_done(int unit, instant upto, int thread) {
+    threads[thread].seen[unit] = std::max(threads[thread].seen[unit], upto);
+    learns(thread);
+}
+void fence_async() {
+    const int me = simt::self->linear;
+    memcpy(at_fence[me].seen, known(me).seen, sizeof(instant) * static_cast<size_t>(actors));
+    at_fence[me].barrier_time = barrier_time;
+    threads[me].fenced[of(me)] = now++;
+    learns(me);
+}
+void arrive(int barrier, int thread) {
+    join(arrived[barrier], known(thread));
+    arrived[barrier].seen[of(thread)] = now++;
+}
+void copies_arrive(int barrier, int thread) { arrived[barrier].seen[of(thread)] = now++; }
+void end_phase(int barrier, instant upto) {
+    arrived[barrier].seen[LOADS + barrier] = upto;
+    memcpy(&ended[barrier], &arrived[barrier], sizeof(knowledge));
+    now++;
+}
+void told(int barrier) {
+    const int me = simt::self->linear;
+    join(threads[me], ended[barrier]);
+    learns(me);
+}
+void meet(const int *list, int n) {
+    join_all(std::vector<int>(list, list + n));
+    now++;
 }
 void begin_launch(const void *first_stack, size_t stack_bytes) {
     Dl_info info;
     if (!here && dladdr(reinterpret_cast<const void *>(&forget), &info)) here = static_cast<const char *>(info.dli_fbase);
     if (pages.size() > MAX_PAGES) forget();
-    if (now > UINT32_MAX / 2) forget(), now = 1;
+    if (now > UINT32_MAX / 2) {                 // what threads knew is of the past
+        forget();
+        now = 1;
+        memset(threads, 0, sizeof threads), memset(arrived, 0, sizeof arrived), memset(at_fence, 0, sizeof at_fence);
+        memset(pieces, 0, sizeof pieces);
+    }
     stacks = static_cast<const char *>(first_stack), stacks_end = stacks + stack_bytes;
     launch_start = now++;
     block_starts.clear();
 }
-void begin_block(const void *memory, size_t bytes, const void *around, size_t room_bytes) {
+void begin_block(int n, const void *memory, size_t bytes, const void *around, size_t room_bytes) {
     shared = static_cast<const char *>(memory), shared_end = shared + bytes;
     room = static_cast<const char *>(around), room_end = room + room_bytes;
     block_start = barrier_time = now++;
     block_starts.push_back(block_start);
     memset(warp_time, 0, sizeof warp_time);
-    memset(seen, 0, sizeof seen);
+    actors = of(n);
+    spread = false;
+    for (group_view &v : views) v.valid = false;
     active = true;
 }
-void block_barrier() { barrier_time = now++; }
+void block_barrier() {
+    if (spread) {
+        std::vector<int> all(static_cast<size_t>(actors - UNITS));
+        std::iota(all.begin(), all.end(), 0);
+        join_all(all);
+    }
+    for (group_view &v : views) v.valid = false;
+    spread = false;
+    barrier_time = now++;
+}
 void warp_barrier(int warp, uint32_t mask) {
-    if (mask == ~0u) { warp_time[warp] = now++; return; }
-    instant joined[32] = {};
-    for (int l = 0; l < 32; l++)
-        for (int o = 0; o < 32 && mask >> l & 1; o++) joined[o] = std::max(joined[o], seen[warp][l][o]);
-    for (int l = 0; l < 32; l++)
-        if (mask >> l & 1) joined[l] = now;
-    for (int l = 0; l < 32; l++)
-        if (mask >> l & 1) memcpy(seen[warp][l], joined, sizeof joined);
+    if (mask != ~0u || spread) {
+        std::vector<int> lanes;
+        for (int l = 0; l < 32; l++) if (mask >> l & 1) lanes.push_back(warp * 32 + l);
+        const bool before = spread;
+        join_all(lanes);
+        spread = before;
+    }
+    if (mask == ~0u) warp_time[warp] = now;
+    views[warp / 4].valid = false;
     now++;
 }
 void end_launch() { active = false; }

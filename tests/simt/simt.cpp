@@ -349,7 +349,7 @@ void run_grid(dim3 grid, dim3 dim, size_t shared) {
         memset(block.shared, 0xff, shared);
         forget_copies();
         block_begins(block.n);
-        RACE(begin_block(block.shared, shared, room, ROOM));
+        RACE(begin_block(block.n, block.shared, shared, room, ROOM));
         run_block();
         block_ends();
     }

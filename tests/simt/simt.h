@@ -50,7 +50,7 @@ uint32_t random_number();                   // of the schedule's seed
 unsigned char *shared_memory();
 uint32_t shared_u32(const void *p);
 unsigned char *shared_at(uint32_t address, int bytes, int align);   // checks bounds and alignment
-void cp_async_16(uint32_t to, const void *from, int bytes);
+void cp_async_16(uint32_t to, const void *from, int bytes, place at);
 void cp_async_commit();
 void cp_async_wait(int pending);
 enum { EARLY, LATE, RANDOM };
@@ -82,7 +82,9 @@ extern "C" __attribute__((visibility("default"))) int simt_configure(const char 
 // ---- the twins of ptx.cuh -------------------------------------------------------------------------------------------
 inline unsigned char *shared_memory() { return simt::shared_memory(); }
 inline uint32_t shared_u32(const void *p) { return simt::shared_u32(p); }
-inline void cp_async_16(uint32_t to, const void *from, int bytes) { simt::cp_async_16(to, from, bytes); }
+inline void cp_async_16(uint32_t to, const void *from, int bytes, simt::place at = simt::place::current()) {
+    simt::cp_async_16(to, from, bytes, at);
+}
 inline void cp_async_commit() { simt::cp_async_commit(); }
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t row, simt::place at = simt::place::current());
 void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row, simt::place at = simt::place::current());

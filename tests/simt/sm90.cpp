@@ -20,7 +20,8 @@
 
 namespace simt {
 namespace {
-enum { THREADS = 1024, SHARED = 227 * 1024, GROUP = 128, REGISTERS = 65536, MAX_BYTES = (1 << 20) - 1 };
+enum { THREADS = 1024, SHARED = 227 * 1024, GROUP = 128, REGISTERS = 65536, MAX_BYTES = (1 << 20) - 1,
+       BARRIERS = race::UNITS - race::LOADS };
 
 bool random_turn() { return async_timing() == RANDOM && random_number() % 4 == 0; }
 void tick();                                    // under `random`, something asynchronous may happen now
@@ -29,6 +30,7 @@ void tick();                                    // under `random`, something asy
 // The 64 bits in shared memory hold a mark that says whether somebody overwrote them; the state is here.
 struct waiter { int thread; int64_t phase; };
 struct mbarrier {
+    int                  number;
     uint32_t             address;
     unsigned char       *memory;
     int                  count, pending;        // arrivals of a phase, those that are still to come
@@ -78,11 +80,14 @@ mbarrier &barrier_of(uint32_t address, const char *what, place at) {
     return b;
 }
 
+[[maybe_unused]] race::instant landed_until(const mbarrier &b);     // the loads that began until then
+
 void end_phase(mbarrier &b) {
     for (const waiter &w : b.waiters)
         if (w.phase != b.phase)
             fail("a phase misread: phase %lld of %s ends before thread %d has seen the end of phase %lld, which it waits for",
                  static_cast<long long>(b.phase), b.name().c_str(), w.thread, static_cast<long long>(w.phase));
+    RACE(end_phase(b.number, landed_until(b)));
     b.phase++;
     b.pending = b.count;
     for (const waiter &w : b.waiters) wake(w.thread);
@@ -101,6 +106,7 @@ void arrive(mbarrier &b, const char *what, place at) {
 }
 // The running thread is told of the end of a phase.
 void tell(mbarrier &b) {
+    RACE(told(b.number));
     if (!b.loads) b.unseen = false;
 }
 bool has_ended(const mbarrier &b, uint32_t parity, place at) {
@@ -116,6 +122,7 @@ void land(size_t i) {
     const landing l = landings[i];
     landings.erase(landings.begin() + static_cast<ptrdiff_t>(i));
     land_copies(l.thread, l.copies);
+    RACE(copies_arrive(l.b->number, l.thread));
     arrive(*l.b, "cp_async_arrive", l.at);
 }
 
@@ -173,8 +180,13 @@ int box_bytes(const tensor &t) {
 uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // ---- TMA loads --------------------------------------------------------------------------------------------------------
-struct load { tensor t; uint32_t to; mbarrier *b; int c[5]; };
+struct load { tensor t; uint32_t to; mbarrier *b; int c[5]; race::instant time; };
 std::deque<load> loads;                         // that have not landed
+
+race::instant landed_until(const mbarrier &b) {
+    for (const load &l : loads) if (l.b == &b) return l.time - 1;
+    return race::time();
+}
 
 void land_load(size_t i) {
     const load l = loads[i];
@@ -196,6 +208,7 @@ struct store {
     int      c[5], thread, group;
     place    at;
     bool     read, waited;                      // shared memory has been read; and bulk_wait* has said so
+    race::instant time;
     std::vector<unsigned char> data;
 };
 std::deque<store> stores;                       // that have not written
@@ -243,6 +256,7 @@ struct warpgroup {
     uint64_t          gone = 0, next[GROUP] = {};       // events before them; of each thread
     std::vector<std::unique_ptr<sums>> in_flight;
     std::deque<product> products;               // not done
+    std::deque<std::pair<int, race::instant>> times;    // of products not waited for: their group, and when they began
     int  groups = 0;                            // committed
     bool fenced = false;                        // since the last commit
     int  registers = 0;                         // of each thread
@@ -339,13 +353,20 @@ void happen(const event &e, int group) {
         check_operand(e.b, e.b_along_k, e.columns, "b", e.at);
         if (e.first && !g.fenced) fail("wgmma (%s) uses d without a wgmma_fence before it", line_of(e.at).c_str());
         e.d->last_group = g.groups;
+        for (const bool is_a : {true, false})
+            for_pieces(is_a ? e.a : e.b, is_a ? e.a_along_k : e.b_along_k, is_a ? 64 : e.columns, [&](int, int, [[maybe_unused]] const void *p) {
+                RACE(unit_reads(p, 16, race::WGMMA + group, LINE(e.at)));
+            });
         g.products.push_back({e, g.groups});
+        g.times.push_back({g.groups, race::time()});
         if (async_timing() == EARLY) run_product(g);
         break;
     case COMMIT: g.groups++, g.fenced = false; break;
     case WAIT: {
         const int done = g.groups - e.number;
         while (!g.products.empty() && g.products.front().group < done) run_product(g);
+        for (; !g.times.empty() && g.times.front().first < done; g.times.pop_front())
+            for (int t = 0; t < GROUP; t++) RACE(unit_done(race::WGMMA + group, g.times.front().second, group * GROUP + t));
         auto &list = g.in_flight;
         for (size_t i = 0; i < list.size();) {
             if (list[i]->last_group >= done) { i++; continue; }
@@ -476,8 +497,13 @@ void thread_ends() {
         if (s.thread == me && !s.waited) fail("a thread ends without bulk_wait_read for its TMA store of %s", line_of(s.at).c_str());
     for (const auto &d : warpgroups[me / GROUP].in_flight)
         if (d->d[me % GROUP]) fail("a thread ends without wgmma_wait for what is in flight");
-    for (const landing &l : landings)
-        if (l.thread == me && l.copies == ~0ull) abort();
+}
+bool in_flight(const void *p, size_t bytes) {
+    const int me = self->linear;
+    for (const auto &d : warpgroups[me / GROUP].in_flight)
+        if (const float *mine = d->d[me % GROUP]; mine && p < mine + d->columns / 2 && static_cast<const char *>(p) + bytes > reinterpret_cast<const char *>(mine))
+            return true;
+    return false;
 }
 std::string waits_for(int thread) {
     for (const mbarrier &b : barriers)
@@ -498,9 +524,16 @@ std::string waits_for(int thread) {
 // ---- the twins that are not inline ------------------------------------------------------------------------------------
 void tma_load(uint32_t to, const void *map, uint32_t barrier, int rank, const int *coordinates, place at) {
     tick();
-    load l = {tensor_of(map, "tma_load", rank), to, &barrier_of(barrier, "tma_load", at), {}};
+    load l = {tensor_of(map, "tma_load", rank), to, &barrier_of(barrier, "tma_load", at), {}, 0};
     std::copy(coordinates, coordinates + rank, l.c);
-    memset(shared_at(to, box_bytes(l.t), 128), 0xff, static_cast<size_t>(box_bytes(l.t)));
+    const size_t bytes = static_cast<size_t>(box_bytes(l.t));
+    unsigned char *target = shared_at(to, static_cast<int>(bytes), 128);
+    RACE(unit_writes(target, bytes, race::LOADS + l.b->number, LINE(at)));
+    l.time = race::time();
+    for_lines(l.t, to, l.c, [&]([[maybe_unused]] uint32_t, [[maybe_unused]] const void *from, int, [[maybe_unused]] int n) {
+        RACE(access(race::READ, from, static_cast<size_t>(2 * n), LINE(at)));
+    });
+    memset(target, 0xff, bytes);
     l.b->loads++, l.b->load = at, l.b->unseen = true;
     loads.push_back(l);
     if (async_timing() == EARLY) land_load(loads.size() - 1);
@@ -512,6 +545,7 @@ void bulk_wait(int pending, bool read, place) {
         store &s = stores[i];
         if (s.thread != me || s.group >= done) { i++; continue; }
         read_store(s);
+        RACE(unit_done(race::STORES + me / 32, s.time, me));
         s.waited = true;
         if (read) { i++; continue; }
         write_store(s);
@@ -573,6 +607,7 @@ void sync_threads(int barrier, int n, place at) {
     for (int t : b.here) lanes[t / 32] |= 1u << t % 32;
     for (int w = 0; w < THREADS / 32; w++)
         if (lanes[w] && ~lanes[w]) fail("sync_threads (%s): of warp %d only lanes %08x came to barrier %d", line_of(at).c_str(), w, lanes[w], barrier);
+    RACE(meet(b.here.data(), n));
     for (int t : b.here) if (t != me) wake(t);
     b.here.clear();
 }
@@ -585,7 +620,9 @@ void mbarrier_init(uint32_t barrier, int arrivals, place at) {
     unsigned char *memory = simt::shared_at(barrier, 8, 8);
     int16_t &number = simt::barrier_at[(memory - shared_memory()) / 8];
     if (number) fail("mbarrier_init (%s) of %s again", line_of(at).c_str(), simt::barriers[static_cast<size_t>(number - 1)].name().c_str());
+    if (simt::barriers.size() == simt::BARRIERS) fail("mbarrier_init (%s): the harness has %d barriers", line_of(at).c_str(), simt::BARRIERS);
     simt::mbarrier b;
+    b.number = static_cast<int>(simt::barriers.size());
     b.address = barrier, b.memory = memory, b.count = b.pending = arrivals, b.by = simt::self->linear, b.at = at;
     b.told.assign(static_cast<size_t>(simt::threads), -2);
     const uint64_t mark = b.mark();
@@ -598,13 +635,16 @@ void fence_mbarrier_init() {
 }
 void mbarrier_arrive(uint32_t barrier, place at) {
     simt::tick();
-    arrive(simt::barrier_of(barrier, "mbarrier_arrive", at), "mbarrier_arrive", at);
+    simt::mbarrier &b = simt::barrier_of(barrier, "mbarrier_arrive", at);
+    RACE(arrive(b.number, simt::self->linear));
+    arrive(b, "mbarrier_arrive", at);
 }
 void mbarrier_arrive_expect(uint32_t barrier, int bytes, place at) {
     simt::tick();
     if (bytes < 0) fail("mbarrier_arrive_expect (%s) of %d bytes", line_of(at).c_str(), bytes);
     simt::mbarrier &b = simt::barrier_of(barrier, "mbarrier_arrive_expect", at);
     b.bytes += bytes;
+    RACE(arrive(b.number, simt::self->linear));
     arrive(b, "mbarrier_arrive_expect", at);
 }
 void cp_async_arrive(uint32_t barrier, place at) {
@@ -644,13 +684,21 @@ void prefetch_tensor_map(const tensor_map *map) { simt::tensor_of(map, "prefetch
 void tma_store(const tensor_map *map, uint32_t from, int x, int y, int z, place at) {
     simt::tick();
     const int me = simt::self->linear;
-    simt::store s = {simt::tensor_of(map, "tma_store", 3), from, {x, y, z}, me, simt::bulk_groups[me], at, false, false, {}};
-    simt::shared_at(from, box_bytes(s.t), 128);
+    simt::store s = {simt::tensor_of(map, "tma_store", 3), from, {x, y, z}, me, simt::bulk_groups[me], at, false, false, 0, {}};
+    [[maybe_unused]] const unsigned char *source = simt::shared_at(from, box_bytes(s.t), 128);
+    RACE(unit_reads(source, static_cast<size_t>(box_bytes(s.t)), race::STORES + me / 32, LINE(at)));
+    s.time = race::time();
+    for_lines(s.t, 0, s.c, [&](uint32_t, [[maybe_unused]] const void *to, int, [[maybe_unused]] int n) {
+        RACE(access(race::WRITE, to, static_cast<size_t>(2 * n), LINE(at)));
+    });
     simt::stores.push_back(s);
     if (simt::async_timing() == simt::EARLY) write_store(simt::stores.back());
 }
 void bulk_commit() { simt::bulk_groups[simt::self->linear]++; }
-void fence_async() { simt::tick(); }
+void fence_async() {
+    simt::tick();
+    RACE(fence_async());
+}
 
 void wgmma_fence(place at) { simt::come_and_go(simt::FENCE, at); }
 void wgmma_commit(place at) { simt::come_and_go(simt::COMMIT, at); }

@@ -22,7 +22,7 @@ AT_A_TIME = 2
 
 
 def conditions(bug):
-    return bug.variant, bug.schedule, bug.timing, bug.check
+    return bug.variant, bug.schedule, bug.timing, bug.sm, bug.check
 
 
 CONTROLS = sorted({conditions(bug): i for i, bug in enumerate(BUGS)}.values())  # one bug of each check
@@ -37,13 +37,13 @@ def plant(bug, folder):
     text = source.read_text()
     assert text.count(bug.old) == 1, f"{bug.file} has the text {text.count(bug.old)} times: {bug.old!r}"
     source.write_text(text.replace(bug.old, bug.new))
-    unit = source.stem.split("_")[0]  # gemm.cu of gemm_tile.cuh
+    unit = source.stem if source.suffix == ".cu" else source.stem.split("_")[0]  # gemm.cu of gemm_tile.cuh
     compiler = shlex.split(make("print-compiler", bug.variant))
     command = [*compiler, "-O0", "-g0", "-w", "-x", "c++", "-c", folder / f"cuda/{unit}.cu", "-o", folder / "bug.o"]
     subprocess.run(command, cwd=ROOT, check=True)
     objects = library(bug.variant).parent
     parts = [path for path in objects.glob("*.o") if path.stem != unit]
-    parts += [path for path in (objects / "harness").glob("*.o") if path.stem != "toy"]
+    parts += [path for path in (objects / "harness").glob("*.o") if not path.stem.startswith("toy")]
     # What other sources instantiate too is taken from the first object.
     command = [compiler[0], "-shared", "-o", folder / "bug.so", folder / "bug.o", *parts, "-lpthread", "-ldl"]
     subprocess.run(command, check=True)
@@ -53,7 +53,7 @@ def plant(bug, folder):
 def work(job):
     kind, i = job.split("-")
     bug = BUGS[int(i)]
-    os.environ.update(SIMT_SCHEDULE=bug.schedule, SIMT_ASYNC=bug.timing, SIMT_PATIENCE="2")
+    os.environ.update(SIMT_SCHEDULE=bug.schedule, SIMT_ASYNC=bug.timing, SIMT_SM=str(bug.sm), SIMT_PATIENCE="2")
     with tempfile.TemporaryDirectory() as folder:
         path = plant(bug, Path(folder)) if kind == "planted" else library(bug.variant)
         return pytest.main(["-qx", "-p", "no:cacheprovider", f"--simt={path}", *shlex.split(bug.check)])

@@ -48,13 +48,13 @@ uint64_t copies_landed(int thread) {
     return a.issued;
 }
 
-void cp_async_16(uint32_t to, const void *from, int bytes) {
+void cp_async_16(uint32_t to, const void *from, int bytes, [[maybe_unused]] place at) {
     if (bytes < 0 || bytes > 16) fail("cp.async of %d bytes", bytes);
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async from an address that is not a multiple of 16");
     agent &me = agents[self->linear];
     copy c = {shared_at(to, 16, 16), from, bytes, me.groups, false, me.issued++};
-    RACE(async_begin(c.to, 16, __builtin_return_address(0)));
-    if (bytes) RACE(access(race::READ, from, static_cast<size_t>(bytes), __builtin_return_address(0)));
+    RACE(async_begin(c.to, 16, LINE(at)));
+    if (bytes) RACE(access(race::READ, from, static_cast<size_t>(bytes), LINE(at)));
     memset(c.to, 0xff, 16);
     if (async_timing() == EARLY || (async_timing() == RANDOM && random_number() % 2)) finish(c);
     me.copies.push_back(c);
@@ -69,7 +69,7 @@ template <class F> void land(int thread, F which) {
     for (copy &c : a.copies) {
         if (!which(c)) { a.copies[kept++] = c; continue; }
         finish(c);
-        RACE(async_end(c.to, 16, thread, __builtin_return_address(0)));
+        RACE(async_end(c.to, 16, thread));
     }
     a.copies.resize(kept);
 }
@@ -242,7 +242,7 @@ cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     const int sm = getenv("SIMT_SM") ? atoi(getenv("SIMT_SM")) : 80;        // another device, for tests
     switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 2; break;
+    case cudaDevAttrMultiProcessorCount: *value = getenv("SIMT_SMS") ? atoi(getenv("SIMT_SMS")) : 2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = sm / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = sm % 10; break;
     default: *value = 227 * 1024;

@@ -1,0 +1,57 @@
+// direct.cu: functions of cuda/ that no op of the API shows by themselves, for test_direct.py. *word: the verdict.
+#include "../../cuda/sm90.cuh"
+
+#define DIRECT extern "C" __attribute__((visibility("default"))) int
+
+namespace {
+template <class F>
+int by_half(int64_t dtype, F f) { return dtype == MOE_BF16 ? f(bf16{}) : f(f16{}); }
+verdict verdict_in(uint64_t *word) {
+    static_assert(sizeof *word == sizeof(unsigned long long));
+    return {reinterpret_cast<unsigned long long *>(word), OP_grouped_gemm_wgrad};
+}
+}  // namespace
+
+// The way of products from now on, a moe_way; -1: as the policy says.
+DIRECT direct_force(int way) {
+    moe_cuda_table()->force(way);
+    return MOE_OK;
+}
+// dw[e] = a^T b of rows of `stride_a` and `stride_b` elements; in floats if `wide`. -1: it does not take them.
+DIRECT direct_sums(int64_t dtype, int64_t wide, int64_t add, int64_t R, int64_t E, int64_t M, int64_t N,
+                   const void *a_RM, int64_t stride_a, const void *b_RN, int64_t stride_b, const int32_t *bins_E,
+                   void *dw, int64_t se, int64_t sr, uint64_t *word) {
+    TRY(moe_cuda_table()->ready(0));
+    return by_half(dtype, [&]<class T>(T) {
+        const gemm_product<T> g = {
+            .R = R, .E = E, .N = N, .M = M, .bins_E = bins_E,
+            .a = {{.p = static_cast<const T *>(a_RM), .se = 0, .si = 1, .sk = stride_a}},
+            .b = {{.p = static_cast<const T *>(b_RN), .se = 0, .si = 1, .sk = stride_b}}, .bad = verdict_in(word),
+        };
+        const moe_mat to = {dw, se, sr, 1};
+        if (wide) return float_sums_sm90_takes(g, to) ? float_sums_sm90(g, to, add != 0, nullptr) : -1;
+        return sums_sm90_takes(g, to) ? sums_sm90(g, to, nullptr) : -1;
+    });
+}
+DIRECT direct_sort_rows(int64_t dtype, int64_t R, int64_t K, int64_t D, int64_t N, const void *from_RD,
+                        const int32_t *order_N, const int32_t *inverse_RK, void *to_ND, int64_t row_D, uint64_t *word) {
+    TRY(moe_cuda_table()->ready(0));
+    return by_half(dtype, [&]<class T>(T) {
+        return sort_rows(R, K, D, N, static_cast<const T *>(from_RD), order_N, inverse_RK, static_cast<T *>(to_ND),
+                         row_D, verdict_in(word), nullptr);
+    });
+}
+// wide: weights are floats.
+DIRECT direct_dact(int64_t dtype, int64_t act_, int64_t N, int64_t F, int64_t row_F, int64_t flat_ids,
+                   const int32_t *order_N, const void *weights, int64_t wide, const void *h_NU, const void *da_NF,
+                   void *sa_NF, void *dh_NU, float *ds_N, uint64_t *) {
+    const int act = static_cast<int>(act_);
+    TRY(moe_cuda_table()->ready(0));
+    return by_half(dtype, [&]<class T>(T) {
+        const dact_rows<T> d = {
+            gated_act(act), act_plain(act), F, row_F, flat_ids, order_N, {weights, wide != 0},
+            static_cast<const T *>(h_NU), static_cast<T *>(sa_NF), static_cast<T *>(dh_NU),
+        };
+        return dact_pass(d, N, static_cast<const T *>(da_NF), ds_N, nullptr);
+    });
+}

@@ -1,0 +1,222 @@
+"""Functions of cuda/ for Hopper that no op shows by themselves, against numbers in double: direct.cu calls them."""
+
+import ctypes
+import itertools
+import os
+
+import devices
+import pytest
+import torch
+
+from moe_ext import reference
+
+DTYPES = {2: torch.bfloat16, 3: torch.float16}  # by moe_dtype
+WIDE, NARROW = 1, 3  # moe_way: tiles of 128 x 256, of 128 x 128
+BAD_INDEX, BAD_BINS = 3, 4  # moe_status
+ACTS = ["swiglu", "geglu", "geglu_tanh", "swiglu_oai", "silu", "gelu", "gelu_tanh", "relu"]  # by moe_act
+
+
+pytestmark = pytest.mark.kernels
+
+
+class Direct:
+    """The functions of direct.cu in a library of the host harness."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+
+    def __call__(self, name, *arguments):
+        """What kernels complain of: a moe_status, and where; (0, 0) is nothing."""
+        word = ctypes.c_uint64(0)
+        sent = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x if x is None else ctypes.c_int64(x)
+                for x in arguments]  # fmt: skip
+        status = getattr(self.library, f"direct_{name}")(*sent, ctypes.byref(word))
+        assert status == 0, f"{name}: status {status}"
+        return word.value >> 56, word.value & (1 << 48) - 1
+
+
+@pytest.fixture
+def direct():
+    if not devices.simt:
+        pytest.skip("only the host harness has direct.cu")
+    calls = Direct(os.path.abspath(devices.simt))
+    yield calls
+    calls.library.direct_force(ctypes.c_int(-1))
+
+
+# ---- sums_sm90 -------------------------------------------------------------------------------------------------------
+RAGGED = [130, 0, 1, 64, 16, 200, 0, 33]
+
+
+class Sums:
+    """dw[e] = a^T b over the rows of e, of small integers: exact in float, so that dw has one right value. All that is
+    beside the operands and beside dw is NaN."""
+
+    def __init__(self, rows, M, N, dtype, wide=False, pad=0):
+        self.bins_E = torch.tensor(rows).cumsum(0).int()
+        self.rows, self.M, self.N, self.dtype, self.wide = rows, M, N, dtype, wide
+        R = sum(rows) + 3  # rows of no expert
+        generator = torch.Generator().manual_seed(len(rows))
+        self.a, self.b = (self.operand(R, size, pad, generator) for size in (M, N))
+        self.dw = torch.full([len(rows), M + pad, N + pad], torch.nan, dtype=torch.float32 if wide else DTYPES[dtype])
+
+    def operand(self, R, size, pad, generator):
+        x = torch.full([R, -(-size // 8) * 8 + pad], torch.nan, dtype=DTYPES[self.dtype])
+        x[: sum(self.rows), :size] = torch.randint(-3, 4, [sum(self.rows), size], generator=generator)
+        return x
+
+    def run(self, direct, way, add=False, bins_E=None):
+        bins_E = self.bins_E if bins_E is None else bins_E
+        direct.library.direct_force(ctypes.c_int(way))
+        return direct("sums", self.dtype, self.wide, add, len(self.a), len(self.rows), self.M, self.N, self.a,
+                      self.a.stride(0), self.b, self.b.stride(0), bins_E, self.dw, self.dw.stride(0),
+                      self.dw.stride(1))  # fmt: skip
+
+    def want(self, e, begin, end):
+        a, b = self.a[begin:end, : self.M].double(), self.b[begin:end, : self.N].double()
+        return (a.mT @ b).to(self.dw.dtype)
+
+    def check(self, e, want):
+        got = self.dw[e, : self.M, : self.N]
+        assert got.equal(want), f"expert {e}: {int((got != want).sum())} of {want.numel()} are wrong"
+
+    def check_all(self):
+        ends = [0, *self.bins_E.tolist()]
+        for e, (begin, end) in enumerate(itertools.pairwise(ends)):
+            self.check(e, self.want(e, begin, end))
+        assert self.dw[:, self.M :].isnan().all() and self.dw[:, :, self.N :].isnan().all()
+
+
+@pytest.mark.parametrize("way", [WIDE, NARROW])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("M, N, pad", [(136, 264, 0), (131, 72, 16), (5, 8, 8)])
+def test_sums(M, N, pad, wide, dtype, way, direct):
+    s = Sums(RAGGED, M, N, dtype, wide, pad)
+    assert s.run(direct, way) == (0, 0)
+    s.check_all()
+
+
+def test_sums_of_every_rest(direct):
+    """Every length of a last stage; NaN in the rows of every second expert is nobody else's."""
+    s = Sums(list(range(64)), 16, 24, 2)
+    ends = [0, *s.bins_E.tolist()]
+    for e in range(1, 64, 2):
+        s.a[ends[e] : ends[e + 1], :16] = torch.nan
+        s.b[ends[e] : ends[e + 1], :24] = torch.nan
+    assert s.run(direct, NARROW) == (0, 0)
+    for e in range(64):
+        if e % 2:
+            assert s.dw[e].isnan().all()
+        else:
+            s.check(e, s.want(e, ends[e], ends[e + 1]))
+
+
+def check_many(direct):
+    rows = torch.randint(0, 40, [300], generator=torch.Generator().manual_seed(0)).tolist()
+    s = Sums([*rows, 700], 8, 8, 2)
+    assert s.run(direct, NARROW) == (0, 0)
+    s.check_all()
+
+
+def test_sums_of_many_experts(direct):
+    """More than are sorted or dealt out at once."""
+    check_many(direct)
+
+
+@pytest.mark.parametrize("way", [WIDE, NARROW])
+def test_added_sums(way, direct):
+    s = Sums(RAGGED, 72, 136, 2, wide=True, pad=8)
+    s.dw[:, :72, :136] = torch.arange(136.0)
+    before, ends = s.dw.clone(), [0, *s.bins_E.tolist()]
+    assert s.run(direct, way, add=True) == (0, 0)
+    for e, (begin, end) in enumerate(itertools.pairwise(ends)):
+        s.check(e, before[e, :72, :136] + s.want(e, begin, end))
+    assert s.dw[:, 72:].isnan().all() and s.dw[:, :, 136:].isnan().all()
+
+
+def test_wrong_bins(direct):
+    """Zeros for the expert whose bin is wrong, and a verdict; the others are right."""
+    s = Sums([10, 60, 30], 24, 40, 2)
+    for bins, wrong in [([10, 5, 100], 1), ([10, 1 << 30, 100], 1), ([-4, 70, 100], 0)]:
+        s.dw.fill_(torch.nan)
+        status, e = s.run(direct, NARROW, bins_E=torch.tensor(bins).int())
+        assert (status, e) == (BAD_BINS, wrong)
+        s.check(wrong, torch.zeros(24, 40, dtype=torch.bfloat16))
+        s.check(2, s.want(2, bins[1], 100) if bins[1] < 100 else torch.zeros(24, 40, dtype=torch.bfloat16))
+
+
+def test_more_blocks_than_two(direct):
+    """Tiles are dealt out to an odd number of blocks, of which some wait for the longest."""
+    for blocks in ("1", "7"):
+        program = "import test_direct; test_direct.check_many(test_direct.Direct(devices.simt))"
+        done = devices.python(program, "cpu", SIMT_SMS=blocks)
+        assert done.returncode == 0, done.stderr
+
+
+# ---- sort_rows -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("D", [8, 40, 19])
+@pytest.mark.parametrize("K", [1, 3, 11])
+def test_sort_rows(K, D, direct):
+    generator = torch.Generator().manual_seed(K)
+    ids_RK = torch.randint(-1, 4, [13, K], generator=generator).int()
+    index = reference.route_index(ids_RK, 4)
+    N, row_D = int(index.bins_E[-1]), -(-D // 8) * 8
+    x = torch.randn(13, D, generator=generator).bfloat16()
+    x[0, 0] = torch.nan  # rows are bytes
+    to = torch.full([N, row_D], torch.nan, dtype=torch.bfloat16)
+    order, inverse = index.order_N, index.inverse_TK
+    assert direct("sort_rows", 2, 13, K, D, N, x, order, inverse, to, row_D) == (0, 0)
+    want = torch.nn.functional.pad(x[order[:N].long() // K], (0, row_D - D))
+    assert to.view(torch.int16).equal(want.view(torch.int16))
+
+
+@pytest.mark.parametrize("order, inverse", [([0, 4, 1, 3], [0, 2, -1, 3]), ([0, 2, 1, 3], [0, 2, 4, 3])])
+def test_a_place_without_a_row_is_zeros(order, inverse, direct):
+    x, to = torch.ones(4, 8).bfloat16(), torch.full([4, 8], torch.nan).bfloat16()
+    order, inverse = torch.tensor(order).int(), torch.tensor(inverse).int()
+    status, at = direct("sort_rows", 2, 4, 1, 8, 4, x, order, inverse, to, 8)
+    assert status == BAD_INDEX and at in (1, 2)
+    assert to.eq(torch.tensor([[1.0], [0], [1], [1]])).all()
+
+
+# ---- dact_pass -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("act", range(len(ACTS)), ids=ACTS)
+@pytest.mark.parametrize("F, dtype, wide", [(40, 2, True), (100, 3, False), (1096, 2, False)])
+def test_dact(F, dtype, wide, act, direct):
+    N, row_F, gated, type_ = 9, -(-F // 8) * 8, act < 4, DTYPES[dtype]
+    generator = torch.Generator().manual_seed(F)
+    U = (1 + gated) * F
+    h = (2 * torch.randn(N, U, generator=generator)).to(type_)
+    da = torch.full([N, row_F], torch.nan, dtype=type_)
+    da[:, :F] = torch.randn(N, F, generator=generator)
+    weights = torch.rand(12, generator=generator).to(torch.float32 if wide else type_)
+    order = torch.randperm(12, generator=generator)[:N].int()
+    order[4] = -1  # nobody's: counts as zeros
+    s = torch.where(order < 0, 0, weights[order.long()]).double()[:, None]
+    h_ = h.double().requires_grad_()
+    A = reference.activation(h_, ACTS[act])
+    (dh_want,) = torch.autograd.grad(A, h_, s * da[:, :F].double())
+    want = {"sA": s * A.detach(), "dh": dh_want, "ds": (da[:, :F].double() * A.detach()).sum(1)}
+
+    def run(sa, dh, ds, da=da):
+        direct("dact", dtype, act, N, F, row_F, 12, order, weights, wide, h, da, sa, dh, ds)
+
+    def blank(*size, dtype=type_):
+        return torch.full(size, torch.nan, dtype=dtype)
+
+    sa, dh, ds = blank(N, row_F), blank(N, (1 + gated) * row_F), blank(N, dtype=torch.float32)
+    run(sa, dh, ds)
+    got = {"sA": sa[:, :F], "dh": torch.cat([x[:, :F] for x in dh.split(row_F, 1)], 1), "ds": ds}
+    for name, x in got.items():
+        rounding = 1e-5 if name == "ds" else torch.finfo(type_).eps
+        error = (x.double() - want[name]).abs().max() / want[name].abs().max()
+        assert error <= rounding, f"{name}: {error:.1e}"
+    for left_out in range(3):  # what is not wanted changes no bits of the rest; sA may take the place of dA'
+        in_place = da.clone()
+        some = [in_place, blank(N, (1 + gated) * row_F), blank(N, dtype=torch.float32)]
+        some[left_out] = None
+        run(*some, da=in_place)
+        for x, y in zip(some, (sa, dh, ds), strict=True):
+            if x is not None:
+                assert torch.equal(x.nan_to_num(), y.nan_to_num())
