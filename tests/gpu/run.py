@@ -127,13 +127,14 @@ def build(dry):
 
 def conformance(dry):
     hopper = ["-gencode", "arch=compute_90a,code=sm_90a"]
-    targets = {"conformance": ["-gencode", "arch=compute_80,code=[compute_80,sm_80]", *hopper], "conformance_sm90": hopper}
+    both = ["-gencode", "arch=compute_80,code=[compute_80,sm_80]", *hopper]
     got, left_out = {}, ""
-    for name, target in targets.items():
+    for name, target in ("conformance", both), ("conformance_sm90", hopper):
         program, source = OUT / name, f"tests/gpu/{name}.cu"
         if dry:
-            command = ["g++", "-std=c++20", "-O2", "-ffp-contract=off", "-Wno-psabi", "-Itests/simt", "-x", "c++", source,
-                       *(f"tests/simt/{part}.cpp" for part in ("simt", "twins", "sm90", "ipc")), "-o", program, "-lpthread"]
+            harness = [f"tests/simt/{part}.cpp" for part in ("simt", "twins", "sm90", "ipc")]
+            command = ["g++", "-std=c++20", "-O2", "-ffp-contract=off", "-Wno-psabi", "-Itests/simt",
+                       "-x", "c++", source, *harness, "-o", program, "-lpthread"]  # fmt: skip
         else:
             nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
             command = [nvcc, "-std=c++20", "-O3", "--fmad=false", *target, source, "-o", program]
