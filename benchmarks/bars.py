@@ -1,10 +1,10 @@
 """What the reports of a Hopper card say of the bars that its kernels were written to, and of what was predicted.
 
-    python -m benchmarks.bars build/gpu/nvidia-h200-COMMIT.json [build/gpu/train-nvidia-h200-COMMIT.json] [--log]
+    python -m benchmarks.bars [--log] build/gpu/nvidia-h200-COMMIT.json [build/gpu/train-nvidia-h200-COMMIT.json]
 
 Reports of benchmarks/gpu.py and benchmarks/train.py, any number of them. Prints a line per bar: met or missed, measured
-against bar, and where it was worst. --log writes what was measured into the column "outcome" of hopper-log.md beside the
-predictions, wherever that is empty: a row is found by what it is about, the name of a figure below.
+against bar, and where it was worst. --log writes what was measured into the column "outcome" of hopper-log.md beside
+the predictions, wherever that is empty: a row is found by what it is about, the name of a figure below.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def bars(reports):
     result, found = [], figures(reports)
     for form in ("forward", "dgrad", "wgrad"):
         for routing in ("balanced", "zipf"):
-            lines = [(name, line) for report in reports for f, r, name, line in products(report) if (f, r) == (form, routing)]
+            lines = [(name, line) for report in reports for *kind, name, line in products(report)
+                     if kind == [form, routing]]  # fmt: skip
             of_bmm = {name: line["ratio"]["bmm"] for name, line in lines
                       if "bmm" in line["ratio"] and line["rows"] >= LARGE * line["E"]}  # fmt: skip
             of_mm = {name: line["ratio"]["grouped-mm"] for name, line in lines if "grouped-mm" in line["ratio"]}
@@ -124,7 +125,7 @@ def bars(reports):
 
 
 def fill(text, found, commit):
-    """The log with each empty outcome whose figure was measured; a row is | version | what | why | predicted | outcome |."""
+    """The log with each empty outcome that was measured; a row is | version | what | why | predicted | outcome |."""
     rows = []
     for row in text.splitlines():
         cells = [cell.strip() for cell in row.strip().strip("|").split("|")]

@@ -23,8 +23,8 @@ through autograd too; times are CUDA events, medians over the rounds.
 
 Prints Markdown, and writes it with the figures to benchmarks/results/<device>-<commit>.{md,json} after every job; says
 on stderr what it has done. A shape takes about 6 s for each routing, the default shapes two and a half minutes; --all
-adds larger ones, up to 80 GB of memory. --limit SECONDS leaves out, and says, what would begin later: the figures that say
-most come first. --without leaves out what rests on these kernels, by the names of tests/gpu/hopper.py.
+adds larger ones, up to 80 GB of memory. --limit SECONDS leaves out, and says, what would begin later: the figures that
+say most come first. --without leaves out what rests on these kernels, by the names of tests/gpu/hopper.py.
 --dry runs all of it on tiny shapes on the CPU, where times mean nothing.
 """
 
@@ -63,7 +63,8 @@ SHAPES = {  # T, d, h, E, k; those that say most first
     "sonic-30b-1024": Shape(32768, 4096, 1024, 64, 4),
 }
 NEEDS = {  # line -> beginnings of the names in tests/gpu/hopper.py
-    "forward": ("rows",), "dgrad": ("rows",), "wgrad": ("sums",), "F": ("rows", "mlp gated"), "F+B": ("rows", "sums", "mlp"),
+    "forward": ("rows",), "dgrad": ("rows",), "wgrad": ("sums",), "F": ("rows", "mlp gated"),
+    "F+B": ("rows", "sums", "mlp"),
 }  # fmt: skip
 MORE_SHAPES = {  # with --all
     "sonic-1.4b-256": Shape(40960, 768, 256, 128, 8),
@@ -394,8 +395,8 @@ def bench_kernels(bench, name, shape, rounds=5):
     for _ in range(2):
         step()
     bench.wait()
-    cpu = bench.device.type == "cpu"
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, "CPU" if cpu else "CUDA")]) as profile:
+    cpu, activity = bench.device.type == "cpu", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU if cpu else activity.CUDA]) as profile:
         for _ in range(rounds):
             step()
         bench.wait()
@@ -533,12 +534,16 @@ def markdown(report):
     return text
 
 
+def place(report, out):
+    device = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    return out / f"{device}-{report['commit']}.json"
+
+
 def write(report, out):
     out.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
-    for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
-        (out / f"{device}-{report['commit']}{suffix}").write_text(text)
-    return out / f"{device}-{report['commit']}.json"
+    place(report, out).write_text(json.dumps(report, indent=1) + "\n")
+    place(report, out).with_suffix(".md").write_text(markdown(report))
+    return place(report, out)
 
 
 def main(arguments=None):
@@ -553,6 +558,7 @@ def main(arguments=None):
     parser.add_argument("--without", nargs="*", default=[], metavar="KERNEL", help="leave out what rests on these")
     parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="begin no line later")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--append", action="store_true", help="to the report of this device and commit")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: tries the code, measures nothing")
     options = parser.parse_args(arguments)
     if options.dry:
@@ -560,6 +566,9 @@ def main(arguments=None):
     elif not moe_ext.has_cuda():
         sys.exit(f"error: no GPU to measure: {moe_ext._C.cuda() or 'torch sees no CUDA device'}. Hint: --dry")
     bench = Bench(options)
+    if options.append and place(bench.report, options.out).exists():
+        before = json.loads(place(bench.report, options.out).read_text())
+        bench.report |= {section: before[section] for section in COLUMNS if section != "movement"}
     every = SHAPES | MORE_SHAPES
     shapes = DRY_SHAPES if options.dry else every if options.all else {name: every[name] for name in options.shapes}
     widest = max(shapes.values(), key=lambda shape: shape.T * shape.d)
@@ -569,7 +578,8 @@ def main(arguments=None):
             jobs += [("layer", bench_layer, name, shape, routing, backward) for backward in (False, True)]
             jobs += [("gemm", bench_gemm, name, shape, routing)]
         if shape is next(iter(shapes.values())):
-            jobs += [("kernels", bench_kernels, name, shape), ("other", bench_other, widest, 96 if options.dry else 128256)]
+            jobs += [("kernels", bench_kernels, name, shape)]
+            jobs += [("other", bench_other, widest, 96 if options.dry else 128256)]
     torch.set_num_threads(1)        # OpenMP's spin after each draw, and could hold up the thread of autograd
     errors, deadline = [], time.perf_counter() + options.limit
     bench.warm_up()

@@ -4,17 +4,16 @@
     mma.sync    the same without the kernels that only Hopper has (MOE_SM90=0), on Hopper
     before      the driver of another tree that is built (--before FOLDER), an earlier commit say
 
-One after the other, each in a process of its own, on the same made-up tokens (by Zipf's law) with the same seed, at the
-recipe's size and with two micro-batches a step. Nothing is evaluated or saved. After `steps` steps a driver is ended; its
-speed is the median of its step lines but the first, each over ten steps. Losses say whether all went the same way. Prints
-Markdown, writes train-<device>-<commit>.json. The driver needs tyro.
+One after the other, each in a process of its own, on the same made-up tokens (by Zipf's law) with the same seed, at
+the recipe's size and with two micro-batches a step. Nothing is evaluated or saved. After --steps a driver is ended; its
+speed is the median of its step lines but the first, each over ten steps. Losses say whether all went the same way.
+Prints a line each, writes train-<device>-<commit>.json. The driver needs tyro.
 """
 
 import argparse
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ops import commit, lines
+from moe_ext.config import load
 from moe_ext.data.indexed import IndexedWriter
 
 ROOT = Path(__file__).parent.parent
@@ -59,8 +59,7 @@ def drive(name, tree, flags, folder, arguments, **environment):
     command = [sys.executable, "-m", "moe_ext.train", str(arguments.recipe.resolve()), *flags, "--log.name", name]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), *paths()])} | environment
     with (arguments.out / f"train-{name}.log").open("w+") as log:
-        child = subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=subprocess.STDOUT,
-                                 start_new_session=True)  # fmt: skip
+        child = subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             records = []
             while not records or records[-1]["step"] < arguments.steps:
@@ -71,8 +70,7 @@ def drive(name, tree, flags, folder, arguments, **environment):
                     break
                 time.sleep(0.05)
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()        # else it would save a checkpoint
             child.wait()
         log.seek(0)
         said = [line for line in log.read().splitlines() if line.strip()]
@@ -114,10 +112,9 @@ def main(arguments=None):
         trees = {name: tree for name, tree in trees.items() if name in arguments.only}
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = "dry run" if arguments.dry else torch.cuda.get_device_name()
-    report = {"device": device, "commit": commit(), "torch": torch.__version__, "recipe": arguments.recipe.stem, "lines": []}
+    report = {"device": device, "commit": commit(), "torch": torch.__version__, "recipe": arguments.recipe.stem}
+    report["lines"] = []
     file = arguments.out / f"train-{re.sub(r'[^a-z0-9]+', '-', device.lower())}-{report['commit']}.json"
-    from moe_ext.config import load
-
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_tokens(folder / "text", load(arguments.recipe).model.vocab_size, 100_000 if arguments.dry else TOKENS)
@@ -127,8 +124,9 @@ def main(arguments=None):
             report["lines"].append(line)
             file.write_text(lines(report) + "\n")
             losses = ", ".join(f"{loss:.3f} at {step}" for step, loss in line["losses"].items())
-            print(f"{name}: {line.get('tokens/s', 0):.0f} tokens/s, {line.get('ms', 0):.1f} ms a step; losses {losses}; "
-                  f"{line['seconds']:.0f} s in all" + f"; failed: {line['failed']}" * bool(line["failed"]), flush=True)
+            print(f"{name}: {line.get('tokens/s', 0):.0f} tokens/s, {line.get('ms', 0):.1f} ms a step; "
+                  f"losses {losses}; {line['seconds']:.0f} s in all{'; failed: ' * bool(line['failed'])}"
+                  f"{line['failed'] or ''}", flush=True)  # fmt: skip
     print(file)
     if any(line["failed"] for line in report["lines"]):
         sys.exit("error: a driver did not come to its last step")

@@ -1,5 +1,5 @@
-"""First contact with each of the kernels that only Hopper has (cuda/sm90.cuh): one check for a process of its own, because
-a kernel that waits in vain traps after two seconds and takes its process with it.
+"""First contact with each of the kernels that only Hopper has (cuda/sm90.cuh): a check for a process of its own each,
+because a kernel that waits in vain traps after two seconds and takes its process with it.
 
     PYTHONPATH=.:tests python tests/gpu/hopper.py cuda "rows 128x192" ..
 
@@ -27,8 +27,11 @@ RAGGED = [0, 1, 127, 128, 129, 0, 300, 64, 1000, 0]
 # Rows of experts, inner and outer width. The last two are many tiles for each multiprocessor.
 PRODUCTS = [(RAGGED, 200, 520), ([1024] * 4, 2048, 768), ([12288 // (e + 1) for e in range(128)], 264, 1536)]
 FEW_PRODUCTS = [([0, 1, 127, 130, 0, 40], 72, 136)]
-MLPS = [Case("ragged", Shape(300, 136, 72, 9, 3), "some_absent"), Case("empty", Shape(700, 328, 264, 17, 2), "empty_experts"),
-        Case("skewed", Shape(8192, 512, 384, 64, 4), "skewed")]  # fmt: skip
+MLPS = [
+    Case("ragged", Shape(300, 136, 72, 9, 3), "some_absent"),
+    Case("empty", Shape(700, 328, 264, 17, 2), "empty_experts"),
+    Case("skewed", Shape(8192, 512, 384, 64, 4), "skewed"),
+]
 FEW_MLPS = [Case("ragged", Shape(90, 72, 40, 5, 3), "some_absent")]
 ALONE = Case("alone", Shape(500, 136, 200, 5, 1), "skewed")
 
@@ -163,7 +166,7 @@ def alone(card, act, wanted):
         for name in ("gate", "up", "down"):
             if name in changed:
                 changed[name][torch.arange(E, device=card.device) != e] = torch.nan
-        got = card.run(lambda changed=changed: results(lambda **x: call(ops, **x), changed, wanted))
+        got = card.run(lambda changed=changed: results(lambda **tensors: call(ops, **tensors), changed, wanted))
         for name in got:
             its = e if name in ("dgate", "dup", "ddown") else mine
             same(got[name][its], want[name][its], f"{name} of expert {e} beside NaN")
