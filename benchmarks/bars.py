@@ -110,8 +110,9 @@ def bars(reports):
     def at_most(value, bar):
         return value <= bar
 
-    for kind in OF_BOUND:
+    for kind, bar in OF_BOUND.items():
         against(f"{LAYER} {kind} balanced, TFLOP/s", TFLOPS, TFLOPS)
+        against(f"{LAYER} {kind} balanced, x bound", bar, bar)
         for routing in ("balanced", "zipf"):
             against(f"{LAYER} {kind} {routing}, sorted copies more memory than mma.sync", 1, "at most 1", at_most)
     against(f"{LAYER} outside products, of layer", OUTSIDE, f"at most {OUTSIDE:.0%}", at_most)
