@@ -64,8 +64,8 @@ def drive(name, tree, flags, folder, arguments, **environment):
             records = []
             while not records or records[-1]["step"] < arguments.steps:
                 ended = child.poll() is not None
-                found = metrics.read_text().splitlines() if metrics.exists() else []
-                records = [record for record in map(json.loads, found) if "tokens_per_s" in record]
+                whole, _, _ = (metrics.read_text() if metrics.exists() else "").rpartition("\n")
+                records = [record for record in map(json.loads, whole.splitlines()) if "tokens_per_s" in record]
                 if ended or time.perf_counter() - begin > arguments.patience:
                     break
                 time.sleep(0.05)

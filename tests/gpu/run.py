@@ -24,8 +24,8 @@ then alone on the card:
 Seconds are estimates for an H200 of 16 cores, starts of 6 to 10 s included; the sum without sanitizer is 490.
 
 A kernel that fails in `hopper` may take everything with it that runs in its process. So what rests on it is left out
-of bench and more, its way of the tuner, ours of driver; and layers, graph, exchange and train run with MOE_SM90=0, to prove
-the rest. The op tests run as they are, a process for each file.
+of bench and more, its way of the tuner, ours of driver; and layers, graph, exchange and train run with MOE_SM90=0, to
+prove the rest. The op tests run as they are, a process for each file.
 
 Needs torch with CUDA, nvcc, setuptools; pytest and hypothesis for the test files. Nothing has to be installed but them:
 the extension is built in place, and what was built elsewhere is used if it is newer than its sources. One line per

@@ -30,8 +30,9 @@ def share(text):
     return list(CHECKS)[number - 1::shares]
 
 
-def checks(name, device):
-    if name not in PRODUCTS or device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
+def checks(name, dtype, device):
+    old = device == "cpu" or torch.cuda.get_device_capability() != (9, 0)
+    if old or name not in PRODUCTS or dtype == torch.float32:
         return [CHECKS[name]]
     return [cublas.forced(cublas.load(), way, CHECKS[name]) for way in cublas.WAYS]
 
@@ -43,7 +44,7 @@ def main(device="cuda", *names):
         print(name, flush=True)
         for case in CASES:
             for dtype in (torch.float32, torch.bfloat16):
-                for check in checks(name, device):
+                for check in checks(name, dtype, device):
                     check(ops, case, dtype, device)
     moe_ext.synchronize(device)
     print(f"{len(names)} ops pass on {device}")
