@@ -71,6 +71,10 @@ struct gemm_piece {
 static __device__ __forceinline__ int end_of_rows(int R, int E, const int32_t *bins_E, int e) {
     return e < 0 ? 0 : e < E ? bins_E[e] : R;
 }
+// The same as a call: it needs no registers of a kernel that has none left.
+static __device__ __noinline__ inline int ask_end_of_rows(int R, int E, const int32_t *bins_E, int e) {
+    return end_of_rows(R, E, bins_E, e);
+}
 // How many tiles of rows stand before each expert: experts + 1 entries. Every block counts for itself. Bins that are
 // not in order: a verdict, and no tiles at all. shared: 32 words.
 template <int tile_m>
@@ -117,7 +121,7 @@ static __device__ bool find_of_sums(const gemm_product<T> &g, int64_t t, gemm_pi
     *piece = {e, i * Tile::tile_m, static_cast<int>(g.M), j * columns, begin, end, (end - begin + depth - 1) / depth};
     return true;
 }
-template <class Tile, int parts, class T>
+template <class Tile, int parts, bool full = false, class T>
 static __device__ bool find_of_rows(const gemm_product<T> &g, const uint32_t *table, int64_t t, gemm_piece *piece) {
     constexpr int columns = Tile::tile_n / parts, depth = panel_depth<T>;
     const int R = static_cast<int>(g.R), E = static_cast<int>(g.E);
@@ -128,8 +132,11 @@ static __device__ bool find_of_rows(const gemm_product<T> &g, const uint32_t *ta
     if (t >= table[experts] * across) return false;
     const int e = expert_at(experts, tile / across, [&](int e) { return table[e + 1]; });
     swizzle(tile - table[e] * across, table[e + 1] - table[e], across, &i, &j);
-    *piece = {e, end_of_rows(R, E, g.bins_E, e - 1) + i * Tile::tile_m, end_of_rows(R, E, g.bins_E, e), j * columns,
-              0, K, e == E ? 0 : g.terms * ((K + depth - 1) / depth)};
+    const auto end_of = [&](int e) {
+        return full ? ask_end_of_rows(R, E, g.bins_E, e) : end_of_rows(R, E, g.bins_E, e);
+    };
+    *piece = {e, end_of(e - 1) + i * Tile::tile_m, end_of(e), j * columns, 0, K,
+              (e != E) * g.terms * ((K + depth - 1) / depth)};
     return true;
 }
 
@@ -182,7 +189,7 @@ gemm_kernel(const gemm_product<T> g, const Epilogue emit) {
     gemm_piece now = {}, next;
     for (int64_t t = blockIdx.x;; t += gridDim.x) {
         const bool more = ragged_sums ? find_of_sums<Tile, parts>(g, t, &next)
-                                      : find_of_rows<Tile, parts>(g, table, t, &next);
+                                      : find_of_rows<Tile, parts, !vector>(g, table, t, &next);
         if (more) {
             if (next.steps > 0) begin(next, 0);
 #pragma unroll 1

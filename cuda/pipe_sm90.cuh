@@ -1,8 +1,8 @@
 // pipe_sm90.cuh: what the products on Hopper have in common: the ring of panels between the warps that load and those
 // that multiply, the sums of a tile, and the way of its rows from registers to memory.
 //
-// A block is three warpgroups, one block a multiprocessor. Warpgroup 0 loads: a stage of the ring holds a panel of A and
-// one of B, PIPE_DEPTH deep in the sum, in 128-byte swizzle. Warpgroups 1 and 2 multiply, by one of two schedules:
+// A block is three warpgroups, one block a multiprocessor. Warpgroup 0 loads: a stage of the ring holds a panel of A
+// and one of B, PIPE_DEPTH deep in the sum, in 128-byte swizzle. Warpgroups 1 and 2 multiply, by one of two schedules:
 //   together   each half the rows of every tile                  long sums: the widest tile reads the least
 //   by turns   each every second tile of the block               short sums: the rows of one tile leave while the other
 //                                                                warpgroup multiplies
@@ -32,7 +32,7 @@ struct pipe_tile {
     static constexpr int  tile_m = m, tile_n = n, stages = stages_;
     static constexpr bool by_turns = by_turns_;
     static constexpr int  loader_registers = loader_registers_, registers = (504 - loader_registers) / 2;
-    static constexpr int  group_m = by_turns ? m : m / 2, slices = group_m / 64;    // of one warpgroup: rows, 64 of them
+    static constexpr int  group_m = by_turns ? m : m / 2, slices = group_m / 64;    // of a warpgroup: rows, in 64s
     static constexpr int  pieces = slices * n > 256 ? 1 : 4;        // of store_rows16 at once: registers that c leaves
     static constexpr int  a_bytes = m * 128, b_bytes = n * 128, stage_bytes = a_bytes + b_bytes;
     static constexpr int  areas_at = stages * stage_bytes, barriers_at = areas_at + PIPE_WARPS * AREA_BYTES;
@@ -90,8 +90,8 @@ struct pipe {
 
 // ---- the sums of a tile ---------------------------------------------------------------------------------------------
 // c[i] = sums of rows first_row + 64 i .. of the tile, all its columns, over `steps` stages from `at` on, in the layout
-// of wgmma; of the last stage, over its first `last_pieces` times 16. begin returns while the last product runs: c is not
-// to be touched before end. Without a step they are zeros.
+// of wgmma; of the last stage, over its first `last_pieces` times 16. begin returns while the last product runs: c is
+// not to be touched before end. Without a step they are zeros.
 template <class Tile, class T, bool a_along_k, bool b_along_k>
 struct tile_sums {
     static constexpr int all_pieces = PIPE_DEPTH / 16;
@@ -120,8 +120,8 @@ struct tile_sums {
         last = at.stage;
         at.next();
     }
-    __device__ __forceinline__ void begin(const pipe<Tile> &ring, ring_place<Tile> &at, int first_row, int steps, sums &c,
-                                          int last_pieces = all_pieces) {
+    __device__ __forceinline__ void begin(const pipe<Tile> &ring, ring_place<Tile> &at, int first_row, int steps,
+                                          sums &c, int last_pieces = all_pieces) {
         const int whole = last_pieces == all_pieces ? steps : steps - 1;
 #pragma unroll 1
         for (int step = 0; step < whole; step++) multiply<all_pieces>(ring, at, first_row, step, c);
@@ -148,9 +148,9 @@ struct tile_sums {
 __extension__ typedef unsigned __int128 bytes16;        // moved as one, where a struct may come apart
 
 // 64 columns of a warp's 16 rows, x[4 i + v] as wgmma leaves them: row lane/4 + 8 (v/2), column 8 i + 2 (lane%4) + v%2.
-// They go through the area, so that eight lanes write 128 bytes of a row. The first `rows` rows and `columns` columns, a
-// multiple of 8, are stored; `to` and the rows' stride are multiples of 16 bytes. By all lanes, of which each has at_once
-// pieces under way.
+// They go through the area, so that eight lanes write 128 bytes of a row. The first `rows` rows and `columns` columns,
+// a multiple of 8, are stored; `to` and the rows' stride are multiples of 16 bytes. By all lanes, of which each has
+// at_once pieces under way.
 template <int at_once = 4, class T>
 static __device__ __forceinline__ void store_rows16(unsigned char *area, const float *x, T *to, int64_t stride,
                                                     int rows, int columns) {

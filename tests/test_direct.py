@@ -11,7 +11,7 @@ import torch
 from moe_ext import reference
 
 DTYPES = {2: torch.bfloat16, 3: torch.float16}  # by moe_dtype
-WIDE, NARROW = 1, 3  # moe_way: tiles of 128 x 256, of 128 x 128
+WIDE, TURNS, NARROW = 1, 2, 3  # moe_way: tiles of 128 x 256, 192, 128
 BAD_INDEX, BAD_BINS = 3, 4  # moe_status
 ACTS = ["swiglu", "geglu", "geglu_tanh", "swiglu_oai", "silu", "gelu", "gelu_tanh", "relu"]  # by moe_act
 
@@ -42,6 +42,91 @@ def direct():
     calls = Direct(os.path.abspath(devices.simt))
     yield calls
     calls.library.direct_force(ctypes.c_int(-1))
+
+
+# ---- rows_sm90 -------------------------------------------------------------------------------------------------------
+class Rows:
+    """y = sum of a[t] b[t] + bias over ragged rows, of small integers: exact. All that is beside the operands is NaN,
+    and so are the rows and the matrix of expert 5. gathered: a has 40 rows, of which the index makes three copies."""
+
+    def __init__(
+        self, rows, N, K, dtype, along_k=True, terms=1, tail=False, bias=False, gathered=False, pad=0, extra=3
+    ):
+        generator = torch.Generator().manual_seed(N + K)
+        self.N, self.K, self.dtype, self.along_k, self.tail, self.pad = N, K, dtype, along_k, tail, pad
+        self.bins_E, self.R, E = torch.tensor(rows).cumsum(0).int(), sum(rows) + extra, len(rows)
+        self.index = torch.randint(0, 120, [self.R], generator=generator).int() if gathered else None
+        self.a = self.integers(generator, terms, 40 if gathered else self.R, K)
+        self.b = self.integers(generator, terms, E, *((N, K) if along_k else (K, N)))
+        self.bias = self.integers(generator, E, N) if bias else None
+        if E > 5:
+            self.b[:, 5] = torch.nan
+            if not gathered:
+                self.a[:, self.bins_E[4] : self.bins_E[5]] = torch.nan
+        self.y = torch.full([self.R, N + pad], torch.nan, dtype=DTYPES[dtype])
+
+    def integers(self, generator, *shape):
+        x = torch.full([*shape[:-1], -(-shape[-1] // 8) * 8 + self.pad], torch.nan, dtype=DTYPES[self.dtype])
+        x[..., : shape[-1]] = torch.randint(-3, 4, shape, generator=generator)
+        return x
+
+    def run(self, direct, way, bins_E=None):
+        bins_E = self.bins_E if bins_E is None else bins_E
+        direct.library.direct_force(ctypes.c_int(way))
+        return direct("rows", self.dtype, self.R, len(bins_E), self.N, self.K, len(self.a), self.along_k, self.tail,
+                      self.a, self.a.stride(1), self.index, 3, 40, self.b, self.b.stride(2), bins_E, self.bias,
+                      0 if self.bias is None else self.bias.stride(0), self.y, self.y.stride(0))  # fmt: skip
+
+    def want(self, zeros=()):
+        y, begin = torch.full_like(self.y, torch.nan), 0
+        a = self.a if self.index is None else self.a[:, (self.index.clamp(0, 119) // 3).long()]
+        a[:, list(zeros)] = 0
+        for e, end in enumerate(self.bins_E.tolist()):
+            b = self.b[:, e].mT if self.along_k else self.b[:, e]
+            sums = (a[:, begin:end, : self.K].double() @ b[:, : self.K, : self.N].double()).sum(0)
+            y[begin:end, : self.N] = sums if self.bias is None else sums + self.bias[e, : self.N].double()
+            begin = end
+        if self.tail:
+            y[begin:, : self.N] = 0
+        return y
+
+    def check(self, direct, way):
+        assert self.run(direct, way) == (0, 0)
+        torch.testing.assert_close(self.y, self.want(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("along_k", [True, False])
+@pytest.mark.parametrize("way", [WIDE, TURNS, NARROW])
+def test_rows(way, along_k, direct):
+    """Sums of any length, columns that no tile divides, experts of no row and of one, two terms, the tail."""
+    rows = [130, 0, 1, 300, 0, 17]
+    for N, K in ((136, 200), (264, 64), (8, 8)):
+        Rows(rows, N, K, 2, along_k).check(direct, way)
+    Rows(rows, 200, 72, 3, along_k, terms=2, bias=True, pad=8).check(direct, way)
+    Rows(rows, 200, 5, 2, along_k, terms=2, tail=True, bias=True, pad=16, extra=140).check(direct, way)
+    Rows([0, 0], 64, 64, 2, along_k, tail=True, extra=20).check(direct, way)
+
+
+@pytest.mark.parametrize("along_k", [True, False])
+def test_gathered_rows(along_k, direct):
+    for N, K in ((264, 200), (24, 8), (40, 3)):
+        Rows([130, 0, 1, 300, 0, 17], N, K, 2, along_k, bias=True, gathered=True).check(direct, WIDE)
+
+
+def test_gathered_rows_out_of_range(direct):
+    rows = Rows([130, 9], 24, 72, 3, gathered=True)
+    rows.index[7], rows.index[131] = 120, -1
+    status, position = rows.run(direct, WIDE)
+    assert status == BAD_INDEX and position in (7, 131)
+    torch.testing.assert_close(rows.y, rows.want(zeros=(7, 131)), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("way", [WIDE, TURNS, NARROW])
+def test_rows_under_wrong_bins(way, direct):
+    rows = Rows([40, 50, 3], 64, 64, 2)
+    for wrong in ([40, 30, 93], [-1, 90, 93], [40, 97, 97]):
+        status, _ = rows.run(direct, way, torch.tensor(wrong).int())
+        assert status == BAD_BINS and rows.y.isnan().all()
 
 
 # ---- sums_sm90 -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,28 @@ DIRECT direct_sums(int64_t dtype, int64_t wide, int64_t add, int64_t R, int64_t 
         return sums_sm90_takes(g, to) ? sums_sm90(g, to, nullptr) : -1;
     });
 }
+// y = a b (+ bias) over ragged rows, of rows of `stride` elements; of `terms` a and b, which lie behind one another. b:
+// E matrices of `lines` lines of stride_b elements, along k N lines, else K. index: of a's rows, index_rows of them.
+DIRECT direct_rows(int64_t dtype, int64_t R, int64_t E, int64_t N, int64_t K, int64_t terms, int64_t along_k,
+                   int64_t tail, const void *a, int64_t stride_a, const int32_t *index, int64_t index_div,
+                   int64_t index_rows, const void *b, int64_t stride_b, const int32_t *bins_E, const void *bias,
+                   int64_t bias_se, void *y, int64_t stride, uint64_t *word) {
+    TRY(moe_cuda_table()->ready(0));
+    return by_half(dtype, [&]<class T>(T) {
+        const int64_t se = stride_b * (along_k ? N : K);
+        gemm_product<T> g = {.R = R, .E = E, .N = N, .K = K, .terms = static_cast<int>(terms), .tail = tail != 0,
+                             .bins_E = bins_E, .a = {}, .b = {}, .bad = verdict_in(word)};
+        for (int64_t t = 0; t < terms; t++) {
+            g.a[t] = {.p = static_cast<const T *>(a) + t * R * stride_a, .se = 0, .si = stride_a, .sk = 1,
+                      .index = index, .index_div = static_cast<int32_t>(index_div), .index_rows = index_rows};
+            g.b[t] = {.p = static_cast<const T *>(b) + t * E * se, .se = se, .si = along_k ? stride_b : 1,
+                      .sk = along_k ? 1 : stride_b};
+        }
+        const T *const added = static_cast<const T *>(bias);
+        T *const to = static_cast<T *>(y);
+        return rows_sm90_takes(g, added, to, stride) ? rows_sm90(g, added, bias_se, to, stride, nullptr) : -1;
+    });
+}
 DIRECT direct_sort_rows(int64_t dtype, int64_t R, int64_t K, int64_t D, int64_t N, const void *from_RD,
                         const int32_t *order_N, const int32_t *inverse_RK, void *to_ND, int64_t row_D, uint64_t *word) {
     TRY(moe_cuda_table()->ready(0));

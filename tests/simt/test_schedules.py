@@ -11,7 +11,7 @@ import torch
 from cases import Case, Shape
 from checks import CHECKS, Tapped
 from harness import library
-from test_direct import NARROW, WIDE, Direct, Sums
+from test_direct import NARROW, TURNS, WIDE, Direct, Rows, Sums
 
 RAGGED = Case("ragged", Shape(37, 24, 40, 5, 3), "some_absent")  # rows of whole 16-byte pieces
 ODD = Case("odd", Shape(21, 19, 23, 4, 2), "empty_experts")  # rows of none
@@ -71,3 +71,13 @@ def test_sums_for_hopper(configure):
             assert seen.setdefault((way, wide), s.dw.clone()).equal(s.dw)
         for e, (begin, end) in enumerate(itertools.pairwise([0, *s.bins_E.tolist()])):
             torch.testing.assert_close(s.dw[e].double(), s.want(e, begin, end).double(), rtol=2**-8, atol=1e-4)
+
+
+def test_rows_for_hopper(configure):
+    """rows_sm90 in all tiles, and gathered."""
+    direct = Direct(library("race"))
+    for seed, (schedule, timing) in enumerate(itertools.product(SCHEDULES, TIMINGS)):
+        assert configure(schedule.encode(), timing.encode(), ctypes.c_uint64(seed)) == 0
+        for way in (WIDE, TURNS, NARROW):
+            Rows([130, 0, 1, 140], 136, 136, 2, way == WIDE).check(direct, way)
+        Rows([130, 0, 1, 20], 24, 136, 2, gathered=True).check(direct, WIDE)
