@@ -324,7 +324,7 @@ def driver(dry):
     if not installed("tyro"):
         yield "driver", None, "tyro not installed"
         return
-    before = Run.before if (Run.before / "moe_ext").is_dir() else None
+    before = Run.before if (Run.before / "moe_ext").is_dir() and not dry else None
     trees = [["--before", before]] if before else []
     if broken:
         trees.append(["--only", "mma.sync", *(["before"] if before else [])])
