@@ -151,7 +151,7 @@ def hopper(dry):
         run = python("hopper", "tests/gpu/hopper.py", "cpu", OMP_NUM_THREADS="2")
         yield "hopper", run.ok, run.last
         return
-    runs = {name: lambda name=name: python(f"hopper {name}", "tests/gpu/hopper.py", "cuda", name, timeout=120,
+    runs = {name: lambda name=name: python(f"hopper {name}", "tests/gpu/hopper.py", "cuda", name, timeout=90,
                                            OMP_NUM_THREADS="2") for name in KERNELS}  # fmt: skip
     for name, run in side_by_side(runs):
         if run.ok and run.last.startswith("left out"):
