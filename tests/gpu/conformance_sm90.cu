@@ -1,4 +1,4 @@
-// conformance_sm90.cu: as conformance.cu, for the instructions of ptx_sm90.cuh. On another device than Hopper it prints {}.
+// conformance_sm90.cu: as conformance.cu, for the instructions of ptx_sm90.cuh. On another device than Hopper: {}.
 #include <cuda.h>
 
 #include "conformance.cuh"
@@ -6,17 +6,18 @@
 
 enum { ROWS = 70, COLUMNS = 128, BEFORE = 64, Y_ROWS = 40, THREADS = 128, SHARED = 65 * 1024 };
 struct maps {
-    tensor_map rows, panels, tail, out;     // x: boxes of 32 rows and 64 columns; of 16 rows and two times 64 columns; of
-                                            // 64 rows, the last one before row w. y: boxes of 16 rows
+    tensor_map rows, panels, tail, out;     // x: boxes of 32 rows of 64 columns; of 16 rows of two times 64; of 64, the
+                                            // last one before row w. y: boxes of 16 rows
     uint16_t *x_RC, *y_RC;                  // x begins behind BEFORE rows
 };
 
 // Small numbers, exact in 16 bits.
-static __host__ __device__ inline int number(int i) { return static_cast<int>(bits_of(static_cast<uint32_t>(i)) >> 7 & 15) - 8; }
+static __device__ inline int number(int i) { return static_cast<int>(bits_of(static_cast<uint32_t>(i)) >> 7 & 15) - 8; }
 static __device__ inline uint32_t at(int offset) { return shared_u32(shared_memory()) + static_cast<uint32_t>(offset); }
 static __device__ inline uint32_t barrier(int i) { return at(64 * 1024 + 8 * i); }
 static __device__ void start(int arrivals) {
-    for (int i = threadIdx.x; i < 64 * 256; i += blockDim.x) reinterpret_cast<uint32_t *>(shared_memory())[i] = 0xabababab;
+    for (int i = threadIdx.x; i < 64 * 256; i += blockDim.x)
+        reinterpret_cast<uint32_t *>(shared_memory())[i] = 0xabababab;
     fence_async();
     if (threadIdx.x == 0) {
         for (int i = 0; i < 4; i++) mbarrier_init(barrier(i), arrivals);
@@ -29,7 +30,7 @@ static __device__ void show(uint32_t *out, int words) {
     for (int i = threadIdx.x; i < words; i += blockDim.x) out[i] = reinterpret_cast<uint32_t *>(shared_memory())[i];
 }
 
-// ---- mbarriers --------------------------------------------------------------------------------------------------------
+// ---- mbarriers ------------------------------------------------------------------------------------------------------
 // What a thread is told of both parities, after each arrival and each landing.
 static __global__ void mbarrier_phases(const __grid_constant__ maps m, uint32_t *out, int) {
     start(2);
@@ -64,14 +65,15 @@ static __global__ void mbarrier_phases(const __grid_constant__ maps m, uint32_t 
     out[i] = 1;
 }
 
-// ---- TMA --------------------------------------------------------------------------------------------------------------
+// ---- TMA ------------------------------------------------------------------------------------------------------------
 // Boxes that leave the matrix on every side, by negative coordinates too, at addresses that swizzle differently.
 static __global__ void tma_boxes(const __grid_constant__ maps m, uint32_t *out, int words) {
     start(1);
     if (threadIdx.x == 0) {
         const int corners[7][2] = {{0, 0}, {64, 10}, {-3, -5}, {100, 50}, {101, -31}, {-64, 0}, {1 << 30, -(1 << 30)}};
         mbarrier_arrive_expect(barrier(0), 7 * 4096);
-        for (int i = 0; i < 7; i++) tma_load(at(i * 4096 + (i + 4) % 8 * 128), &m.rows, barrier(0), corners[i][0], corners[i][1]);
+        for (int i = 0; i < 7; i++)
+            tma_load(at(i * 4096 + (i + 4) % 8 * 128), &m.rows, barrier(0), corners[i][0], corners[i][1]);
     }
     mbarrier_wait(barrier(0), 0);
     __syncthreads();
@@ -113,9 +115,9 @@ static __global__ void tma_stores(const __grid_constant__ maps m, uint32_t *out,
     for (int i = 0; i < words; i++) out[i] = y[i];
 }
 
-// ---- wgmma ------------------------------------------------------------------------------------------------------------
-// Two products of 16 terms at steps of 16 along the sum, the second added to the first; operands of small numbers that lie
-// as the descriptors say: line l, element c of a is 64 l + c, swizzled.
+// ---- wgmma ----------------------------------------------------------------------------------------------------------
+// Two products of 16 terms at steps of 16 along the sum, the second added to the first, of operands of small numbers
+// that lie in swizzled lines of 64: those of a, then those of b.
 template <class T, int n, bool a_along_k, bool b_along_k>
 static __global__ void products(const __grid_constant__ maps, uint32_t *out, int) {
     start(1);
@@ -138,18 +140,20 @@ static __global__ void products(const __grid_constant__ maps, uint32_t *out, int
     for (int i = 0; i < n / 2; i++) out[t * (n / 2) + i] = static_cast<uint32_t>(static_cast<int32_t>(d[i]));
 }
 
-// ---- the rest -----------------------------------------------------------------------------------------------------------
+// ---- the rest -------------------------------------------------------------------------------------------------------
 static __global__ void stmatrix(const __grid_constant__ maps, uint32_t *out, int words) {
     start(1);
     const int l = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t row = at(warp * 1024 + (l * 37 + 11) % 64 * 16);
-    stmatrix_x4(row, bits_of(threadIdx.x), bits_of(threadIdx.x + 128), bits_of(threadIdx.x + 256), bits_of(threadIdx.x + 384));
+    const uint32_t i = threadIdx.x;
+    stmatrix_x4(row, bits_of(i), bits_of(i + 128), bits_of(i + 256), bits_of(i + 384));
     __syncthreads();
     show(out, words);
 }
 static __global__ void pairs(const __grid_constant__ maps, uint32_t *out, int words) {
     for (int i = threadIdx.x; i < words / 2; i += THREADS) {
-        const float low = __uint_as_float(bits_of(2 * i) & 0xbfffffffu), high = __uint_as_float(bits_of(2 * i + 1) & 0xbfffffffu);
+        const float low = __uint_as_float(bits_of(2 * i) & 0xbfffffffu);
+        const float high = __uint_as_float(bits_of(2 * i + 1) & 0xbfffffffu);
         out[2 * i] = pack2(bf16{}, low, high), out[2 * i + 1] = pack2(f16{}, low, high);
     }
 }
@@ -182,22 +186,28 @@ static const struct { test t; void (*kernel)(maps, uint32_t *, int); } TESTS[] =
     {{"registers", 384, 1, 384, 1536}, registers},
 };
 
-static bool encode(tensor_map *map, void *base, cuuint32_t rank, const cuuint64_t *size, const cuuint64_t *stride, const cuuint32_t *box) {
+static bool encode(tensor_map *map, void *base, cuuint32_t rank, const cuuint64_t *size, const cuuint64_t *stride,
+                   const cuuint32_t *box) {
     void *f = nullptr;
     cudaDriverEntryPointQueryResult found;
-    if (cuda_status(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found), "the encoder") || !f) return false;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found) || !f)
+        return false;
+    const auto encoder = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
     const cuuint32_t every[5] = {1, 1, 1, 1, 1};
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f)(
-               reinterpret_cast<CUtensorMap *>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, base, size, stride, box, every,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return encoder(reinterpret_cast<CUtensorMap *>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, base, size, stride,
+                   box,
+                   every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 static bool encode_all(maps *m, uint16_t *x) {
     m->x_RC = x + BEFORE * COLUMNS, m->y_RC = m->x_RC + ROWS * COLUMNS;
     const cuuint64_t row = COLUMNS * 2, stride[] = {row, row / 2, row};
-    const cuuint64_t rows[] = {COLUMNS, ROWS}, panels[] = {64, ROWS, 2}, tail[] = {64, 64, 2, ROWS + 1}, y[] = {64, Y_ROWS, 2};
-    const cuuint32_t row_box[] = {64, 32}, panel_box[] = {64, 16, 2}, tail_box[] = {64, 64, 2, 1}, y_box[] = {64, 16, 1};
-    return encode(&m->rows, m->x_RC, 2, rows, stride, row_box) && encode(&m->panels, m->x_RC, 3, panels, stride, panel_box) &&
+    const cuuint64_t rows[] = {COLUMNS, ROWS}, panels[] = {64, ROWS, 2}, tail[] = {64, 64, 2, ROWS + 1};
+    const cuuint64_t y[] = {64, Y_ROWS, 2};
+    const cuuint32_t row_box[] = {64, 32}, panel_box[] = {64, 16, 2}, tail_box[] = {64, 64, 2, 1},
+        y_box[] = {64, 16, 1};
+    return encode(&m->rows, m->x_RC, 2, rows, stride, row_box) &&
+           encode(&m->panels, m->x_RC, 3, panels, stride, panel_box) &&
            encode(&m->tail, x, 4, tail, stride, tail_box) && encode(&m->out, m->y_RC, 3, y, stride, y_box);
 }
 

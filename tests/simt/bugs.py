@@ -123,7 +123,8 @@ BUGS = [
     Bug("cuda/expert.cu", "w.dh_NU || w.ds_NP ? a.D : 0", "w.dh_NU ? a.D : 0",
         "dweights wanted alone are made of no dA'", "tests/test_expert.py -k 'test_each_set and gelu'"),
     Bug("cuda/dact.cuh", "            value[v] *= du;\n", "",
-        "up has a gradient beyond its clamp", "tests/test_expert.py -k 'test_activations and swiglu_oai and float32'", unit="expert"),
+        "up has a gradient beyond its clamp",
+        "tests/test_expert.py -k 'test_activations and swiglu_oai and float32'", unit="expert"),
     # ---- cuda/expert_sums.cuh ----------------------------------------------------------------------------------------
     Bug("cuda/expert_sums.cuh", "    __syncthreads();\n", "",
         "bias sums read before all parts are written",

@@ -25,7 +25,8 @@ void block_begins(int threads);
 void block_meets();                         // at a __syncthreads, which orders inits of mbarriers
 void block_ends();
 void thread_ends();
-bool async_step(bool anything);             // no thread is ready: something asynchronous that one waits for, if there is any
+bool async_step(bool anything);             // no thread is ready: something asynchronous that one waits for, if there
+                                            // is any
 std::string waits_for(int thread);          // more of where it waits
 void copies_waited_for(int thread);
 bool in_flight(const void *p, size_t bytes);        // an accumulator of the running thread

@@ -9,10 +9,10 @@
 //                   even its own thread, and others not before the barrier after that;
 //   mbarriers       what a thread did before an arrival, and who waits for the end of that phase after the wait; named
 //                   barriers likewise among those who meet;
-//   TMA, wgmma      touch shared memory from their issue until a wait says that they are done: the mbarrier's, bulk_wait*,
-//                   wgmma_wait. They come through another proxy: what a thread wrote is ordered before what they read or
-//                   overwrite only if it called fence_async() in between, or, for cp.async, if who issues them has seen
-//                   the copies arrive and called it. A wgmma comes after what all 128 threads come after;
+//   TMA, wgmma      touch shared memory from their issue until a wait says that they are done: the mbarrier's,
+//                   bulk_wait*, wgmma_wait. They come through another proxy: what a thread wrote is ordered before what
+//                   they read or overwrite only if it called fence_async() in between, or, for cp.async, if who issues
+//                   them has seen the copies arrive and called it. wgmma comes after what all 128 threads come after;
 //   blocks          of one launch are never ordered.
 // A clock ticks at every such event, and each place keeps the time of its last write, of its last reads and atomics by
 // two warps, and of its last reads by three units. A thread knows, of each other and of each unit, until when it comes
@@ -103,7 +103,8 @@ void forget() {
 knowledge &known(int thread) {
     knowledge &k = threads[thread];
     const int warp = thread / 32;
-    for (actor a = of(warp * 32); a < std::min(of(warp * 32 + 32), actors); a++) k.seen[a] = std::max(k.seen[a], warp_time[warp]);
+    for (actor a = of(warp * 32); a < std::min(of(warp * 32 + 32), actors); a++)
+        k.seen[a] = std::max(k.seen[a], warp_time[warp]);
     return k;
 }
 void join(instant *into, const instant *from) {
@@ -164,15 +165,16 @@ void add(group_mark (&marks)[2], uint32_t pc) {
 
 // ---- reports --------------------------------------------------------------------------------------------------------
 int block_of(instant time) {                    // in the order in which blocks ran
-    return static_cast<int>(std::lower_bound(block_starts.begin(), block_starts.end(), time) - block_starts.begin()) - 1;
+    return static_cast<int>(std::lower_bound(block_starts.begin(), block_starts.end(),
+                                             time) - block_starts.begin()) - 1;
 }
 // "a write by thread 3", or the unit that did it.
 std::string who(const char *what, actor a) {
     if (a >= UNITS) return std::string(what) + " by thread " + std::to_string(a - UNITS);
     return a >= LOADS ? "a TMA load" : a >= STORES ? "a TMA store" : "a wgmma of warpgroup " + std::to_string(a);
 }
-[[noreturn]] void report(const char *p, const std::string &mine, const void *pc, const char *theirs, actor a, instant time,
-                         uint32_t their_pc, const char *more = "") {
+[[noreturn]] void report(const char *p, const std::string &mine, const void *pc, const char *theirs, actor a,
+                         instant time, uint32_t their_pc, const char *more = "") {
     active = false;
     const bool in_shared = p >= shared && p < shared_end;
     const std::string line = line_of(pc), their_line = line_of(here + their_pc);
@@ -180,16 +182,17 @@ std::string who(const char *what, actor a) {
     if (in_shared) snprintf(where, sizeof where, "shared memory + %td", p - shared);
     else snprintf(where, sizeof where, "global memory %p", static_cast<const void *>(p));
     if (time <= block_start)
-        snprintf(whose, sizeof whose, " of another block (run as number %d, this is %d)", block_of(time), block_of(now));
-    simt::fail("race on %s: %s (%s) and %s%s (%s) are not ordered%s", where, mine.c_str(), line.c_str(), who(theirs, a).c_str(), whose,
-               their_line.c_str(), more);
+        snprintf(whose, sizeof whose, " of another block (run as number %d, this is %d)", block_of(time),
+                 block_of(now));
+    simt::fail("race on %s: %s (%s) and %s%s (%s) are not ordered%s", where, mine.c_str(), line.c_str(),
+               who(theirs, a).c_str(), whose, their_line.c_str(), more);
 }
 
 template <kind what>
-void check(cell &c, const char *p, const void *pc) {
+void check(cell &c, const char *p, const void *pc, actor as) {
     static const char *const names[] = {"a read", "a write", "an atomic"};
     const int me = simt::self->linear;
-    const auto mine = [=] { return who(names[what], of(me)); };
+    const auto mine = [=] { return who(names[what], as); };
     if (c.write.under_way && c.write.time > block_start)
         report(p, mine(), pc, "a cp.async under way", c.write.by, c.write.time, c.write.pc);
     if (!before(c.write.time, c.write.by))
@@ -207,8 +210,8 @@ void check(cell &c, const char *p, const void *pc) {
 
 template <class F>
 void for_pieces(const void *p, size_t bytes, F f) {
-    const ptrdiff_t first = (static_cast<const char *>(p) - room) / PIECE, last = (static_cast<const char *>(p) + bytes - 1 - room) / PIECE;
-    for (ptrdiff_t i = first; i <= last; i++) f(pieces[i]);
+    const size_t first = static_cast<size_t>(static_cast<const char *>(p) - room);
+    for (size_t i = first / PIECE; i <= (first + bytes - 1) / PIECE; i++) f(pieces[i]);
 }
 // Nobody may overwrite what a unit still reads.
 void check_units(const char *p, size_t bytes, const std::string &mine, const void *pc) {
@@ -220,7 +223,8 @@ void check_units(const char *p, size_t bytes, const std::string &mine, const voi
 
 template <class F>
 void for_cells(const void *p, size_t bytes, F f) {
-    const uintptr_t first = reinterpret_cast<uintptr_t>(p) / GRAIN, last = (reinterpret_cast<uintptr_t>(p) + bytes - 1) / GRAIN;
+    const uintptr_t first = reinterpret_cast<uintptr_t>(p) / GRAIN,
+        last = (reinterpret_cast<uintptr_t>(p) + bytes - 1) / GRAIN;
     for (uintptr_t g = first; g <= last; g++)
         f(cells_of(g / CELLS)[g % CELLS], reinterpret_cast<const char *>(g * GRAIN));
 }
@@ -232,7 +236,8 @@ inline void touch(const void *at, size_t bytes, const void *pc) {
     if (p >= stacks && p < stacks_end) {
         if (simt::in_flight(p, bytes)) {
             active = false;
-            simt::fail("thread %d touches accumulators (%s) while a wgmma on them is under way", simt::self->linear, simt::line_of(pc).c_str());
+            simt::fail("thread %d touches accumulators (%s) while a wgmma on them is under way", simt::self->linear,
+                       simt::line_of(pc).c_str());
         }
         return;
     }
@@ -242,8 +247,9 @@ inline void touch(const void *at, size_t bytes, const void *pc) {
                    shared_end - shared);
     }
     horizon = p >= shared && p < shared_end ? block_start : launch_start;
-    for_cells(p, bytes, [&](cell &c, const char *q) { check<what>(c, q, pc); });
-    if (what != READ && p >= shared && p < shared_end) check_units(p, bytes, who("a write", of(simt::self->linear)), pc);
+    for_cells(p, bytes, [&](cell &c, const char *q) { check<what>(c, q, pc, of(simt::self->linear)); });
+    if (what != READ && p >= shared && p < shared_end)
+        check_units(p, bytes, who("a write", of(simt::self->linear)), pc);
 }
 
 // ---- units ----------------------------------------------------------------------------------------------------------
@@ -302,14 +308,18 @@ void unit_reads(const void *at, size_t bytes, int unit, const void *pc) {
         const auto mine = [=] { return who("", unit); };
         if (w.under_way) report(p, mine(), pc, "a cp.async under way", w.by, w.time, w.pc);
         const bool own = !by_group && w.by == of(me);
-        if (!own && w.time > k.seen[w.by] && (w.by < UNITS || w.time > barrier_time)) report(p, mine(), pc, "a write", w.by, w.time, w.pc);
+        if (!own && w.time > k.seen[w.by] && (w.by < UNITS || w.time > barrier_time))
+            report(p, mine(), pc, "a write", w.by, w.time, w.pc);
         if (w.by < UNITS || w.time <= k.fenced[w.by]) return;
-        if (w.copied && w.time <= (by_group ? view->at_fence[w.by] : std::max(at_fence[me].barrier_time, at_fence[me].seen[w.by]))) return;
+        const auto &mine_at_fence = at_fence[me];
+        if (w.copied && w.time <= (by_group ? view->at_fence[w.by] : std::max(mine_at_fence.barrier_time,
+                                                                              mine_at_fence.seen[w.by]))) return;
         report(p, mine(), pc, "a write", w.by, w.time, w.pc, NO_FENCE);
     });
     for_pieces(at, bytes, [&](piece &x) {
         int i = 0;
-        while (i < 2 && x.reads[i].unit != unit && x.reads[i].time > block_start && !before(x.reads[i].time, x.reads[i].unit)) i++;
+        while (i < 2 && x.reads[i].unit != unit && x.reads[i].time > block_start &&
+               !before(x.reads[i].time, x.reads[i].unit)) i++;
         x.reads[i] = {now, offset_of(pc), unit};
     });
 }
@@ -322,7 +332,7 @@ void unit_writes(const void *at, size_t bytes, int unit, const void *pc) {
         const auto mine = [=] { return who("", unit); };
         if (w.time > horizon && !w.under_way && w.by >= UNITS && before(w.time, w.by) && w.time > k.fenced[w.by])
             report(p, mine(), pc, "a write", w.by, w.time, w.pc, NO_FENCE);
-        check<WRITE>(c, p, pc);
+        check<WRITE>(c, p, pc, unit);
         c.write = {now, offset_of(pc), static_cast<uint16_t>(unit), false, false};
     });
     check_units(static_cast<const char *>(at), bytes, who("", unit), pc);
@@ -359,7 +369,8 @@ void meet(const int *list, int n) {
 }
 void begin_launch(const void *first_stack, size_t stack_bytes) {
     Dl_info info;
-    if (!here && dladdr(reinterpret_cast<const void *>(&forget), &info)) here = static_cast<const char *>(info.dli_fbase);
+    if (!here && dladdr(reinterpret_cast<const void *>(&forget), &info))
+        here = static_cast<const char *>(info.dli_fbase);
     if (pages.size() > MAX_PAGES) forget();
     if (now > UINT32_MAX / 2) {                 // what threads knew is of the past
         forget();

@@ -7,8 +7,8 @@
 #include <cstdint>
 
 namespace race {
-// Threads are not the only ones that touch shared memory: so do a warpgroup's wgmma, a warp's TMA stores and the TMA loads
-// of an mbarrier. What such a unit does begins at an instant, and others come after it once they are told so.
+// Not only threads touch shared memory: so do a warpgroup's wgmma, a warp's TMA stores and an mbarrier's TMA loads.
+// What such a unit does begins at an instant, and others come after it once they are told so.
 enum : int { WGMMA = 0, STORES = 8, LOADS = 40, UNITS = 104 };              // units: + warpgroup, + warp, + mbarrier
 typedef uint32_t instant;
 #ifdef SIMT_RACE
@@ -18,9 +18,10 @@ instant time();                                                           // of 
 void access(kind what, const void *p, size_t bytes, const void *pc);      // by the running thread, now
 void async_begin(const void *p, size_t bytes, const void *pc);            // a copy to p is under way from now on
 void async_end(const void *p, size_t bytes, int thread);                  // it has landed
-void unit_reads(const void *p, size_t bytes, int unit, const void *pc);   // multiples of 16; wgmma by its whole warpgroup
+void unit_reads(const void *p, size_t bytes, int unit, const void *pc);   // multiples of 16
 void unit_writes(const void *p, size_t bytes, int unit, const void *pc);
-void unit_done(int unit, instant upto, int thread);                       // what began until then, says a wait to the thread
+void unit_done(int unit, instant upto, int thread);                       // with what began until then, as the thread
+                                                                          // is told
 void fence_async();                                                       // by the running thread
 void arrive(int barrier, int thread);                                     // an mbarrier orders arrivals before waits
 void copies_arrive(int barrier, int thread);                              // the same, of a thread's cp.async alone
@@ -28,7 +29,8 @@ void end_phase(int barrier, instant upto);                                // upt
 void told(int barrier);
 void meet(const int *threads, int n);                                     // at a named barrier
 void begin_launch(const void *stacks, size_t stack_bytes);
-void begin_block(int threads, const void *shared, size_t bytes, const void *room, size_t room_bytes);  // room: nothing else is there
+void begin_block(int threads, const void *shared, size_t bytes, const void *room, size_t room_bytes);   // room: all its
+                                                                                                        // own
 void block_barrier();                                                     // all threads of the block have met
 void warp_barrier(int warp, uint32_t mask);                               // __syncwarp
 void end_launch();

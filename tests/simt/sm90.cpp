@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "internal.h"
@@ -26,35 +27,41 @@ enum { THREADS = 1024, SHARED = 227 * 1024, GROUP = 128, REGISTERS = 65536, MAX_
 bool random_turn() { return async_timing() == RANDOM && random_number() % 4 == 0; }
 void tick();                                    // under `random`, something asynchronous may happen now
 
+const char *line(place at) {                    // two at a time
+    static std::string texts[2];
+    static int turn;
+    return (texts[turn ^= 1] = line_of(at)).c_str();
+}
+
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
 // The 64 bits in shared memory hold a mark that says whether somebody overwrote them; the state is here.
-struct waiter { int thread; int64_t phase; };
+struct waiter { int thread; long long phase; };
 struct mbarrier {
     int                  number;
     uint32_t             address;
     unsigned char       *memory;
     int                  count, pending;        // arrivals of a phase, those that are still to come
-    int64_t              bytes = 0;             // expected less landed
-    int64_t              phase = 0;             // the running one
+    long long            bytes = 0;             // expected less landed
+    long long            phase = 0;             // the running one
     int                  by;                    // who initialised it, where
     place                at;
     bool                 fenced = false, shared = false;    // by fence_mbarrier_init, then by __syncthreads
     std::vector<waiter>  waiters;               // threads inside mbarrier_wait
-    std::vector<int64_t> told;                  // by thread: the last phase whose end mbarrier_wait told it; -2: none
+    std::vector<long long> told;                // by thread: the last phase whose end mbarrier_wait told it; -2: none
     int                  loads = 0;             // that have not landed
     place                load;                  // the newest
     bool                 unseen = false;        // nobody has waited for it
 
     uint64_t mark() const { return 0x5eed0ba441e40000u ^ address; }
-    std::string name() const {
-        char text[64];
+    const char *name() const {
+        static char text[64];
         snprintf(text, sizeof text, "the mbarrier at shared memory + %td", memory - shared_memory());
         return text;
     }
-    std::string state() const {
-        char text[128];
-        snprintf(text, sizeof text, "phase %lld, %d of %d arrivals and %lld bytes to come", static_cast<long long>(phase), pending,
-                 count, static_cast<long long>(bytes));
+    const char *state() const {
+        static char text[128];
+        snprintf(text, sizeof text, "phase %lld, %d of %d arrivals and %lld bytes to come", phase, pending,
+                 count, bytes);
         return text;
     }
 };
@@ -65,18 +72,18 @@ int                  threads;                   // of the block
 void check_mark(const mbarrier &b) {
     uint64_t mark;
     memcpy(&mark, b.memory, 8);
-    if (mark != b.mark()) fail("%s (%s) has been overwritten", b.name().c_str(), line_of(b.at).c_str());
+    if (mark != b.mark()) fail("%s (%s) has been overwritten", b.name(), line(b.at));
 }
 
 mbarrier &barrier_of(uint32_t address, const char *what, place at) {
     const ptrdiff_t offset = shared_at(address, 8, 8) - shared_memory();
     const int i = barrier_at[offset / 8];
-    if (!i) fail("%s (%s) of shared memory + %td, which mbarrier_init has not made a barrier", what, line_of(at).c_str(), offset);
+    if (!i) fail("%s (%s) of shared memory + %td, which mbarrier_init has not made a barrier", what, line(at), offset);
     mbarrier &b = barriers[static_cast<size_t>(i - 1)];
     check_mark(b);
     if (!b.shared && b.by != self->linear)
-        fail("%s (%s): no __syncthreads since thread %d initialised %s (%s)", what, line_of(at).c_str(), b.by, b.name().c_str(),
-             line_of(b.at).c_str());
+        fail("%s (%s): no __syncthreads since thread %d initialised %s (%s)", what, line(at), b.by, b.name(),
+             line(b.at));
     return b;
 }
 
@@ -85,22 +92,23 @@ mbarrier &barrier_of(uint32_t address, const char *what, place at) {
 void end_phase(mbarrier &b) {
     for (const waiter &w : b.waiters)
         if (w.phase != b.phase)
-            fail("a phase misread: phase %lld of %s ends before thread %d has seen the end of phase %lld, which it waits for",
-                 static_cast<long long>(b.phase), b.name().c_str(), w.thread, static_cast<long long>(w.phase));
+            fail("a phase misread: phase %lld of %s ends before thread %d, which waits for phase %lld, "
+                 "has seen the end of that",
+                 b.phase, b.name(), w.thread, w.phase);
     RACE(end_phase(b.number, landed_until(b)));
     b.phase++;
     b.pending = b.count;
     for (const waiter &w : b.waiters) wake(w.thread);
 }
 void settle(mbarrier &b) {
-    if (b.bytes > MAX_BYTES || b.bytes < -MAX_BYTES) fail("%lld bytes under way at %s", static_cast<long long>(b.bytes), b.name().c_str());
+    if (b.bytes > MAX_BYTES || b.bytes < -MAX_BYTES) fail("%lld bytes under way at %s", b.bytes, b.name());
     if (b.pending) return;
-    if (b.bytes < 0) fail("%lld bytes more than expected have landed in phase %lld of %s", static_cast<long long>(-b.bytes),
-                          static_cast<long long>(b.phase), b.name().c_str());
+    if (b.bytes < 0) fail("%lld bytes more than expected have landed in phase %lld of %s", -b.bytes,
+                          b.phase, b.name());
     if (!b.bytes) end_phase(b);
 }
 void arrive(mbarrier &b, const char *what, place at) {
-    if (!b.pending) fail("%s (%s): an arrival too many at %s, %s", what, line_of(at).c_str(), b.name().c_str(), b.state().c_str());
+    if (!b.pending) fail("%s (%s): an arrival too many at %s, %s", what, line(at), b.name(), b.state());
     b.pending--;
     settle(b);
 }
@@ -110,11 +118,11 @@ void tell(mbarrier &b) {
     if (!b.loads) b.unseen = false;
 }
 bool has_ended(const mbarrier &b, uint32_t parity, place at) {
-    if (parity > 1) fail("a wait (%s) for parity %u", line_of(at).c_str(), parity);
+    if (parity > 1) fail("a wait (%s) for parity %u", line(at), parity);
     return (b.phase & 1) != parity;
 }
 
-// ---- cp.async at an mbarrier ------------------------------------------------------------------------------------------
+// ---- cp.async at an mbarrier ----------------------------------------------------------------------------------------
 struct landing { mbarrier *b; int thread; uint64_t copies; place at; };
 std::deque<landing> landings;                   // arrivals that wait for copies
 
@@ -126,7 +134,7 @@ void land(size_t i) {
     arrive(*l.b, "cp_async_arrive", l.at);
 }
 
-// ---- tensor maps ------------------------------------------------------------------------------------------------------
+// ---- tensor maps ----------------------------------------------------------------------------------------------------
 struct tensor {                                 // what the 128 bytes hold
     uint32_t magic, rank;
     uint64_t base;
@@ -139,15 +147,18 @@ static_assert(sizeof(tensor) <= 128);
 enum { MAGIC = 0x7e4504a9 };
 uint32_t checksum(const tensor &t) {
     uint32_t sum = 1;
-    for (size_t i = 0; i < offsetof(tensor, check); i++) sum = sum * 31 + reinterpret_cast<const unsigned char *>(&t)[i];
+    for (size_t i = 0; i < offsetof(tensor, check); i++)
+        sum = sum * 31 + reinterpret_cast<const unsigned char *>(&t)[i];
     return sum;
 }
 tensor tensor_of(const void *map, const char *what, int rank) {
     tensor t;
     if (reinterpret_cast<uintptr_t>(map) % 64) fail("%s: the tensor map's address is not a multiple of 64", what);
     memcpy(&t, map, sizeof t);
-    if (t.magic != MAGIC || t.check != checksum(t)) fail("%s: this is no tensor map that cuTensorMapEncodeTiled made", what);
-    if (rank && static_cast<int>(t.rank) != rank) fail("%s: %d coordinates for a tensor map of rank %u", what, rank, t.rank);
+    if (t.magic != MAGIC || t.check != checksum(t))
+        fail("%s: this is no tensor map that cuTensorMapEncodeTiled made", what);
+    if (rank && static_cast<int>(t.rank) != rank)
+        fail("%s: %d coordinates for a tensor map of rank %u", what, rank, t.rank);
     return t;
 }
 
@@ -179,7 +190,7 @@ int box_bytes(const tensor &t) {
 }
 uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-// ---- TMA loads --------------------------------------------------------------------------------------------------------
+// ---- TMA loads ------------------------------------------------------------------------------------------------------
 struct load { tensor t; uint32_t to; mbarrier *b; int c[5]; race::instant time; };
 std::deque<load> loads;                         // that have not landed
 
@@ -194,14 +205,15 @@ void land_load(size_t i) {
     for_lines(l.t, l.to, l.c, [&](uint32_t to, const unsigned char *from, int first, int n) {
         alignas(16) unsigned char line[128] = {};
         if (n) memcpy(line + 2 * first, from, static_cast<size_t>(2 * n));
-        for (uint32_t chunk = 0; chunk < 128; chunk += 16) memcpy(shared_at(swizzled(to + chunk), 16, 16), line + chunk, 16);
+        for (uint32_t chunk = 0; chunk < 128; chunk += 16)
+            memcpy(shared_at(swizzled(to + chunk), 16, 16), line + chunk, 16);
     });
     l.b->loads--;
     l.b->bytes -= box_bytes(l.t);
     settle(*l.b);
 }
 
-// ---- TMA stores -------------------------------------------------------------------------------------------------------
+// ---- TMA stores -----------------------------------------------------------------------------------------------------
 struct store {
     tensor   t;
     uint32_t from;
@@ -229,7 +241,7 @@ void write_store(store &s) {
     s.data.clear();
 }
 
-// ---- wgmma ------------------------------------------------------------------------------------------------------------
+// ---- wgmma ----------------------------------------------------------------------------------------------------------
 // All 128 threads of a warpgroup go through the same events in the same order: the last to come makes one happen. Only
 // a wait, and setmaxnreg, keep the others until then.
 enum kind { FENCE, MMA, COMMIT, WAIT, REGISTER };
@@ -263,27 +275,29 @@ struct warpgroup {
     int  wants = 0;                             // setmaxnreg.inc waits for so many
 } warpgroups[THREADS / GROUP];
 
-// f(i, k, p): 8 elements at p, that are along k (i, k .. k + 7), or along i (i .. i + 7, k), of rows (or columns) i < n.
+// Of the fields of an operand that count 16 bytes: the address at bit 0, leading at 16, stride at 32.
+int field(uint64_t operand, int bit) { return static_cast<int>(operand >> bit & 0x3fff) << 4; }
+// f(i, k, p): 8 elements at p, along k (i, k .. k + 7) or along i (i .. i + 7, k), of the n rows or columns i.
 template <class F>
 void for_pieces(uint64_t operand, bool along_k, int n, F f) {
-    const uint32_t address = static_cast<uint32_t>(operand & 0x3fff) << 4, leading = static_cast<uint32_t>(operand >> 16 & 0x3fff) << 4;
+    const auto piece = [&](int i, int k, int offset) {
+        f(i, k, shared_at(swizzled(static_cast<uint32_t>(field(operand, 0) + offset)), 16, 16));
+    };
     if (along_k)
         for (int i = 0; i < n; i++)
-            for (int k = 0; k < 16; k += 8)
-                f(i, k, shared_at(swizzled(address + static_cast<uint32_t>(i * 128 + k * 2)), 16, 16));
+            for (int k = 0; k < 16; k += 8) piece(i, k, i * 128 + k * 2);
     else
         for (int k = 0; k < 16; k++)
-            for (int i = 0; i < n; i += 8)
-                f(i, k, shared_at(swizzled(address + static_cast<uint32_t>(i / 64) * leading + static_cast<uint32_t>(k * 128 + i % 64 * 2)), 16, 16));
+            for (int i = 0; i < n; i += 8) piece(i, k, i / 64 * field(operand, 16) + k * 128 + i % 64 * 2);
 }
 void check_operand(uint64_t operand, bool along_k, int n, const char *which, place at) {
-    const uint32_t address = static_cast<uint32_t>(operand & 0x3fff) << 4, leading = static_cast<uint32_t>(operand >> 16 & 0x3fff) << 4;
+    const int beyond = field(operand, 0) % 1024;
     const char *wrong = nullptr;
-    if (operand >> 62 != 1 || (operand & 0x3fffc000c000c000u) >> 46 || operand & 0xc000c000u) wrong = "is not of 128-byte swizzle with base 0";
-    else if ((operand >> 32 & 0x3fff) << 4 != 1024) wrong = "has another stride than 1024";
-    else if (along_k ? address % 1024 > 96 || address % 32 : address % 1024) wrong = "is at an address that is no multiple of 1024, in steps of 16 along the sum";
-    else if (!along_k && n > 64 && leading != 8192) wrong = "has another leading dimension than 8192";
-    if (wrong) fail("wgmma (%s): operand %s %s (%016llx)", line_of(at).c_str(), which, wrong, static_cast<unsigned long long>(operand));
+    if ((operand & 0xffffc000c000c000u) != 1ull << 62) wrong = "is not of 128-byte swizzle with base 0";
+    else if (field(operand, 32) != 1024) wrong = "has another stride than 1024";
+    else if (along_k ? beyond % 32 || beyond > 96 : beyond) wrong = "is no whole step of 16 from a multiple of 1024";
+    else if (!along_k && n > 64 && field(operand, 16) != 8192) wrong = "has another leading dimension than 8192";
+    if (wrong) fail("wgmma (%s): operand %s %s (%016lx)", line(at), which, wrong, operand);
     for_pieces(operand, along_k, n, [](int, int, const unsigned char *) {});    // all within shared memory
 }
 
@@ -337,7 +351,8 @@ void come_to_rest(const sums &d, int group) {
         for (int i = 0; i < d.columns / 2; i++) {
             uint32_t poison;
             memcpy(&poison, &d.d[t][i], 4);
-            if (poison != ~0u) fail("d[%d] of thread %d was written while a wgmma on it was under way", i, group * GROUP + t);
+            if (poison != ~0u)
+                fail("d[%d] of thread %d was written while a wgmma on it was under way", i, group * GROUP + t);
             d.d[t][i] = d.s[place_of(t, i, d.columns)];
         }
 }
@@ -351,10 +366,11 @@ void happen(const event &e, int group) {
     case MMA:
         check_operand(e.a, e.a_along_k, 64, "a", e.at);
         check_operand(e.b, e.b_along_k, e.columns, "b", e.at);
-        if (e.first && !g.fenced) fail("wgmma (%s) uses d without a wgmma_fence before it", line_of(e.at).c_str());
+        if (e.first && !g.fenced) fail("wgmma (%s) uses d without a wgmma_fence before it", line(e.at));
         e.d->last_group = g.groups;
         for (const bool is_a : {true, false})
-            for_pieces(is_a ? e.a : e.b, is_a ? e.a_along_k : e.b_along_k, is_a ? 64 : e.columns, [&](int, int, [[maybe_unused]] const void *p) {
+            for_pieces(is_a ? e.a : e.b, is_a ? e.a_along_k : e.b_along_k, is_a ? 64 : e.columns,
+                       [&](int, int, [[maybe_unused]] const void *p) {
                 RACE(unit_reads(p, 16, race::WGMMA + group, LINE(e.at)));
             });
         g.products.push_back({e, g.groups});
@@ -366,7 +382,8 @@ void happen(const event &e, int group) {
         const int done = g.groups - e.number;
         while (!g.products.empty() && g.products.front().group < done) run_product(g);
         for (; !g.times.empty() && g.times.front().first < done; g.times.pop_front())
-            for (int t = 0; t < GROUP; t++) RACE(unit_done(race::WGMMA + group, g.times.front().second, group * GROUP + t));
+            for (int t = 0; t < GROUP; t++)
+                RACE(unit_done(race::WGMMA + group, g.times.front().second, group * GROUP + t));
         auto &list = g.in_flight;
         for (size_t i = 0; i < list.size();) {
             if (list[i]->last_group >= done) { i++; continue; }
@@ -377,7 +394,8 @@ void happen(const event &e, int group) {
     }
     case REGISTER:
         if (e.add ? e.number < g.registers : e.number > g.registers)
-            fail("setmaxnreg (%s): %d registers are not %s than %d", line_of(e.at).c_str(), e.number, e.add ? "more" : "fewer", g.registers);
+            fail("setmaxnreg (%s): %d registers are not %s than %d", line(e.at), e.number, e.add ? "more" : "fewer",
+                 g.registers);
         g.wants = e.number;
         break;
     }
@@ -386,17 +404,18 @@ void happen(const event &e, int group) {
 // The running thread comes to its next event, of which `mine` is its view. Returns it.
 event &come(const event &mine) {
     const int group = self->linear / GROUP, t = self->linear % GROUP;
-    if (threads < (group + 1) * GROUP) fail("%s (%s) by a warpgroup of %d threads", KINDS[mine.what], line_of(mine.at).c_str(), threads - group * GROUP);
+    if (threads < (group + 1) * GROUP)
+        fail("%s (%s) by a warpgroup of %d threads", KINDS[mine.what], line(mine.at), threads - group * GROUP);
     warpgroup &g = warpgroups[group];
     const uint64_t i = g.next[t]++ - g.gone;
     if (i == g.events.size()) g.events.push_back(mine);
     event &e = g.events[i];
-    if (e.what != mine.what || e.at.line() != mine.at.line() || e.columns != mine.columns || e.number != mine.number || e.a != mine.a ||
-        e.b != mine.b || e.add != mine.add)
-        fail("threads of a warpgroup differ: thread %d is at %s (%s, a %016llx, b %016llx, add %d), another at %s (%s, a %016llx, b %016llx, add %d)",
-             self->linear, KINDS[mine.what], line_of(mine.at).c_str(), static_cast<unsigned long long>(mine.a),
-             static_cast<unsigned long long>(mine.b), mine.add, KINDS[e.what], line_of(e.at).c_str(),
-             static_cast<unsigned long long>(e.a), static_cast<unsigned long long>(e.b), e.add);
+    const auto same = [](const event &x) { return std::tuple(x.what, x.at.line(), x.columns, x.number, x.a, x.b, x.add);
+                                          };
+    if (same(e) != same(mine))
+        fail("threads of a warpgroup differ: thread %d is at %s (%s, a %016lx, b %016lx, add %d), another at %s (%s, "
+             "a %016lx, b %016lx, add %d)", self->linear, KINDS[mine.what], line(mine.at), mine.a, mine.b, mine.add,
+             KINDS[e.what], line(e.at), e.a, e.b, e.add);
     e.came++;
     return e;
 }
@@ -432,17 +451,17 @@ void make_registers_fit(int group) {
     }
 }
 
-// ---- named barriers -----------------------------------------------------------------------------------------------------
+// ---- named barriers -------------------------------------------------------------------------------------------------
 struct named { int threads = 0; std::vector<int> here; } named_barriers[16];
 
-// ---- what happens when ----------------------------------------------------------------------------------------------------
+// ---- what happens when ----------------------------------------------------------------------------------------------
 void tick() {
     if (!random_turn()) return;
     const size_t i = random_number();
     switch (random_number() % 4) {
     case 0: if (!loads.empty()) land_load(i % loads.size()); break;
     case 1: if (!landings.empty()) land(i % landings.size()); break;
-    case 2: if (!stores.empty()) random_number() % 2 ? read_store(stores[i % stores.size()]) : write_store(stores[i % stores.size()]); break;
+    case 2: if (!stores.empty()) (random_number() % 2 ? read_store : write_store)(stores[i % stores.size()]); break;
     default:
         if (warpgroup &g = warpgroups[i % 8]; !g.products.empty()) run_product(g);
     }
@@ -479,30 +498,32 @@ void block_begins(int n) {
 void block_meets() {
     for (mbarrier &b : barriers) {
         if (b.shared) continue;
-        if (!b.fenced) fail("a __syncthreads, but no fence_mbarrier_init by thread %d after its init of %s (%s)", b.by, b.name().c_str(),
-                            line_of(b.at).c_str());
+        if (!b.fenced)
+            fail("a __syncthreads, but no fence_mbarrier_init by thread %d after its init of %s (%s)", b.by, b.name(),
+                            line(b.at));
         b.shared = true;
     }
 }
 void block_ends() {
     for (const mbarrier &b : barriers) {
         check_mark(b);
-        if (b.unseen) fail("the block has ended, but nobody waited for the TMA load of %s", line_of(b.load).c_str());
+        if (b.unseen) fail("the block has ended, but nobody waited for the TMA load of %s", line(b.load));
     }
     for (store &s : stores) write_store(s);
 }
 void thread_ends() {
     const int me = self->linear;
     for (const store &s : stores)
-        if (s.thread == me && !s.waited) fail("a thread ends without bulk_wait_read for its TMA store of %s", line_of(s.at).c_str());
+        if (s.thread == me && !s.waited)
+            fail("a thread ends without bulk_wait_read for its TMA store of %s", line(s.at));
     for (const auto &d : warpgroups[me / GROUP].in_flight)
         if (d->d[me % GROUP]) fail("a thread ends without wgmma_wait for what is in flight");
 }
 bool in_flight(const void *p, size_t bytes) {
     const int me = self->linear;
+    const void *end = static_cast<const char *>(p) + bytes;
     for (const auto &d : warpgroups[me / GROUP].in_flight)
-        if (const float *mine = d->d[me % GROUP]; mine && p < mine + d->columns / 2 && static_cast<const char *>(p) + bytes > reinterpret_cast<const char *>(mine))
-            return true;
+        if (const float *mine = d->d[me % GROUP]; mine && p < mine + d->columns / 2 && mine < end) return true;
     return false;
 }
 std::string waits_for(int thread) {
@@ -521,7 +542,7 @@ std::string waits_for(int thread) {
     return " for its warpgroup";
 }
 
-// ---- the twins that are not inline ------------------------------------------------------------------------------------
+// ---- the twins that are not inline ----------------------------------------------------------------------------------
 void tma_load(uint32_t to, const void *map, uint32_t barrier, int rank, const int *coordinates, place at) {
     tick();
     load l = {tensor_of(map, "tma_load", rank), to, &barrier_of(barrier, "tma_load", at), {}, 0};
@@ -530,7 +551,8 @@ void tma_load(uint32_t to, const void *map, uint32_t barrier, int rank, const in
     unsigned char *target = shared_at(to, static_cast<int>(bytes), 128);
     RACE(unit_writes(target, bytes, race::LOADS + l.b->number, LINE(at)));
     l.time = race::time();
-    for_lines(l.t, to, l.c, [&]([[maybe_unused]] uint32_t, [[maybe_unused]] const void *from, int, [[maybe_unused]] int n) {
+    for_lines(l.t, to, l.c,
+              [&]([[maybe_unused]] uint32_t, [[maybe_unused]] const void *from, int, [[maybe_unused]] int n) {
         RACE(access(race::READ, from, static_cast<size_t>(2 * n), LINE(at)));
     });
     memset(target, 0xff, bytes);
@@ -553,14 +575,15 @@ void bulk_wait(int pending, bool read, place) {
     }
 }
 void set_registers(bool more, int registers, place at) {
-    if (registers % 8 || registers < 24 || registers > 256) fail("setmaxnreg (%s) to %d", line_of(at).c_str(), registers);
+    if (registers % 8 || registers < 24 || registers > 256) fail("setmaxnreg (%s) to %d", line(at), registers);
     const int me = self->linear, group = me / GROUP;
     if (!happens(come({REGISTER, at, "", 0, registers, false, false, more, 0, 0}))) return wait("setmaxnreg", at);
     make_registers_fit(group);
     if (warpgroups[group].wants) return wait("setmaxnreg", at);
     wake_group(group, me);
 }
-void wgmma(const char *type, int columns, bool a_along_k, bool b_along_k, float *d, uint64_t a, uint64_t b, bool add, place at) {
+void wgmma(const char *type, int columns, bool a_along_k, bool b_along_k, float *d, uint64_t a, uint64_t b, bool add,
+           place at) {
     tick();
     event &e = come({MMA, at, type, columns, 0, a_along_k, b_along_k, add, a, b});
     const int t = self->linear % GROUP;
@@ -581,7 +604,8 @@ void wgmma(const char *type, int columns, bool a_along_k, bool b_along_k, float 
             memset(&d[i], 0xff, 4);
         }
     }
-    if (e.d->d[t] != d || e.d->columns != columns) fail("wgmma (%s) on other accumulators than those in flight", line_of(at).c_str());
+    if (e.d->d[t] != d || e.d->columns != columns)
+        fail("wgmma (%s) on other accumulators than those in flight", line(at));
     happens(e);
 }
 void wgmma_wait(int pending, place at) {
@@ -595,32 +619,37 @@ void wgmma_pin(const float *, int, place) {}
 void sync_threads(int barrier, int n, place at) {
     tick();
     const int me = self->linear;
-    if (barrier < 1 || barrier > 15) fail("sync_threads (%s) at barrier %d: 1 to 15", line_of(at).c_str(), barrier);
-    if (n < 32 || n % 32 || n > threads) fail("sync_threads (%s) of %d threads, the block has %d", line_of(at).c_str(), n, threads);
+    if (barrier < 1 || barrier > 15) fail("sync_threads (%s) at barrier %d: 1 to 15", line(at), barrier);
+    if (n < 32 || n % 32 || n > threads)
+        fail("sync_threads (%s) of %d threads, the block has %d", line(at), n, threads);
     named &b = named_barriers[barrier];
     if (!b.here.empty() && b.threads != n)
-        fail("sync_threads (%s) of %d threads at barrier %d, where thread %d waits for %d", line_of(at).c_str(), n, barrier, b.here[0], b.threads);
+        fail("sync_threads (%s) of %d threads at barrier %d, where thread %d waits for %d", line(at), n, barrier,
+             b.here[0], b.threads);
     b.threads = n;
     b.here.push_back(me);
     if (static_cast<int>(b.here.size()) < n) return wait("sync_threads", at);
     uint32_t lanes[THREADS / 32] = {};
     for (int t : b.here) lanes[t / 32] |= 1u << t % 32;
     for (int w = 0; w < THREADS / 32; w++)
-        if (lanes[w] && ~lanes[w]) fail("sync_threads (%s): of warp %d only lanes %08x came to barrier %d", line_of(at).c_str(), w, lanes[w], barrier);
+        if (lanes[w] && ~lanes[w])
+            fail("sync_threads (%s): of warp %d only lanes %08x came to barrier %d", line(at), w, lanes[w], barrier);
     RACE(meet(b.here.data(), n));
     for (int t : b.here) if (t != me) wake(t);
     b.here.clear();
 }
 }  // namespace simt
 
-using simt::fail, simt::line_of, simt::place;
+using simt::fail, simt::line, simt::place;
 
 void mbarrier_init(uint32_t barrier, int arrivals, place at) {
-    if (arrivals < 1 || arrivals > simt::MAX_BYTES) fail("mbarrier_init (%s) of %d arrivals", line_of(at).c_str(), arrivals);
+    if (arrivals < 1 || arrivals > simt::MAX_BYTES) fail("mbarrier_init (%s) of %d arrivals", line(at), arrivals);
     unsigned char *memory = simt::shared_at(barrier, 8, 8);
     int16_t &number = simt::barrier_at[(memory - shared_memory()) / 8];
-    if (number) fail("mbarrier_init (%s) of %s again", line_of(at).c_str(), simt::barriers[static_cast<size_t>(number - 1)].name().c_str());
-    if (simt::barriers.size() == simt::BARRIERS) fail("mbarrier_init (%s): the harness has %d barriers", line_of(at).c_str(), simt::BARRIERS);
+    if (number)
+        fail("mbarrier_init (%s) of %s again", line(at), simt::barriers[static_cast<size_t>(number - 1)].name());
+    if (simt::barriers.size() == simt::BARRIERS)
+        fail("mbarrier_init (%s): the harness has %d barriers", line(at), simt::BARRIERS);
     simt::mbarrier b;
     b.number = static_cast<int>(simt::barriers.size());
     b.address = barrier, b.memory = memory, b.count = b.pending = arrivals, b.by = simt::self->linear, b.at = at;
@@ -641,7 +670,7 @@ void mbarrier_arrive(uint32_t barrier, place at) {
 }
 void mbarrier_arrive_expect(uint32_t barrier, int bytes, place at) {
     simt::tick();
-    if (bytes < 0) fail("mbarrier_arrive_expect (%s) of %d bytes", line_of(at).c_str(), bytes);
+    if (bytes < 0) fail("mbarrier_arrive_expect (%s) of %d bytes", line(at), bytes);
     simt::mbarrier &b = simt::barrier_of(barrier, "mbarrier_arrive_expect", at);
     b.bytes += bytes;
     RACE(arrive(b.number, simt::self->linear));
@@ -665,17 +694,19 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity, place at) {
     simt::tick();
     simt::mbarrier &b = simt::barrier_of(barrier, "mbarrier_wait", at);
     const int me = simt::self->linear;
-    int64_t &told = b.told[static_cast<size_t>(me)];
+    long long &told = b.told[static_cast<size_t>(me)];
     if (has_ended(b, parity, at)) {
         if (told == b.phase - 1)
-            fail("a phase misread: mbarrier_wait (%s) for parity %u of %s is told again of the end of phase %lld, and not of phase %lld", line_of(at).c_str(),
-                 parity, b.name().c_str(), static_cast<long long>(told), static_cast<long long>(told + 2));
+            fail("a phase misread: mbarrier_wait (%s) for parity %u of %s is told again of the end of phase %lld, not "
+                 "of phase %lld", line(at),
+                 parity, b.name(), told, told + 2);
         told = b.phase - 1;
     } else {
         told = b.phase;
         b.waiters.push_back({me, b.phase});
         simt::wait("mbarrier_wait", at);
-        b.waiters.erase(std::find_if(b.waiters.begin(), b.waiters.end(), [=](const auto &w) { return w.thread == me; }));
+        b.waiters.erase(std::find_if(b.waiters.begin(), b.waiters.end(),
+                                     [=](const auto &w) { return w.thread == me; }));
     }
     tell(b);
 }
@@ -684,7 +715,8 @@ void prefetch_tensor_map(const tensor_map *map) { simt::tensor_of(map, "prefetch
 void tma_store(const tensor_map *map, uint32_t from, int x, int y, int z, place at) {
     simt::tick();
     const int me = simt::self->linear;
-    simt::store s = {simt::tensor_of(map, "tma_store", 3), from, {x, y, z}, me, simt::bulk_groups[me], at, false, false, 0, {}};
+    simt::store s = {simt::tensor_of(map, "tma_store", 3), from, {x, y, z}, me, simt::bulk_groups[me], at, false, false,
+                     0, {}};
     [[maybe_unused]] const unsigned char *source = simt::shared_at(from, box_bytes(s.t), 128);
     RACE(unit_reads(source, static_cast<size_t>(box_bytes(s.t)), race::STORES + me / 32, LINE(at)));
     s.time = race::time();
@@ -703,7 +735,7 @@ void fence_async() {
 void wgmma_fence(place at) { simt::come_and_go(simt::FENCE, at); }
 void wgmma_commit(place at) { simt::come_and_go(simt::COMMIT, at); }
 
-// ---- 16-bit tiles out of registers --------------------------------------------------------------------------------------
+// ---- 16-bit tiles out of registers ----------------------------------------------------------------------------------
 namespace {
 struct stmatrix_args { uint32_t row, r[4]; };
 void stmatrix_meet(void **args, uint32_t) {
@@ -721,13 +753,15 @@ void stmatrix_x4(uint32_t row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r
 uint32_t pack2(bf16, float low, float high) { return static_cast<uint32_t>(bits_bf16(high)) << 16 | bits_bf16(low); }
 uint32_t pack2(f16, float low, float high) { return static_cast<uint32_t>(bits_f16(high)) << 16 | bits_f16(low); }
 
-// ---- the driver ---------------------------------------------------------------------------------------------------------
-CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *base, const cuuint64_t *size,
-                                const cuuint64_t *stride, const cuuint32_t *box, const cuuint32_t *element_stride,
-                                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+// ---- the driver -----------------------------------------------------------------------------------------------------
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *base,
+                                const cuuint64_t *size, const cuuint64_t *stride, const cuuint32_t *box,
+                                const cuuint32_t *element_stride, CUtensorMapInterleave interleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
-    bool right = map && reinterpret_cast<uintptr_t>(map) % 64 == 0 && base && reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
-                 (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) && rank >= 1 && rank <= 5 &&
+    const auto multiple = [](const void *p, uintptr_t of) { return p && reinterpret_cast<uintptr_t>(p) % of == 0; };
+    bool right = multiple(map, 64) && multiple(base, 16) && rank >= 1 && rank <= 5 &&
+                 (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) &&
                  interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
                  promotion <= CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
     for (cuuint32_t d = 0; right && d < rank; d++)
@@ -735,9 +769,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                 (!d || (stride[d - 1] % 16 == 0 && stride[d - 1] < 1ull << 40));
     if (!right) return CUDA_ERROR_INVALID_VALUE;
     if (box[0] * 2 > 128) return CUDA_ERROR_INVALID_VALUE;
-    if (swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 != 128) return CUDA_ERROR_NOT_SUPPORTED;    // by the harness
+    if (swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 != 128) return CUDA_ERROR_NOT_SUPPORTED;        // here
     simt::tensor t = {};
-    t.magic = simt::MAGIC, t.rank = rank, t.base = reinterpret_cast<uint64_t>(base), t.type = static_cast<uint16_t>(type);
+    t.magic = simt::MAGIC, t.rank = rank, t.type = static_cast<uint16_t>(type);
+    t.base = reinterpret_cast<uint64_t>(base);
     for (cuuint32_t d = 0; d < rank; d++) {
         t.size[d] = size[d], t.box[d] = static_cast<uint16_t>(box[d]);
         if (d) t.stride[d - 1] = stride[d - 1];

@@ -11,15 +11,18 @@ enum { N = 128, ROWS = 70, COLUMNS = 128, BEFORE = 64, SHARED = 65 * 1024 };
 uint16_t memory[BEFORE + ROWS][COLUMNS] __attribute__((aligned(128)));
 uint16_t y_RC[32][COLUMNS] __attribute__((aligned(128)));
 struct maps {
-    tensor_map rows, panels, tail, out;     // x by boxes of 32 rows; of 16 rows and all columns; of 64, whose last one is
-                                            // before row w; y by boxes of 16 rows
+    tensor_map rows, panels, tail, out;     // x: boxes of 32 rows; of 16 rows and all columns; of 64, the last one
+                                            // before row w. y: boxes of 16 rows
 };
 
-__device__ int number(int r, int c) { return r < 0 || r >= ROWS || c < 0 || c >= COLUMNS ? 0 : (5 * r + 3 * c) % 7 - 3; }
+__device__ int number(int r, int c) {
+    return r < 0 || r >= ROWS || c < 0 || c >= COLUMNS ? 0 : (5 * r + 3 * c) % 7 - 3;
+}
 __device__ float value(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 // Element c of line r in 128-byte swizzle.
 __device__ uint16_t &element(int at, int r, int c) {
-    const uint32_t offset = static_cast<uint32_t>(at + r * 128 + c * 2), chunk = shared_u32(shared_memory() + offset) >> 7 & 7;
+    const uint32_t offset = static_cast<uint32_t>(at + r * 128 + c * 2);
+    const uint32_t chunk = shared_u32(shared_memory() + offset) >> 7 & 7;
     return *reinterpret_cast<uint16_t *>(shared_memory() + (offset ^ chunk << 4));
 }
 __device__ uint32_t at(int offset) { return shared_u32(shared_memory()) + static_cast<uint32_t>(offset); }
@@ -162,9 +165,10 @@ TOY(copies_not_awaited) {
 // ---- TMA ------------------------------------------------------------------------------------------------------------
 enum { BOX = 64 * 32 * 2 };
 __device__ float compare(int at, int rows, int row, int column) {      // its column of the box of x that begins there
+    const int c = threadIdx.x % 64;
     float error = 0;
     for (int r = 0; r < rows; r++)
-        error += fabsf(value(element(at, r, threadIdx.x % 64)) - static_cast<float>(number(row + r, column + threadIdx.x % 64)));
+        error += fabsf(value(element(at, r, c)) - static_cast<float>(number(row + r, column + c)));
     return error;
 }
 // Boxes that leave the matrix on every side, at an address that swizzles otherwise; the wrong one forgets to wait.
@@ -186,7 +190,10 @@ TOY(load_not_awaited) {
 }
 TOY(load_swizzled) {
     start(1);
-    if (threadIdx.x == 0) mbarrier_arrive_expect(barrier(0), 2 * 64 * 16 * 2), tma_load(at(0), &m.panels, barrier(0), 0, 60, 0);
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(barrier(0), 2 * 64 * 16 * 2);
+        tma_load(at(0), &m.panels, barrier(0), 0, 60, 0);
+    }
     mbarrier_wait(barrier(0), 0);
     const int t = threadIdx.x;
     float error = 0;
@@ -267,7 +274,7 @@ __device__ void store_rows(const maps &m, float *out) {
             if (t == 0) bulk_wait_read<0>();
             __syncthreads();
         }
-        for (int r = 0; r < 8; r++) element(0, t / 64 + 2 * r, t % 64) = static_cast<uint16_t>(t / 64 + 2 * r + 100 * piece);
+        for (int r = t / 64; r < 16; r += 2) element(0, r, t % 64) = static_cast<uint16_t>(r + 100 * piece);
         if (wrong != NO_FENCE) fence_async();
         if (wrong != NO_BARRIER) __syncthreads();
         if (t == 0) tma_store(&m.out, at(0), 0, 20 * piece, 1), bulk_commit();
@@ -412,7 +419,8 @@ TOY(released_early) {
     error = wrong_by(d, true, true, 0, 16);
     finish(out, error);
 }
-template <bool along_k> __device__ void one_product(float *out, uint64_t a, uint64_t b) {
+template <bool along_k> __device__ void one_product(const maps &m, float *out, uint64_t a, uint64_t b) {
+    load_operands(m);
     float d[64];
     wgmma_fence();
     wgmma<128, true, along_k>(bf16{}, d, a, b, false);
@@ -421,15 +429,14 @@ template <bool along_k> __device__ void one_product(float *out, uint64_t a, uint
     finish(out);
 }
 TOY(operands_differ) {
-    load_operands(m);
-    one_product<true>(out, wgmma_operand(at(A + (bad && threadIdx.x == 100 ? 32 : 0))), wgmma_operand(at(A)));
+    one_product<true>(m, out, wgmma_operand(at(A + (bad && threadIdx.x == 100 ? 32 : 0))), wgmma_operand(at(A)));
 }
-TOY(stride_wrong) { load_operands(m); one_product<true>(out, wgmma_operand(at(A)) + (bad ? 1ull << 32 : 0), wgmma_operand(at(A))); }
-TOY(leading_wrong) { load_operands(m); one_product<false>(out, wgmma_operand(at(A)), wgmma_operand(at(A)) - (bad ? 1ull << 16 : 0)); }
-TOY(swizzle_wrong) { load_operands(m); one_product<true>(out, wgmma_operand(at(A)), wgmma_operand(at(A)) ^ (bad ? 1ull << 63 : 0)); }
-TOY(operand_at_128) { load_operands(m); one_product<true>(out, wgmma_operand(at(A)), wgmma_operand(at(bad ? 128 : 96))); }
-TOY(operand_at_64_along_i) { load_operands(m); one_product<false>(out, wgmma_operand(at(A)), wgmma_operand(at(bad ? 64 : 0))); }
-TOY(operand_beyond) { load_operands(m); one_product<true>(out, wgmma_operand(at(A)), wgmma_operand(at(bad ? 56 * 1024 : 0))); }
+TOY(stride_wrong) { one_product<true>(m, out, wgmma_operand(at(A)) + (bad ? 1ull << 32 : 0), wgmma_operand(at(A))); }
+TOY(leading_wrong) { one_product<false>(m, out, wgmma_operand(at(A)), wgmma_operand(at(A)) - (bad ? 1ull << 16 : 0)); }
+TOY(swizzle_wrong) { one_product<true>(m, out, wgmma_operand(at(A)), wgmma_operand(at(A)) ^ (bad ? 1ull << 63 : 0)); }
+TOY(operand_at_128) { one_product<true>(m, out, wgmma_operand(at(A)), wgmma_operand(at(bad ? 128 : 96))); }
+TOY(operand_at_64_along_i) { one_product<false>(m, out, wgmma_operand(at(A)), wgmma_operand(at(bad ? 64 : 0))); }
+TOY(operand_beyond) { one_product<true>(m, out, wgmma_operand(at(A)), wgmma_operand(at(bad ? 56 * 1024 : 0))); }
 TOY(a_warp_missing) {
     load_operands(m);
     float d[32];
@@ -485,7 +492,7 @@ TOY(load_over_stores) {
     finish(out, compare(0, 32, 0, 0));
 }
 
-// ---- named barriers, registers, stmatrix ------------------------------------------------------------------------------
+// ---- named barriers, registers, stmatrix ----------------------------------------------------------------------------
 TOY(half_a_block) {
     const int t = threadIdx.x, half = t / 64;
     word(t) = static_cast<float>(t + 1);
@@ -526,7 +533,7 @@ TOY(stmatrix_without_syncwarp) {
     const auto *line = reinterpret_cast<const uint16_t *>(shared_memory()) + t / 32 * 256 + l / 2 * 16 + l % 2 * 8;
     float error = 0;
     for (int c = 0; c < 8; c += 2)
-        error += fabsf(static_cast<float>(line[c] - (t / 32 * 32 + l / 2))) + fabsf(static_cast<float>(line[c + 1] - (l % 2 * 8 + c)));
+        error += static_cast<float>(line[c] != t / 32 * 32 + l / 2) + static_cast<float>(line[c + 1] != l % 2 * 8 + c);
     error += fabsf(static_cast<float>(pack2(bf16{}, 1, 2)) - static_cast<float>(0x40003f80u));
     finish(out, error);
 }
@@ -542,11 +549,13 @@ const toy TOYS[] = {
     TOY(init_without_fence), TOY(init_without_syncthreads), TOY(init_twice), TOY(init_at_4), TOY(no_init),
     TOY(arrival_too_many), TOY(arrival_missing), TOY(overwritten), TOY(wait_missing), TOY(arrives_before_it_writes),
     TOY(lapped), TOY(a_turn_ahead), TOY(copies_not_awaited),
-    TOY(load_not_awaited), TOY(load_swizzled), TOY(tail), TOY(expects_too_little), TOY(expects_too_much), TOY(load_to_64),
+    TOY(load_not_awaited), TOY(load_swizzled), TOY(tail), TOY(expects_too_little), TOY(expects_too_much),
+        TOY(load_to_64),
     TOY(load_beyond), TOY(load_of_another_rank), TOY(no_map), TOY(load_left_alone), TOY(refilled_early),
     TOY(store_without_fence), TOY(store_without_barrier), TOY(store_overwritten), TOY(store_not_awaited),
     TOY(wgmma_without_fence), TOY(second_fence_missing), TOY(used_before_wait), TOY(wait_too_short), TOY(never_awaited),
-    TOY(accumulators_overwritten), TOY(operands_overwritten), TOY(released_early), TOY(operands_differ), TOY(stride_wrong),
+    TOY(accumulators_overwritten), TOY(operands_overwritten), TOY(released_early), TOY(operands_differ),
+        TOY(stride_wrong),
     TOY(leading_wrong), TOY(swizzle_wrong), TOY(operand_at_128), TOY(operand_at_64_along_i), TOY(operand_beyond),
     TOY(a_warp_missing), TOY(stored_without_fence), TOY(copied_without_fence), TOY(arrived_without_fence),
     TOY(load_over_stores), TOY(half_a_block), TOY(counts_differ), TOY(too_few_come), TOY(lanes_missing),
@@ -561,31 +570,38 @@ encoder encode() {
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
     return reinterpret_cast<encoder>(f);
 }
-int encode_16(tensor_map *map, void *base, cuuint32_t rank, const cuuint64_t *size, const cuuint64_t *stride, const cuuint32_t *box) {
+int encode_16(tensor_map *map, void *base, cuuint32_t rank, const cuuint64_t *size, const cuuint64_t *stride,
+              const cuuint32_t *box) {
     const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-    return encode()(reinterpret_cast<CUtensorMap *>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, base, size, stride, box, ones,
+    return encode()(reinterpret_cast<CUtensorMap *>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, base, size, stride,
+                    box, ones,
                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 }  // namespace
 
 // NULL, or what the harness found. y_RC behind the call: rows 0 .. 15 and 20 .. 31 of its right half.
-extern "C" __attribute__((visibility("default"))) const char *run_toy_sm90(const char *name, int wrong, const uint16_t *x,
+extern "C" __attribute__((visibility("default"))) const char *run_toy_sm90(const char *name, int wrong,
+                                                                           const uint16_t *x,
                                                                            float *out, uint16_t *y) {
     memset(memory, 0xff, sizeof memory), memset(y_RC, 0, sizeof y_RC);
     memcpy(memory[BEFORE], x, ROWS * COLUMNS * 2);
     maps m;
     const cuuint64_t row = COLUMNS * 2, half = row / 2;
-    const cuuint64_t rows[] = {COLUMNS, ROWS}, panels[] = {64, ROWS, 2}, tail[] = {64, 64, 2, ROWS + 1}, y_size[] = {64, 32, 2};
+    const cuuint64_t rows[] = {COLUMNS, ROWS}, panels[] = {64, ROWS, 2}, tail[] = {64, 64, 2, ROWS + 1},
+        y_size[] = {64, 32, 2};
     const cuuint64_t strides[] = {row, half, row};
-    const cuuint32_t row_box[] = {64, 32}, panel_box[] = {64, 16, 2}, tail_box[] = {64, 64, 2, 1}, y_box[] = {64, 16, 1};
-    if (encode_16(&m.rows, memory[BEFORE], 2, rows, strides, row_box) || encode_16(&m.panels, memory[BEFORE], 3, panels, strides, panel_box) ||
+    const cuuint32_t row_box[] = {64, 32}, panel_box[] = {64, 16, 2}, tail_box[] = {64, 64, 2, 1},
+        y_box[] = {64, 16, 1};
+    if (encode_16(&m.rows, memory[BEFORE], 2, rows, strides, row_box) ||
+        encode_16(&m.panels, memory[BEFORE], 3, panels, strides, panel_box) ||
         encode_16(&m.tail, memory[0], 4, tail, strides, tail_box) || encode_16(&m.out, y_RC, 3, y_size, strides, y_box))
         return "a tensor map was refused";
     for (const toy &t : TOYS) {
         if (strcmp(t.name, name)) continue;
         cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(1), config.blockDim = dim3(static_cast<unsigned>(t.threads)), config.dynamicSmemBytes = SHARED;
+        config.gridDim = dim3(1), config.blockDim = dim3(static_cast<unsigned>(t.threads)),
+            config.dynamicSmemBytes = SHARED;
         const cudaError_t error = cudaLaunchKernelEx(&config, wrong ? t.wrong : t.right, m, out);
         memcpy(y, y_RC, sizeof y_RC);
         return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -594,7 +610,8 @@ extern "C" __attribute__((visibility("default"))) const char *run_toy_sm90(const
 }
 
 // What the encoder says of a map of rank 2: 0, or why not.
-extern "C" __attribute__((visibility("default"))) int encode_toy(uint64_t base, uint64_t columns, uint64_t rows, uint64_t stride,
+extern "C" __attribute__((visibility("default"))) int encode_toy(uint64_t base, uint64_t columns, uint64_t rows,
+                                                                 uint64_t stride,
                                                                  uint64_t box_columns, uint64_t box_rows) {
     tensor_map map;
     const cuuint64_t size[] = {columns, rows};
