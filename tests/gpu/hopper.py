@@ -132,9 +132,11 @@ def mlp(card, act, wanted):
     for case in card.mlps:
         for dtype in (torch.bfloat16, torch.float16):
             for biases in ((), BIASES):
-                inputs = mlp_inputs(case, dtype, card.device, act in GATED, biases)
-                for stored in ("separate", "w13") if act in GATED else ("separate",):
-                    call = mlp_call(case, act, card.device, stored)
+                drawn = mlp_inputs(case, dtype, card.device, act in GATED, biases)
+                for stored in ("separate", "w13", "transposed") if act in GATED else ("separate", "transposed"):
+                    call, inputs = mlp_call(case, act, card.device, stored), dict(drawn)
+                    if act not in GATED and stored == "transposed":     # else the call does it
+                        inputs |= {name: drawn[name].mT.contiguous().mT for name in ("gate", "down")}
 
                     def values(impl, inputs, call=call):
                         return results(lambda **x: call(impl, **x), inputs, wanted)
@@ -179,7 +181,7 @@ CHECKS = {
     "mlp gated": (mlp, "swiglu", ()),
     # Each has one kernel more than those before it: dact_pass; sort_rows of dy; of x; and the other way round
     "mlp ds": (mlp, "swiglu", ("weights_RK",)),
-    "mlp dw2": (mlp, "swiglu", ("down",)),
+    "mlp dw2": (mlp, "swiglu", ("down", "weights_RK")),     # for dw2 alone dA' is a sum of nothing, by gemm.cuh
     "mlp dw13": (mlp, "swiglu", ("gate", "up")),
     "mlp dx": (mlp, "swiglu", ("x_RD",)),
     "mlp all": (mlp, "gelu", ("x_RD", "weights_RK", "gate", "down")),
