@@ -5,7 +5,7 @@
 # make proof   every mesh of 1, 2, 4 and 8 ranks against one process, in fp64: the whole table (moe_ext/proof.py)
 # make compare   a dense, a capacity and a dropless GPT beside each other: docs/compare.md, in 15 minutes on two quiet cores
 # make gpu     prove everything on one GPU and time it (tests/gpu/run.py): PART=build,conformance,.. runs some parts,
-#              LIMIT=600 ends in so many seconds and says what it left out
+#              LIMIT=600 ends in so many seconds and says what it left out, BEFORE=folder of an earlier commit, built
 # make sanitize   the core and the ops under ASan + UBSan, the core under TSan        make clean
 #
 # The first run creates .venv. Options: PYTHON=python3.12, MOE_TORCH="torch==2.11.0" (any pip arguments), TEXT=file or folder,
@@ -143,7 +143,8 @@ compare: build
 # With the Python at hand where there is no .venv: a GPU machine may have no network. COMMIT: its name without git.
 .PHONY: gpu
 gpu:
-	COMMIT=$(COMMIT) $(if $(wildcard .venv/installed),$(PY),$(PYTHON)) tests/gpu/run.py $(PART) $(LIMIT:%=--limit %)
+	COMMIT=$(COMMIT) $(if $(wildcard .venv/installed),$(PY),$(PYTHON)) tests/gpu/run.py $(PART) $(LIMIT:%=--limit %) \
+	    $(BEFORE:%=--before %)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

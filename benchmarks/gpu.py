@@ -4,9 +4,13 @@ Grouped GEMM, each of its three forms alone (bf16, the up and the down projectio
   bmm          cuBLAS batched on equal shares: the same FLOPs without raggedness; mm: one product of the same FLOPs
   grouped-mm   torch.nn.functional.grouped_mm          loop   one torch.mm per expert, counts already on the host
   cublas       one cublasGemmEx per expert, called from C, which copies the counts to the host first
+  mma.sync     ours without the kernels that only Hopper has, on Hopper
 Layer: route_index + expert_mlp (SwiGLU), forward and forward + backward, against
   bound        bmm, activation, bmm and a sum over K on equal shares: no routing at all
-  grouped-mm, loop    as in benchmarks/ops.py
+  grouped-mm, loop    as in benchmarks/ops.py; and mma.sync
+Peak: the memory that a layer takes beside its arguments, of ours and of mma.sync.
+Kernels: what a layer's forward and backward, with biases and a router, spends its time on, by torch.profiler; of passes
+over rows the share of the bandwidth of a copy.
 Ran: which way ours went (cuda/policy_sm90.cuh): gemm.cuh is mma.sync, sm90 TMA and wgmma with a tile of that size.
 Movement: share of the bandwidth of a copy of the expert rows, rows counted once for each copy read or written.
 Other ops: against the same in plain torch.
@@ -18,8 +22,9 @@ with its few large experts; drawn anew every round. Each round, every contender 
 through autograd too; times are CUDA events, medians over the rounds.
 
 Prints Markdown, and writes it with the figures to benchmarks/results/<device>-<commit>.{md,json} after every job; says
-on stderr what it has done. The default shapes take about three minutes; --all adds larger ones, up to 80 GB of memory.
---limit SECONDS leaves out, and says, what would begin later: the figures that say most come first.
+on stderr what it has done. A shape takes about 6 s for each routing, the default shapes two and a half minutes; --all
+adds larger ones, up to 80 GB of memory. --limit SECONDS leaves out, and says, what would begin later: the figures that
+say most come first. --without leaves out what rests on these kernels, by the names of tests/gpu/hopper.py.
 --dry runs all of it on tiny shapes on the CPU, where times mean nothing.
 """
 
@@ -57,6 +62,10 @@ SHAPES = {  # T, d, h, E, k; those that say most first
     "sonic-30b-512": Shape(32768, 4096, 512, 128, 8),
     "sonic-30b-1024": Shape(32768, 4096, 1024, 64, 4),
 }
+NEEDS = {  # line -> beginnings of the names in tests/gpu/hopper.py
+    "forward": ("rows",), "dgrad": ("rows",), "wgrad": ("sums",), "F": ("rows", "mlp gated"),
+    "F+B": ("rows", "sums", "mlp"),
+}  # fmt: skip
 MORE_SHAPES = {  # with --all
     "sonic-1.4b-256": Shape(40960, 768, 256, 128, 8),
     "sonic-1.4b-512": Shape(40960, 768, 512, 64, 4),
@@ -96,13 +105,16 @@ class Bench:
         self.name = "dry run" if options.dry else torch.cuda.get_device_name()
         two, four = next((peaks for part, peaks in PEAKS.items() if part in self.name), (None, None))
         self.peak_flops = four if self.dtype == torch.float32 else two
+        self.without = tuple(options.without)
         self.report = {
             "device": self.name, "commit": commit(), "torch": torch.__version__, "python": platform.python_version(),
-            "dtype": options.dtype, "gpu": gpu_state(), "gemm": [], "layer": [], "movement": [], "other": [],
+            "dtype": options.dtype, "gpu": gpu_state(), **{section: [] for section in COLUMNS},
             "left out": [],
         }  # fmt: skip
         self.copy_bandwidth = self.state = self.ran = None
+        self.peak = {}
         self.cublas = None if options.dry else cublas.load()
+        self.hopper = self.cublas is not None and torch.cuda.get_device_capability() == (9, 0)
 
     def warm_up(self):
         """Two seconds of dense products: the clocks of sustained load."""
@@ -132,15 +144,28 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def race(self, contenders, draw, alike):
+    def rests_on_broken(self, what, *names):
+        """Whether a line needs a kernel that is to be left out; the report says so."""
+        broken = [name for name in self.without if name.startswith(NEEDS[what])]
+        if broken:
+            self.report["left out"].append(f"{' '.join([*names, what])} (without {', '.join(broken)})")
+        return bool(broken)
+
+    def and_mma_sync(self, contenders):
+        """On Hopper ours again, the way of older cards."""
+        if self.hopper:
+            contenders["mma.sync"] = cublas.forced(self.cublas, "gemm.cuh", contenders["ours"])
+        return contenders
+
+    def race(self, contenders, draw, alike, least=3):
         """Median seconds of each contender, and of those that fail, why.
 
         contenders: {name: function of what draw() returns}, "ours" first; a round calls draw once. alike: names whose
         result must be that of "ours"; the first round, which warms up, compares them.
         """
         failed, times, want = {}, {name: [] for name in contenders}, None
-        begin, rounds = time.perf_counter(), 0
-        while rounds < 3 or (time.perf_counter() - begin < self.seconds and rounds < 200):
+        begin, rounds, self.peak = time.perf_counter(), 0, {}
+        while rounds < least or (time.perf_counter() - begin < self.seconds and rounds < 200):
             drawn, stamps = draw(), {}
             self.wait()
             for name, function in contenders.items():
@@ -149,12 +174,15 @@ class Bench:
                 try:
                     for _ in range(8):
                         self.scratch.zero_()
+                    held = self.held(reset=True)
                     start = self.stamp()
                     if rounds == 0 and name == "ours" and self.cublas:
                         result, self.ran = cublas.ways(self.cublas, functools.partial(function, drawn))
                     else:
                         result = function(drawn)
                     stamps[name] = start, self.stamp()
+                    if rounds == 0:
+                        self.peak[name] = self.held() - held
                     if rounds == 0 and name == "ours":
                         want = result
                     elif rounds == 0 and name in alike and not alike_enough(result, want):
@@ -167,6 +195,14 @@ class Bench:
                 times[name].append(self.elapsed(start, end))
             want, rounds = None, rounds + 1
         return {name: statistics.median(took[1:]) for name, took in times.items() if name not in failed}, failed
+
+    def held(self, reset=False):
+        """Bytes of tensors at most since the last reset; at a reset those of now."""
+        if self.device.type == "cpu":
+            return 0
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
 
     def line(self, section, head, seconds, failed, work, **more):
         """Adds one line to a section. work: FLOPs and least bytes of one call."""
@@ -261,9 +297,12 @@ def bench_gemm(bench, name, shape, routing):
         }
         work = 2 * R * I * O, (R * I + E * I * O + R * O) * bench.dtype.itemsize
         for form, contenders in forms.items():
+            if bench.rests_on_broken(form, "gemm", name, routing, projection):
+                continue
             if not bench.cublas:        # a dry run, which has no GPU
                 del contenders["cublas"]
-            seconds, failed = bench.race(contenders, Routed(bench, shape, routing), {"grouped-mm", "loop", "cublas"})
+            seconds, failed = bench.race(bench.and_mma_sync(contenders), Routed(bench, shape, routing),
+                                         {"grouped-mm", "loop", "cublas", "mma.sync"})  # fmt: skip
             head = dict(shape=name, **shape._asdict(), projection=projection, form=form, routing=routing, rows=R)
             bench.line("gemm", head, seconds, failed, work)
 
@@ -296,6 +335,8 @@ def bound(x_ECD, w13_E2FD, w2_EDF, weights_TK):
 
 def bench_layer(bench, name, shape, routing, backward):
     T, D, width, E, K = shape
+    if bench.rests_on_broken("F+B" if backward else "F", "layer", name, routing):
+        return
     x_TD, weights_TK = bench.randn(T, D, grad=backward), bench.randn(T, K, grad=backward)
     w13, w2 = bench.randn(E, 2 * width, D, scale=D**-0.5), bench.randn(E, D, width, scale=width**-0.5)
     C = T * K // E // K * K
@@ -317,15 +358,59 @@ def bench_layer(bench, name, shape, routing, backward):
 
     contenders = {"ours": routed(ours), "bound": lambda r: step(lambda: bound(x_ECD, w13, w2, weights_TK)),
                   "grouped-mm": routed(on_long_ids(grouped_mm)), "loop": routed(on_long_ids(sorted_mm))}  # fmt: skip
-    seconds, failed = bench.race(contenders, Routed(bench, shape, routing), {"grouped-mm", "loop"})
+    seconds, failed = bench.race(bench.and_mma_sync(contenders), Routed(bench, shape, routing),
+                                 {"grouped-mm", "loop", "mma.sync"}, least=6)  # fmt: skip
+    peak = {contender: bench.peak[contender] for contender in seconds if contender in ("ours", "mma.sync")}
     N, size = T * K, bench.dtype.itemsize
     work = 6 * N * D * width * (3 if backward else 1), size * (2 * T * D + 3 * E * D * width + 2 * N * width)
     head = dict(shape=name, **shape._asdict(), routing=routing)
-    bench.line("layer", head | {"pass": "F+B" if backward else "F"}, seconds, failed, work)
+    bench.line("layer", head | {"pass": "F+B" if backward else "F"}, seconds, failed, work, peak=peak)
 
 
 def on_long_ids(layer):
     return lambda x, w13, w2, weights, ids_TK, E: layer(x, w13, w2, weights, ids_TK.long(), E)
+
+
+def bench_kernels(bench, name, shape, rounds=5):
+    """A layer with all that it may have, by kernel: milliseconds of one forward and backward."""
+    T, D, width, E, K = shape
+    if bench.rests_on_broken("F+B", "kernels", name):
+        return
+    x_TD, logits_TE = bench.randn(T, D, grad=True), bench.randn(T, E, grad=True)
+    w13, w2 = bench.randn(E, 2 * width, D, scale=D**-0.5, grad=False), bench.randn(E, D, width, scale=width**-0.5)
+    biases = bench.randn(E, 2 * width), bench.randn(E, D)
+    leaves, dy_TD = [x_TD, logits_TE, w13, w2, *biases], bench.randn(T, D)
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        weights_TK, ids_TK, _ = ops.router(logits_TE, K, norm_p=1.0)
+        index = ops.route_index(ids_TK, E)
+        y_TD = ops.expert_mlp(x_TD, w13, None, w2, weights_TK, index, act="swiglu", gate_bias=biases[0],
+                              down_bias=biases[1])  # fmt: skip
+        y_TD.backward(dy_TD)
+
+    for _ in range(2):
+        step()
+    bench.wait()
+    cpu, activity = bench.device.type == "cpu", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU if cpu else activity.CUDA]) as profile:
+        for _ in range(rounds):
+            step()
+        bench.wait()
+    took = {of.key: (of.count, of.self_cpu_time_total if cpu else of.self_device_time_total)
+            for of in profile.key_averages() if cpu or of.device_type == torch.autograd.DeviceType.CUDA}  # fmt: skip
+    every, N, size = sum(microseconds for _, microseconds in took.values()), T * K, bench.dtype.itemsize
+    moved = {"sort_rows_kernel": 2 * N * D, "dact_kernel": 6 * N * width, "sum_slots_kernel": (N + T) * D}
+    for kernel, (calls, microseconds) in sorted(took.items(), key=lambda item: -item[1][1]):
+        elements = next((n for part, n in moved.items() if part in kernel), 0)
+        gbps = elements * size * calls / microseconds / 1e3 if microseconds else 0
+        of_copy = gbps * 1e9 / bench.copy_bandwidth if elements and bench.copy_bandwidth else None
+        line = dict(shape=name, kernel=kernel[:160], calls=calls / rounds, ms={"ours": microseconds / rounds / 1e3})
+        line |= dict(share=microseconds / every, gbps=gbps, roofline=of_copy, failed={}, ran=None, gpu=bench.state)
+        bench.report["kernels"].append(line | {"of layer": f"{microseconds / every:.1%}"})
 
 
 # ---- movement and the rest -------------------------------------------------------------------------------------------
@@ -409,8 +494,9 @@ def bench_other(bench, shape, vocabulary):
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # section -> columns of its head, and peers
-    "gemm": (["shape", "projection", "form", "routing"], ["bmm", "mm", "grouped-mm", "loop", "cublas"]),
-    "layer": (["shape", "pass", "routing"], ["bound", "grouped-mm", "loop"]),
+    "gemm": (["shape", "projection", "form", "routing"], ["bmm", "mm", "grouped-mm", "loop", "cublas", "mma.sync"]),
+    "layer": (["shape", "pass", "routing"], ["bound", "grouped-mm", "loop", "mma.sync"]),
+    "kernels": (["shape", "kernel", "calls", "of layer"], []),
     "movement": (["op", "T", "D", "K"], []),
     "other": (["op", "T", "E", "K"], ["torch"]),
 }
@@ -439,18 +525,25 @@ def markdown(report):
             cells = [*(str(line[key]) for key in head), *(ways for _ in ran), cell(line, "ms", "ours", 3)]
             cells += [f"{line.get(key, 0):.0f}" for key in ("tflops", "gbps")] + [share(line)]
             text += f"| {' | '.join([*cells, *(cell(line, 'ratio', peer, 2) for peer in peers)])} |\n"
+        peaks = [f"{line['shape']} {line['pass']} {line['routing']} " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for
+                 name, size in line["peak"].items()) for line in report[section] if line.get("peak")]  # fmt: skip
+        text += f"\nPeak: {'; '.join(peaks)}.\n" if peaks else ""
         for line in report[section]:
             for name, why in line["failed"].items():
                 text += f"\n{' '.join(str(line[key]) for key in head)}: {name} did not run ({why})\n"
     return text
 
 
+def place(report, out):
+    device = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    return out / f"{device}-{report['commit']}.json"
+
+
 def write(report, out):
     out.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
-    for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
-        (out / f"{device}-{report['commit']}{suffix}").write_text(text)
-    return out / f"{device}-{report['commit']}.json"
+    place(report, out).write_text(json.dumps(report, indent=1) + "\n")
+    place(report, out).with_suffix(".md").write_text(markdown(report))
+    return place(report, out)
 
 
 def main(arguments=None):
@@ -462,8 +555,10 @@ def main(arguments=None):
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seconds", type=float, default=0.4, help="of rounds per line")
+    parser.add_argument("--without", nargs="*", default=[], metavar="KERNEL", help="leave out what rests on these")
     parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="begin no line later")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--append", action="store_true", help="to the report of this device and commit")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: tries the code, measures nothing")
     options = parser.parse_args(arguments)
     if options.dry:
@@ -471,15 +566,20 @@ def main(arguments=None):
     elif not moe_ext.has_cuda():
         sys.exit(f"error: no GPU to measure: {moe_ext._C.cuda() or 'torch sees no CUDA device'}. Hint: --dry")
     bench = Bench(options)
+    if options.append and place(bench.report, options.out).exists():
+        before = json.loads(place(bench.report, options.out).read_text())
+        bench.report |= {section: before[section] for section in COLUMNS if section != "movement"}
     every = SHAPES | MORE_SHAPES
     shapes = DRY_SHAPES if options.dry else every if options.all else {name: every[name] for name in options.shapes}
     widest = max(shapes.values(), key=lambda shape: shape.T * shape.d)
     jobs = [("movement", bench_movement, widest)]       # first: it measures the bandwidth
-    jobs += [("other", bench_other, widest, 96 if options.dry else 128256)]
-    for routing in options.routings:
-        for name, shape in shapes.items():
-            jobs += [("gemm", bench_gemm, name, shape, routing)]
+    for name, shape in shapes.items():
+        for routing in options.routings:
             jobs += [("layer", bench_layer, name, shape, routing, backward) for backward in (False, True)]
+            jobs += [("gemm", bench_gemm, name, shape, routing)]
+        if shape is next(iter(shapes.values())):
+            jobs += [("kernels", bench_kernels, name, shape)]
+            jobs += [("other", bench_other, widest, 96 if options.dry else 128256)]
     torch.set_num_threads(1)        # OpenMP's spin after each draw, and could hold up the thread of autograd
     errors, deadline = [], time.perf_counter() + options.limit
     bench.warm_up()
@@ -491,8 +591,8 @@ def main(arguments=None):
                 continue
             try:
                 job(bench, *arguments)
-            except RuntimeError as error:       # out of memory before the race
-                errors.append(f"{section} {arguments}: {error}")
+            except Exception as error:      # out of memory before the race, say: the other jobs still run
+                errors.append(f"{section} {arguments}: {type(error).__name__}: {error}")
             print(f"{section} {arguments}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -62,6 +62,19 @@ def ways(table, call):
     return result, {way: after - before for way, before, after in launched if after > before}
 
 
+def forced(table, way, call):
+    """call, with every product that can going this way of WAYS."""
+
+    def run(*arguments):
+        table.force(WAYS.index(way))
+        try:
+            return call(*arguments)
+        finally:
+            table.force(-1)
+
+    return run
+
+
 def matrix(tensor):
     return Mat(tensor.data_ptr(), *tensor.stride())
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_train import data  # noqa: F401
 
+from benchmarks import bars, gpu, ops, optimizers, sequence, step
 from benchmarks import load as busy
-from benchmarks import ops, optimizers, sequence, step
 from moe_ext.config import MeshConfig, dumps, load
+from tests import cublas
 from tests.cases import Shape
 
 ROOT = Path(__file__).parent.parent
@@ -29,15 +30,26 @@ def make_gpu(*arguments):
 
 def test_make_gpu():
     """The parts that take no other test's time; and what is not done is said, in the report too."""
-    done, report, names = make_gpu("graph,sanitizer,train", "--dry")
-    assert done.returncode == 0 and "4 of 4 ok" in done.stdout, done.stdout + done.stderr
-    assert [line["result"] for line in report] == ["ok"] * 4
-    assert {"gpu/train.log", "gpu/train.json", "gpu/memcheck-1-of-1.log"} <= set(names)
-    assert "left out: build (not asked for), conformance (not asked for)" in done.stdout
+    done, report, names = make_gpu("hopper,graph,sanitizer,train,driver,tuner,bars", "--dry")
+    assert done.returncode == 0 and "8 of 9 ok" in done.stdout, done.stdout + done.stderr
+    assert sorted(line["result"] for line in report) == ["left out"] + ["ok"] * 8       # no earlier commit to drive
+    assert {"gpu/train.log", "gpu/train.json", "gpu/memcheck-1-of-1.log", "gpu/train-ours.log"} <= set(names)
+    assert "left out: driver driver, build (not asked for), conformance (not asked for)" in done.stdout
 
     done, report, _ = make_gpu("train", "--dry", "--limit", "0.5")
     assert done.returncode == 0 and "left out: train train, " in done.stdout, done.stdout + done.stderr
     assert [line["result"] for line in report] == ["left out"]
+
+
+def test_first_contact_is_with_every_kernel():
+    sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+    import hopper
+    import run
+
+    assert run.KERNELS == list(hopper.CHECKS)
+    named = {way.replace("sm90", kind) for kind in ("rows", "sums") for way in cublas.WAYS[1:]}
+    assert named - {"sums 128x192"} == {name for name in run.KERNELS if name[:4] in ("rows", "sums")}
+    assert all(name.startswith(gpu.NEEDS["F+B"]) for name in run.KERNELS)
 
 
 def test_shares_of_the_sanitizers_are_all_ops():
@@ -55,7 +67,9 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*.json")
     report = json.loads(file.read_text())
-    for section, lines in (("gemm", 12), ("layer", 4), ("movement", 5), ("other", 3)):
+    kernels = report["kernels"]
+    assert sum(line["share"] for line in kernels) == pytest.approx(1) and "expert_mlp" in kernels[0]["kernel"]
+    for section, lines in (("gemm", 12), ("layer", 4), ("movement", 5), ("other", 3), ("kernels", len(kernels))):
         assert len(report[section]) == lines
         for line in report[section]:
             assert not line["failed"] and line["ms"]["ours"] > 0 and f"| {line['ms']['ours']:.3f} |" in done.stdout
@@ -67,8 +81,77 @@ def test_a_limit_leaves_out_and_says_what(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert not report["gemm"] and len(report["left out"]) == 8
-    assert "left out: movement, other, gemm dry balanced, layer dry balanced" in done.stdout
+    assert not report["gemm"] and len(report["left out"]) == 9
+    assert "left out: movement, layer dry balanced, gemm dry balanced, layer dry zipf" in done.stdout
+
+
+def test_what_rests_on_a_broken_kernel_is_left_out(tmp_path, capsys):
+    gpu.main(["--dry", "--without", "sums 128x128", "--out", str(tmp_path)])
+    report = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert {line["form"] for line in report["gemm"]} == {"forward", "dgrad"} and not report["kernels"]
+    assert [line["pass"] for line in report["layer"]] == ["F", "F"]
+    assert "gemm dry balanced up wgrad (without sums 128x128)" in report["left out"]
+
+
+REPORT = {  # of benchmarks.gpu, what bars read
+    "commit": "abc",
+    "gemm": [
+        dict(shape=shape, projection="up", form="wgrad", routing="balanced", rows=rows, E=8, ms={"ours": 1.0},
+             tflops=700.0, ratio={"bmm": bmm, "grouped-mm": 1.06})
+        for shape, rows, bmm in (("one", 8192, 0.99), ("two", 16384, 0.96), ("few", 4096, 0.5))
+    ],
+    "layer": [dict(shape="qwen3-30b-32k", routing="balanced", T=10, d=8, k=2, ms={"ours": 1.0}, tflops=560.4,
+                   ratio={"bound": 1.31}, peak={"ours": 640, "mma.sync": 320}) | {"pass": "F"}],
+    "kernels": [
+        dict(shape="qwen3-30b-32k", kernel=f"void (anonymous namespace)::{kernel}<bf16>(int)", share=share,
+             roofline=of_copy)
+        for kernel, share, of_copy in (
+            ("rows_kernel", 0.6, None), ("sums_kernel", 0.3, None), ("bias_kernel", 0.01, None),
+            ("sort_rows_kernel", 0.05, 1.4), ("dact_kernel", 0.04, 0.96),
+        )
+    ],
+}  # fmt: skip
+DRIVER = {"recipe": "r", "commit": "abc",
+          "lines": [{"tree": "ours", "tokens/s": 180.0}, {"tree": "before", "tokens/s": 90.0}]}  # fmt: skip
+LOG = """| version | what | why | predicted | outcome |
+|---|---|---|---|---|
+| abc | two up wgrad balanced, x bmm | arithmetic | 1.0 | |
+| abc | one up wgrad balanced, x bmm | arithmetic | 1.0 | 0.5 (before) |
+| abc | another | arithmetic | 1.0 | |
+"""
+
+
+def test_bars():
+    found = {name: (met, text) for name, met, text in bars.bars([REPORT, DRIVER])}
+    assert found == {
+        "wgrad balanced, x bmm": (False, "0.96 vs 0.97 at worst, two up wgrad; 1 of 2 below"),
+        "wgrad balanced, x grouped-mm": (True, "1.06 vs 1.05 at worst, one up wgrad; 0 of 3 below"),
+        "layer F, x bound": (True, "1.31 vs 1.3 at worst, qwen3-30b-32k F balanced; 0 of 1 below"),
+        "qwen3-30b-32k F balanced, TFLOP/s": (True, "560 vs 550"),
+        "qwen3-30b-32k F balanced, x bound": (True, "1.31 vs 1.3"),
+        "qwen3-30b-32k F balanced, sorted copies more memory than mma.sync": (True, "1.00 vs at most 1"),
+        "qwen3-30b-32k outside products, of layer": (True, "10.0% vs at most 12%"),
+        "qwen3-30b-32k bias sums, of layer": (True, "1.0% vs at most 2%"),
+        "qwen3-30b-32k sort_rows, of copy": (False, "1.40 vs 1.5"),
+        "qwen3-30b-32k dact, of copy": (True, "0.96 vs 0.95"),
+        "r, x before": (True, "2.00 vs 1.8"),
+    }
+    filled = bars.fill(LOG, bars.figures([REPORT]), "abc").splitlines()
+    assert filled[2] == "| abc | two up wgrad balanced, x bmm | arithmetic | 1.0 | 0.96 (abc) |"
+    assert filled[:2] + filled[3:] == LOG.splitlines()[:2] + LOG.splitlines()[3:]
+
+
+def test_every_prediction_is_of_something_measured():
+    """And none is without its arithmetic."""
+    rows = [row.strip("|").split("|") for row in bars.LOG.read_text().split("The steps of")[0].splitlines()
+            if row.startswith("| ")]  # fmt: skip
+    names = {f"{shape} {line} {routing}" for shape in gpu.SHAPES for routing in gpu.ROUTINGS for line in (
+        "F", "F+B", *(f"{side} {form}" for side in ("up", "down") for form in ("forward", "dgrad", "wgrad")))}
+    assert len(rows) > 10
+    for _, what, why, predicted, _ in rows[1:]:
+        subject = what.strip().split(",")[0]
+        assert subject in names or subject.split()[0] in (*gpu.SHAPES, "moe_gpt2_8e"), subject
+        assert why.strip() and predicted.strip()
 
 
 def test_the_layer_beside_torch(tmp_path, monkeypatch, capsys):

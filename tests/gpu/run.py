@@ -1,24 +1,37 @@
 """make gpu: proves this tree on one GPU, then times it, in a few minutes and without network.
 
-    python tests/gpu/run.py [part,part ..] [--limit SECONDS] [--dry]
+    python tests/gpu/run.py [part,part ..] [--limit SECONDS] [--before FOLDER] [--dry]
 
-    build        the extension and libmoe_cuda.so; no kernel spills; python -m moe_ext
-then side by side, as many processes at once as there are CPU cores:
-    sanitizer    compute-sanitizer's racecheck, memcheck and synccheck over every op on small shapes
+    build        the extension and libmoe_cuda.so; no kernel spills; python -m moe_ext            20 s if it is built
+    hopper       each kernel that only Hopper has, before anything else relies on it              40 s
+then side by side, as many processes at once as there are CPU cores:                             120 s, and with
+    sanitizer    compute-sanitizer's racecheck, memcheck and synccheck, every op on small shapes  180 s
     conformance  instructions and primitives give the hashes of the host harness
     ops          the op tests on the GPU, movement bit for bit like the C core
+    older        on Hopper, those of products once more with MOE_SM90=0: as older cards compute them
     layers       drop-in layers, the GPT, torch.compile; real MegaBlocks where it is installed
     graph        every op and the dropless layer in CUDA graphs
     exchange     the token exchange on one card
     train        50 steps of the small GPT beside the CPU's
 then alone on the card:
-    bench        benchmarks/gpu.py, in the time that is left
+    bench        benchmarks/gpu.py: the shapes that say most, balanced and by Zipf's law          70 s
+    driver       benchmarks/train.py: the 1.3 B recipe, on Hopper also as on older cards, and by
+                 an earlier commit, built in another folder (--before, or build/before)           120 s
+    tuner        benchmarks/policy.py: where the policy of Hopper's products is off                40 s
+    more         benchmarks/gpu.py: the other shapes                                              80 s
+    bars         what benchmarks/bars.py says of all that was measured
+
+Seconds are estimates for an H200 of 16 cores, starts of 6 to 10 s included; the sum without sanitizer is 490.
+
+A kernel that fails in `hopper` may take everything with it that runs in its process. So what rests on it is left out
+of bench and more, its way of the tuner, ours of driver; and layers, graph, exchange and train run with MOE_SM90=0, to
+prove the rest. The op tests run as they are, a process for each file.
 
 Needs torch with CUDA, nvcc, setuptools; pytest and hypothesis for the test files. Nothing has to be installed but them:
 the extension is built in place, and what was built elsewhere is used if it is newer than its sources. One line per
 result: ok, FAILED, or left out with the reason: no time, not installed. What fails does not stop the rest; exit status
-1 if anything did. Everything is written as it comes, to build/gpu/: report.json, a log of each command, and at the end
-all of it with the benchmark's results as one archive, build/gpu.tar.gz.
+1 if anything did; a bar that is missed is no failure. Everything is written as it comes, to build/gpu/: report.json, a
+log of each command, and at the end all of it with the benchmark's results as one archive, build/gpu.tar.gz.
 --limit ends everything in time. --dry tries the code of every part on the CPU and proves nothing.
 """
 
@@ -40,14 +53,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "gpu"
 OPS = ["random", "index", "permute", "gemm", "hopper", "cublas", "expert", "route", "head", "errors", "determinism"]
+PRODUCTS = ["gemm", "expert"]       # what MOE_SM90=0 changes
 LAYERS = ["layers", "model", "compile"]
+KERNELS = [  # the checks of hopper.py
+    "rows 128x256", "rows 128x192", "rows 128x128", "sums 128x256", "sums 128x128", "mlp gathered", "mlp gated",
+    "mlp ds", "mlp dw2", "mlp dw13", "mlp dx", "mlp all",
+]  # fmt: skip
+FIRST = ["qwen3-30b-32k", "olmoe", "mixtral", "seed"]       # shapes of bench; more has the others
+broken = []     # of KERNELS
 
 
 class Run:
     """What came of one command: ok, or None if it was not begun or not ended within --limit. Its output goes to
     OUT/<name>.log; at the timeout it and its children are killed."""
 
-    deadline = math.inf
+    deadline, before = math.inf, None
     slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))     # a process that waits for a core measures it
 
     def __init__(self, name, command, timeout, **environment):
@@ -65,6 +85,7 @@ class Run:
         paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
                                     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment  # fmt: skip
+        name = name.replace(" ", "-")
         begin, self.ok, child = time.perf_counter(), False, None
         with (OUT / f"{name}.log").open("w+") as log:
             try:
@@ -125,6 +146,33 @@ def build(dry):
         yield "no spills", not spilled, f"spilled: {', '.join(spilled)[:300]}" if spilled else detail
 
 
+def hopper(dry):
+    if dry:
+        run = python("hopper", "tests/gpu/hopper.py", "cpu", OMP_NUM_THREADS="2")
+        yield "hopper", run.ok, run.last
+        return
+    runs = {name: lambda name=name: python(f"hopper {name}", "tests/gpu/hopper.py", "cuda", name, timeout=90,
+                                           OMP_NUM_THREADS="2") for name in KERNELS}  # fmt: skip
+    for name, run in side_by_side(runs):
+        if run.ok and run.last.startswith("left out"):
+            yield name, None, run.last.removeprefix("left out: ")
+            continue
+        if run.ok is False:
+            broken.append(name)
+        yield name, run.ok, f"{run.seconds:.0f} s: {run.last}"
+
+
+def careful():
+    """The environment of what a broken kernel would only end."""
+    return {"MOE_SM90": "0"} if broken else {}
+
+
+def on_hopper():
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def conformance(dry):
     hopper = ["-gencode", "arch=compute_90a,code=sm_90a"]
     both = ["-gencode", "arch=compute_80,code=[compute_80,sm_80]", *hopper]
@@ -156,7 +204,7 @@ def conformance(dry):
         yield name, ok, "" if ok else f"{got.get(name)}, the host has {want[name]}"
 
 
-def pytest(files, dry, timeout=400):
+def pytest(files, dry, timeout=400, name="{}", **environment):
     """The test files at once, each in its own process."""
     if missing := [name for name in ("pytest", "hypothesis") if not installed(name)]:
         yield from ((file, None, f"{' and '.join(missing)} not installed") for file in files)
@@ -165,10 +213,11 @@ def pytest(files, dry, timeout=400):
 
     def test(file):
         arguments = ["-m", "pytest", "-p", "no:cacheprovider", *options, file]
-        return lambda: python(Path(file).stem, *arguments, timeout=timeout, OMP_NUM_THREADS="2")
+        return lambda: python(name.format(Path(file).stem), *arguments, timeout=timeout, OMP_NUM_THREADS="2",
+                              **environment)  # fmt: skip
 
     for file, run in side_by_side({file: test(file) for file in files}):
-        yield file, run.ok and (dry or "passed" in run.last), f"{run.seconds:.0f} s: {run.last}"
+        yield name.format(file), run.ok and (dry or "passed" in run.last), f"{run.seconds:.0f} s: {run.last}"
 
 
 def tests_of(names):
@@ -179,21 +228,28 @@ def ops(dry):
     yield from pytest(tests_of(OPS), dry)
 
 
+def older(dry):
+    if dry or on_hopper():
+        yield from pytest(tests_of(PRODUCTS), dry, name="{} MOE_SM90=0", MOE_SM90="0")
+    else:
+        yield "older", None, "ops has run as on older cards"
+
+
 def layers(dry):
     files, missing = tests_of(LAYERS), [name for name in ("megablocks", "stk", "triton") if not installed(name)]
     if missing:
         yield "megablocks", None, f"parity: {', '.join(missing)} not installed"
     else:
         files.insert(0, "tests/test_megablocks.py")
-    yield from pytest(files, dry)
+    yield from pytest(files, dry, **careful())
 
 
 def graph(dry):
-    yield from pytest(tests_of(["cuda_graph"]), dry)
+    yield from pytest(tests_of(["cuda_graph"]), dry, **careful())
 
 
 def exchange(dry):
-    yield from pytest(tests_of(["exchange"]), dry)
+    yield from pytest(tests_of(["exchange"]), dry, **careful())
 
 
 def sanitizer(dry):
@@ -216,7 +272,8 @@ def sanitizer(dry):
 
 def train(dry):
     # Few threads: the CPU's half shares its cores with all that runs beside it.
-    run = python("train", "tests/gpu/train.py", *(["cpu", "1"] if dry else ["cuda", "50"]), OMP_NUM_THREADS="4")
+    run = python("train", "tests/gpu/train.py", *(["cpu", "1"] if dry else ["cuda", "50"]), OMP_NUM_THREADS="4",
+                 **careful())  # fmt: skip
     if not run.ok:
         yield "train", run.ok, run.last
         return
@@ -229,20 +286,77 @@ def train(dry):
     yield "learns", report["learns"], f"{first:.3f} to {last:.3f} nats on the CPU"
 
 
-def bench(dry):
-    left = min(600, Run.deadline - time.perf_counter() - 20)        # and time to write and say it
-    options = ["--dry"] if dry else ["--limit", f"{max(0, left):.0f}"]
-    run = python("bench", "-m", "benchmarks.gpu", "--out", OUT, *options, timeout=620)
-    yield "bench", run.ok, f"{run.seconds:.0f} s: {run.last}"
+def measure(name, module, *options, dry, timeout, limit=True):
+    """A benchmark in the time that is left, and what it left out."""
+    left = min(timeout, Run.deadline - time.perf_counter() - 20)        # and time to write and say it
+    options = [*options, "--dry"] if dry else [*options, *(["--limit", f"{max(0, left):.0f}"] if limit else [])]
+    run = python(name, "-m", module, *options, timeout=timeout + 20)
+    yield name, run.ok, f"{run.seconds:.0f} s: {run.last}"
+    for line in run.output.splitlines():
+        if line.startswith("left out: "):
+            yield name, None, line.removeprefix("left out: ")
+
+
+def without():
+    return ["--without", *broken] if broken else []
+
+
+def tables(name, *options, dry):
+    """Of benchmarks/gpu.py."""
+    yield from measure(name, "benchmarks.gpu", "--out", OUT, *options, *without(), dry=dry, timeout=200)
     for table in () if dry else OUT.glob("*.md"):
         for file in (table, table.with_suffix(".json")):
             shutil.copy(file, ROOT / "benchmarks" / "results")
-    for line in run.output.splitlines():
-        if line.startswith("left out: "):
-            yield "bench", None, line.removeprefix("left out: ")
 
 
-STAGES = [[build], [sanitizer, conformance, ops, layers, graph, exchange, train], [bench]]
+def bench(dry):
+    yield from tables("bench", "--shapes", *FIRST, dry=dry)
+
+
+def more(dry):
+    from benchmarks.gpu import SHAPES
+
+    others = [name for name in SHAPES if name not in FIRST]
+    yield from tables("more", "--append", "--sections", "gemm", "layer", "--shapes", *others, dry=dry)
+
+
+def driver(dry):
+    if not installed("tyro"):
+        yield "driver", None, "tyro not installed"
+        return
+    before = Run.before if (Run.before / "moe_ext").is_dir() and not dry else None
+    trees = [["--before", before]] if before else []
+    if broken:
+        trees.append(["--only", "mma.sync", *(["before"] if before else [])])
+    if dry:
+        trees = [["--recipe", "recipes/debug.toml", "--steps", 3]]
+    options = [word for words in trees for word in words]
+    yield from measure("driver", "benchmarks.train", "--out", OUT, *options, dry=dry, timeout=400, limit=False)
+    for file in () if dry else OUT.glob("train-*-*.json"):
+        shutil.copy(file, ROOT / "benchmarks" / "results")
+    if not before:
+        yield "driver", None, "another tree: give --before, or build an earlier commit in build/before"
+
+
+def tuner(dry):
+    if not dry and not on_hopper():
+        yield "tuner", None, "there is no choice on this card"
+        return
+    shapes = ["--shapes", *FIRST, "sonic-7b-256", "qwen3-30b-8k"]
+    yield from measure("tuner", "benchmarks.policy", *shapes, *without(), dry=dry, timeout=90)
+
+
+def bars(dry):
+    from benchmarks import bars as judge
+
+    files = [] if dry else sorted(OUT.glob("*-*-*.json"))
+    for name, met, text in judge.bars([json.loads(file.read_text()) for file in files]):
+        yield name, True, f"{'met' if met else 'missed'}: {text}"
+    yield "bars", True, f"of {len(files)} reports"
+
+
+STAGES = [[build], [hopper], [sanitizer, conformance, ops, older, layers, graph, exchange, train],
+          [bench], [driver], [tuner], [more], [bars]]  # fmt: skip
 PARTS = {part.__name__: part for stage in STAGES for part in stage}
 WORDS = {True: "ok", False: "FAILED", None: "left out"}
 
@@ -284,6 +398,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="?", default=",".join(PARTS))
     parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="of all parts together")
+    parser.add_argument("--before", type=Path, default=ROOT / "build" / "before", metavar="FOLDER", help="for driver")
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     wanted = options.parts.split(",")
@@ -293,7 +408,8 @@ def main():
     for old in OUT.glob("*.*"):
         old.unlink()
     report = Report()
-    Run.deadline = report.begin + options.limit
+    Run.deadline, Run.before = report.begin + options.limit, options.before.resolve()
+    sys.path.insert(0, str(ROOT))
     for stage in STAGES:
         parts = [part for part in stage if part.__name__ in wanted]
         with ThreadPoolExecutor(max(1, len(parts))) as pool:
