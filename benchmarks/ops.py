@@ -489,8 +489,8 @@ def main(
 
 
 def write(report, out, name):
-    """The report into the folder `out`. {cpu} in `name` becomes that of the report and its instruction set: a machine of
-    a cloud may say no more of its CPU than the maker's name.
+    """The report into the folder `out`. {cpu} in `name` becomes that of the report and its instruction set: a cloud may
+    name nothing of a CPU but its maker.
     """
     out.mkdir(parents=True, exist_ok=True)
     cpu = re.sub(r"[^a-z0-9]+", "-", f"{report['cpu']} {report['isa']}".lower()).strip("-")
