@@ -29,7 +29,7 @@ a gather of its own would take (ops.gather, twice in the backward) stands beside
 Movement: the share of the bandwidth of a copy between buffers of the size of the expert rows (16 MiB). Rows are counted
 once for each copy that is read or written.
 
-Prints Markdown, writes benchmarks/results/<cpu>-<commit>.json.
+Prints Markdown, writes benchmarks/results/<cpu>-<instruction set>-<commit>.json.
 """
 
 import ctypes
@@ -489,9 +489,12 @@ def main(
 
 
 def write(report, out, name):
-    """The report into the folder `out`; {cpu} in `name` becomes that of the report."""
+    """The report into the folder `out`. {cpu} in `name` becomes that of the report and its instruction set: a cloud may
+    name nothing of a CPU but its maker.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / name.format(cpu=re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-"))
+    cpu = re.sub(r"[^a-z0-9]+", "-", f"{report['cpu']} {report['isa']}".lower()).strip("-")
+    path = out / name.format(cpu=cpu)
     path.write_text(lines(report) + "\n")
     print(f"\n{path}")
 

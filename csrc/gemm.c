@@ -23,9 +23,10 @@
 // One task computes one piece of one expert's product, alone: [m <= 768] x [columns <= 512], fewer rows for many
 // threads. Its loops, outside in:
 //   row tiles (L2) > chunks of the sum > panels of B (L1) > panels of A (L2)
-// and B stays packed over the row tiles if it fits into BYTES_B. Rows of one panel of A, as in generation, take B panel by
-// panel, while it is in L1. Each element is one sum in one order, chunk by chunk, whatever the number of threads. Tasks
-// come from a queue; here no task waits for another.
+// and B stays packed over several row tiles if it fits into BYTES_B. Columns of B that lie in rows of memory are packed
+// panel by panel, each while it is in L1, and the products of one ask memory for the rows of the next. Each element is
+// one sum in one order, chunk by chunk, whatever the number of threads. Tasks come from a queue; here no task waits for
+// another.
 #include "gemm.h"
 #include <stdatomic.h>
 #include <string.h>
@@ -37,6 +38,7 @@ enum {
     LEAST_TILE = 96,            // rows of a tile; the most are TASK_ROWS
     CHUNK     = 256,            // steps, 512 of bf16: a panel of B and two of A in L1, of 32 KiB (avx2), of 48 (avx512)
     CHUNK_UNIT = 32,            // of a chunk's length: a multiple of every ku
+    LINE      = 64,             // bytes
     BYTES_B   = 4 << 20,        // 512 columns of a sum of 2048 floats; [256 x NR] at a time comes from L3 to L1
 };
 
@@ -82,16 +84,33 @@ int64_t gemm_columns(gemm_kind kind, int64_t n, int64_t k, int parts) {
 }
 
 // -- one task --------------------------------------------------------------------------------------------------------
+// The rows of memory that the next packing of B reads: asked for from now on, some lines with each run of the kernel.
+typedef struct { const char *row; int64_t stride, bytes, at, lines; } ahead;
+
+static ahead look_ahead(const gemm_factor *f, int64_t i0, int64_t m, int64_t k0, int64_t n) {
+    if (f->sk != 1 || f->index) return (ahead){0};
+    const int64_t size = moe_size(f->dtype);
+    return (ahead){f->p + (i0 * f->si + k0) * size, f->si * size, n * size, 0, m * ceil_div(n * size, LINE)};
+}
+static void ask(ahead *next, int64_t lines) {
+    for (; lines > 0 && next->lines > 0; lines--, next->lines--) {
+        __builtin_prefetch(next->row + next->at, 0, 2);                 // to L2
+        if ((next->at += LINE) >= next->bytes) next->row += next->stride, next->at = 0;
+    }
+}
+
 // C[rows, n] (+)= A B over one chunk of the sum; panels of B outside, so that each is read from L1 by all panels of A.
 static void multiply_panels(gemm_kind kind, int64_t rows, int64_t n, int64_t k, const char *a, const char *b,
-                            char *c, int64_t ldc, bool accumulate, char *edge) {
+                            char *c, int64_t ldc, bool accumulate, char *edge, ahead next) {
     const moe_gemm *const gemm = &moe_k->gemm[kind];
     const int64_t real = real_size(kind), panel = k * panel_size(kind), mr = gemm->mr, nr = gemm->nr;
+    const int64_t share = ceil_div(next.lines, ceil_div(n, nr) * ceil_div(rows, mr));
     for (int64_t j = 0; j < n; j += nr)
         for (int64_t i = 0; i < rows; i += mr) {
             char *to = c + (i * ldc + j) * real;
             const int64_t height = min64(mr, rows - i), width = min64(nr, n - j);
             for (int64_t r = 0; r < height; r++) __builtin_prefetch(to + r * ldc * real, 1);    // needed after the sum
+            ask(&next, share);
             if (width == nr) {
                 gemm->run(height, k, a + i * panel, b + j * panel, to, ldc, accumulate);
                 continue;
@@ -110,8 +129,8 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
     const scratch_map at = scratch_layout(g->kind);
     char *const s = scratch, *const a = s + at.a, *const edge = s + at.edge, *const stage = s + at.stage;
     const int64_t part = round_up(g->n, nr), columns = g->parts * part, padded = round_up(g->k, gemm->ku);
-    const bool keep_b = columns * padded * size <= BYTES_B;                         // over the row tiles
     const int64_t tile = even(g->m, tile_rows(g->kind), mr), chunk = even(g->k, chunk_of(g->kind), CHUNK_UNIT);
+    const bool keep_b = g->m > tile && columns * padded * size <= BYTES_B;          // over the row tiles
     if (gemm->begin) gemm->begin();
     for (int64_t i = 0; i < g->m; i += tile) {
         const int64_t rows = min64(tile, g->m - i), ldc = g->c ? g->ldc : columns;
@@ -120,16 +139,25 @@ void gemm_multiply(const gemm_product *g, void *scratch) {
         do {                                            // once even for an empty sum, which writes zeros
             const int64_t n = min64(chunk, g->k - k), steps = round_up(n, gemm->ku);
             char *const b = s + at.b + (keep_b ? k * columns * size : 0);
-            const bool accumulate = k > 0 || g->accumulate;
+            const bool accumulate = k > 0 || g->accumulate, pack_b = i == 0 || !keep_b;
+            const int64_t next_k = k + chunk < g->k ? k + chunk : 0, next_n = min64(chunk, g->k - next_k);
+            const bool again = next_k ? pack_b : !keep_b && i + tile < g->m;            // B is packed after this chunk
             gemm->pack_a(&g->a, i, rows, k, n, stage, a);
             for (int q = 0; q < g->parts; q++) {
                 const gemm_factor *const b_q = &g->b[q];
-                char *const packed = b + q * part * steps * size, *const c_q = c + q * part * real;
-                const int64_t at_once = g->m <= mr && b_q->sk == 1 ? nr : part;
+                char *const c_q = c + q * part * real;
+                const int64_t at_once = pack_b && b_q->sk == 1 ? nr : part;
                 for (int64_t j = 0; j < g->n; j += at_once) {
                     const int64_t width = min64(at_once, g->n - j);
-                    if (i == 0 || !keep_b) gemm->pack_b(b_q, j, width, k, n, stage, packed);
-                    multiply_panels(g->kind, rows, width, steps, a, packed, c_q + j * real, ldc, accumulate, edge);
+                    char *const packed = b + (keep_b ? (q * part + j) * steps * size : 0);
+                    const int64_t next_j = j + at_once;
+                    ahead next = {0};
+                    if (pack_b && next_j < g->n) next = look_ahead(b_q, next_j, min64(at_once, g->n - next_j), k, n);
+                    else if (pack_b && q + 1 < g->parts) next = look_ahead(b_q + 1, 0, min64(at_once, g->n), k, n);
+                    else if (again) next = look_ahead(g->b, 0, min64(at_once, g->n), next_k, next_n);
+                    if (pack_b) gemm->pack_b(b_q, j, width, k, n, stage, packed);
+                    multiply_panels(g->kind, rows, width, steps, a, packed, c_q + j * real, ldc, accumulate, edge,
+                                    next);
                 }
             }
             k += chunk;
