@@ -379,6 +379,15 @@ def test_autocast_to_fp32_changes_nothing(name, device):
         same(model.logits(tokens), want)
 
 
+@pytest.mark.parametrize("name", ["dense", "gpt2"])
+def test_shapes_alone(name):
+    """A dense model runs on the meta device, forward and backward."""
+    model, (tokens, targets) = GPT(VARIANTS[name], device="meta"), text(VARIANTS[name], device="meta")
+    model(tokens, targets).token_loss.backward()
+    assert model.logits(tokens).shape == (*tokens.shape, SMALL["vocab_size"])
+    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
+
+
 @pytest.mark.skipif(moe_ext.has_cuda(), reason="needs a machine without CUDA")
 def test_absent_device():
     with pytest.raises(ConfigError, match=r"train.device is cuda, but torch sees no CUDA device"):
