@@ -97,7 +97,7 @@ def add_and_norm(module, x, y, norm):
     if y is None:
         return norm(x)
     x = x + y
-    return x, norm(x)
+    return x, add_and_norm(module, x, None, norm)
 
 
 def make_norm(c: ModelConfig, **options):

@@ -368,6 +368,16 @@ def test_autocast_gives_a_router_what_it_gives_the_experts(name, half, device):
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "noisy_biased"])
+def test_what_is_added_may_have_any_dtype_under_autocast(name, device):
+    """The norm has the region's, so that a router reads the same from whatever stands for attention."""
+    norm = make(VARIANTS[name], torch.float32, device=device).layers[0].post_attention_layernorm
+    x, y = torch.randn(2, 5, 16, device=device), torch.randn(2, 5, 16, device=device, dtype=torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        for got, want in zip(norm(x, y.float()), norm(x, y), strict=True):
+            same(got, want)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "noisy_biased"])
 def test_autocast_to_fp32_changes_nothing(name, device):
     """A region of CUDA's may have that dtype, or a region be left inside another."""
     model, (tokens, _) = make(VARIANTS[name], torch.float32, device=device), text(VARIANTS[name], device=device)
