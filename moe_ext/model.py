@@ -86,16 +86,18 @@ class LayerNorm(nn.LayerNorm):
 
 def add_and_norm(module, x, y, norm):
     """norm(x); with y x + y and norm(x + y). In an autocast region, to whose dtype matrix products would cast the norm
-    of a float32 x, it has that dtype at once, and all is one op."""
+    of a float32 x, it has that dtype at once, and all is one op. A router reads it rounded, as in a model of halves."""
     w, b, device = module.weight, getattr(module, "bias", None), x.device.type
-    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if half and x.dtype == w.dtype == torch.float32 and (y is None or y.dtype == half) and not hasattr(w, "placements"):
+    region = not x.is_meta and torch.is_autocast_enabled(device)    # torch knows no region of meta tensors
+    half = torch.get_autocast_dtype(device) if region else None
+    plain = x.dtype == w.dtype == torch.float32 and not hasattr(w, "placements")
+    if half in (torch.bfloat16, torch.float16) and plain and (y is None or y.dtype == half):
         s, z = ops.add_norm(x, y, w, b, module.eps, centred=module.centred, dtype=half)
         return z if y is None else (s, z)
     if y is None:
         return norm(x)
     x = x + y
-    return x, norm(x)
+    return x, add_and_norm(module, x, None, norm)
 
 
 def make_norm(c: ModelConfig, **options):

@@ -146,6 +146,27 @@ REFUSED = {
     "dropout: p 1.5 wanted 0 <= p < 1": lambda i: ops.dropout(i.x, 1.5, **KEY),
     "sort: end_bit=40": lambda i: ops.sort(i.ids[0], 40),
     "sort: n=40000 fit dtype": lambda i: ops.sort(torch.zeros(40000, dtype=torch.int16, device=i.device)),
+    "rms_norm: w float64 wanted float32 Hint w.to": lambda i: ops.rms_norm(i.x, i.x[0].double(), 1e-6),
+    "rms_norm: w [3] wanted [n=4]": lambda i: ops.rms_norm(i.x, i.x[0, 1:], 1e-6),
+    "rms_norm: x int32 wanted float": lambda i: ops.rms_norm(i.x.int(), i.x[0], 1e-6),
+    "rms_norm: a size is negative n=0 columns": lambda i: ops.rms_norm(i.x[:, :0], i.x[0, :0], 1e-6),
+    "add_norm: x float64 wanted float32 Hint x.to": lambda i: add_norm(i.x.double(), None, i.x[0]),
+    "add_norm: w [3] wanted [n=4]": lambda i: add_norm(i.x, None, i.x[0, 1:]),
+    "add_norm: y float32 wanted bfloat16 Hint y.to": lambda i: add_norm(i.x, i.x, i.x[0]),
+    "add_norm: y [3, 2, 4] wanted that of x ([2, 3, 4])": (
+        lambda i: add_norm(i.x.view(2, 3, 4), i.x.bfloat16().view(3, 2, 4), i.x[0])
+    ),
+    "add_norm: a size is negative n=0 columns": lambda i: add_norm(i.x[:, :0], None, i.x[0, :0]),
+    "square_sum: x int32 wanted float": lambda i: ops.square_sum(i.x.int()),
+    "rotate: x int32 wanted float": lambda i: ops.rotate(i.x.int()[None, :, None], *[i.x[:, None]] * 2),
+    "rotate: P=3 that divide R=4": lambda i: raw.rotate(i.x[:4, None], *[i.x[:3, :1].contiguous()] * 2, False),
+    "rotate: n=4 <= d/2 d=4": lambda i: ops.rotate(i.x[:, None, None], *[i.x[:1, None]] * 2),
+    "rotate: cos [2, 1, 1] wanted [S=4, 1, n] or [B=1, S=4": (
+        lambda i: ops.rotate(i.x[None, :4, None], *[i.x[:2, :1, None]] * 2)
+    ),
+    "rotate: sin [2, 4, 1, 1] wanted alike": (
+        lambda i: ops.rotate(i.x[None, :4, None].expand(2, 4, 1, 4), i.x[:4, :1, None], i.x.new_ones(2, 4, 1, 1))
+    ),
 }
 # The same for ValueErrors of the functions that have MegaBlocks' names.
 SHAPES = {
@@ -176,27 +197,6 @@ SHAPES = {
     "cumsum: x shape [] wanted [n]": lambda i: ops.inclusive_cumsum(i.bins[0], 0),
     "topology: padded_bins shape [1, 3] wanted [E]": lambda i: ops.topology(i.bins[None], 4, 2, 1),
     "replicate: bins shape [3] wanted [nb=4]": lambda i: ops.replicate(i.x, i.bins, 12),
-}
-# Of ops that a GPU has not.
-ON_CPU = {
-    "rms_norm: w float64 wanted float32 Hint w.to": lambda i: ops.rms_norm(i.x, i.x[0].double(), 1e-6),
-    "rms_norm: w [3] wanted [n=4]": lambda i: ops.rms_norm(i.x, i.x[0, 1:], 1e-6),
-    "rms_norm: x int32 wanted float": lambda i: ops.rms_norm(i.x.int(), i.x[0], 1e-6),
-    "rms_norm: a size is negative n=0 columns": lambda i: ops.rms_norm(i.x[:, :0], i.x[0, :0], 1e-6),
-    "add_norm: x float64 wanted float32 Hint x.to": lambda i: add_norm(i.x.double(), None, i.x[0]),
-    "add_norm: w [3] wanted [n=4]": lambda i: add_norm(i.x, None, i.x[0, 1:]),
-    "add_norm: y float32 wanted bfloat16 Hint y.to": lambda i: add_norm(i.x, i.x, i.x[0]),
-    "add_norm: a size is negative n=0 columns": lambda i: add_norm(i.x[:, :0], None, i.x[0, :0]),
-    "square_sum: x int32 wanted float": lambda i: ops.square_sum(i.x.int()),
-    "rotate: x int32 wanted float": lambda i: ops.rotate(i.x.int()[None, :, None], *[i.x[:, None]] * 2),
-    "rotate: P=3 that divide R=4": lambda i: raw.rotate(i.x[:4, None], *[i.x[:3, :1].contiguous()] * 2, False),
-    "rotate: n=4 <= d/2 d=4": lambda i: ops.rotate(i.x[:, None, None], *[i.x[:1, None]] * 2),
-    "rotate: cos [2, 1, 1] wanted [S=4, 1, n] or [B=1, S=4": (
-        lambda i: ops.rotate(i.x[None, :4, None], *[i.x[:2, :1, None]] * 2)
-    ),
-    "rotate: sin [2, 4, 1, 1] wanted alike": (
-        lambda i: ops.rotate(i.x[None, :4, None].expand(2, 4, 1, 4), i.x[:4, :1, None], torch.ones(2, 4, 1, 1))
-    ),
 }
 
 # RuntimeErrors again, about values in memory, in the words of the C core.
@@ -236,12 +236,6 @@ def pattern(words):
 def test_message(words, device):
     with pytest.raises(RuntimeError, match=pattern(words)):
         REFUSED[words](Inputs(device))
-
-
-@pytest.mark.parametrize("words", ON_CPU)
-def test_message_on_a_cpu(words):
-    with pytest.raises(RuntimeError, match=pattern(words)):
-        ON_CPU[words](Inputs("cpu"))
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -8,7 +8,8 @@ from compare import against_reference, each_set_alone, gradcheck
 from devices import widest
 
 import moe_ext
-from moe_ext import ops
+from moe_ext import ops, reference
+from moe_ext.ops.head import chunk_on
 
 
 def head_inputs(T, D, V, dtype, device):
@@ -30,6 +31,16 @@ def check_linear_cross_entropy(impl, dtype, device, size=(37, 12, 53), chunk=10,
 @pytest.mark.parametrize("chunk", [1, 10, 37, 1024])
 def test_chunks(chunk, dtype, device):
     check_linear_cross_entropy(ops, dtype, device, chunk=chunk)
+
+
+def test_a_device_has_chunks_of_its_own(device, monkeypatch):
+    inputs, targets_T = head_inputs(chunk_on(device) + 5, 2, 3, torch.float32, device)
+    head, rows = moe_ext.ops.head, []
+    pass_ = head._xent_
+    monkeypatch.setattr(head, "_xent_", lambda logits, *rest: rows.append(len(logits)) or pass_(logits, *rest))
+    got = ops.linear_cross_entropy(*inputs.values(), targets_T)
+    assert rows == [{"cpu": 1024, "cuda": 4096}[device], 5]
+    torch.testing.assert_close(got, reference.linear_cross_entropy(*inputs.values(), targets_T))
 
 
 @pytest.mark.parametrize("ignored", [(), (0, 3, 36), range(10), range(37)], ids=["none", "some", "a chunk", "all"])

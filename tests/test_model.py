@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from compare import same
 from devices import widest
 
 import moe_ext.layers.fused
@@ -348,6 +349,53 @@ def test_bf16_routes_in_fp32(name, device):
     torch.testing.assert_close(got.token_loss, want.token_loss, rtol=1e-3, atol=0)
     got.token_loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "noisy_biased"])
+def test_autocast_gives_a_router_what_it_gives_the_experts(name, half, device):
+    """Their norm is rounded once, as it would be in a model of halves, and the router computes from that in fp32."""
+    model, (tokens, _), read = make(VARIANTS[name], torch.float32, device=device), text(VARIANTS[name]), []
+    for moe in model.moe_layers():
+        moe.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        moe.gate.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    with torch.autocast(device, half):
+        model.logits(tokens.to(device))
+    assert len(read) == 2 * len(model.moe_layers())
+    for layer_x, gate_x in zip(read[::2], read[1::2], strict=True):
+        assert (layer_x.dtype, gate_x.dtype) == (half, torch.float32)
+        same(gate_x, layer_x.flatten(0, -2).float())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "noisy_biased"])
+def test_what_is_added_may_have_any_dtype_under_autocast(name, device):
+    """The norm has the region's, so that a router reads the same from whatever stands for attention."""
+    norm = make(VARIANTS[name], torch.float32, device=device).layers[0].post_attention_layernorm
+    x, y = torch.randn(2, 5, 16, device=device), torch.randn(2, 5, 16, device=device, dtype=torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        for got, want in zip(norm(x, y.float()), norm(x, y), strict=True):
+            same(got, want)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "noisy_biased"])
+def test_autocast_to_fp32_changes_nothing(name, device):
+    """A region of CUDA's may have that dtype, or a region be left inside another."""
+    model, (tokens, _) = make(VARIANTS[name], torch.float32, device=device), text(VARIANTS[name], device=device)
+    want = model.eval().logits(tokens)
+    with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, enabled=False):
+            same(model.logits(tokens), want)
+        torch.set_autocast_dtype(device, torch.float32)     # torch.autocast would, on a CPU, rather disable itself
+        same(model.logits(tokens), want)
+
+
+@pytest.mark.parametrize("name", ["dense", "gpt2"])
+def test_shapes_alone(name):
+    """A dense model runs on the meta device, forward and backward."""
+    model, (tokens, targets) = GPT(VARIANTS[name], device="meta"), text(VARIANTS[name], device="meta")
+    model(tokens, targets).token_loss.backward()
+    assert model.logits(tokens).shape == (*tokens.shape, SMALL["vocab_size"])
+    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
 
 
 @pytest.mark.skipif(moe_ext.has_cuda(), reason="needs a machine without CUDA")

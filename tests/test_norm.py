@@ -119,6 +119,51 @@ def test_add_norm_without_one_of_its_results(device):
     same(both[0], of_z[0] + ds), same(of_z[1], of_z[0].bfloat16()), same(both[2], of_z[2])
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (5, 1), (3, 257), (66, 511)], ids=str)
+def test_add_norm_of_rows_that_are_not_aligned(shape, device):
+    """Rows that begin anywhere, in memory too; no rows, whose weights get zeros; one column, which has no variance."""
+    R, n = shape
+
+    def placed(t):
+        return torch.cat([t.new_zeros(1), t.flatten()]).to(device)[1:].view(t.shape)
+
+    x, y, w_n, b_n = (placed(torch.randn(size)) for size in (shape, shape, n, n))
+    inputs = {"x": x, "w_n": w_n, "y": placed(y.bfloat16()), "b_n": b_n}
+
+    def call(ops, x, w_n, y, b_n):
+        return ops.add_norm(x, y, w_n, b_n, 1e-2, centred=True, dtype=torch.bfloat16)
+
+    if R:
+        against_reference(ops, call, inputs)
+        return
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    s, z = call(ops, **leaves)
+    dx, dy, *sums = torch.autograd.grad((s, z), [leaves[name] for name in ("x", "y", "w_n", "b_n")], (s, z))
+    assert dx.shape == dy.shape == shape and all(d.eq(0).all() for d in sums)
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layernorm", "rmsnorm"])
+def test_a_row_of_add_norm_knows_no_other(centred, device):
+    """Its bits are those that it has alone; NaN and infinity stay in theirs, forward and backward."""
+    x, y, w_n = torch.randn(70, 33, device=device), torch.randn(70, 33, device=device), torch.ones(33, device=device)
+    y = y.bfloat16()
+    x[1, 2], x[2, 3], y[66, 0] = math.nan, math.inf, math.nan
+    x[4], y[4] = 0, 0
+
+    def call(x, y):
+        x.requires_grad_()
+        s, z = ops.add_norm(x, y, w_n, None, 1e-6, centred=centred, dtype=torch.bfloat16)
+        return s, z, *torch.autograd.grad((s, z), x, (torch.ones_like(s), z.detach() * 2 + 1))
+
+    whole = call(x.clone(), y)
+    for result in whole[1:]:
+        assert result.isnan().any(1).nonzero().flatten().tolist() == [1, 2, 66]
+    assert whole[1][4].eq(0).all()
+    for m in (0, 4, 69):
+        for result, alone in zip(whole, call(x[m:][:1].clone(), y[m:][:1]), strict=True):
+            same(alone[0], result[m])
+
+
 def test_add_norm_keeps_what_is_far_from_zero(device):
     """The variance of values that share a large part is theirs, not the rounding's."""
     x = torch.randn(4, 300, device=device) + 1000

@@ -245,3 +245,11 @@ def test_activations_and_messages_of_ranks(name):
     assert near(held.activations + held.cast - sum(again(config, "cpu", stages(config)[0])), saved)
     assert near(held.exchange, tokens, within=0.05) if tokens else held.exchange == 0
     assert held.sequence == heads
+
+
+def test_a_head_has_a_chunk_of_logits_as_its_op_has():
+    config = case(DENSE, dtype="bf16", seq_len=5000, micro_batch=1)
+    matrix = 512 * 64 * (4 + 2 + 2)     # the sum of its gradient, a chunk's part, its cast
+    assert memory(config, "cpu").head == 512 * 1024 * 2 + matrix
+    assert memory(config, "cuda").head == 512 * 4096 * 2 + matrix
+    assert memory(case(DENSE, dtype="bf16"), "cuda").head == 512 * 256 * 2 + matrix     # two sequences of 128 tokens

@@ -240,8 +240,8 @@ class FusedMoE(nn.Module):
     holds this rank's. `peers` are the ranks that share this one's scopes (balance loss, capacity) when those reach
     beyond it: all of them give a token_mask, or none does.
     dtype: of the parameters, which follow .to() like any; the router computes in fp32 (fp64 for fp64), whatever they
-    and autocast say. The selection bias, which moves by steps below bf16's rounding, stays in that dtype whatever the
-    module becomes (an op reads it in fp32).
+    and autocast say, from x as it is given. The selection bias, which moves by steps below bf16's rounding, stays in
+    that dtype whatever the module becomes (an op reads it in fp32).
     ValueError for options that leave the router without a gradient from the layer's output: with top_k 1 a norm or
     "topk_softmax" makes every weight 1.
     """

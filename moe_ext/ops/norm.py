@@ -110,6 +110,8 @@ def add_norm(x, y, w_n, b_n, eps, *, centred, dtype):
     """
     if dtype not in _HALVES:
         raise ValueError(f"add_norm: dtype is {dtype}, wanted torch.bfloat16 or torch.float16")
+    if y is not None and y.shape != x.shape:    # the op knows rows alone
+        raise RuntimeError(f"moe_ext::add_norm: y has shape {list(y.shape)}, wanted that of x ({list(x.shape)})")
     rows, y_rows = (t if t is None else _rows(t).contiguous() for t in (x, y))
     w_n, b_n = (t if t is None else t.contiguous() for t in (w_n, b_n))
     s, z, _ = _add_norm(rows, y_rows, w_n, b_n, eps, centred, _HALVES[dtype])
