@@ -134,8 +134,9 @@ class Saver:
         if behind:
             together(lambda: self.image.take(self.draft.files[0]))
             self.written = threading.Event()
-            self.thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
-            self.thread.start()
+            thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
+            thread.start()          # or a RuntimeError: then there is none to wait for
+            self.thread = thread
         else:
             self.draft.complete()
         self.waited += time.perf_counter() - began
@@ -161,9 +162,9 @@ class Saver:
         """Until the checkpoint under way is whole. Errors: as of checkpoint.save."""
         began = time.perf_counter()
         self.settle()
-        self.waited = time.perf_counter() - began       # which the next one has cost
+        self.waited += time.perf_counter() - began      # which the next one has cost
         if self.error:
-            error, self.error = self.error, None
+            error, self.error, self.waited = self.error, None, 0.0
             raise error
 
     def settle(self) -> None:

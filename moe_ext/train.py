@@ -388,7 +388,7 @@ def main() -> None:
             print(describe(command, model), flush=True)
             rehearse(plain(command), model, command.resume, command.weights)
     except (ValueError, OSError, FloatingPointError, RankFailure) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))     # a note: what was not saved
 
 
 if __name__ == "__main__":

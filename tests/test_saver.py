@@ -2,6 +2,7 @@
 
 The writer is not timed but held: it waits in `write_data` until a test lets it go on, or until something waits for it.
 """
+import functools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from moe_ext.checkpoint import CheckpointError, Saver, latest, load, save, step_
 from moe_ext.config import load as read_config
 from moe_ext.config import parse
 from moe_ext.data import IndexedWriter
+from moe_ext.optim import Muon, Shampoo
 from moe_ext.optim.adamw import AdamW
 from moe_ext.optim.state import local
 from moe_ext.parallel import failure
@@ -180,6 +182,63 @@ def test_the_library_reads_the_file_which_has_no_gap_and_each_tensor_at_a_multip
     assert {tensor.itemsize for tensor in tensors.values()} == {1, 2, 4, 8}
 
 
+OPTIMIZERS = {
+    "adamw": functools.partial(AdamW, betas=(0.9, 0.95)), "muon": Muon,
+    "shampoo": functools.partial(Shampoo, betas=(0.9, 0.95), precondition_frequency=1, max_preconditioner_dim=5),
+}
+
+
+@pytest.mark.parametrize("state", ["full", "host", "bf16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_of_owners_and_on_the_host_are_copied_too(tmp_path, ranks, name, state):
+    """Of matrices that are cut in two, and of experts of which each rank has one."""
+    def body(rank, patch):
+        patch.setattr(snapshot.Image, "BLOCK", 100)
+        torch.manual_seed(0)
+        run, writer = Run(), Held(patch)
+        run.model = nn.ParameterDict({"square": torch.randn(8, 6), "experts_EHD": torch.randn(2, 3, 4)})
+        fully_shard(run.model)
+        run.optimizer = OPTIMIZERS[name](run.model.parameters(), 0.01, state=state)
+
+        def step(number):
+            for p in run.model.parameters():
+                p.grad = (p.detach() * number).sin()
+            run.optimizer.step()
+            run.loader.state["row"] += number
+
+        step(1)
+        writer.open.set()
+        same = run.save(tmp_path / "same", 1)
+        writer.open.clear()
+        with Saver(CPU) as saver:
+            saver.save(tmp_path / "behind", step=1, **run.content)
+            step(2)
+            step(3)
+            writer.open.set()
+        dist.barrier()
+        assert files(same) == files(tmp_path / "behind" / same.name)
+        return saver.image.size
+    sizes = ranks(2, body)
+    assert min(sizes) > 100
+
+
+def test_a_rank_that_has_nothing_to_write(tmp_path, ranks):
+    def body(rank, patch):
+        run = Run()
+        run.model = nn.Linear(1, 1, bias=False)
+        run.optimizer = AdamW(run.model.parameters(), 0.01)
+        given = run.model.weight.item()
+        with Saver(CPU) as saver:
+            saver.reserve(run.model, run.optimizer)
+            saver.save(tmp_path / "ckpt", step=1, **run.content)
+        with torch.no_grad():
+            run.model.weight.fill_(7.0)
+        load(checkpoint.on_rank_0(lambda: latest(tmp_path / "ckpt")), model=run.model, optimizer=run.optimizer,
+             loader=run.loader)
+        return run.model.weight.item() == given, saver.image.size
+    assert sorted(ranks(2, body)) == [(True, 0), (True, 4 + torch.get_rng_state().nbytes)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("state", ["full", "host"])
 def test_on_cuda_it_is_copied_to_pinned_memory(tmp_path, state, monkeypatch):
@@ -281,6 +340,25 @@ def test_old_ones_go_when_the_new_one_is_whole_and_the_next_save_waits_for_that(
     assert os.listdir(tmp_path) == ["step-000003"]
 
 
+def test_what_the_next_one_has_waited_for_the_one_before_is_told(tmp_path, monkeypatch):
+    """Of a clock that only stands still or, while a main thread waits for the writer, goes on by 50 s."""
+    run, told, clock, wait = Run(), [], [0.0], checkpoint.arrived
+
+    def arrived(thread):
+        clock[0] += 50
+        wait(thread)
+    monkeypatch.setattr(checkpoint, "arrived", arrived)
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: clock[0])
+    writer = Held(monkeypatch)
+    writer.until_settled(monkeypatch)
+    with Saver(CPU, told=lambda path, step, waited, written: told.append((step, waited))) as saver:
+        saver.save(tmp_path, step=1, **run.content)
+        saver.wait()
+        saver.save(tmp_path, step=2, **run.content)     # asks once more
+        saver.save(tmp_path, step=3, behind=False, **run.content)
+    assert told == [(1, 0), (2, 50), (3, 50)]
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 def fail(*_):
     raise OSError(28, "No space left on device")
@@ -345,6 +423,31 @@ def test_an_exception_is_told_what_became_of_the_checkpoint(tmp_path, monkeypatc
         saver.save(tmp_path, step=1, **run.content)
         raise ValueError("row 7 is empty")
     assert "step-000001 was not saved" in error.value.__notes__[0] and not whole(tmp_path)
+
+
+def test_without_a_thread_nothing_waits_for_one(tmp_path, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+    run = Run()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"), Saver(CPU) as saver:
+        patch.setattr(threading.Thread, "start", start)
+        saver.save(tmp_path, step=1, **run.content)
+    assert not whole(tmp_path)
+    saver.save(tmp_path, step=2, **run.content)
+    saver.wait()
+    assert os.listdir(tmp_path) == ["step-000002"]
+
+
+def test_the_user_reads_what_was_not_saved(monkeypatch):
+    def train(*_):
+        error = FloatingPointError("step 3: the loss is nan")
+        error.add_note("step-000002 was not saved")
+        raise error
+    monkeypatch.setattr(moe_ext.train, "train", train)
+    monkeypatch.setattr(sys, "argv", ["train", RECIPE])
+    with pytest.raises(SystemExit) as end:
+        moe_ext.train.main()
+    assert end.value.code == "error: step 3: the loss is nan\nstep-000002 was not saved"
 
 
 @pytest.mark.parametrize("world", [1, 2])
