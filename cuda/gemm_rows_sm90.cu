@@ -55,7 +55,7 @@ struct gated_rows {
     template <class Tile, int n>
     __device__ __forceinline__ void store(unsigned char *area, int e, bool, int p, int rows, int j, int columns,
                                           float (&c)[n]) const {
-        T *const h = out.h_NU + p * 2 * F + j, *const a = out.a_NF + p * out.row_F + j;
+        T *const h = out.h_NU + p * (2 * F) + j, *const a = out.a_NF + p * out.row_F + j;
 #pragma unroll
         for (int at = 0; at < n; at += AREA_COLUMNS) {
             float *const gate = c + at / 2, *const up = c + (n + at) / 2;
@@ -233,14 +233,15 @@ rows_kernel(const __grid_constant__ rows_plan plan, const gemm_product<T> g, con
 
 // ---- who may come ---------------------------------------------------------------------------------------------------
 template <class T>
-static bool strides_fit(const gemm_operand<T> &x) {         // TMA: below 2^40 bytes
+static bool strides_fit(const gemm_operand<T> &x) {         // TMA: below 2^40 bytes; none of a broadcast
     constexpr int64_t most = 1ll << 38;
-    return x.si >= 0 && x.sk >= 0 && x.se >= 0 && x.si <= most && x.sk <= most && x.se <= most;
+    return x.si > 0 && x.sk > 0 && x.se >= 0 && x.si <= most && x.sk <= most && x.se <= most;
 }
 template <class T>
 static bool b_takes(const gemm_product<T> &g, int matrices, bool along_k) {
     bool fits = true;
-    for (int q = 0; q < matrices; q++) fits = fits && gemm_vector(g.b[q], along_k, g.E) && strides_fit(g.b[q]);
+    for (int q = 0; q < matrices; q++)
+        fits = fits && gemm_vector(g.b[q], along_k, g.E) && strides_fit(g.b[q]) && (g.E == 1 || g.b[q].se > 0);
     return fits;
 }
 template <class T>

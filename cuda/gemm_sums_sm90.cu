@@ -300,7 +300,7 @@ sums_kernel(const __grid_constant__ sums_job<T, Out> g, int keys, int shift) {
 // ---- who may come, and the launch -----------------------------------------------------------------------------------
 template <class T>
 static bool operand_takes(const gemm_operand<T> &x) {       // TMA: strides below 2^40 bytes
-    return !x.index && gemm_vector(x, false, 1) && x.sk >= 0 && x.sk < 1ll << 38;
+    return !x.index && gemm_vector(x, false, 1) && x.sk > 0 && x.sk < 1ll << 38;
 }
 template <class Out, class T>
 static bool takes(const gemm_product<T> &g, moe_mat dw) {

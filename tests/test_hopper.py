@@ -52,6 +52,15 @@ def test_what_tma_takes(case, taken, table, hopper, device):
     assert count(ran) == ((0, 2) if hopper and taken else (2, 0))
 
 
+def test_one_weight_for_all_experts(table, hopper, device):
+    """A stride of 0, which TMA does not promise to take."""
+    bins_E = torch.tensor([70, 70, 200], dtype=torch.int32, device=device)
+    x_RI, w_IO = torch.randn(200, 72).bfloat16().to(device), torch.randn(72, 136).bfloat16().to(device)
+    y_RO, ran = cublas.ways(table, lambda: ops.grouped_gemm(x_RI, w_IO.expand(3, -1, -1), bins_E))
+    assert count(ran) == (1, 0)
+    torch.testing.assert_close(y_RO.double(), x_RI.double() @ w_IO.double(), rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("act, stored, products", [("swiglu", "w13", 6), ("swiglu", "separate", 7), ("gelu", "", 6)])
 def test_the_layer(act, stored, products, table, hopper, device):
     """Every product of forward and backward; with rows that are no whole 16 bytes, none of the steps that need them."""

@@ -37,7 +37,8 @@ def plant(bug, folder):
     text = source.read_text()
     assert text.count(bug.old) == 1, f"{bug.file} has the text {text.count(bug.old)} times: {bug.old!r}"
     source.write_text(text.replace(bug.old, bug.new))
-    unit = source.stem if source.suffix == ".cu" else bug.unit or source.stem.split("_")[0]  # gemm.cu of gemm_tile.cuh
+    of_header = source.stem.split("_")[0]  # gemm.cu of gemm_tile.cuh
+    unit = bug.unit or (source.stem if source.suffix == ".cu" else of_header)
     compiler = shlex.split(make("print-compiler", bug.variant))
     command = [*compiler, "-O0", "-g0", "-w", "-x", "c++", "-c", folder / f"cuda/{unit}.cu", "-o", folder / "bug.o"]
     subprocess.run(command, cwd=ROOT, check=True)
