@@ -27,12 +27,11 @@
 using wide_tile   = pipe_tile<128, 256, 4, false, 56>;
 using narrow_tile = pipe_tile<128, 128, 6, false, 56>;
 
-template <class T, class Out>
+template <class T>
 struct sums_job {
     int            R, E, M, N, down, across;    // down, across: tiles of dw
     const int32_t *bins_E;
-    moe_mat        dw;                          // of Out; sc = 1
-    bool           add;                         // to what is there
+    moe_mat        dw;                          // sc = 1
     verdict        bad;
     tensor_map     a, b, a_end, b_end;
 };
@@ -138,8 +137,8 @@ struct sums_queue {
 static constexpr int EXPOSED_STEPS = 12;
 
 // By the 96 threads of warps 1 to 3, each of which keeps the account of two blocks.
-template <class Tile, class T, class Out>
-static __device__ void deal(const sums_job<T, Out> &g, int shift) {
+template <class Tile, class T>
+static __device__ void deal(const sums_job<T> &g, int shift) {
     using queue_of = sums_queue<Tile>;
     constexpr int dealers = queue_of::dealers;
     const int me = static_cast<int>(threadIdx.x) - 32, blocks = static_cast<int>(gridDim.x), hand = (blocks + 1) / 2;
@@ -180,8 +179,8 @@ static __device__ void deal(const sums_job<T, Out> &g, int shift) {
 }
 
 // ---- loading --------------------------------------------------------------------------------------------------------
-template <class Tile, class T, class Out>
-static __device__ void load_tiles(const pipe<Tile> &ring, const sums_job<T, Out> &g) {
+template <class Tile, class T>
+static __device__ void load_tiles(const pipe<Tile> &ring, const sums_job<T> &g) {
     sums_queue<Tile> queue;
     ring_place<Tile> at;
     for (;;) {
@@ -207,47 +206,10 @@ static __device__ void load_tiles(const pipe<Tile> &ring, const sums_job<T, Out>
     }
 }
 
-// ---- storing --------------------------------------------------------------------------------------------------------
-// The counterpart of store_rows16 for floats: half of the columns at a time, as the area holds 128 bytes of a row. In a
-// line of the area the two chunks of eight columns stand together, so that four rows at once touch all banks.
-static __device__ __forceinline__ void store_rows16(unsigned char *area, const float *x, float *to, int64_t stride,
-                                                    int rows, int columns, bool add) {
-    const int lane = lane_id(), chunk = lane & 7;
-    const auto line = [&](int row, int at) {
-        return reinterpret_cast<float *>(area + row * 128 + ((at ^ (row & 3) << 1) << 4));
-    };
-#pragma unroll
-    for (int half = 0; half < AREA_COLUMNS; half += 32) {
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int down = 0; down < 2; down++) {
-                float *const at = line(lane / 4 + 8 * down, 2 * i + lane % 4 / 2) + lane % 2 * 2;
-                const float *const v = x + half / 2 + 4 * i + 2 * down;
-                at[0] = v[0], at[1] = v[1];
-            }
-        __syncwarp();
-        if (half + chunk * 4 >= columns) continue;
-#pragma unroll
-        for (int r = lane / 8; r < AREA_ROWS; r += 4) {
-            if (r >= rows) continue;
-            auto *const p = reinterpret_cast<vec16<float> *>(to + r * stride + half + chunk * 4);
-            auto y = *reinterpret_cast<const vec16<float> *>(line(r, chunk));
-            if (add) {
-                const auto old = *p;
-#pragma unroll
-                for (int v = 0; v < 4; v++) y.v[v] += old.v[v];
-            }
-            *p = y;
-        }
-    }
-}
-
 // ---- the kernel -----------------------------------------------------------------------------------------------------
-template <class Tile, class T, class Out>
+template <class Tile, class T>
 __global__ void __launch_bounds__(PIPE_THREADS, 1)
-sums_kernel(const __grid_constant__ sums_job<T, Out> g, int keys, int shift) {
+sums_kernel(const __grid_constant__ sums_job<T> g, int keys, int shift) {
     using queue_of = sums_queue<Tile>;
     const pipe<Tile> ring;
     queue_of         queue;
@@ -277,7 +239,6 @@ sums_kernel(const __grid_constant__ sums_job<T, Out> g, int keys, int shift) {
         float c[Tile::slices][Tile::tile_n / 2];
         sums.begin(ring, at, first_row, steps, c, (last + 15) / 16);
         sums.end(ring, steps, c);
-        if (g.add && steps == 0) continue;
         int i, j;
         swizzle(t.tile, g.down, g.across, &i, &j);
         j *= Tile::tile_n;
@@ -285,14 +246,10 @@ sums_kernel(const __grid_constant__ sums_job<T, Out> g, int keys, int shift) {
         for (int s = 0; s < Tile::slices; s++) {
             const int row = i * Tile::tile_m + first_row + s * 64 + warp_id() % 4 * AREA_ROWS;
             if (row >= g.M) continue;
-            Out *const to = static_cast<Out *>(g.dw.p) + t.e * g.dw.se + row * g.dw.sr + j;
+            T *const to = static_cast<T *>(g.dw.p) + t.e * g.dw.se + row * g.dw.sr + j;
 #pragma unroll
-            for (int n = 0; n < Tile::tile_n; n += AREA_COLUMNS) {
-                const float *const x = c[s] + n / 2;
-                const int rows = g.M - row, columns = g.N - j - n;
-                if constexpr (sizeof(Out) == 4) store_rows16(ring.area(), x, to + n, g.dw.sr, rows, columns, g.add);
-                else                            store_rows16(ring.area(), x, to + n, g.dw.sr, rows, columns);
-            }
+            for (int n = 0; n < Tile::tile_n; n += AREA_COLUMNS)
+                store_rows16(ring.area(), c[s] + n / 2, to + n, g.dw.sr, g.M - row, g.N - j - n);
         }
     }
 }
@@ -302,12 +259,12 @@ template <class T>
 static bool operand_takes(const gemm_operand<T> &x) {       // TMA: strides below 2^40 bytes
     return !x.index && gemm_vector(x, false, 1) && x.sk > 0 && x.sk < 1ll << 38;
 }
-template <class Out, class T>
-static bool takes(const gemm_product<T> &g, moe_mat dw) {
+template <class T>
+bool sums_sm90_takes(const gemm_product<T> &g, moe_mat dw) {
     constexpr int64_t most = INT32_MAX - 1024;              // coordinates are 32 bits wide, with room for a tile
     return g.R >= 1 && g.M >= 1 && g.N >= 1 && g.E >= 1 && g.E <= MOE_MAX_EXPERTS && g.R <= most && g.M <= most &&
            g.N <= most && g.N % 8 == 0 && operand_takes(g.a[0]) && operand_takes(g.b[0]) && dw.sc == 1 &&
-           aligned16(dw.p) && dw.sr % vec16<Out>::n == 0 && (g.E == 1 || dw.se % vec16<Out>::n == 0) &&
+           aligned16(dw.p) && dw.sr % 8 == 0 && (g.E == 1 || dw.se % 8 == 0) &&
            ceil_div(g.M, 128) * ceil_div(g.N, 128) < INT32_MAX / 2 / g.E;
 }
 
@@ -320,41 +277,30 @@ static int encode(const gemm_operand<T> &x, int64_t R, int64_t columns, tensor_m
     TRY(encode_tensor_map(map, dtype_of(T{}), x.p, 2, size, rows, box));
     return encode_tensor_map(end, dtype_of(T{}), reinterpret_cast<const void *>(before), 3, size_end, rows, box);
 }
-template <class Tile, class T, class Out>
-static int launch_sums(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream) {
-    sums_job<T, Out> job = {
+template <class Tile, class T>
+static int launch_sums(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream) {
+    sums_job<T> job = {
         static_cast<int>(g.R), static_cast<int>(g.E), static_cast<int>(g.M), static_cast<int>(g.N),
-        static_cast<int>(ceil_div(g.M, Tile::tile_m)), static_cast<int>(ceil_div(g.N, Tile::tile_n)), g.bins_E, dw, add,
+        static_cast<int>(ceil_div(g.M, Tile::tile_m)), static_cast<int>(ceil_div(g.N, Tile::tile_n)), g.bins_E, dw,
         g.bad, {}, {}, {}, {},
     };
     TRY(encode(g.a[0], g.R, g.M, &job.a, &job.a_end));
     TRY(encode(g.b[0], g.R, g.N, &job.b, &job.b_end));
     const int     keys = power_of_two(g.E);
     const int64_t grid = min64(g.E * job.down * job.across, min64(multiprocessors(), sums_queue<Tile>::most_blocks));
-    return launch(sums_kernel<Tile, T, Out>, grid, PIPE_THREADS, sums_queue<Tile>::keys_at + keys * sizeof(uint32_t),
+    return launch(sums_kernel<Tile, T>, grid, PIPE_THREADS, sums_queue<Tile>::keys_at + keys * sizeof(uint32_t),
                   stream, job, keys, shift_of(g.R));
 }
-template <class Out, class T>
-static int by_way(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream) {
+template <class T>
+int sums_sm90(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream) {
     const int wanted = forced_way();
     const moe_way way = wanted == MOE_SM90_128x256 || wanted == MOE_SM90_128x128
                             ? static_cast<moe_way>(wanted) : sm90_sums_way(g.R, g.E, g.M, g.N, multiprocessors());
     count_product(way);
-    return way == MOE_SM90_128x256 ? launch_sums<wide_tile, T, Out>(g, dw, add, stream)
-                                   : launch_sums<narrow_tile, T, Out>(g, dw, add, stream);
-}
-template <class T> bool sums_sm90_takes(const gemm_product<T> &g, moe_mat dw) { return takes<T>(g, dw); }
-template <class T> bool float_sums_sm90_takes(const gemm_product<T> &g, moe_mat dw) { return takes<float>(g, dw); }
-template <class T>
-int sums_sm90(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream) { return by_way<T>(g, dw, false, stream); }
-template <class T>
-int float_sums_sm90(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream) {
-    return by_way<float>(g, dw, add, stream);
+    return way == MOE_SM90_128x256 ? launch_sums<wide_tile>(g, dw, stream) : launch_sums<narrow_tile>(g, dw, stream);
 }
 #define INSTANCES(T) \
     template bool sums_sm90_takes(const gemm_product<T> &, moe_mat); \
-    template int sums_sm90(const gemm_product<T> &, moe_mat, cudaStream_t); \
-    template bool float_sums_sm90_takes(const gemm_product<T> &, moe_mat); \
-    template int float_sums_sm90(const gemm_product<T> &, moe_mat, bool, cudaStream_t);
+    template int sums_sm90(const gemm_product<T> &, moe_mat, cudaStream_t);
 INSTANCES(bf16) INSTANCES(f16)
 #undef INSTANCES

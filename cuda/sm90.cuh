@@ -29,12 +29,9 @@ struct gated_out {
 template <class T> bool gated_sm90_takes(const gemm_product<T> &g, const gated_out<T> &out);
 template <class T> int gated_sm90(const gemm_product<T> &g, const gated_out<T> &out, cudaStream_t stream);
 
-// Neither a nor b is gathered: sort_rows first. dw in rows (sc = 1) of any multiples of 16 bytes: of T; or of float,
-// which may be added to what is there (an expert without rows leaves it).
+// Neither a nor b is gathered: sort_rows first. dw in rows (sc = 1) of any multiples of 16 bytes.
 template <class T> bool sums_sm90_takes(const gemm_product<T> &g, moe_mat dw);
 template <class T> int sums_sm90(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream);
-template <class T> bool float_sums_sm90_takes(const gemm_product<T> &g, moe_mat dw);
-template <class T> int float_sums_sm90(const gemm_product<T> &g, moe_mat dw, bool add, cudaStream_t stream);
 
 // T = bf16, f16. Rows of D elements to rows of row_D, a multiple of 8, at a multiple of 16 bytes; up to the next
 // multiple of 8 they get zeros. Each row of from is read once and stored at its K places inverse[r K + k] (-1: none).

@@ -137,23 +137,23 @@ class Sums:
     """dw[e] = a^T b over the rows of e, of small integers: exact in float, so that dw has one right value. All that is
     beside the operands and beside dw is NaN."""
 
-    def __init__(self, rows, M, N, dtype, wide=False, pad=0):
+    def __init__(self, rows, M, N, dtype, pad=0):
         self.bins_E = torch.tensor(rows).cumsum(0).int()
-        self.rows, self.M, self.N, self.dtype, self.wide = rows, M, N, dtype, wide
+        self.rows, self.M, self.N, self.dtype = rows, M, N, dtype
         R = sum(rows) + 3  # rows of no expert
         generator = torch.Generator().manual_seed(len(rows))
         self.a, self.b = (self.operand(R, size, pad, generator) for size in (M, N))
-        self.dw = torch.full([len(rows), M + pad, N + pad], torch.nan, dtype=torch.float32 if wide else DTYPES[dtype])
+        self.dw = torch.full([len(rows), M + pad, N + pad], torch.nan, dtype=DTYPES[dtype])
 
     def operand(self, R, size, pad, generator):
         x = torch.full([R, -(-size // 8) * 8 + pad], torch.nan, dtype=DTYPES[self.dtype])
         x[: sum(self.rows), :size] = torch.randint(-3, 4, [sum(self.rows), size], generator=generator)
         return x
 
-    def run(self, direct, way, add=False, bins_E=None):
+    def run(self, direct, way, bins_E=None):
         bins_E = self.bins_E if bins_E is None else bins_E
         direct.library.direct_force(ctypes.c_int(way))
-        return direct("sums", self.dtype, self.wide, add, len(self.a), len(self.rows), self.M, self.N, self.a,
+        return direct("sums", self.dtype, len(self.a), len(self.rows), self.M, self.N, self.a,
                       self.a.stride(0), self.b, self.b.stride(0), bins_E, self.dw, self.dw.stride(0),
                       self.dw.stride(1))  # fmt: skip
 
@@ -174,10 +174,9 @@ class Sums:
 
 @pytest.mark.parametrize("way", [WIDE, NARROW])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("M, N, pad", [(136, 264, 0), (131, 72, 16), (5, 8, 8)])
-def test_sums(M, N, pad, wide, dtype, way, direct):
-    s = Sums(RAGGED, M, N, dtype, wide, pad)
+def test_sums(M, N, pad, dtype, way, direct):
+    s = Sums(RAGGED, M, N, dtype, pad)
     assert s.run(direct, way) == (0, 0)
     s.check_all()
 
@@ -207,17 +206,6 @@ def check_many(direct):
 def test_sums_of_many_experts(direct):
     """More than are sorted or dealt out at once."""
     check_many(direct)
-
-
-@pytest.mark.parametrize("way", [WIDE, NARROW])
-def test_added_sums(way, direct):
-    s = Sums(RAGGED, 72, 136, 2, wide=True, pad=8)
-    s.dw[:, :72, :136] = torch.arange(136.0)
-    before, ends = s.dw.clone(), [0, *s.bins_E.tolist()]
-    assert s.run(direct, way, add=True) == (0, 0)
-    for e, (begin, end) in enumerate(itertools.pairwise(ends)):
-        s.check(e, before[e, :72, :136] + s.want(e, begin, end))
-    assert s.dw[:, 72:].isnan().all() and s.dw[:, :, 136:].isnan().all()
 
 
 def test_wrong_bins(direct):

@@ -17,8 +17,8 @@ DIRECT direct_force(int way) {
     moe_cuda_table()->force(way);
     return MOE_OK;
 }
-// dw[e] = a^T b of rows of `stride_a` and `stride_b` elements; in floats if `wide`. -1: it does not take them.
-DIRECT direct_sums(int64_t dtype, int64_t wide, int64_t add, int64_t R, int64_t E, int64_t M, int64_t N,
+// dw[e] = a^T b of rows of `stride_a` and `stride_b` elements. -1: it does not take them.
+DIRECT direct_sums(int64_t dtype, int64_t R, int64_t E, int64_t M, int64_t N,
                    const void *a_RM, int64_t stride_a, const void *b_RN, int64_t stride_b, const int32_t *bins_E,
                    void *dw, int64_t se, int64_t sr, uint64_t *word) {
     TRY(moe_cuda_table()->ready(0));
@@ -29,7 +29,6 @@ DIRECT direct_sums(int64_t dtype, int64_t wide, int64_t add, int64_t R, int64_t 
             .b = {{.p = static_cast<const T *>(b_RN), .se = 0, .si = 1, .sk = stride_b}}, .bad = verdict_in(word),
         };
         const moe_mat to = {dw, se, sr, 1};
-        if (wide) return float_sums_sm90_takes(g, to) ? float_sums_sm90(g, to, add != 0, nullptr) : -1;
         return sums_sm90_takes(g, to) ? sums_sm90(g, to, nullptr) : -1;
     });
 }
