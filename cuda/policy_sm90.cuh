@@ -24,14 +24,11 @@
 #define MOE_POLICY_SM90_CUH
 #include "api.h"
 
-// Tiles of rows that are done before the next columns are begun: 8, 16 and 32 were equal within noise, 8 the best for
-// Mixtral's large weights. Sums begin with the longest expert: under Zipf's law 675 TFLOP/s instead of 577.
-enum { SM90_GROUP = 8 };
-
-// Whether the rows of a gathered operand are copied into sorted order first. A product that reads them along the sum
-// (wgrad) at half speed pays for a copy many times over. Along the rows (forward) a gather costs 2 to 3 %, a copy 18 %,
-// so there it is copied only if a wgrad will read it too.
-inline bool sm90_copies(bool wgrad_reads) { return wgrad_reads; }
+// What needs no function, for it is the same at every shape. Tiles are done eight rows at a time (swizzle in gemm.cuh): one
+// spike saw no difference between 4 and 32, another 6 % at Mixtral's large weights. Sums begin with the longest expert:
+// under Zipf's law 675 TFLOP/s instead of 577. Rows are gathered in the load of a forward, where that costs 2 to 3 %, a
+// copy 18; a product that sums over them (wgrad) would lose half its speed, so there they are copied into sorted order
+// first, and dA' reads that copy too.
 
 inline double sm90_cost(double down, double columns, int tile_n, double depth, double exposed, double speed, int sms) {
     const double across = static_cast<double>((static_cast<int64_t>(columns) + tile_n - 1) / tile_n);

@@ -24,6 +24,15 @@ from cases import CASES
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For a file that forks in this process: a thread pool does not survive that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_addoption(parser):
     parser.addoption("--simt", metavar="LIBRARY", help="serve the CPU with the CUDA kernels of this library")
     parser.addoption("--device", choices=devices.DEVICES, help="leave out the tests of every other device")

@@ -16,6 +16,8 @@ from moe_ext.config import OptimConfig
 from moe_ext.optim import build_optimizer
 from moe_ext.optim.adamw import AdamW
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = {"model": {"dim": 8, "moe": {"experts": 4, "top_k": 2}}, "train": {"steps": 100}}
 
 
@@ -94,15 +96,6 @@ def equal(a, b):
     if isinstance(a, tuple):
         return len(a) == len(b) and all(map(equal, a, b))
     return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Children are forked here, and a thread pool does not survive that."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

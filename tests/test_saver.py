@@ -31,6 +31,8 @@ from moe_ext.optim.adamw import AdamW
 from moe_ext.optim.state import local
 from moe_ext.parallel import failure
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 
 
@@ -105,15 +107,6 @@ class Held:
 
 def files(path):
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Children are forked here, and a thread pool does not survive that."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
