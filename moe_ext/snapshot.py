@@ -80,7 +80,8 @@ class Image:
         """Room for `size` bytes. CheckpointError if the host has none."""
         while (had := len(self.blocks) * self.BLOCK) < size:
             try:
-                self.blocks.append(torch.empty(self.BLOCK, dtype=torch.uint8, pin_memory=self.pinned))
+                block = torch.empty(self.BLOCK, dtype=torch.uint8, pin_memory=self.pinned)
+                self.blocks.append(block.zero_())       # pages that nothing has written the host does not have yet
             except RuntimeError as error:
                 raise CheckpointError(
                     "no room in the host's memory for a copy of what this rank writes of a checkpoint: it takes "

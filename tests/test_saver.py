@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -466,6 +467,18 @@ def test_no_room_for_the_copy(tmp_path, ranks, world):
     said = ranks(world, body)
     assert said[0] == said[-1]
     assert all("--train.save-every 0" in text and text.endswith("out of memory") for of in said for text in of)
+
+
+def test_what_is_reserved_the_host_has_given(monkeypatch):
+    """Pages of a fresh allocation are a promise alone: a full host would end the run at its first checkpoint."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)   # which would touch it
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    image, before = snapshot.Image(CPU), resident()
+    image.reserve(2 * image.BLOCK)
+    assert resident() - before > 1.9 * image.BLOCK
 
 
 def test_who_waits_for_anothers_file_is_not_taken_for_late():
