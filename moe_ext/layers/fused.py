@@ -347,7 +347,8 @@ class FusedMoE(nn.Module):
                              f"{[*x.shape[:-1], self.top_k]}, as Routing.ids are")
         with torch.autocast(x.device.type, enabled=False):
             weights_TK, ids_TK, routing = self.route(x_BSD, draws, mask_BS, ids)
-        routing = routing._replace(ids=routing.ids.view(*x.shape[:-1], self.top_k))
+        # not by _replace, which torch.compile of 2.11 does not know
+        routing = Routing(*routing[:-1], routing.ids.view(*x.shape[:-1], self.top_k))
         x_TD = x_BSD.flatten(0, 1)
         if self.exchange is None:
             absent = mask_BS is not None or ids is not None or (self.training and self.capacity_factor)
