@@ -79,4 +79,4 @@ def cuobjdump():
 @pytest.mark.skipif(not cuobjdump(), reason="no cuobjdump")
 def test_code_for_ampere_hopper_and_what_comes_after():
     elves, ptx = (output(cuobjdump(), option, LIBRARY) for option in ("--list-elf", "--list-ptx"))
-    assert "sm_80" in elves and "sm_90a" in elves and "sm_80" in ptx
+    assert "sm_80" in elves and "sm_90" in elves and "sm_80" in ptx     # sm_90a, to which Triton's tool says sm_90

@@ -2,6 +2,7 @@
 
 The writer is not timed but held: it waits in `write_data` until a test lets it go on, or until something waits for it.
 """
+import ctypes
 import functools
 import json
 import os
@@ -10,7 +11,6 @@ import signal
 import sys
 import threading
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -472,13 +472,12 @@ def test_no_room_for_the_copy(tmp_path, ranks, world):
 def test_what_is_reserved_the_host_has_given(monkeypatch):
     """Pages of a fresh allocation are a promise alone: a full host would end the run at its first checkpoint."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)   # which would touch it
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    image, before = snapshot.Image(CPU), resident()
-    image.reserve(2 * image.BLOCK)
-    assert resident() - before > 1.9 * image.BLOCK
+    image, page = snapshot.Image(CPU), os.sysconf("SC_PAGE_SIZE")
+    image.reserve(image.BLOCK)
+    first, pages = -(-image.blocks[0].data_ptr() // page), image.BLOCK // page - 1
+    present = (ctypes.c_ubyte * pages)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first * page), ctypes.c_size_t(pages * page), present) == 0
+    assert all(state & 1 for state in present)
 
 
 def test_who_waits_for_anothers_file_is_not_taken_for_late():
