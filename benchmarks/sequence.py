@@ -145,8 +145,10 @@ class Layer:
         self.x_BSD = x_BSD.requires_grad_()
 
     def forward(self):
-        y_BSD = self.module(self.x_BSD, None)
-        return y_BSD[0] if isinstance(self.module, Block) else y_BSD
+        if isinstance(self.module, Block):
+            x_BSD, y_BSD, _ = self.module(self.x_BSD, None, None)
+            return x_BSD + y_BSD
+        return self.module(self.x_BSD, None)
 
     def step(self) -> tuple | None:
         if self.idle:

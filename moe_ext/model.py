@@ -100,6 +100,16 @@ def add_and_norm(module, x, y, norm):
     return x, add_and_norm(module, x, None, norm)
 
 
+def summed(x, y):
+    """x + y; x if y is None."""
+    return x if y is None else x + y
+
+
+def summed_and_normed(norm, x, y):
+    """-> summed(x, y), its norm."""
+    return (x, norm(x)) if y is None else norm(x, y)
+
+
 def make_norm(c: ModelConfig, **options):
     if c.norm == "rmsnorm":
         return RMSNorm(c.dim, eps=c.norm_eps, **options)
@@ -176,7 +186,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). `mlp` is dense in the first `dense_layers` blocks, else MoE."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), this sum left to the norm that reads it, the next block's or the
+    model's. `mlp` is dense in the first `dense_layers` blocks, else MoE."""
     def __init__(self, c: ModelConfig, layer: int, **options):
         super().__init__()
         self.layer, self.dropout, self.name, self.window = layer, c.dropout, f"layers.{layer}", c.window_of(layer)
@@ -195,17 +206,18 @@ class Block(nn.Module):
                 capacity_factor=m.capacity_factor, drop_by=m.drop_by, scope=m.scope, balance_form=m.balance_form,
                 balance_weight=m.balance_weight, z_weight=m.z_weight, **options)
 
-    def forward(self, x_BSD, rope, draws=None, cache=None, seen=None, token_mask=None, ids_BSK=None):
-        """-> x_BSD, Routing (None for a dense block)."""
+    def forward(self, x_BSD, y_BSD, rope, draws=None, cache=None, seen=None, token_mask=None, ids_BSK=None):
+        """Of x + y, or of x if y is None -> x, y, Routing (None for a dense block)."""
         p = self.dropout if self.training else 0.0
-        y_BSD = self.self_attn(self.input_layernorm(x_BSD), rope, cache, self.layer, seen)
+        x_BSD, y_BSD = summed_and_normed(self.input_layernorm, x_BSD, y_BSD)
+        y_BSD = self.self_attn(y_BSD, rope, cache, self.layer, seen)
         y_BSD, routing = drop(y_BSD, p, draws, lambda: self.name + ".self_attn"), None
         x_BSD, y_BSD = self.post_attention_layernorm(x_BSD, y_BSD)
         if isinstance(self.mlp, FusedMoE):
             y_BSD, routing = self.mlp(y_BSD, draws, token_mask, ids_BSK)
         else:
             y_BSD = self.mlp(y_BSD)
-        return x_BSD + drop(y_BSD, p, draws, lambda: self.name + ".mlp.dropout"), routing
+        return x_BSD, drop(y_BSD, p, draws, lambda: self.name + ".mlp.dropout"), routing
 
 
 def drop(x_BSD, p, draws: Draws | None, name):
@@ -350,7 +362,7 @@ class GPT(nn.Module):
             documents, real_BL = Documents.of(ids_BS, token_mask), None
         seen = {window: self.seen(S, past, window, real_BL, documents, x_BSD)
                 for window in {block.window for block in self.layers}}
-        token_mask, routings = self.mine(token_mask), []
+        token_mask, routings, y_BSD = self.mine(token_mask), [], None
         if tape is not None and c.moe_layers:
             tape.begin(c.moe_layers, c.moe.top_k, tokens_BS, None if cache is None else past)
         for block in self.layers:
@@ -358,19 +370,19 @@ class GPT(nn.Module):
             ids_BSK = tape.ids_of(row) if tape is not None and isinstance(block.mlp, FusedMoE) else None
             if ids_BSK is not None:
                 ids_BSK = self.mine(ids_BSK.movedim(1, -1)).movedim(-1, 1).contiguous()
+            run = block
             if self.recompute and self.training:
                 # Losses are returned, and draws keyed: there is no state to count twice, and none to save.
-                x_BSD, routing = checkpoint(block, x_BSD, rope, draws, cache, seen[block.window], token_mask, ids_BSK,
-                                            use_reentrant=False, preserve_rng_state=draws is None)
-            else:
-                x_BSD, routing = block(x_BSD, rope, draws, cache, seen[block.window], token_mask, ids_BSK)
+                run = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=draws is None)
+                x_BSD, y_BSD = summed(x_BSD, y_BSD), None       # one tensor to keep
+            x_BSD, y_BSD, routing = run(x_BSD, y_BSD, rope, draws, cache, seen[block.window], token_mask, ids_BSK)
             if routing is not None:
                 routings.append(routing._replace(ids=None))     # which would live until the last block is done
                 if tape is not None:
                     tape.take(row, routing.ids)
         if cache is not None:
             cache.length += S
-        return self.norm(x_BSD) if self.last else x_BSD, routings
+        return summed_and_normed(self.norm, x_BSD, y_BSD)[1] if self.last else summed(x_BSD, y_BSD), routings
 
     def seen(self, S, past, window, real_BL, documents, x):
         """What S new tokens see in the blocks of a window, for `attend`; None: all tokens up to themselves. In the

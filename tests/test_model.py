@@ -377,6 +377,41 @@ def test_what_is_added_may_have_any_dtype_under_autocast(name, device):
             same(got, want)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("name", ["gpt2", "noisy_biased", "jitter_dropout"])
+def test_the_next_norm_makes_the_sum_that_a_block_leaves(name, dtype, device):
+    """Not a bit of losses, gradients and logits differs from those of blocks that make it themselves."""
+    config = Config(model=VARIANTS[name], train=TrainConfig(dtype=dtype, device=device))
+    if dtype == "fp64" and device == "cuda":
+        pytest.skip("train.dtype fp64 has no CUDA kernels")
+    tokens = [t.to(device) for t in text(config.model)]
+
+    def run(*, sums):
+        model, handed_on = build(config), []
+        for block in model.layers:
+            if sums:
+                block.register_forward_hook(lambda _, args, out: (out[0] + out[1], None, out[2]))
+            block.register_forward_pre_hook(lambda _, args: handed_on.append(args[1]))
+        with precision(config, torch.device(device)):
+            out, grads = losses_and_grads(model, *tokens)
+            logits = model.eval().logits(tokens[0])
+        assert [y is not None for y in handed_on] == 2 * [False, not sums]
+        return out.token_loss, out.aux_loss, logits, *grads.values()
+
+    for got, want in zip(run(sums=False), run(sums=True), strict=True):
+        same(got, want)
+
+
+def test_recomputation_keeps_sums(device):
+    """One tensor of each block, not the two that it would be handed."""
+    model, (tokens, targets), handed_on = make(VARIANTS["dense"], device=device), text(VARIANTS["dense"]), []
+    model.recompute = True
+    for block in model.layers:
+        block.register_forward_pre_hook(lambda _, args: handed_on.append(args[1]))
+    model.float()(tokens.to(device), targets.to(device))
+    assert handed_on == [None, None]
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "noisy_biased"])
 def test_autocast_to_fp32_changes_nothing(name, device):
     """A region of CUDA's may have that dtype, or a region be left inside another."""

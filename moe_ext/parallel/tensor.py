@@ -57,8 +57,8 @@ def tensor_parallel(model: nn.Module, mesh) -> None:
         elif isinstance(module, MLP):           # token by token: the order in which they are gathered does not matter
             whole_sequences(module, 0, group)
         elif isinstance(module, Block):         # of the token mask and forced ids, if there are any, this rank's tokens
-            module.register_forward_pre_hook(lambda _, args: (*args[:5], *(
-                x if x is None else x.chunk(ranks, dim=1)[rank] for x in args[5:])))
+            module.register_forward_pre_hook(lambda _, args: (*args[:6], *(
+                x if x is None else x.chunk(ranks, dim=1)[rank] for x in args[6:])))
     if isinstance(model, GPT):
         vocabulary = dict(vocab_size=model.config.vocab_size, group=group)
         embed, head = model.embed_tokens, model.lm_head
