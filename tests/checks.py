@@ -12,7 +12,6 @@ import test_expert
 import test_gemm
 import test_head
 import test_index
-import test_logits
 import test_norm
 import test_permute
 import test_random
@@ -126,7 +125,6 @@ CHECKS = {  # op -> check(impl, case, dtype, device)
     "select_bias_update": _select_bias_update,
     "linear": lambda impl, case, dtype, device: test_dense.check_linear(impl, case, dtype, device),
     "linear_cross_entropy": _linear_cross_entropy,
-    "router_logits": lambda impl, case, dtype, device: test_logits.check_router_logits(impl, case, dtype, device),
     "rms_norm": lambda impl, case, dtype, device: test_norm.check_rms_norm(impl, case, dtype, device),
     "add_norm": lambda impl, case, dtype, device: test_norm.check_add_norm(impl, case, dtype, device),
     "rotate": lambda impl, case, dtype, device: test_norm.check_rotate(impl, case, dtype, device),
