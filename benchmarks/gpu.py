@@ -471,10 +471,20 @@ def bench_other(bench, shape, vocabulary):
     def head(loss):
         return torch.autograd.grad(loss, (x_TD, w_VD))
 
+    gate_x_TD, gate_w_ED = bench.randn(T, D, grad=True), bench.randn(E, D, scale=D**-0.5).float().requires_grad_()
+
+    def gate(product):
+        y_TE = product(gate_x_TD, gate_w_ED)
+        return y_TE.detach(), *torch.autograd.grad(y_TE, (gate_x_TD, gate_w_ED), logits_TE)
+
     runs = {
         "router": (
             lambda r: ops.router(logits_TE, K, norm_p=1.0)[0], lambda r: torch_router(logits_TE, K)[0],
             (0, 2 * logits_TE.numel() * 4),
+        ),
+        "router's logits, F+B": (
+            lambda r: gate(ops.router_logits), lambda r: gate(lambda x, w: F.linear(x.float(), w)),
+            (6 * T * D * E, 3 * (bench.dtype.itemsize * T * D + 4 * T * E)),
         ),
         "route_index": (
             lambda r: ops.route_index(r.ids_TK, E).order_N.long(),

@@ -402,6 +402,11 @@ def linear(x, w_OI, bias_O=None):
     return F.linear(x, w_OI, bias_O)
 
 
+def router_logits(x_TD, w_ED, bias_E=None):
+    """x w^T + b in w's dtype."""
+    return F.linear(x_TD.to(w_ED.dtype), w_ED, bias_E)
+
+
 def rms_norm(x, w_n, eps):
     """x / sqrt(mean of x^2 + eps) * w along the last dimension (Zhang and Sennrich, 2019)."""
     r = (_real(x).square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -20,6 +20,7 @@ NO_GRADIENT = CONSTANT | {
     "activation_backward", "add_norm_backward", "balance_loss_backward", "exchange_combine", "exchange_pack",
     "exchange_unpack",
     "expert_mlp_backward", "linear_cross_entropy_backward", "rms_norm_backward", "router_backward",
+    "router_logits_backward",
     "select_bias_update", "square_sum", "xent_", "z_loss_backward",
 }  # fmt: skip
 
@@ -58,6 +59,9 @@ def record(device):
         targets_M = torch.tensor([0, 4, -100, 2], device=device)
         torch.ops.moe_ext.xent_(torch.randn(4, 5, device=device), targets_M, -100, 1.0)
         torch.ops.moe_ext.linear(torch.randn(8, 3, device=device), torch.randn(4, 3, device=device))
+        x_TD, w_ED, dlogits_TE = (torch.randn(*size, device=device) for size in ((8, 6), (3, 6), (8, 3)))
+        torch.ops.moe_ext.router_logits(x_TD.bfloat16(), w_ED)
+        torch.ops.moe_ext.router_logits_backward(dlogits_TE, x_TD.bfloat16(), w_ED)
         torch.ops.moe_ext.check(torch.empty(0, device=device))
     return recorder.calls
 

@@ -355,16 +355,19 @@ def test_bf16_routes_in_fp32(name, device):
 @pytest.mark.parametrize("name", ["qwen3_moe", "noisy_biased"])
 def test_autocast_gives_a_router_what_it_gives_the_experts(name, half, device):
     """Their norm is rounded once, as it would be in a model of halves, and the router computes from that in fp32."""
-    model, (tokens, _), read = make(VARIANTS[name], torch.float32, device=device), text(VARIANTS[name]), []
+    model, (tokens, _) = make(VARIANTS[name], torch.float32, device=device), text(VARIANTS[name])
+    read, given = [], []
     for moe in model.moe_layers():
         moe.register_forward_pre_hook(lambda _, args: read.append(args[0]))
         moe.gate.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        moe.gate.register_forward_hook(lambda gate, args, logits: given.append((gate, logits)))
     with torch.autocast(device, half):
         model.logits(tokens.to(device))
     assert len(read) == 2 * len(model.moe_layers())
-    for layer_x, gate_x in zip(read[::2], read[1::2], strict=True):
-        assert (layer_x.dtype, gate_x.dtype) == (half, torch.float32)
-        same(gate_x, layer_x.flatten(0, -2).float())
+    for layer_x, gate_x, (gate, logits_TE) in zip(read[::2], read[1::2], given, strict=True):
+        assert layer_x.dtype == half and logits_TE.dtype == torch.float32
+        same(gate_x, layer_x.flatten(0, -2))
+        same(logits_TE, torch.nn.functional.linear(gate_x.float(), gate.weight, gate.bias))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "noisy_biased"])

@@ -143,6 +143,7 @@ FUNCTIONS = {  # name -> call of ops or reference, and the shapes of its floatin
     "z_loss": (lambda o, logits: o.z_loss(logits), (5, 3)),
     "linear_cross_entropy": (lambda o, x, w: o.linear_cross_entropy(x, w, TARGETS, chunk=2), (5, 4), (3, 4)),
     "linear": (lambda o, x, w, b: o.linear(x, w, b), (5, 4), (3, 4), (3,)),
+    "router_logits": (lambda o, x, w, b: o.router_logits(x, w, b), (5, 4), (3, 4), (3,)),
     "rms_norm": (lambda o, x, w: o.rms_norm(x, w, 1e-3), (5, 4), (4,)),
     "rotate": (lambda o, x: o.rotate(x, *ANGLES), (2, 3, 2, 5)),
     "dropout": (lambda o, x: o.dropout(x, 0.3, **KEY), (5, 4)),
@@ -154,7 +155,7 @@ WIRED = {"exchange_pack", "exchange_unpack", "exchange_combine", "select_bias_up
 NO_FLOATS = {"ExchangePlan", "RouteIndex", "balance_counts", "exchange_plan", "exclusive_cumsum", "histogram",
              "inclusive_cumsum", "random_normal", "random_uniform", "repeat", "round_up", "route_index", "sort", "sum",
              "topology"}  # fmt: skip
-EVERY_MODE = {"jitter", "linear", "noisy"}    # linear: of few rows, which are torch's
+EVERY_MODE = {"jitter", "linear", "noisy", "router_logits"}     # the products: of few rows, which are torch's
 # The linear ones' gradients are made of ops with gradients.
 TWO_MODES = EVERY_MODE | {name for name in FUNCTIONS if name.endswith(("gather", "scatter"))} | TWICE & set(FUNCTIONS)
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from moe_ext.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_ext.layers.fused import Draws
 from moe_ext.model import GPT, parameter_dtype, precision
+from moe_ext.ops import logits
 from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import build
@@ -130,6 +131,16 @@ def test_activations(name):
     held = memory(config, "cpu")
     assert near(held.activations + held.cast, saved)
     assert held.exchange == held.fsdp == 0
+
+
+@pytest.mark.parametrize("options", [dict(), dict(jitter=0.1), dict(shared_hidden=48)], ids=str)
+def test_a_gpu_s_router_shares_the_experts_input(options, monkeypatch):
+    on_a_gpu = functools.partial(logits.from_halves, torch.device("cuda"))
+    monkeypatch.setattr(logits, "from_halves", lambda device, *given: on_a_gpu(*given))
+    config = case(replace(MOE, **options), dtype="bf16", micro_batch=8)
+    _, saved = forward(config, GPT(config.model), None)
+    held = memory(config, "cpu")
+    assert near(held.activations + held.cast, saved, 0.001)
 
 
 @pytest.mark.parametrize("name", ["dense fp64", "qk norm", "window, sinks, every other block", "moe bf16",

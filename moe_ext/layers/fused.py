@@ -30,7 +30,6 @@ import zlib
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moe_ext import ops
@@ -181,13 +180,17 @@ class MLP(nn.Module):
 
 
 class Gate(nn.Linear):
-    """x_TD -> logits_TE in x's dtype, whatever that of the weight."""
+    """x_TD -> logits_TE in fp32, fp64 for fp64 parameters, whatever the dtype of x."""
+    @property
+    def real(self):
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
     def forward(self, x_TD):
         if x_TD.device != self.weight.device:
             raise ValueError(f"FusedMoE: x is on {x_TD.device}, the parameters on {self.weight.device}. Hint: "
                              f"x.to(\"{self.weight.device}\")")
-        bias_E = None if self.bias is None else self.bias.to(x_TD.dtype)
-        return F.linear(x_TD, self.weight.to(x_TD.dtype), bias_E)
+        bias_E = None if self.bias is None else self.bias.to(self.real)
+        return ops.router_logits(x_TD, self.weight.to(self.real), bias_E)
 
 
 class Experts(nn.Module):
@@ -304,7 +307,7 @@ class FusedMoE(nn.Module):
     @property
     def real(self):
         """The dtype of the router: fp64 for fp64, else fp32."""
-        return torch.promote_types(self.gate.weight.dtype, torch.float32)
+        return self.gate.real
 
     def reset_parameters(self):
         """All anew: matrices as in nn.Linear; biases, noise and selection bias zero. The GPT draws its own."""
@@ -367,9 +370,9 @@ class FusedMoE(nn.Module):
     def route(self, x_BSD, draws, mask_BS, forced=None):
         """-> weights_TK, ids_TK (-1 where dropped or not real), Routing."""
         B, S, _ = x_BSD.shape
-        x_TD = x_BSD.flatten(0, 1).to(self.real)
+        x_TD = x_BSD.flatten(0, 1)
         if self.jitter and self.training:
-            x_TD = jitter(x_TD, self.jitter, draws and draws.at(self.name + ".jitter"))
+            x_TD = jitter(x_TD.to(self.real), self.jitter, draws and draws.at(self.name + ".jitter"))
         logits_TE = self.gate(x_TD)
         if self.noise_E is not None and self.training:
             logits_TE = noisy(logits_TE, self.noise_E.to(self.real), draws and draws.at(self.name + ".noise"))

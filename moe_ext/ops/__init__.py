@@ -30,6 +30,7 @@ from moe_ext.ops.index import (
     sum,
     topology,
 )
+from moe_ext.ops.logits import router_logits
 from moe_ext.ops.norm import add_norm, rms_norm, rotate, square_sum
 from moe_ext.ops.permute import binned_gather, binned_scatter, gather, padded_gather, padded_scatter, scatter
 from moe_ext.ops.random import dropout, jitter, noisy, random_normal, random_uniform
@@ -79,6 +80,7 @@ __all__ = [
     "round_up",
     "route_index",
     "router",
+    "router_logits",
     "scatter",
     "select_bias_update",
     "sort",

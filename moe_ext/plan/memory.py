@@ -10,9 +10,12 @@ import collections
 import functools
 from typing import NamedTuple
 
+import torch
+
 from moe_ext.attention import computed_in
 from moe_ext.config import Config, MeshConfig, ModelConfig
 from moe_ext.model import half_dtype
+from moe_ext.ops import logits
 from moe_ext.ops.enums import GATED
 from moe_ext.ops.head import chunk_on
 from moe_ext.plan.optimizer import cost
@@ -117,7 +120,7 @@ def again(config: Config, device: str, pieces: Pieces) -> Saved:
 def block(config: Config, sparse: bool, window: int, device: str) -> int:
     """One block with all that it saves."""
     c, moe = config.model, config.model.moe
-    inner = routed(config) if sparse else mlp(config, c.hidden)
+    inner = routed(config, device) if sparse else mlp(config, c.hidden)
     if sparse and moe.shared_hidden:
         inner += mlp(config, moe.shared_hidden, shared=True)
     if sparse and moe.shared_gate:      # what the shared expert gives, its gate
@@ -219,20 +222,21 @@ def mlp(config: Config, hidden: int, shared: bool = False) -> int:
     return half * inside * (inputs + (halves + 1) * hidden // tp)
 
 
-def routed(config: Config) -> int:
+def routed(config: Config, device: str) -> int:
     """Router and experts: the router's input, logits, scores and choice, and what jitter, noise and losses add; the
-    rows that the experts read, as autocast has them, or a shared expert or its gate where ranks exchange those; the
-    values before the activation of every copy, and where each row goes."""
+    rows that the experts read, as autocast has them, or a shared expert, its gate or a GPU's router where ranks
+    exchange those; the values before the activation of every copy, and where each row goes."""
     c, m, mesh = config.model, config.model.moe, config.mesh
     real, half = widths(config)
     halves, T, K, E = 2 if c.act in GATED else 1, tokens(config)[0], m.top_k, m.experts
     kept = min(1.0, m.capacity_factor or 1.0)
     copied = T * K * kept * mesh.etp                        # the ranks of ep have equal shares
     x = T * c.dim * real
+    same_x = not m.jitter and logits.from_halves(torch.device(device), half_dtype(config), torch.float32, T)
     extra = m.noise * E + (m.z_weight > 0) + (E + 2 if m.score == "sigmoid" and m.balance_weight else 0)
-    size = x * (2 if m.jitter else 1) + T * ((2 * E + extra) * real + K * 4 + 1)
+    size = x * (0 if same_x else 2 if m.jitter else 1) + T * ((2 * E + extra) * real + K * 4 + 1)
     exchanged = mesh.ep * mesh.etp > 1
-    if half < real and (not exchanged or m.shared_gate or (m.shared_hidden and mesh.tp == 1)):
+    if half < real and (same_x or not exchanged or m.shared_gate or (m.shared_hidden and mesh.tp == 1)):
         size += T * c.dim * half
     if exchanged:
         rows = T * mesh.etp * rows_per_token(E, K, mesh.ep)

@@ -52,7 +52,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "gpu"
-OPS = ["random", "index", "permute", "gemm", "hopper", "cublas", "expert", "route", "head", "errors", "determinism"]
+OPS = [
+    "random", "index", "permute", "gemm", "hopper", "cublas", "expert", "route", "logits", "head", "errors",
+    "determinism",
+]  # fmt: skip
 PRODUCTS = ["gemm", "expert"]       # what MOE_SM90=0 changes
 LAYERS = ["layers", "model", "compile"]
 KERNELS = [  # the checks of hopper.py
