@@ -164,15 +164,18 @@ static int sum_slots(const moe_expert_args &a, routing_weights<T> s, const lent<
 // First the sums of slabs, of dh where it lies in memory and no pass (dact.cu) has made them, and of s dy; then those of
 // an expert's slabs. A block has SUM_COLUMNS columns of a slab or of an expert, a lane eight of them.
 //
-// Adds n rows of a warp to sum; row(i, s) says where this lane's columns of the i-th begin, and what it is multiplied by.
+// Adds n rows of a warp to sum, IN_FLIGHT of them under way at once (the last one again where there are no more); row(i, s)
+// says where this lane's columns of the i-th begin, and what they are multiplied by.
 template <bool whole, class Row>
 static __device__ inline void add_rows(int n, int columns, const Row &row, float (&sum)[8]) {
-#pragma unroll 4
-    for (int i = 0; i < n; i++) {
-        float       s, x[8];
-        const auto *from = row(i, s);
-        load8(piece_at<whole>(from), whole ? 8 : columns, x);
-        for (int v = 0; v < 8; v++) sum[v] = fmaf(s, x[v], sum[v]);
+    for (int i = 0; i < n; i += IN_FLIGHT) {
+        float s[IN_FLIGHT], x[IN_FLIGHT][8];
+#pragma unroll
+        for (int u = 0; u < IN_FLIGHT; u++)
+            load8(piece_at<whole>(row(min32(i + u, n - 1), s[u])), whole ? 8 : columns, x[u]);
+#pragma unroll
+        for (int u = 0; u < IN_FLIGHT; u++)
+            for (int v = 0; v < 8 && i + u < n; v++) sum[v] = fmaf(s[u], x[u][v], sum[v]);
     }
 }
 

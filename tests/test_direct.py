@@ -341,3 +341,14 @@ def test_a_slab_knows_no_other_expert(direct):
     alone.weights[:100] = torch.where(case.order[its] < 0, 0, case.weights[case.order[its].long()])
     got = alone.run(direct, alone.blank(), alone.da)["parts"]
     assert torch.equal(got[3 // SLAB + 1], want[here]) and want[here].isfinite().all()
+
+
+@pytest.mark.parametrize("bins", [[100, 40, 138], [-5, 100, 500], [500, 0, 138], [0, 0, -1]], ids=str)
+def test_wrong_bins_lead_to_nothing_outside(bins, direct):
+    case, pad = Dact([40, 60, 38], 40, 2, False, 0), 400
+    case.bins_E = torch.tensor(bins).int()
+    beside = {name: torch.full([len(x) + 2 * pad, x.shape[1]], torch.nan, dtype=x.dtype)
+              for name, x in case.blank().items()}  # fmt: skip
+    case.run(direct, {name: x[pad:-pad] for name, x in beside.items()}, case.da)
+    for name, x in beside.items():
+        assert x[:pad].isnan().all() and x[-pad:].isnan().all(), name
