@@ -1,6 +1,6 @@
 // dact.cu: the pass of dact.cuh over a dA' in memory, at the speed of memory: it moves N x F elements four times for a
-// plain activation, six times for a gated one. Where biases have gradients, dh is added up as it is stored: the sums of
-// slabs (expert_sums.cuh), whose bits are those of the same sums over the dh in memory.
+// plain activation, six times for a gated one. Where biases have gradients it adds up slabs (expert_sums.cuh) of dh, in
+// float, before dh is rounded: to add what is stored would take 16 more conversions for eight columns.
 //
 // dA' comes rounded to T, where the epilogue has it in float. Against a double-precision reference that leaves dh and
 // ds with .64 to .74 of the root mean square error of plain torch, which rounds dA' too, and the epilogue with .42 to
@@ -18,12 +18,12 @@ static __device__ __forceinline__ void widen(const words &from, float (&x)[8]) {
     for (int v = 0; v < 8; v++) x[v] = to_float(T{static_cast<uint16_t>(from.v[v / 2] >> v % 2 * 16)});
 }
 
-// A block has SUM_COLUMNS columns, a lane eight of them, of a slab, or without sums of as many rows as its warps load at
-// once: `ahead` each, all on their way before the first is needed. ds is summed over lanes as a tree.
-template <bool sums, int ahead, class T>
+// A block has SUM_COLUMNS columns, a lane eight of them, of a slab, or without sums of IN_FLIGHT rows for each warp: so
+// many are on their way before the first is needed. ds is summed over lanes as a tree.
+template <bool sums, class T>
 __global__ void __launch_bounds__(THREADS, 2)
 dact_kernel(dact_rows<T> d, slabs cut, const T *da_NF, float *ds_NP, float *parts_SC, int64_t row_C) {
-    constexpr int each = ahead * WARPS;
+    constexpr int each = IN_FLIGHT * WARPS;
     const int     pieces = static_cast<int>(ceil_div(d.F, SUM_COLUMNS)), piece = static_cast<int>(blockIdx.x) % pieces;
     const int64_t block = static_cast<int>(blockIdx.x) / pieces, j = piece * SUM_COLUMNS + lane_id() * 8;
     const stretch p = sums ? cut.positions(block) : stretch{block * each, min64(cut.N, (block + 1) * each)};
@@ -33,14 +33,14 @@ dact_kernel(dact_rows<T> d, slabs cut, const T *da_NF, float *ds_NP, float *part
     const int64_t first = p.begin + warp_id();
     const float   weight = lane_id() < n ? d.weight(first + lane_id() * WARPS) : 0;    // lane i: of the i-th row
     float         sum[2][8] = {};
-    for (int i = 0; i < n; i += ahead) {
-        float s[ahead], ds[ahead] = {};
+    for (int i = 0; i < n; i += IN_FLIGHT) {
+        float s[IN_FLIGHT], ds[IN_FLIGHT] = {};
 #pragma unroll
-        for (int u = 0; u < ahead; u++) s[u] = __shfl_sync(0xffffffffu, weight, i + u);
+        for (int u = 0; u < IN_FLIGHT; u++) s[u] = __shfl_sync(0xffffffffu, weight, i + u);
         if (j < d.F) {
-            words da[ahead], gate[ahead], up[ahead];
+            words da[IN_FLIGHT], gate[IN_FLIGHT], up[IN_FLIGHT];
 #pragma unroll
-            for (int u = 0; u < ahead; u++) {
+            for (int u = 0; u < IN_FLIGHT; u++) {
                 const int64_t at = first + (i + u) * WARPS;
                 if (i + u >= n) continue;
                 da[u] = da_NF ? load_words(da_NF + at * d.row_F + j) : words{};
@@ -48,7 +48,7 @@ dact_kernel(dact_rows<T> d, slabs cut, const T *da_NF, float *ds_NP, float *part
                 up[u] = d.gated ? load_words(d.h(at, j) + d.F) : words{};
             }
 #pragma unroll
-            for (int u = 0; u < ahead; u++) {
+            for (int u = 0; u < IN_FLIGHT; u++) {
                 if (i + u >= n) continue;
                 float x[8], g[8];
                 widen<T>(da[u], x);
@@ -62,7 +62,7 @@ dact_kernel(dact_rows<T> d, slabs cut, const T *da_NF, float *ds_NP, float *part
             }
         }
 #pragma unroll
-        for (int u = 0; u < ahead; u++) {
+        for (int u = 0; u < IN_FLIGHT; u++) {
             if (!ds_NP) break;
             const float total = warp_sum(ds[u]);
             if (lane_id() == 0 && i + u < n) ds_NP[(first + (i + u) * WARPS) * pieces + piece] = total;
@@ -86,8 +86,8 @@ int dact_pass(const dact_rows<T> &d, const slabs &cut, const T *da_NF, float *ds
         return launch(kernel, blocks * ceil_div(d.F, SUM_COLUMNS), THREADS, shared, stream, d, cut, da_NF, ds_NP,
                       parts_SC, row_C);
     };
-    return parts_SC ? run(dact_kernel<true, 4, T>, cut.most(), 2 * THREADS * 8 * sizeof(float))
-                    : run(dact_kernel<false, 4, T>, ceil_div(cut.N, 4 * WARPS), 0);
+    return parts_SC ? run(dact_kernel<true, T>, cut.most(), 2 * THREADS * 8 * sizeof(float))
+                    : run(dact_kernel<false, T>, ceil_div(cut.N, IN_FLIGHT * WARPS), 0);
 }
 #define INSTANCE(T) \
     template int dact_pass(const dact_rows<T> &, const slabs &, const T *, float *, float *, int64_t, cudaStream_t);

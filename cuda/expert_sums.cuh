@@ -1,7 +1,7 @@
 // expert_sums.cuh: what the fused expert MLP (expert.cu) adds up outside its products, and the memory between steps.
 //
 //   sum_slots      y_RD[r] = sum over slots in order of s y_ND[p]          forward 3; backward 4 with ones for s
-//   sum_biases     db = sum of dh[p], dbd = sum of s dy[r]                 over an expert's copies, by slabs: backward 3
+//   sum_biases     db = sum of dh[p], dbd = sum of s dy[r]                 over an expert's slabs: backward 3
 //   sum_dweights   dweights_RK[f] = sum of ds (+ <dy[r], bd_e>)            backward 4
 //
 // Names are those of expert.cu. Each sum has one order, which sizes alone decide.
@@ -164,7 +164,7 @@ static int sum_slots(const moe_expert_args &a, routing_weights<T> s, const lent<
 // First the sums of slabs, of dh where it lies in memory and no pass (dact.cu) has made them, and of s dy; then those of
 // an expert's slabs. A block has SUM_COLUMNS columns of a slab or of an expert, a lane eight of them.
 //
-// Adds n rows of a warp to sum, IN_FLIGHT of them under way at once (the last one again where there are no more); row(i, s)
+// Adds n rows of a warp to sum, IN_FLIGHT of them under way at once (the last again where there are no more): row(i, s)
 // says where this lane's columns of the i-th begin, and what they are multiplied by.
 template <bool whole, class Row>
 static __device__ inline void add_rows(int n, int columns, const Row &row, float (&sum)[8]) {

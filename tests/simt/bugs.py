@@ -416,7 +416,7 @@ BUGS = [
     Bug("cuda/gemm_sums_sm90.cu", " || (other.v[v] == mine[u] && b + v < me + u * dealers)", "",
         "two blocks are dealt the same tile", "tests/test_direct.py -k more_blocks", sm=90),
     # ---- cuda/dact.cu, cuda/sort_rows.cu -----------------------------------------------------------------------------
-    Bug("cuda/dact.cu", "const float   weight = lane_id() < n ?", "const float   weight = lane_id() < ahead ?",
+    Bug("cuda/dact.cu", "const float   weight = lane_id() < n ?", "const float   weight = lane_id() < IN_FLIGHT ?",
         "rows after a warp's first have no weight", "tests/test_direct.py -k 'dact and 40 and gelu'", sm=90),
     Bug("cuda/dact.cu", "half * d.row_F + column] = total", "column] = total",
         "the sums of up lie where those of gate are", "tests/test_expert.py -k 'more_than_a_slab and bfloat16'", sm=90),
