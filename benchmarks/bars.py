@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-PRODUCT = re.compile(r"\b(rows|sums|gemm)_kernel")
+PRODUCT, BIASES = re.compile(r"\b(rows|sums|gemm)_kernel"), re.compile(r"\bbias_(parts|totals)_kernel")
 LOG = Path(__file__).parent / "hopper-log.md"
 OF_BMM, OF_GROUPED_MM, LARGE = 0.97, 1.05, 1024  # of experts with so many rows
 OF_BOUND = {"F": 1.3, "F+B": 1.5}
@@ -59,7 +59,7 @@ def figures(reports):
             if line["roofline"]:
                 add(f"{line['shape']} {pass_of(line['kernel'])}, of copy", line["roofline"])
         for name, part in (("outside products", lambda line: not PRODUCT.search(line["kernel"])),
-                           ("bias sums", lambda line: "bias_kernel" in line["kernel"])):
+                           ("bias sums", lambda line: BIASES.search(line["kernel"]))):
             if kernels:
                 share = sum(line["share"] for line in kernels if part(line))
                 add(f"{kernels[0]['shape']} {name}, of layer", share, "{:.1%}")

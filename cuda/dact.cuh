@@ -25,10 +25,11 @@ struct dact_rows {
     // h of columns j .. j + 8 of the copy at position p; those of up stand F elements further.
     __device__ const T *h(int64_t p, int64_t j) const { return h_NU + p * (gated ? 2 * F : F) + j; }
     // Stores sA and dh of columns j .. j+n, n <= 8, for this da and h = [gate | up]; returns their part of ds. load_up
-    // fills up where h is gated, when it is needed: it is in no register before.
-    template <class Up>
+    // fills up where h is gated, when it is needed: it is in no register before. stored(half, x) sees what was stored of
+    // dh, before it was rounded: half 0, or of gate 0 and of up 1.
+    template <class Up, class Stored>
     __device__ __forceinline__ float store(int64_t p, int64_t j, int n, float s, const float (&da)[8],
-                                           const float (&gate)[8], const Up &load_up) const {
+                                           const float (&gate)[8], const Up &load_up, const Stored &stored) const {
         float value[8], slope[8], up[8], x[8], du, ds = 0;
         act8(plain, gate, value, slope);
         if (gated) load_up(up);
@@ -44,9 +45,11 @@ struct dact_rows {
         T *dh = dh_NU + p * (gated ? 2 * row_F : row_F) + j;
         for (int v = 0; v < 8; v++) x[v] = s * da[v] * up[v] * slope[v];
         store8(piece_at<true>(dh), 8, x);
+        stored(0, x);
         if (!gated) return ds;
         for (int v = 0; v < 8; v++) x[v] = s * da[v] * value[v];
         store8(piece_at<true>(dh + row_F), 8, x);
+        stored(1, x);
         return ds;
     }
 };

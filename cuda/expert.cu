@@ -156,7 +156,8 @@ struct dact_epilogue {
         const float s = of.weight(p);
         float       gate[8];
         load8(of.h(p, j), n, gate);
-        return of.store(p, j, n, s, c[0], gate, [&](float (&up)[8]) { load8(of.h(p, j) + of.F, n, up); });
+        return of.store(p, j, n, s, c[0], gate, [&](float (&up)[8]) { load8(of.h(p, j) + of.F, n, up); },
+                        [](int, const float (&)[8]) {});
     }
     __device__ void row(int64_t p, int64_t piece, float sum) const {
         if (ds_NP) ds_NP[p * pieces + piece] = sum;
@@ -188,8 +189,9 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
 
     // 1
     if (g.ddown_EDF.p) TRY(copy(g.dy_RD));
-    const gemm_product<T> dact = {                      // for sA alone dA' is a sum of nothing
-        .R = a.N, .E = a.E, .N = a.F, .K = w.dh_NU || w.ds_NP ? a.D : 0, .bins_E = a.bins_E,
+    const bool da = w.dh_NU || w.ds_NP;                 // else only sA is wanted, and dA' is a sum of nothing
+    const gemm_product<T> dact = {
+        .R = a.N, .E = a.E, .N = a.F, .K = da ? a.D : 0, .bins_E = a.bins_E,
         .a = {g.ddown_EDF.p ? copies(g.dy_RD, ROWS) : gathered<T>(a, g.dy_RD, ROWS)},
         .b = {transposed<T>(a.down_EDF)}, .bad = bad,
     };
@@ -199,8 +201,9 @@ static int backward(const moe_expert_args &a, void *workspace, const moe_expert_
     if (w.passes) {
         if constexpr (sizeof(T) == 2)
             if (w.a_NF) {
-                TRY(gemm_store(dact, static_cast<const T *>(nullptr), 0, w.a_NF, w.row_F, stream));
-                TRY(dact_pass(of, a.N, w.a_NF, w.ds_NP, stream));
+                if (da) TRY(gemm_store<T>(dact, nullptr, 0, w.a_NF, w.row_F, stream));
+                TRY(dact_pass(of, {a.E, a.N, a.bins_E}, da ? w.a_NF : nullptr, w.ds_NP,
+                              w.sums_dh(&g) ? w.parts_SC : nullptr, w.row_C, stream));
             }
     } else if (w.a_NF || w.dh_NU || w.ds_NP)
         TRY(gemm_rows<1>(dact, dact_epilogue<T>{of, w.pieces, w.ds_NP}, stream));

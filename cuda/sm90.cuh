@@ -40,7 +40,10 @@ template <class T>
 int sort_rows(int64_t R, int64_t K, int64_t D, int64_t N, const T *from_RD, const int32_t *order_N,
               const int32_t *inverse_RK, T *to_ND, int64_t row_D, verdict bad, cudaStream_t stream);
 
-// T = bf16, f16. da_NF: rows of d.row_F elements, each at a multiple of 16 bytes, as those of sA and dh are; sA may take
-// its place. ds_N, the whole ds of each position: may be NULL.
-template <class T> int dact_pass(const dact_rows<T> &d, int64_t N, const T *da_NF, float *ds_N, cudaStream_t stream);
+// T = bf16, f16. F is a multiple of 8, and all rows begin at multiples of 16 bytes. sA may take the place of da_NF, which
+// is NULL where sA alone is wanted. May be NULL: ds_NP, of each SUM_COLUMNS columns; parts_SC, the sums of dh over slabs,
+// rows of row_C.
+template <class T>
+int dact_pass(const dact_rows<T> &d, const slabs &cut, const T *da_NF, float *ds_NP, float *parts_SC, int64_t row_C,
+              cudaStream_t stream);
 #endif

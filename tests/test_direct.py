@@ -254,42 +254,101 @@ def test_a_place_without_a_row_is_zeros(order, inverse, direct):
 
 
 # ---- dact_pass -------------------------------------------------------------------------------------------------------
+SLAB, COLUMNS = 128, 256  # positions of a slab; columns of a part of ds
+
+
+def slabs_of(rows):
+    """The positions of each slab, by its number, as expert_sums.cuh cuts them."""
+    slabs, begin = {}, 0
+    for e, n in enumerate(rows):
+        for i in range(0, n, SLAB):
+            slabs[begin // SLAB + e + i // SLAB] = slice(begin + i, begin + min(n, i + SLAB))
+        begin += n
+    assert max(slabs) < begin // SLAB + len(rows)
+    return slabs
+
+
+class Dact:
+    """A dA' of experts of so many rows, and what is near it; one position is nobody's, and counts as zeros."""
+
+    def __init__(self, rows, F, dtype, wide, act):
+        generator = torch.Generator().manual_seed(F)
+        self.rows, self.N, self.F, self.act, self.wide = rows, sum(rows), F, act, wide
+        self.dtype, self.type, self.gated = dtype, DTYPES[dtype], act < 4
+        self.bins_E, self.U = torch.tensor(rows).cumsum(0).int(), F * (1 + self.gated)
+        self.h = (2 * torch.randn(self.N, self.U, generator=generator)).to(self.type)
+        self.da = torch.randn(self.N, F, generator=generator).to(self.type)
+        flat_ids = self.N + 3
+        self.weights = torch.rand(flat_ids, generator=generator).to(torch.float32 if wide else self.type)
+        self.order = torch.randperm(flat_ids, generator=generator)[: self.N].int()
+        self.order[self.N // 2] = -1
+
+    def blank(self):
+        """Where results go: parts of a slab that does not exist stay NaN."""
+        sizes = {"sA": (self.N, self.F), "dh": (self.N, self.U), "ds": (self.N, -(-self.F // COLUMNS)),
+                 "parts": (self.N // SLAB + len(self.rows), self.U)}  # fmt: skip
+        return {name: torch.full(size, torch.nan, dtype=torch.float32 if name in ("ds", "parts") else self.type)
+                for name, size in sizes.items()}  # fmt: skip
+
+    def run(self, direct, to, da):
+        places = [to.get(name) for name in ("sA", "dh", "ds", "parts")]
+        direct("dact", self.dtype, self.act, self.N, self.F, len(self.rows), self.bins_E, self.N + 3, self.order,
+               self.weights, self.wide, self.h, da, *places)  # fmt: skip
+        return to
+
+    def want(self):
+        s = torch.where(self.order < 0, 0, self.weights[self.order.long()]).double()[:, None]
+        h, da = self.h.double().requires_grad_(), self.da.double()
+        A = reference.activation(h, ACTS[self.act])
+        (dh,) = torch.autograd.grad(A, h, s * da)
+        ds = [x.sum(1) for x in (da * A.detach()).split(COLUMNS, 1)]
+        parts = torch.full([self.N // SLAB + len(self.rows), self.U], torch.nan, dtype=torch.double)
+        for slab, positions in slabs_of(self.rows).items():
+            parts[slab] = dh[positions].sum(0)
+        return {"sA": s * A.detach(), "dh": dh, "ds": torch.stack(ds, 1), "parts": parts}
+
+
 @pytest.mark.parametrize("act", range(len(ACTS)), ids=ACTS)
-@pytest.mark.parametrize("F, dtype, wide", [(40, 2, True), (100, 3, False), (1096, 2, False)])
+@pytest.mark.parametrize("F, dtype, wide", [(40, 2, True), (264, 3, False), (512, 2, False)])
 def test_dact(F, dtype, wide, act, direct):
-    N, row_F, gated, type_ = 9, -(-F // 8) * 8, act < 4, DTYPES[dtype]
-    generator = torch.Generator().manual_seed(F)
-    U = (1 + gated) * F
-    h = (2 * torch.randn(N, U, generator=generator)).to(type_)
-    da = torch.full([N, row_F], torch.nan, dtype=type_)
-    da[:, :F] = torch.randn(N, F, generator=generator)
-    weights = torch.rand(12, generator=generator).to(torch.float32 if wide else type_)
-    order = torch.randperm(12, generator=generator)[:N].int()
-    order[4] = -1  # nobody's: counts as zeros
-    s = torch.where(order < 0, 0, weights[order.long()]).double()[:, None]
-    h_ = h.double().requires_grad_()
-    A = reference.activation(h_, ACTS[act])
-    (dh_want,) = torch.autograd.grad(A, h_, s * da[:, :F].double())
-    want = {"sA": s * A.detach(), "dh": dh_want, "ds": (da[:, :F].double() * A.detach()).sum(1)}
-
-    def run(sa, dh, ds, da=da):
-        direct("dact", dtype, act, N, F, row_F, 12, order, weights, wide, h, da, sa, dh, ds)
-
-    def blank(*size, dtype=type_):
-        return torch.full(size, torch.nan, dtype=dtype)
-
-    sa, dh, ds = blank(N, row_F), blank(N, (1 + gated) * row_F), blank(N, dtype=torch.float32)
-    run(sa, dh, ds)
-    got = {"sA": sa[:, :F], "dh": torch.cat([x[:, :F] for x in dh.split(row_F, 1)], 1), "ds": ds}
+    case = Dact([0, 130, 3, 0, 9], F, dtype, wide, act)
+    got, want = case.run(direct, case.blank(), case.da), case.want()
     for name, x in got.items():
-        rounding = 1e-5 if name == "ds" else torch.finfo(type_).eps
-        error = (x.double() - want[name]).abs().max() / want[name].abs().max()
+        rounding = 1e-5 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+        assert x.isnan().equal(want[name].isnan()), name
+        error = (x.double() - want[name]).nan_to_num().abs().max() / want[name].nan_to_num().abs().max()
         assert error <= rounding, f"{name}: {error:.1e}"
-    for left_out in range(3):  # what is not wanted changes no bits of the rest; sA may take the place of dA'
-        in_place = da.clone()
-        some = [in_place, blank(N, (1 + gated) * row_F), blank(N, dtype=torch.float32)]
-        some[left_out] = None
-        run(*some, da=in_place)
-        for x, y in zip(some, (sa, dh, ds), strict=True):
-            if x is not None:
-                assert torch.equal(x.nan_to_num(), y.nan_to_num())
+    # What is not wanted changes no bits of the rest; sA may take the place of dA', and alone needs none.
+    for left_out in ("sA", "dh", "ds", "parts", "all but sA"):
+        some = case.blank() | {"sA": case.da.clone()}
+        da = None if left_out == "all but sA" else some["sA"]
+        gone = {"dh": ("dh", "parts"), "all but sA": ("dh", "ds", "parts")}.get(left_out, (left_out,))
+        for name in gone:
+            del some[name]
+        for name, x in case.run(direct, some, da).items():
+            assert torch.equal(x.nan_to_num(), got[name].nan_to_num()), f"{name} without {left_out}"
+
+
+def test_a_slab_knows_no_other_expert(direct):
+    """The sums of an expert have the same bits wherever it stands, beside NaN and where others have other rows."""
+    case = Dact([257, 100, 140], 264, 2, False, 0)
+    want = case.run(direct, case.blank(), case.da)["parts"]
+    its, here = slice(257, 357), 257 // SLAB + 1
+    alone = Dact([3, 100, 0], 264, 2, False, 0)
+    alone.h.fill_(torch.nan), alone.da.fill_(torch.nan)
+    alone.weights, alone.order[3:103] = torch.cat([case.weights, case.weights])[:106], torch.arange(100)
+    alone.h[3:103], alone.da[3:103] = case.h[its], case.da[its]
+    alone.weights[:100] = torch.where(case.order[its] < 0, 0, case.weights[case.order[its].long()])
+    got = alone.run(direct, alone.blank(), alone.da)["parts"]
+    assert torch.equal(got[3 // SLAB + 1], want[here]) and want[here].isfinite().all()
+
+
+@pytest.mark.parametrize("bins", [[100, 40, 138], [-5, 100, 500], [500, 0, 138], [0, 0, -1]], ids=str)
+def test_wrong_bins_lead_to_nothing_outside(bins, direct):
+    case, pad = Dact([40, 60, 38], 40, 2, False, 0), 400
+    case.bins_E = torch.tensor(bins).int()
+    beside = {name: torch.full([len(x) + 2 * pad, x.shape[1]], torch.nan, dtype=x.dtype)
+              for name, x in case.blank().items()}  # fmt: skip
+    case.run(direct, {name: x[pad:-pad] for name, x in beside.items()}, case.da)
+    for name, x in beside.items():
+        assert x[:pad].isnan().all() and x[-pad:].isnan().all(), name

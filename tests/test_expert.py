@@ -105,6 +105,14 @@ def test_activations(act, dtype, device):
 
 
 @pytest.mark.parametrize("act", ["swiglu", "gelu"])
+def test_biases_of_more_than_a_slab(act, dtype, device):
+    """Of more than a block has warps (cuda/expert_sums.cuh), and of a few, of rows wider than a block's columns."""
+    for routing, shape in (("one_takes_all", Shape(T=1300, d=16, h=8, E=3, k=1)),
+                           ("skewed", Shape(T=150, d=264, h=264, E=5, k=2))):  # fmt: skip
+        check_expert_mlp(ops, Case("slabs", shape, routing), dtype, device, act, BIASES)
+
+
+@pytest.mark.parametrize("act", ["swiglu", "gelu"])
 def test_every_subset_of_biases(act, device):
     for n in range(4):
         for biases in itertools.combinations(BIASES, n):

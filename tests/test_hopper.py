@@ -74,6 +74,15 @@ def test_the_layer(act, stored, products, table, hopper, device):
         assert count(ran) == ((0, products) if taken else (products + apart, 0))
 
 
+def test_the_gradient_of_down_alone_takes_no_da(table, hopper, device):
+    """In passes it is a product of dy and of what h and the weights give; elsewhere one of no depth comes before it."""
+    case = Case("down", Shape(33, 16, 40, 4, 2), "some_absent")
+    inputs = mlp_inputs(case, torch.bfloat16, device, True, BIASES)
+    down, call = inputs["down"].requires_grad_(), mlp_call(case, "swiglu", device)
+    _, ran = cublas.ways(table, lambda: torch.autograd.grad(call(ops, **inputs).sum(), down))
+    assert count(ran) == ((0, 3) if hopper else (4, 0))
+
+
 @pytest.mark.parametrize("act, stored", [("swiglu", "separate"), ("swiglu", "w13"), ("gelu", "separate")])
 def test_each_set_of_gradients_alone(act, stored, device):
     """In passes too: of rows that are whole 16 bytes."""

@@ -158,19 +158,18 @@ def results(call, inputs, wanted):
 def alone(card, act, wanted):
     """One choice per token: a token's rows, and its expert's gradients, do not know of those of other experts."""
     E, ids_T = ALONE.shape.E, ALONE.ids(card.device)[:, 0]
-    inputs = mlp_inputs(ALONE, torch.bfloat16, card.device, act in GATED, ())
+    inputs = mlp_inputs(ALONE, torch.bfloat16, card.device, act in GATED, BIASES)
     call = mlp_call(ALONE, act, card.device)
     want = card.run(lambda: results(lambda **x: call(ops, **x), inputs, wanted))
     for e in range(E):
         mine = ids_T == e
         changed = {name: x.clone() for name, x in inputs.items()}
         changed["x_RD"][~mine] = torch.nan
-        for name in ("gate", "up", "down"):
-            if name in changed:
-                changed[name][torch.arange(E, device=card.device) != e] = torch.nan
+        for name in changed.keys() - {"x_RD", "weights_RK"}:
+            changed[name][torch.arange(E, device=card.device) != e] = torch.nan
         got = card.run(lambda changed=changed: results(lambda **tensors: call(ops, **tensors), changed, wanted))
         for name in got:
-            its = e if name in ("dgate", "dup", "ddown") else mine
+            its = mine if name in ("y", "result 0", "dx_RD", "dweights_RK") else e
             same(got[name][its], want[name][its], f"{name} of expert {e} beside NaN")
 
 
@@ -179,9 +178,11 @@ CHECKS = {
     **{f"sums {tile}": (sums, f"sm90 {tile}") for tile in ("128x256", "128x128")},
     "mlp gathered": (mlp, "gelu", ()),
     "mlp gated": (mlp, "swiglu", ()),
-    # Each has one kernel more than those before it: dact_pass; sort_rows of dy; of x; and the other way round
+    # Each has one kernel more than those before it: dact_pass; that with sums; sort_rows of dy; of x; and the other way
+    # round
     "mlp ds": (mlp, "swiglu", ("weights_RK",)),
-    "mlp dw2": (mlp, "swiglu", ("down", "weights_RK")),     # for dw2 alone dA' is a sum of nothing, by gemm.cuh
+    "mlp db": (mlp, "swiglu", ("weights_RK", "gate_bias", "up_bias", "down_bias")),
+    "mlp dw2": (mlp, "swiglu", ("down",)),
     "mlp dw13": (mlp, "swiglu", ("gate", "up")),
     "mlp dx": (mlp, "swiglu", ("x_RD",)),
     "mlp all": (mlp, "gelu", ("x_RD", "weights_RK", "gate", "down")),

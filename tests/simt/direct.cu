@@ -62,17 +62,18 @@ DIRECT direct_sort_rows(int64_t dtype, int64_t R, int64_t K, int64_t D, int64_t 
                          row_D, verdict_in(word), nullptr);
     });
 }
-// wide: weights are floats.
-DIRECT direct_dact(int64_t dtype, int64_t act_, int64_t N, int64_t F, int64_t row_F, int64_t flat_ids,
-                   const int32_t *order_N, const void *weights, int64_t wide, const void *h_NU, const void *da_NF,
-                   void *sa_NF, void *dh_NU, float *ds_N, uint64_t *) {
+// wide: weights are floats. parts_SC: [N / SLAB + E, F, or 2F where h is gated].
+DIRECT direct_dact(int64_t dtype, int64_t act_, int64_t N, int64_t F, int64_t E, const int32_t *bins_E,
+                   int64_t flat_ids, const int32_t *order_N, const void *weights, int64_t wide, const void *h_NU,
+                   const void *da_NF, void *sa_NF, void *dh_NU, float *ds_NP, float *parts_SC, uint64_t *) {
     const int act = static_cast<int>(act_);
     TRY(moe_cuda_table()->ready(0));
     return by_half(dtype, [&]<class T>(T) {
         const dact_rows<T> d = {
-            gated_act(act), act_plain(act), F, row_F, flat_ids, order_N, {weights, wide != 0},
+            gated_act(act), act_plain(act), F, F, flat_ids, order_N, {weights, wide != 0},
             static_cast<const T *>(h_NU), static_cast<T *>(sa_NF), static_cast<T *>(dh_NU),
         };
-        return dact_pass(d, N, static_cast<const T *>(da_NF), ds_N, nullptr);
+        return dact_pass(d, {E, N, bins_E}, static_cast<const T *>(da_NF), ds_NP, parts_SC, d.gated ? 2 * F : F,
+                         nullptr);
     });
 }
