@@ -1,6 +1,6 @@
 // gemm_rows_sm90.cu: products over ragged rows on Hopper: rows_sm90 and gated_sm90 of sm90.cuh.
 //
-// One block per multiprocessor walks over the tiles of gemm.cuh (eight rows of tiles share panels of B in L2). A comes
+// One block per multiprocessor walks over the tiles of gemm.cuh (a group of row tiles shares panels of B in L2). A comes
 // by TMA, or row by row through its index; B by TMA, the expert being the map's third coordinate. What TMA reads past
 // the end of the sum is zero. Rows past the end of an expert are multiplied too, but no row has a part in the sums of
 // another, and theirs are not stored.
@@ -81,6 +81,7 @@ struct gated_rows {
 struct rows_plan {
     tensor_map a[2], b[2];          // b: of the terms, or of the parts
     int        term_steps, steps;   // stages of one term, and of all; a tile of the tail has none
+    int        group;               // row tiles that are done together
 };
 
 // Rows of A through the index. Eight lanes copy 128 bytes of a row; a warp has rows 4 w .. 4 w + 3 of every 16. A stage
@@ -158,7 +159,7 @@ rows_kernel(const __grid_constant__ rows_plan plan, const gemm_product<T> g, con
     ring.init(gathered ? PIPE_LOADERS + 1 : 1);
     count_tiles<Tile::tile_m>(static_cast<int>(g.R), E, g.tail, g.bins_E, g.bad, table,
                               reinterpret_cast<uint32_t *>(shared_memory() + Tile::areas_at));
-    const auto find = [&](uint32_t t, gemm_piece *p) { return find_of_rows<Tile, parts>(g, table, t, p); };
+    const auto find = [&](uint32_t t, gemm_piece *p) { return find_of_rows<Tile, parts>(g, table, plan.group, t, p); };
     const auto load_b = [&](const gemm_piece &p, int step, int stage) {
         const int term = step >= plan.term_steps, k = (step - term * plan.term_steps) * PIPE_DEPTH;
 #pragma unroll
@@ -272,6 +273,8 @@ static int rows_launch(moe_way way, const gemm_product<T> &g, const Epilogue &em
     constexpr int width = Tile::tile_n / parts, dtype = dtype_of(T{});
     rows_plan plan = {};
     plan.term_steps = static_cast<int>(ceil_div(g.K, PIPE_DEPTH)), plan.steps = g.terms * plan.term_steps;
+    plan.group = forced_group() ? forced_group()
+                                : sm90_group(Tile::tile_n, g.terms * g.K, multiprocessors(), l2_bytes());
     for (int t = 0; t < g.terms && !g.a[0].index; t++) {
         const int64_t size[] = {g.K, g.R}, stride[] = {(g.R == 1 ? round_up(g.K, 8) : g.a[t].si) * 2};
         const int     box[] = {PIPE_DEPTH, Tile::tile_m};

@@ -41,7 +41,7 @@ def direct():
         pytest.skip("only the host harness has direct.cu")
     calls = Direct(os.path.abspath(devices.simt))
     yield calls
-    calls.library.direct_force(ctypes.c_int(-1))
+    calls.library.direct_force(-1, 0)
 
 
 # ---- rows_sm90 -------------------------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@ class Rows:
         x[..., : shape[-1]] = torch.randint(-3, 4, shape, generator=generator)
         return x
 
-    def run(self, direct, way, bins_E=None):
+    def run(self, direct, way, bins_E=None, group=0):
         bins_E = self.bins_E if bins_E is None else bins_E
-        direct.library.direct_force(ctypes.c_int(way))
+        direct.library.direct_force(way, group)
         return direct("rows", self.dtype, self.R, len(bins_E), self.N, self.K, len(self.a), self.along_k, self.tail,
                       self.a, self.a.stride(1), self.index, 3, 40, self.b, self.b.stride(2), bins_E, self.bias,
                       0 if self.bias is None else self.bias.stride(0), self.y, self.y.stride(0))  # fmt: skip
@@ -90,8 +90,8 @@ class Rows:
             y[begin:, : self.N] = 0
         return y
 
-    def check(self, direct, way):
-        assert self.run(direct, way) == (0, 0)
+    def check(self, direct, way, group=0):
+        assert self.run(direct, way, group=group) == (0, 0)
         torch.testing.assert_close(self.y, self.want(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -105,6 +105,15 @@ def test_rows(way, along_k, direct):
     Rows(rows, 200, 72, 3, along_k, terms=2, bias=True, pad=8).check(direct, way)
     Rows(rows, 200, 5, 2, along_k, terms=2, tail=True, bias=True, pad=16, extra=140).check(direct, way)
     Rows([0, 0], 64, 64, 2, along_k, tail=True, extra=20).check(direct, way)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_groups_of_row_tiles(group, direct):
+    """Every tile is somebody's, in any order: of five row tiles the last group has two, and the tail is an expert."""
+    Rows([600, 0, 130], 264, 8, 2, tail=True, extra=300).check(direct, NARROW, group)
+    s = Sums([20, 0, 70], 600, 264, 2)
+    assert s.run(direct, NARROW, group=group) == (0, 0)
+    s.check_all()
 
 
 @pytest.mark.parametrize("along_k", [True, False])
@@ -150,9 +159,9 @@ class Sums:
         x[: sum(self.rows), :size] = torch.randint(-3, 4, [sum(self.rows), size], generator=generator)
         return x
 
-    def run(self, direct, way, bins_E=None):
+    def run(self, direct, way, bins_E=None, group=0):
         bins_E = self.bins_E if bins_E is None else bins_E
-        direct.library.direct_force(ctypes.c_int(way))
+        direct.library.direct_force(way, group)
         return direct("sums", self.dtype, len(self.a), len(self.rows), self.M, self.N, self.a,
                       self.a.stride(0), self.b, self.b.stride(0), bins_E, self.dw, self.dw.stride(0),
                       self.dw.stride(1))  # fmt: skip

@@ -371,6 +371,8 @@ BUGS = [
     Bug("cuda/pipe_sm90.cuh", "case 3: multiply<3>", "case 3: multiply<2>",
         "the third 16 rows of a last stage are not multiplied", "tests/test_direct.py -k every_rest", sm=90,
         unit="gemm_sums_sm90"),
+    Bug("cuda/gemm.cuh", "rows = m - first < group ? m - first : group", "rows = m - first < 8 ? m - first : 8",
+        "groups of row tiles overlap", "tests/test_direct.py -k 'groups and 3'", sm=90, unit="gemm_rows_sm90"),
     # ---- cuda/gemm_rows_sm90.cu --------------------------------------------------------------------------------------
     Bug("cuda/gemm_rows_sm90.cu", "            mbarrier_wait(ring.turn(group), lap);\n", "",
         "by turns: a stage's older lap is taken for its own", "tests/test_direct.py -k 'test_rows and 2-True'",

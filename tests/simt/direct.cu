@@ -12,9 +12,9 @@ verdict verdict_in(uint64_t *word) {
 }
 }  // namespace
 
-// The way of products from now on, a moe_way; -1: as the policy says.
-DIRECT direct_force(int way) {
-    moe_cuda_table()->force(way);
+// The way of products from now on, a moe_way, and their group of row tiles; -1 and 0: as the policy says.
+DIRECT direct_force(int way, int group) {
+    moe_cuda_table()->force(way, group);
     return MOE_OK;
 }
 // dw[e] = a^T b of rows of `stride_a` and `stride_b` elements. -1: it does not take them.

@@ -245,6 +245,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount: *value = getenv("SIMT_SMS") ? atoi(getenv("SIMT_SMS")) : 2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = sm / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = sm % 10; break;
+    case cudaDevAttrL2CacheSize: *value = 60 << 20; break;
     default: *value = 227 * 1024;
     }
     return cudaSuccess;
