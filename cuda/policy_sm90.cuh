@@ -14,7 +14,7 @@
 // 100 % of a batched product at 768, where 128x256 has 94, and 98 at 14336, where it has 100.
 //
 // Example, Qwen3-30B's layer of 32,768 tokens on 132 multiprocessors: R = 262144 copies, E = 128, D = 2048, F = 768.
-//   up     gathered in the load, [gate | up] meet: 128x256, the only way
+//   up     gathered in the load: 128x256, the only way, with a gate or without
 //   down   2048 columns, depth 768    128x256:  (2048 + 64) * 8 / 132 + .5 rounds *  32768 * (768 + 140) / 1   = 3.82e9
 //                                     128x192:  (2048 + 64) * 11 / 132 + .5       *  24576 * (768 + 20) / .94  = 3.64e9
 //   dA'    768 columns, depth 2048    128x256:  (2048 + 64) * 3 / 132 + .5        *  32768 * (2048 + 140)      = 3.48e9

@@ -130,6 +130,28 @@ def test_gathered_rows_out_of_range(direct):
     torch.testing.assert_close(rows.y, rows.want(zeros=(7, 131)), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", range(len(ACTS)), ids=ACTS)
+def test_act(act, dtype, direct):
+    """h is rounded once, and so is act of what it was before: within half a unit of the last place."""
+    parts, F, K, row_F, type_ = 1 + (act < 4), 264, 24, 272, DTYPES[dtype]
+    generator = torch.Generator().manual_seed(act)
+    bins_E = torch.tensor([130, 130, 131, 160]).int()
+    N, E, index = 160, 4, torch.randint(0, 120, [160], generator=generator).int()
+    x = torch.randint(-1, 2, [40, K], generator=generator).to(type_)
+    w = torch.randint(-1, 2, [parts, E, F, K], generator=generator).to(type_)
+    bias = (torch.randint(-255, 256, [parts, E, F], generator=generator) / 1024).to(type_)
+    h, a = torch.full([N, parts * F], torch.nan, dtype=type_), torch.full([N, row_F], torch.nan, dtype=type_)
+    assert direct("act", dtype, act, N, E, F, K, x, index, 3, 40, w, bins_E, bias, h, a, row_F) == (0, 0)
+    expert = torch.bucketize(torch.arange(N), bins_E, right=True)
+    sums = torch.einsum("nk,pnfk->npf", x[index.long() // 3].double(), w[:, expert].double())
+    sums = (sums + bias[:, expert].double().transpose(0, 1)).flatten(1)
+    assert h.equal(sums.to(type_))
+    want = reference.activation(sums, ACTS[act])
+    half_a_unit = torch.finfo(type_).eps / 4 * torch.exp2(torch.frexp(want).exponent.double())
+    assert ((a[:, :F].double() - want).abs() <= half_a_unit + 1e-6).all() and a[:, F:].isnan().all()
+
+
 @pytest.mark.parametrize("way", [WIDE, TURNS, NARROW])
 def test_rows_under_wrong_bins(way, direct):
     rows = Rows([40, 50, 3], 64, 64, 2)

@@ -177,9 +177,10 @@ def alone(card, act, wanted):
 CHECKS = {
     **{f"rows {tile}": (rows, f"sm90 {tile}") for tile in ("128x256", "128x192", "128x128")},
     **{f"sums {tile}": (sums, f"sm90 {tile}") for tile in ("128x256", "128x128")},
-    "mlp gathered": (mlp, "gelu", ()),
+    "mlp plain": (mlp, "gelu", ()),
     "mlp gated": (mlp, "swiglu", ()),
-    # Each has one kernel more than those before it: dact_pass; sort_rows of dy; of x; and the other way round
+    # Each has one step more than those before it: dA' of gathered dy, and dact_pass; sort_rows of dy; of x; and the
+    # other way round
     "mlp ds": (mlp, "swiglu", ("weights_RK",)),
     "mlp dw2": (mlp, "swiglu", ("down", "weights_RK")),     # for dw2 alone dA' is a sum of nothing, by gemm.cuh
     "mlp dw13": (mlp, "swiglu", ("gate", "up")),

@@ -399,6 +399,10 @@ BUGS = [
     Bug("cuda/gemm_rows_sm90.cu", "min32(16, (K - k) * 2)", "16",
         "gathered: what lies behind the end of the sum is multiplied",
         "tests/test_direct.py -k 'gathered_rows and True'", timing="late", sm=90),
+    Bug("cuda/gemm_rows_sm90.cu", "x[v] = gate[i + v];", "x[v] = to_float(from_float<T>(gate[i + v]));",
+        "act sees h rounded", "tests/test_direct.py -k 'test_act and gelu-2'", sm=90),
+    Bug("cuda/gemm_rows_sm90.cu", "width = 2 * n / parts;", "width = n;",
+        "without a gate half the columns do not leave", "tests/test_direct.py -k 'test_act and gelu-2'", sm=90),
     Bug("cuda/gemm_rows_sm90.cu", "parts == 2 ? q : term", "term",
         "up is gate", "tests/test_expert.py -k 'tiles and w13 and bfloat16'", sm=90),
     # ---- cuda/gemm_sums_sm90.cu --------------------------------------------------------------------------------------
