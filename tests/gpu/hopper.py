@@ -1,5 +1,5 @@
 """First contact with each of the kernels that only Hopper has (cuda/sm90.cuh): a check for a process of its own each,
-because a kernel that waits in vain traps after two seconds and takes its process with it.
+because a kernel that waits in vain traps after twenty seconds and takes its process with it.
 
     PYTHONPATH=.:tests python tests/gpu/hopper.py cuda "rows 128x192" ..
 
