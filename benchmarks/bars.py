@@ -4,7 +4,8 @@
 
 Reports of benchmarks/gpu.py and benchmarks/train.py, any number of them. Prints a line per bar: met or missed, measured
 against bar, and where it was worst. --log writes what was measured into the column "outcome" of hopper-log.md beside
-the predictions, wherever that is empty: a row is found by what it is about, the name of a figure below.
+the predictions: a row is found by what it is about, the name of a figure below. Of several versions' the last is meant;
+an outcome that is there stays.
 """
 
 import argparse
@@ -126,15 +127,18 @@ def bars(reports):
 
 
 def fill(text, found, commit):
-    """The log with each empty outcome that was measured; a row is | version | what | why | predicted | outcome |."""
-    rows = []
-    for row in text.splitlines():
+    """The log with the outcome of each figure in the last row about it, if that has none; a row is
+    | version | what | why | predicted | outcome |."""
+    rows, seen = [], set()
+    for row in reversed(text.splitlines()):
         cells = [cell.strip() for cell in row.strip().strip("|").split("|")]
-        if row.startswith("|") and len(cells) == 5 and not cells[4] and cells[1] in found:
-            cells[4] = f"{found[cells[1]][1]} ({commit})"
-            row = f"| {' | '.join(cells)} |"
+        if row.startswith("|") and len(cells) == 5:
+            if cells[1] in found and cells[1] not in seen and not cells[4]:
+                cells[4] = f"{found[cells[1]][1]} ({commit})"
+                row = f"| {' | '.join(cells)} |"
+            seen.add(cells[1])
         rows.append(row)
-    return "\n".join(rows) + "\n"
+    return "\n".join(reversed(rows)) + "\n"
 
 
 def main(arguments=None):

@@ -7,8 +7,6 @@
 static inline bool known_act(int act) { return act >= MOE_SWIGLU && act <= MOE_RELU; }
 static inline bool gated_act(int act) { return act <= MOE_SWIGLU_OAI; }
 
-int moe_activation(int dtype, int act, int64_t N, int64_t F, const void *h_NU, void *a_NF, cudaStream_t stream);
-
 // Where a piece of eight columns begins; `whole`: it can be moved by 16 bytes, and load8 and store8 have no other path.
 template <bool whole, class T>
 static __device__ inline T *piece_at(T *p) {

@@ -30,7 +30,7 @@ std::mutex making;
 // Mapped host memory: a kernel's complaint is read without a copy or a synchronisation. One allocation per device for
 // the life of the process.
 std::atomic<unsigned long long *> words[MAX_DEVICES];
-std::atomic<int> sm_counts[MAX_DEVICES];
+std::atomic<int> sm_counts[MAX_DEVICES], l2_sizes[MAX_DEVICES];
 std::atomic<bool> hopper[MAX_DEVICES];          // and nothing speaks against the kernels of *_sm90.cu
 
 int current_device() {
@@ -40,7 +40,7 @@ int current_device() {
 
 int ready(int device) {
     if (device >= 0 && device < MAX_DEVICES && words[device]) return MOE_OK;
-    int devices = 0, major = 0, minor = 0, count = 0;
+    int devices = 0, major = 0, minor = 0, count = 0, l2 = 0;
     const cudaError_t found = cudaGetDeviceCount(&devices);
     if (found == cudaErrorNoDevice || found == cudaErrorInsufficientDriver) {
         (void)cudaGetLastError();
@@ -56,6 +56,7 @@ int ready(int device) {
     TRY(cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "reading the device"));
     TRY(cuda_status(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "reading the device"));
     TRY(cuda_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "reading the device"));
+    TRY(cuda_status(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device), "reading the device"));
     if (major < 8) {
         snprintf(last_error, sizeof last_error,
                  "CUDA device %d is sm_%d%d; these kernels need sm_80 (A100) or newer. Hint: tensor.cpu()", device,
@@ -74,6 +75,7 @@ int ready(int device) {
     TRY(cuda_status(cudaHostAlloc(&word, sizeof(unsigned long long), cudaHostAllocMapped), "making the error word"));
     *static_cast<unsigned long long *>(word) = 0;
     sm_counts[device] = count;
+    l2_sizes[device] = l2;
     hopper[device] = major == 9 && minor == 0 && !(wanted && *wanted == '0') && tensor_maps_here();
     words[device] = static_cast<unsigned long long *>(word);
     return MOE_OK;
@@ -100,10 +102,10 @@ int read_verdict(bool wait, const char **op, int64_t *position, cudaStream_t str
 }
 
 std::atomic<int64_t> launched[MOE_WAYS];
-std::atomic<int> forced{-1};
+std::atomic<int> way_forced{-1}, group_forced{0};
 
 void products(int64_t *counts) { std::copy(std::begin(launched), std::end(launched), counts); }
-void force(int way) { forced = way; }
+void force(int way, int group) { way_forced = way, group_forced = group; }
 
 const moe_cuda TABLE = {
     sizeof(moe_cuda), ready, error, read_verdict, moe_nccl_id, moe_nccl_open, moe_window_open,
@@ -118,10 +120,12 @@ const moe_cuda TABLE = {
 extern "C" const moe_cuda *moe_cuda_table(void) { return &TABLE; }
 
 verdict verdict_of(moe_cuda_op op) { return {words[current_device()], static_cast<unsigned long long>(op)}; }
-bool sm90_here() { return forced != MOE_GEMM && hopper[current_device()]; }
-int forced_way() { return forced; }
+bool sm90_here() { return way_forced != MOE_GEMM && hopper[current_device()]; }
+int forced_way() { return way_forced; }
+int forced_group() { return group_forced; }
 void count_product(moe_way way) { launched[way].fetch_add(1, std::memory_order_relaxed); }
 int multiprocessors() { return sm_counts[current_device()]; }
+int l2_bytes() { return l2_sizes[current_device()]; }
 int cuda_failed(const char *format, ...) {
     va_list values;
     va_start(values, format);

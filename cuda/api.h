@@ -90,9 +90,10 @@ struct moe_cuda {
     decltype(with_stream(&moe_grouped_gemm)) cublas_gemm;
     decltype(with_stream(&moe_grouped_gemm_wgrad)) cublas_gemm_wgrad;
     // For benchmarks and tests. How many products this process has launched in each way, MOE_WAYS counts; and from now on
-    // every product that can takes this way instead of its policy's (-1: the policy's again).
+    // every product that can takes this way, and every product of Hopper's does so many row tiles together, instead of
+    // its policy's (-1 and 0: the policy's again).
     void (*products)(int64_t *counts);
-    void (*force)(int way);
+    void (*force)(int way, int group);
 #define X(name) decltype(with_stream(&moe_##name)) name;
     MOE_CUDA_OPS(X)
     MOE_CUDA_WORKSPACES(X)

@@ -106,6 +106,7 @@ verdict verdict_of(moe_cuda_op op);             // of the current device; `ready
 int cuda_status(cudaError_t error, const char *what);   // MOE_OK, or MOE_CUDA_FAILED with the text for `error`
 int cuda_failed(const char *format, ...) __attribute__((format(printf, 1, 2)));    // MOE_CUDA_FAILED with this text
 int multiprocessors();                                  // of the current device
+int l2_bytes();                                         // of its second-level cache
 
 // kernel<<<grid, block, shared, stream>>>(args...); a grid of no blocks is no launch.
 template <class... Params, class... Args>

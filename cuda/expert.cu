@@ -19,10 +19,9 @@
 // memory bounds, to be more exact than plain torch, which rounds them before it adds them too. All arithmetic, and ds, is
 // in float; act sees h before it is rounded.
 //
-// In passes, on Hopper (sm90.cuh), two things are other. Without a gate act is a pass over h, which is rounded then. The
-// backward's step 1 is a product that stores dA', rounded too, and a pass over it that puts sA in its place; the weight
-// gradients read copies of dy and then of x in sorted order. Both lie where dx_ND will, which is made after them: with dx
-// wanted no byte more is lent, without it one copy's.
+// In passes, on Hopper (sm90.cuh), the backward is another: step 1 is a product that stores dA', rounded, and a pass over
+// it that puts sA in its place; the weight gradients read copies of dy and then of x in sorted order. Both lie where dx_ND
+// will, which is made after them: with dx wanted no byte more is lent, without it one copy's.
 //
 // N is the host's word, which the grids need; bins[E-1] that is another: MOE_BAD_BINS. A flat id or a position out of
 // range: MOE_BAD_INDEX, and that copy counts as zeros.
@@ -65,69 +64,46 @@ static gemm_operand<T> transposed(moe_mat w) {  // dx = dy w
     return {.p = static_cast<const T *>(w.p), .se = w.se, .si = w.sc, .sk = w.sr};
 }
 
-// ---- forward 1: [gate | up] = x [Wg | Wu]^T + b, a = act(gate) * u(up) ----------------------------------------------
-template <class T>
-struct gated_epilogue {
+// ---- forward 1: h = x W^T + b, a = act(h); or h = [gate | up], a = act(gate) * u(up) --------------------------------
+template <class T, int parts>
+struct act_epilogue {
     static constexpr bool sums_rows = false;
-    int64_t      F;
-    gated_out<T> out;
-    __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[2][8]) const {
-        T    *h = out.h_NU + p * 2 * F + j;
+    int64_t    F;
+    act_out<T> out;
+    __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[parts][8]) const {
+        T    *h = out.h_NU + p * parts * F + j;
         float x[8], a[8], slope[8], unused;
         bias<T>{out.gate_bias, out.gate_bias_se}.add(e, j, n, c[0], x);
         store8(h, n, x);
         act8(out.plain, x, a, slope);
-        bias<T>{out.up_bias, out.up_bias_se}.add(e, j, n, c[1], x);
-        store8(h + F, n, x);
-        for (int v = 0; v < 8; v++) a[v] *= up_value_f32(out.plain, x[v], &unused);
+        if constexpr (parts == 2) {
+            bias<T>{out.up_bias, out.up_bias_se}.add(e, j, n, c[1], x);
+            store8(h + F, n, x);
+            for (int v = 0; v < 8; v++) a[v] *= up_value_f32(out.plain, x[v], &unused);
+        }
         store8(piece_at<true>(out.a_NF + p * out.row_F + j), 8, a);
         return 0;
     }
 };
 
-// ---- forward 1 without a gate: h = x W^T + b, a = act(h) ------------------------------------------------------------
-template <class T>
-struct plain_epilogue {
-    static constexpr bool sums_rows = false;
-    int     plain;
-    int64_t F, row_F;
-    bias<T> b;
-    T      *h_NF, *a_NF;
-    __device__ float operator()(int64_t e, int64_t p, int64_t j, int n, const float (&c)[1][8]) const {
-        float x[8], a[8], slope[8];
-        b.add(e, j, n, c[0], x);
-        store8(h_NF + p * F + j, n, x);
-        act8(plain, x, a, slope);
-        store8(piece_at<true>(a_NF + p * row_F + j), 8, a);
-        return 0;
-    }
-};
-
 // ---- forward --------------------------------------------------------------------------------------------------------
-template <class T>
-static int gated_product(const gemm_product<T> &up, const gated_out<T> &out, cudaStream_t stream) {
+template <int parts, class T>
+static int act_product(const gemm_product<T> &up, const act_out<T> &out, cudaStream_t stream) {
     if constexpr (sizeof(T) == 2)
-        if (sm90_here() && gated_sm90_takes(up, out)) return gated_sm90(up, out, stream);
-    return gemm_rows<2>(up, gated_epilogue<T>{up.N, out}, stream);
+        if (sm90_here() && act_sm90_takes<parts>(up, out)) return act_sm90<parts>(up, out, stream);
+    return gemm_rows<parts>(up, act_epilogue<T, parts>{up.N, out}, stream);
 }
 template <class T>
 static int forward(const moe_expert_args &a, void *workspace, T *y_RD, T *h_NU, cudaStream_t stream) {
     const verdict bad = verdict_of(OP_expert_mlp);
     const lent<T> w(a, nullptr, workspace);
-    const bias<T> gate_bias = {static_cast<const T *>(a.gate_bias_EF), a.gate_bias_se};
-    const int plain = act_plain(a.act);
+    const act_out<T> out = {act_plain(a.act), static_cast<const T *>(a.gate_bias_EF),
+                            static_cast<const T *>(a.up_bias_EF), a.gate_bias_se, a.up_bias_se, h_NU, w.a_NF, w.row_F};
     const gemm_product<T> up = {
         .R = a.N, .E = a.E, .N = a.F, .K = a.D, .bins_E = a.bins_E, .a = {gathered<T>(a, a.x_RD, ROWS)},
         .b = {weight<T>(a.gate_EFD), weight<T>(a.up_EFD)}, .bad = bad,
     };
-    if (gated_act(a.act))
-        TRY(gated_product(up, {plain, gate_bias.p, static_cast<const T *>(a.up_bias_EF), gate_bias.se, a.up_bias_se,
-                               h_NU, w.a_NF, w.row_F}, stream));
-    else if (w.passes) {
-        TRY(gemm_store(up, gate_bias.p, gate_bias.se, h_NU, a.F, stream));
-        TRY(moe_activation(a.dtype, a.act, a.N, a.F, h_NU, w.a_NF, stream));
-    } else
-        TRY(gemm_rows<1>(up, plain_epilogue<T>{plain, a.F, w.row_F, gate_bias, h_NU, w.a_NF}, stream));
+    TRY(gated_act(a.act) ? act_product<2>(up, out, stream) : act_product<1>(up, out, stream));
 
     const gemm_product<T> down = {
         .R = a.N, .E = a.E, .N = a.D, .K = a.F, .bins_E = a.bins_E, .a = {sorted<T>(w.a_NF, w.row_F, ROWS)},

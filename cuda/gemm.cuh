@@ -20,7 +20,7 @@
 #define MOE_GEMM_CUH
 #include "gemm_tile.cuh"
 
-enum { GEMM_PIECE = 64 };
+enum { GEMM_PIECE = 64, ROW_TILES = 8 };        // rows of tiles that are done together
 
 template <class T>
 struct gemm_product {
@@ -42,10 +42,11 @@ int gemm_store(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, i
 template <class T> int gemm_wgrad(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream);
 
 // Of api.cu. Whether products on this device may go the way of sm90.cuh: it is Hopper, its driver encodes tensor maps,
-// and neither MOE_SM90=0 in the environment nor moe_cuda::force forbids. Which way force wants there, or -1. A note for
-// moe_cuda::products.
+// and neither MOE_SM90=0 in the environment nor moe_cuda::force forbids. What force wants there: a way, or -1; a group,
+// or 0. A note for moe_cuda::products.
 bool sm90_here();
 int  forced_way();
+int  forced_group();
 void count_product(moe_way way);
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -99,9 +100,9 @@ static __device__ void count_tiles(int R, int E, bool tail, const int32_t *bins_
     __syncthreads();
 }
 
-// Tile t of `m` x `n`, eight rows of tiles at a time: neighbours in time share panels of both operands in L2.
-static __device__ __forceinline__ void swizzle(uint32_t t, uint32_t m, uint32_t n, int *i, int *j) {
-    const uint32_t first = t / (8 * n) * 8, rows = m - first < 8 ? m - first : 8, rest = t - first * n;
+// Tile t of `m` x `n`, `group` rows of tiles at a time: neighbours in time share panels of both operands in L2.
+static __device__ __forceinline__ void swizzle(uint32_t t, uint32_t m, uint32_t n, uint32_t group, int *i, int *j) {
+    const uint32_t first = t / (group * n) * group, rows = m - first < group ? m - first : group, rest = t - first * n;
     *i = static_cast<int>(first + rest % rows);
     *j = static_cast<int>(rest / rows);
 }
@@ -117,12 +118,13 @@ static __device__ bool find_of_sums(const gemm_product<T> &g, int64_t t, gemm_pi
     const int e = static_cast<int>(t / tiles);
     int i, j, begin = e ? g.bins_E[e - 1] : 0, end = g.bins_E[e];
     if (begin < 0 || end < begin || end > g.R) g.bad(MOE_BAD_BINS, e), begin = end = 0;
-    swizzle(static_cast<uint32_t>(t - e * tiles), down, across, &i, &j);
+    swizzle(static_cast<uint32_t>(t - e * tiles), down, across, ROW_TILES, &i, &j);
     *piece = {e, i * Tile::tile_m, static_cast<int>(g.M), j * columns, begin, end, (end - begin + depth - 1) / depth};
     return true;
 }
 template <class Tile, int parts, bool full = false, class T>
-static __device__ bool find_of_rows(const gemm_product<T> &g, const uint32_t *table, int64_t t, gemm_piece *piece) {
+static __device__ bool find_of_rows(const gemm_product<T> &g, const uint32_t *table, uint32_t group, int64_t t,
+                                    gemm_piece *piece) {
     constexpr int columns = Tile::tile_n / parts, depth = panel_depth<T>;
     const int R = static_cast<int>(g.R), E = static_cast<int>(g.E);
     const int K = static_cast<int>(g.K);
@@ -131,7 +133,7 @@ static __device__ bool find_of_rows(const gemm_product<T> &g, const uint32_t *ta
     int i, j;
     if (t >= table[experts] * across) return false;
     const int e = expert_at(experts, tile / across, [&](int e) { return table[e + 1]; });
-    swizzle(tile - table[e] * across, table[e + 1] - table[e], across, &i, &j);
+    swizzle(tile - table[e] * across, table[e + 1] - table[e], across, group, &i, &j);
     const auto end_of = [&](int e) {
         return full ? ask_end_of_rows(R, E, g.bins_E, e) : end_of_rows(R, E, g.bins_E, e);
     };
@@ -189,7 +191,7 @@ gemm_kernel(const gemm_product<T> g, const Epilogue emit) {
     gemm_piece now = {}, next;
     for (int64_t t = blockIdx.x;; t += gridDim.x) {
         const bool more = ragged_sums ? find_of_sums<Tile, parts>(g, t, &next)
-                                      : find_of_rows<Tile, parts, !vector>(g, table, t, &next);
+                                      : find_of_rows<Tile, parts, !vector>(g, table, ROW_TILES, t, &next);
         if (more) {
             if (next.steps > 0) begin(next, 0);
 #pragma unroll 1

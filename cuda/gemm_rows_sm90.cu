@@ -1,6 +1,6 @@
-// gemm_rows_sm90.cu: products over ragged rows on Hopper: rows_sm90 and gated_sm90 of sm90.cuh.
+// gemm_rows_sm90.cu: products over ragged rows on Hopper: rows_sm90 and act_sm90 of sm90.cuh.
 //
-// One block per multiprocessor walks over the tiles of gemm.cuh (eight rows of tiles share panels of B in L2). A comes
+// One block per multiprocessor walks over the tiles of gemm.cuh (a group of row tiles shares panels of B in L2). A comes
 // by TMA, or row by row through its index; B by TMA, the expert being the map's third coordinate. What TMA reads past
 // the end of the sum is zero. Rows past the end of an expert are multiplied too, but no row has a part in the sums of
 // another, and theirs are not stored.
@@ -48,21 +48,25 @@ struct rows_out {
     }
 };
 
-template <class T>
-struct gated_rows {
-    gated_out<T> out;
-    int64_t      F;
+// act sees h before it is rounded. Without a gate, gate is h.
+template <class T, int parts>
+struct act_rows {
+    act_out<T> out;
+    int64_t    F;
     template <class Tile, int n>
     __device__ __forceinline__ void store(unsigned char *area, int e, bool, int p, int rows, int j, int columns,
                                           float (&c)[n]) const {
-        T *const h = out.h_NU + p * (2 * F) + j, *const a = out.a_NF + p * out.row_F + j;
+        constexpr int width = 2 * n / parts;
+        T *const h = out.h_NU + p * (parts * F) + j, *const a = out.a_NF + p * out.row_F + j;
 #pragma unroll
-        for (int at = 0; at < n; at += AREA_COLUMNS) {
-            float *const gate = c + at / 2, *const up = c + (n + at) / 2;
+        for (int at = 0; at < width; at += AREA_COLUMNS) {
+            float *const gate = c + at / 2, *const up = gate + (parts == 2 ? width / 2 : 0);
             if (out.gate_bias) add_bias(out.gate_bias + (e * out.gate_bias_se + j + at), columns - at, gate);
-            if (out.up_bias) add_bias(out.up_bias + (e * out.up_bias_se + j + at), columns - at, up);
-            store_rows16<Tile::pieces>(area, gate, h + at, 2 * F, rows, columns - at);
-            store_rows16<Tile::pieces>(area, up, h + F + at, 2 * F, rows, columns - at);
+            store_rows16<Tile::pieces>(area, gate, h + at, parts * F, rows, columns - at);
+            if constexpr (parts == 2) {
+                if (out.up_bias) add_bias(out.up_bias + (e * out.up_bias_se + j + at), columns - at, up);
+                store_rows16<Tile::pieces>(area, up, h + F + at, 2 * F, rows, columns - at);
+            }
 #pragma unroll
             for (int i = 0; i < AREA_COLUMNS / 2; i += 8) {
                 float x[8], value[8], slope[8], unused;
@@ -70,7 +74,8 @@ struct gated_rows {
                 for (int v = 0; v < 8; v++) x[v] = gate[i + v];
                 act8(out.plain, x, value, slope);
 #pragma unroll
-                for (int v = 0; v < 8; v++) gate[i + v] = value[v] * up_value_f32(out.plain, up[i + v], &unused);
+                for (int v = 0; v < 8; v++)
+                    gate[i + v] = parts == 2 ? value[v] * up_value_f32(out.plain, up[i + v], &unused) : value[v];
             }
             store_rows16<Tile::pieces>(area, gate, a + at, out.row_F, rows, columns - at);
         }
@@ -81,6 +86,7 @@ struct gated_rows {
 struct rows_plan {
     tensor_map a[2], b[2];          // b: of the terms, or of the parts
     int        term_steps, steps;   // stages of one term, and of all; a tile of the tail has none
+    int        group;               // row tiles that are done together
 };
 
 // Rows of A through the index. Eight lanes copy 128 bytes of a row; a warp has rows 4 w .. 4 w + 3 of every 16. A stage
@@ -158,7 +164,7 @@ rows_kernel(const __grid_constant__ rows_plan plan, const gemm_product<T> g, con
     ring.init(gathered ? PIPE_LOADERS + 1 : 1);
     count_tiles<Tile::tile_m>(static_cast<int>(g.R), E, g.tail, g.bins_E, g.bad, table,
                               reinterpret_cast<uint32_t *>(shared_memory() + Tile::areas_at));
-    const auto find = [&](uint32_t t, gemm_piece *p) { return find_of_rows<Tile, parts>(g, table, t, p); };
+    const auto find = [&](uint32_t t, gemm_piece *p) { return find_of_rows<Tile, parts>(g, table, plan.group, t, p); };
     const auto load_b = [&](const gemm_piece &p, int step, int stage) {
         const int term = step >= plan.term_steps, k = (step - term * plan.term_steps) * PIPE_DEPTH;
 #pragma unroll
@@ -255,9 +261,9 @@ template <class T>
 bool rows_sm90_takes(const gemm_product<T> &g, const T *, const T *y, int64_t stride) {
     return product_takes(g, g.terms) && aligned16(y) && stride % 8 == 0;
 }
-template <class T>
-bool gated_sm90_takes(const gemm_product<T> &g, const gated_out<T> &out) {
-    return g.terms == 1 && !g.tail && product_takes(g, 2) && aligned16(out.h_NU) && aligned16(out.a_NF) &&
+template <int parts, class T>
+bool act_sm90_takes(const gemm_product<T> &g, const act_out<T> &out) {
+    return g.terms == 1 && !g.tail && product_takes(g, parts) && aligned16(out.h_NU) && aligned16(out.a_NF) &&
            out.row_F % 8 == 0;
 }
 
@@ -272,6 +278,8 @@ static int rows_launch(moe_way way, const gemm_product<T> &g, const Epilogue &em
     constexpr int width = Tile::tile_n / parts, dtype = dtype_of(T{});
     rows_plan plan = {};
     plan.term_steps = static_cast<int>(ceil_div(g.K, PIPE_DEPTH)), plan.steps = g.terms * plan.term_steps;
+    plan.group = forced_group() ? forced_group()
+                                : sm90_group(Tile::tile_n, g.terms * g.K, multiprocessors(), l2_bytes());
     for (int t = 0; t < g.terms && !g.a[0].index; t++) {
         const int64_t size[] = {g.K, g.R}, stride[] = {(g.R == 1 ? round_up(g.K, 8) : g.a[t].si) * 2};
         const int     box[] = {PIPE_DEPTH, Tile::tile_m};
@@ -306,16 +314,18 @@ int rows_sm90(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, in
     const auto by_way = b_takes(g, g.terms, true) ? rows_by_way<true, T> : rows_by_way<false, T>;
     return by_way(way, g, emit, stream);
 }
-template <class T>
-int gated_sm90(const gemm_product<T> &g, const gated_out<T> &out, cudaStream_t stream) {
-    const gated_rows<T> emit = {out, g.N};
-    return b_takes(g, 2, true) ? rows_launch<together_256, 2, true>(MOE_SM90_128x256, g, emit, stream)
-                               : rows_launch<together_256, 2, false>(MOE_SM90_128x256, g, emit, stream);
+template <int parts, class T>
+int act_sm90(const gemm_product<T> &g, const act_out<T> &out, cudaStream_t stream) {
+    const act_rows<T, parts> emit = {out, g.N};
+    return b_takes(g, parts, true) ? rows_launch<together_256, parts, true>(MOE_SM90_128x256, g, emit, stream)
+                                   : rows_launch<together_256, parts, false>(MOE_SM90_128x256, g, emit, stream);
 }
 #define INSTANCES(T) \
     template bool rows_sm90_takes(const gemm_product<T> &, const T *, const T *, int64_t); \
     template int rows_sm90(const gemm_product<T> &, const T *, int64_t, T *, int64_t, cudaStream_t); \
-    template bool gated_sm90_takes(const gemm_product<T> &, const gated_out<T> &); \
-    template int gated_sm90(const gemm_product<T> &, const gated_out<T> &, cudaStream_t);
+    template bool act_sm90_takes<1>(const gemm_product<T> &, const act_out<T> &); \
+    template bool act_sm90_takes<2>(const gemm_product<T> &, const act_out<T> &); \
+    template int act_sm90<1>(const gemm_product<T> &, const act_out<T> &, cudaStream_t); \
+    template int act_sm90<2>(const gemm_product<T> &, const act_out<T> &, cudaStream_t);
 INSTANCES(bf16) INSTANCES(f16)
 #undef INSTANCES

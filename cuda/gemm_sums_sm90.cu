@@ -30,6 +30,7 @@ using narrow_tile = pipe_tile<128, 128, 6, false, 56>;
 template <class T>
 struct sums_job {
     int            R, E, M, N, down, across;    // down, across: tiles of dw
+    int            group;                       // rows of tiles that are done together
     const int32_t *bins_E;
     moe_mat        dw;                          // sc = 1
     verdict        bad;
@@ -187,7 +188,7 @@ static __device__ void load_tiles(const pipe<Tile> &ring, const sums_job<T> &g) 
         const sums_tile t = queue.template get<true>();
         if (t.e < 0) return;
         int i, j;
-        swizzle(t.tile, g.down, g.across, &i, &j);
+        swizzle(t.tile, g.down, g.across, g.group, &i, &j);
         for (int done = 0; done < t.rows; done += PIPE_DEPTH) {
             const int rest = t.rows - done, row = t.begin + done;
             ring.wait_empty(at);
@@ -240,7 +241,7 @@ sums_kernel(const __grid_constant__ sums_job<T> g, int keys, int shift) {
         sums.begin(ring, at, first_row, steps, c, (last + 15) / 16);
         sums.end(ring, steps, c);
         int i, j;
-        swizzle(t.tile, g.down, g.across, &i, &j);
+        swizzle(t.tile, g.down, g.across, g.group, &i, &j);
         j *= Tile::tile_n;
 #pragma unroll
         for (int s = 0; s < Tile::slices; s++) {
@@ -279,10 +280,12 @@ static int encode(const gemm_operand<T> &x, int64_t R, int64_t columns, tensor_m
 }
 template <class Tile, class T>
 static int launch_sums(const gemm_product<T> &g, moe_mat dw, cudaStream_t stream) {
+    const int forced = forced_group();
     sums_job<T> job = {
         static_cast<int>(g.R), static_cast<int>(g.E), static_cast<int>(g.M), static_cast<int>(g.N),
-        static_cast<int>(ceil_div(g.M, Tile::tile_m)), static_cast<int>(ceil_div(g.N, Tile::tile_n)), g.bins_E, dw,
-        g.bad, {}, {}, {}, {},
+        static_cast<int>(ceil_div(g.M, Tile::tile_m)), static_cast<int>(ceil_div(g.N, Tile::tile_n)),
+        forced ? forced : sm90_group(Tile::tile_n, g.R / g.E, multiprocessors(), l2_bytes()), g.bins_E, dw, g.bad,
+        {}, {}, {}, {},
     };
     TRY(encode(g.a[0], g.R, g.M, &job.a, &job.a_end));
     TRY(encode(g.b[0], g.R, g.N, &job.b, &job.b_end));

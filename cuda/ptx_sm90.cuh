@@ -44,31 +44,27 @@ PTX void mbarrier_arrive(uint32_t barrier) {
 PTX void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
 }
-// One arrival as soon as all cp.async of this thread so far have landed; `arrivals` of init counts it.
-PTX void cp_async_arrive(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
-}
 PTX bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
                  "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
     return done;
 }
-// A wait of two seconds is a fault of the kernel: it traps, so that the launch fails and nothing hangs.
+// A wait of twenty seconds is a fault of the kernel: it traps, so that the launch fails and nothing hangs. A right kernel
+// waits for microseconds, but by the clock on the wall, which a sanitizer or a stop in a debugger lets run on: two were too
+// few. What must not wait so long has a limit of its own, as the processes of tests/gpu have.
 PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     if (mbarrier_try_wait(barrier, parity)) return;
     const uint64_t start = nanoseconds();
     while (!mbarrier_try_wait(barrier, parity))
-        if (nanoseconds() - start > 2000000000ull) __trap();
+        if (nanoseconds() - start > 20000000000ull) __trap();
 }
 
 // ---- named barriers: `threads` of the block, a multiple of 32, meet at barrier 1 .. 15 -------------------------------
 template <int barrier, int threads>
 PTX void sync_threads() { asm volatile("bar.sync %0, %1;" :: "n"(barrier), "n"(threads) : "memory"); }
-PTX void sync_threads(int barrier, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(threads) : "memory"); }
 
 // ---- TMA ------------------------------------------------------------------------------------------------------------
-PTX void prefetch_tensor_map(const tensor_map *map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
 // The box at these coordinates to shared memory; its bytes are counted at the barrier. By one thread.
 PTX void tma_load(uint32_t to, const tensor_map *map, uint32_t barrier, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
@@ -79,22 +75,6 @@ PTX void tma_load(uint32_t to, const tensor_map *map, uint32_t barrier, int x, i
                  "[%0], [%1, {%3, %4, %5}], [%2];"
                  :: "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
 }
-PTX void tma_load(uint32_t to, const tensor_map *map, uint32_t barrier, int x, int y, int z, int w) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%3, %4, %5, %6}], [%2];"
-                 :: "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
-// The box from shared memory, less what is outside the tensor; in the thread's bulk group. By one thread.
-PTX void tma_store(const tensor_map *map, uint32_t from, int x, int y, int z) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
-                 :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
-}
-PTX void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// At most `pending` of this thread's newest groups have not yet read shared memory (not yet written, without _read).
-template <int pending>
-PTX void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(pending) : "memory"); }
-template <int pending>
-PTX void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "n"(pending) : "memory"); }
 PTX void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- registers: of each thread of the warpgroup, a multiple of 8 -----------------------------------------------------

@@ -1,7 +1,7 @@
 // sm90.cuh: the products of gemm.cuh by TMA and wgmma, on Hopper (compute capability 9.0), and the passes beside them.
 //
 //   rows_sm90     ragged rows   y[p, j] = sum over terms and k of a[t](p, k) b[t](e; j, k) (+ bias)     forward, dgrad
-//   gated_sm90    ragged rows   [gate | up] = a [b[0] | b[1]] + biases, h = it, a = act(gate) u(up)     forward 1
+//   act_sm90      ragged rows   h = a b + bias and act(h), or h = [gate | up] and act(gate) u(up)       forward 1
 //   sums_sm90     ragged sums   dw[e; i, j] = sum over rows p of e of a(i, p) b(j, p)                   wgrad
 //   sort_rows     copies        to_ND[p] = from_RD[order[p] / K]                                        wgrad's operands
 //   dact_pass     elementwise   dA', h, s -> dh, sA, ds                                                 backward 1
@@ -18,16 +18,17 @@ template <class T> bool rows_sm90_takes(const gemm_product<T> &g, const T *bias,
 template <class T>
 int rows_sm90(const gemm_product<T> &g, const T *bias, int64_t bias_se, T *y, int64_t stride, cudaStream_t stream);
 
+// parts = 2: with a gate, [gate | up] = a [b[0] | b[1]] + biases; 1: without, h = a b[0] + gate_bias.
 template <class T>
-struct gated_out {
+struct act_out {
     int      plain;                 // act_plain(act)
     const T *gate_bias, *up_bias;   // may be NULL
     int64_t  gate_bias_se, up_bias_se;
-    T       *h_NU, *a_NF;           // rows of 2 g.N and of row_F elements
+    T       *h_NU, *a_NF;           // rows of `parts` times g.N, and of row_F elements
     int64_t  row_F;
 };
-template <class T> bool gated_sm90_takes(const gemm_product<T> &g, const gated_out<T> &out);
-template <class T> int gated_sm90(const gemm_product<T> &g, const gated_out<T> &out, cudaStream_t stream);
+template <int parts, class T> bool act_sm90_takes(const gemm_product<T> &g, const act_out<T> &out);
+template <int parts, class T> int act_sm90(const gemm_product<T> &g, const act_out<T> &out, cudaStream_t stream);
 
 // Neither a nor b is gathered: sort_rows first. dw in rows (sc = 1) of any multiples of 16 bytes.
 template <class T> bool sums_sm90_takes(const gemm_product<T> &g, moe_mat dw);

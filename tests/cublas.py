@@ -33,7 +33,7 @@ class Table(ctypes.Structure):
         ("gemm", function(ctypes.c_int, *[INT64] * 4, POINTER, Mat, *[POINTER] * 4)),
         ("wgrad", function(ctypes.c_int, *[INT64] * 4, *[POINTER] * 4, Mat, POINTER)),
         ("products", ctypes.CFUNCTYPE(None, ctypes.POINTER(INT64))),
-        ("force", ctypes.CFUNCTYPE(None, ctypes.c_int)),
+        ("force", ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int)),
     ]
 
 
@@ -62,15 +62,16 @@ def ways(table, call):
     return result, {way: after - before for way, before, after in launched if after > before}
 
 
-def forced(table, way, call):
-    """call, with every product that can going this way of WAYS."""
+def forced(table, way, call, group=0):
+    """call, with every product that can going this way of WAYS, those of Hopper's with so many row tiles together
+    (0: as the policy says)."""
 
     def run(*arguments):
-        table.force(WAYS.index(way))
+        table.force(WAYS.index(way), group)
         try:
             return call(*arguments)
         finally:
-            table.force(-1)
+            table.force(-1, 0)
 
     return run
 

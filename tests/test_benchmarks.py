@@ -116,6 +116,8 @@ DRIVER = {"recipe": "r", "commit": "abc",
           "lines": [{"tree": "ours", "tokens/s": 180.0}, {"tree": "before", "tokens/s": 90.0}]}  # fmt: skip
 LOG = """| version | what | why | predicted | outcome |
 |---|---|---|---|---|
+| never ran | two up wgrad balanced, x bmm | arithmetic | 0.9 | |
+| never ran | one up wgrad balanced, x bmm | arithmetic | 0.9 | |
 | abc | two up wgrad balanced, x bmm | arithmetic | 1.0 | |
 | abc | one up wgrad balanced, x bmm | arithmetic | 1.0 | 0.5 (before) |
 | abc | another | arithmetic | 1.0 | |
@@ -138,8 +140,8 @@ def test_bars():
         "r, x before": (True, "2.00 vs 1.8"),
     }
     filled = bars.fill(LOG, bars.figures([REPORT]), "abc").splitlines()
-    assert filled[2] == "| abc | two up wgrad balanced, x bmm | arithmetic | 1.0 | 0.96 (abc) |"
-    assert filled[:2] + filled[3:] == LOG.splitlines()[:2] + LOG.splitlines()[3:]
+    assert filled[4] == "| abc | two up wgrad balanced, x bmm | arithmetic | 1.0 | 0.96 (abc) |"
+    assert filled[:4] + filled[5:] == LOG.splitlines()[:4] + LOG.splitlines()[5:]
 
 
 def test_every_prediction_is_of_something_measured():

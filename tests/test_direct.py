@@ -41,7 +41,7 @@ def direct():
         pytest.skip("only the host harness has direct.cu")
     calls = Direct(os.path.abspath(devices.simt))
     yield calls
-    calls.library.direct_force(ctypes.c_int(-1))
+    calls.library.direct_force(-1, 0)
 
 
 # ---- rows_sm90 -------------------------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@ class Rows:
         x[..., : shape[-1]] = torch.randint(-3, 4, shape, generator=generator)
         return x
 
-    def run(self, direct, way, bins_E=None):
+    def run(self, direct, way, bins_E=None, group=0):
         bins_E = self.bins_E if bins_E is None else bins_E
-        direct.library.direct_force(ctypes.c_int(way))
+        direct.library.direct_force(way, group)
         return direct("rows", self.dtype, self.R, len(bins_E), self.N, self.K, len(self.a), self.along_k, self.tail,
                       self.a, self.a.stride(1), self.index, 3, 40, self.b, self.b.stride(2), bins_E, self.bias,
                       0 if self.bias is None else self.bias.stride(0), self.y, self.y.stride(0))  # fmt: skip
@@ -90,8 +90,8 @@ class Rows:
             y[begin:, : self.N] = 0
         return y
 
-    def check(self, direct, way):
-        assert self.run(direct, way) == (0, 0)
+    def check(self, direct, way, group=0):
+        assert self.run(direct, way, group=group) == (0, 0)
         torch.testing.assert_close(self.y, self.want(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -107,6 +107,15 @@ def test_rows(way, along_k, direct):
     Rows([0, 0], 64, 64, 2, along_k, tail=True, extra=20).check(direct, way)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_groups_of_row_tiles(group, direct):
+    """Every tile is somebody's, in any order: of five row tiles the last group has two, and the tail is an expert."""
+    Rows([600, 0, 130], 264, 8, 2, tail=True, extra=300).check(direct, NARROW, group)
+    s = Sums([20, 0, 70], 600, 264, 2)
+    assert s.run(direct, NARROW, group=group) == (0, 0)
+    s.check_all()
+
+
 @pytest.mark.parametrize("along_k", [True, False])
 def test_gathered_rows(along_k, direct):
     for N, K in ((264, 200), (24, 8), (40, 3)):
@@ -119,6 +128,28 @@ def test_gathered_rows_out_of_range(direct):
     status, position = rows.run(direct, WIDE)
     assert status == BAD_INDEX and position in (7, 131)
     torch.testing.assert_close(rows.y, rows.want(zeros=(7, 131)), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", range(len(ACTS)), ids=ACTS)
+def test_act(act, dtype, direct):
+    """h is rounded once, and so is act of what it was before: within half a unit of the last place."""
+    parts, F, K, row_F, type_ = 1 + (act < 4), 264, 24, 272, DTYPES[dtype]
+    generator = torch.Generator().manual_seed(act)
+    bins_E = torch.tensor([130, 130, 131, 160]).int()
+    N, E, index = 160, 4, torch.randint(0, 120, [160], generator=generator).int()
+    x = torch.randint(-1, 2, [40, K], generator=generator).to(type_)
+    w = torch.randint(-1, 2, [parts, E, F, K], generator=generator).to(type_)
+    bias = (torch.randint(-255, 256, [parts, E, F], generator=generator) / 1024).to(type_)
+    h, a = torch.full([N, parts * F], torch.nan, dtype=type_), torch.full([N, row_F], torch.nan, dtype=type_)
+    assert direct("act", dtype, act, N, E, F, K, x, index, 3, 40, w, bins_E, bias, h, a, row_F) == (0, 0)
+    expert = torch.bucketize(torch.arange(N), bins_E, right=True)
+    sums = torch.einsum("nk,pnfk->npf", x[index.long() // 3].double(), w[:, expert].double())
+    sums = (sums + bias[:, expert].double().transpose(0, 1)).flatten(1)
+    assert h.equal(sums.to(type_))
+    want = reference.activation(sums, ACTS[act])
+    half_a_unit = torch.finfo(type_).eps / 4 * torch.exp2(torch.frexp(want).exponent.double())
+    assert ((a[:, :F].double() - want).abs() <= half_a_unit + 1e-6).all() and a[:, F:].isnan().all()
 
 
 @pytest.mark.parametrize("way", [WIDE, TURNS, NARROW])
@@ -150,9 +181,9 @@ class Sums:
         x[: sum(self.rows), :size] = torch.randint(-3, 4, [sum(self.rows), size], generator=generator)
         return x
 
-    def run(self, direct, way, bins_E=None):
+    def run(self, direct, way, bins_E=None, group=0):
         bins_E = self.bins_E if bins_E is None else bins_E
-        direct.library.direct_force(ctypes.c_int(way))
+        direct.library.direct_force(way, group)
         return direct("sums", self.dtype, len(self.a), len(self.rows), self.M, self.N, self.a,
                       self.a.stride(0), self.b, self.b.stride(0), bins_E, self.dw, self.dw.stride(0),
                       self.dw.stride(1))  # fmt: skip

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from types import SimpleNamespace
 
 import cublas
 import devices
@@ -12,6 +13,7 @@ from compare import each_set_alone, same
 from test_expert import BIASES, mlp_call, mlp_inputs
 from test_head import peak_bytes
 
+from benchmarks import policy
 from moe_ext import ops
 
 pytestmark = pytest.mark.kernels
@@ -92,20 +94,34 @@ def test_each_set_of_gradients_alone(act, stored, device):
 
 
 def test_every_tile_gives_the_same_bits(table, hopper, device):
-    """What the policy chooses changes no result; and force, which tuning uses, is heard."""
+    """Tiles and their order change no result; and force, which tuning uses, is heard."""
     if not hopper:
         pytest.skip("needs Hopper")
     call = product(device, I=200, O=264)
     want = call()
     for number, way in enumerate(TILES, 1):
-        table.force(number)
+        table.force(number, number)
         try:
             got, ran = cublas.ways(table, call)
         finally:
-            table.force(-1)
+            table.force(-1, 0)
         assert way in ran
         same(got[0], want[0])
         same(got[1], want[1])
+
+
+@pytest.mark.parametrize("name, tiles", [("down", TILES), ("dW2", [TILES[0], TILES[2]])])
+def test_what_the_tuner_tries(name, tiles, table, hopper, device):
+    """Every way, and in the policy's way every group."""
+    def randn(*size, scale=1):
+        return scale * torch.randn(size, dtype=torch.bfloat16, device=device)
+
+    bench = SimpleNamespace(cublas=table, without=[], randn=randn)
+    *_, call = policy.products(bench, Shape(40, 16, 24, 3, 2))[name]
+    bins_E = torch.tensor([30, 30, 80], dtype=torch.int32, device=device)
+    found, chosen = policy.candidates(bench, name, call, SimpleNamespace(bins_E=bins_E))
+    ways = [GEMM, *tiles, *policy.GROUPS] if hopper else [GEMM]
+    assert list(found) == ["ours", *ways] and chosen in ways
 
 
 def test_no_byte_more_is_lent(table, hopper, device, tmp_path):
@@ -116,13 +132,13 @@ def test_no_byte_more_is_lent(table, hopper, device, tmp_path):
     inputs = {name: x.requires_grad_() for name, x in mlp_inputs(case, torch.bfloat16, "cpu", True, BIASES).items()}
 
     def peak(way, wanted):
-        table.force(way)
+        table.force(way, 0)
         try:
             y_RD = mlp_call(case, "swiglu", "cpu")(ops, **inputs)
             leaves, dy_RD = [inputs[name] for name in wanted], torch.ones_like(y_RD)
             return peak_bytes(lambda: torch.autograd.grad(y_RD, leaves, dy_RD), tmp_path / f"{way}.json")
         finally:
-            table.force(-1)
+            table.force(-1, 0)
 
     copy = 2 * 64 * 2 * 32                      # bytes of N rows of D
     weights = [name for name in inputs if name != "x_RD"]

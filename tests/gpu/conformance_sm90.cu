@@ -4,11 +4,10 @@
 #include "conformance.cuh"
 #include "../../cuda/ptx_sm90.cuh"
 
-enum { ROWS = 70, COLUMNS = 128, BEFORE = 64, Y_ROWS = 40, THREADS = 128, SHARED = 65 * 1024 };
+enum { ROWS = 70, COLUMNS = 128, BEFORE = 64, THREADS = 128, SHARED = 65 * 1024 };
 struct maps {
-    tensor_map rows, panels, tail, out;     // x: boxes of 32 rows of 64 columns; of 16 rows of two times 64; of 64, the
-                                            // last one before row w. y: boxes of 16 rows
-    uint16_t *x_RC, *y_RC;                  // x begins behind BEFORE rows
+    tensor_map rows, panels, tail;      // boxes of 32 rows of 64 columns; of 16 rows of two times 64; of 64 rows of 64,
+                                        // the last one before row z
 };
 
 // Small numbers, exact in 16 bits.
@@ -56,12 +55,6 @@ static __global__ void mbarrier_phases(const __grid_constant__ maps m, uint32_t 
     mbarrier_arrive(barrier(1));
     mbarrier_arrive_expect(barrier(1), 64 * 32 * 2);
     mbarrier_wait(barrier(1), 0);
-    for (int phase = 0; phase < 2; phase++) {
-        cp_async_arrive(barrier(2));                        // with no copy under way
-        cp_async_16(at(16 * phase), m.x_RC, 16);
-        cp_async_arrive(barrier(2));
-        mbarrier_wait(barrier(2), phase);
-    }
     out[i] = 1;
 }
 
@@ -86,33 +79,15 @@ static __global__ void tma_panels(const __grid_constant__ maps m, uint32_t *out,
         tma_load(at(0), &m.panels, barrier(0), 0, 8, 0);
         tma_load(at(4096), &m.panels, barrier(0), 0, 60, 1);
         tma_load(at(8192), &m.panels, barrier(0), 5, -9, -1);
-        tma_load(at(16384), &m.tail, barrier(0), 0, 40, 0, 50);         // rows 26 .. 49, then zeros
-        tma_load(at(32768), &m.tail, barrier(0), 0, 0, 1, 70);          // rows 6 .. 69, the second panel
-        tma_load(at(49152), &m.tail, barrier(0), 0, 63, 0, 1);          // row 0
+        for (int i = 0; i < 2; i++) {
+            tma_load(at(16384 + i * 8192), &m.tail, barrier(0), i * 64, 40, 50);        // rows 26 .. 49, then zeros
+            tma_load(at(32768 + i * 8192), &m.tail, barrier(0), 64 + i * 64, 0, 70);    // rows 6 .. 69, and no columns
+            tma_load(at(49152 + i * 8192), &m.tail, barrier(0), i * 64, 63, 1);         // row 0
+        }
     }
     mbarrier_wait(barrier(0), 0);
     __syncthreads();
     show(out, words);
-}
-static __global__ void tma_stores(const __grid_constant__ maps m, uint32_t *out, int words) {
-    start(1);
-    const int t = threadIdx.x;
-    auto *y = reinterpret_cast<uint32_t *>(m.y_RC);
-    for (int i = t; i < words; i += THREADS) y[i] = 7;
-    auto *stage = reinterpret_cast<uint32_t *>(shared_memory());
-    fence_system();
-    for (int piece = 0; piece < 5; piece++) {
-        if (t == 0) bulk_wait_read<0>();
-        __syncthreads();
-        for (int i = t; i < 512; i += THREADS) stage[i] = bits_of(static_cast<uint32_t>(i + 512 * piece));
-        fence_async();
-        __syncthreads();
-        const int corners[5][3] = {{0, 0, 0}, {0, 30, 1}, {0, -7, 1}, {9, 16, 0}, {0, 12, 2}};
-        if (t == 0) tma_store(&m.out, at(0), corners[piece][0], corners[piece][1], corners[piece][2]), bulk_commit();
-    }
-    if (t) return;
-    bulk_wait<0>();
-    for (int i = 0; i < words; i++) out[i] = y[i];
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
@@ -165,7 +140,7 @@ static __global__ void __launch_bounds__(384, 1) registers(const __grid_constant
     else more_registers<232>();
     shared[t] = bits_of(t);
     if (group < 2) sync_threads<1, 256>();
-    if (group) sync_threads(2, 256);
+    if (group) sync_threads<2, 256>();
     out[t] = group ? shared[t - 128] : shared[t];
 }
 
@@ -174,7 +149,6 @@ static const struct { test t; void (*kernel)(maps, uint32_t *, int); } TESTS[] =
     {{"mbarrier phases", 64, 1, THREADS, SHARED}, mbarrier_phases},
     {{"TMA boxes", 8 * 1024, 1, THREADS, SHARED}, tma_boxes},
     {{"TMA panels and tails", 16 * 1024, 1, THREADS, SHARED}, tma_panels},
-    {{"TMA stores", Y_ROWS * COLUMNS / 2, 1, THREADS, SHARED}, tma_stores},
     {{"wgmma bf16 n64, both along k", 64 * 64, 1, THREADS, SHARED}, products<bf16, 64, true, true>},
     {{"wgmma bf16 n128, b along i", 64 * 128, 1, THREADS, SHARED}, products<bf16, 128, true, false>},
     {{"wgmma bf16 n192, a along i", 64 * 192, 1, THREADS, SHARED}, products<bf16, 192, false, true>},
@@ -200,15 +174,12 @@ static bool encode(tensor_map *map, void *base, cuuint32_t rank, const cuuint64_
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 static bool encode_all(maps *m, uint16_t *x) {
-    m->x_RC = x + BEFORE * COLUMNS, m->y_RC = m->x_RC + ROWS * COLUMNS;
-    const cuuint64_t row = COLUMNS * 2, stride[] = {row, row / 2, row};
-    const cuuint64_t rows[] = {COLUMNS, ROWS}, panels[] = {64, ROWS, 2}, tail[] = {64, 64, 2, ROWS + 1};
-    const cuuint64_t y[] = {64, Y_ROWS, 2};
-    const cuuint32_t row_box[] = {64, 32}, panel_box[] = {64, 16, 2}, tail_box[] = {64, 64, 2, 1},
-        y_box[] = {64, 16, 1};
-    return encode(&m->rows, m->x_RC, 2, rows, stride, row_box) &&
-           encode(&m->panels, m->x_RC, 3, panels, stride, panel_box) &&
-           encode(&m->tail, x, 4, tail, stride, tail_box) && encode(&m->out, m->y_RC, 3, y, stride, y_box);
+    uint16_t *const x_RC = x + BEFORE * COLUMNS;
+    const cuuint64_t row = COLUMNS * 2, of_panels[] = {row, row / 2}, of_tail[] = {row, row};
+    const cuuint64_t rows[] = {COLUMNS, ROWS}, panels[] = {64, ROWS, 2}, tail[] = {COLUMNS, 64, ROWS + 1};
+    const cuuint32_t row_box[] = {64, 32}, panel_box[] = {64, 16, 2}, tail_box[] = {64, 64, 1};
+    return encode(&m->rows, x_RC, 2, rows, of_panels, row_box) &&
+           encode(&m->panels, x_RC, 3, panels, of_panels, panel_box) && encode(&m->tail, x, 3, tail, of_tail, tail_box);
 }
 
 int main() {
@@ -220,7 +191,7 @@ int main() {
         printf("{}\n");
         return 0;
     }
-    const int n = (BEFORE + ROWS + Y_ROWS) * COLUMNS;
+    const int n = (BEFORE + ROWS) * COLUMNS;
     static uint16_t x[n];
     for (int i = 0; i < n; i++) x[i] = static_cast<uint16_t>(bits_of(static_cast<uint32_t>(i)));
     void *memory;

@@ -1,5 +1,5 @@
 """First contact with each of the kernels that only Hopper has (cuda/sm90.cuh): a check for a process of its own each,
-because a kernel that waits in vain traps after two seconds and takes its process with it.
+because a kernel that waits in vain traps after twenty seconds and takes its process with it.
 
     PYTHONPATH=.:tests python tests/gpu/hopper.py cuda "rows 128x192" ..
 
@@ -176,10 +176,10 @@ def alone(card, act, wanted):
 CHECKS = {
     **{f"rows {tile}": (rows, f"sm90 {tile}") for tile in ("128x256", "128x192", "128x128")},
     **{f"sums {tile}": (sums, f"sm90 {tile}") for tile in ("128x256", "128x128")},
-    "mlp gathered": (mlp, "gelu", ()),
+    "mlp plain": (mlp, "gelu", ()),
     "mlp gated": (mlp, "swiglu", ()),
-    # Each has one kernel more than those before it: dact_pass; that with sums; sort_rows of dy; of x; and the other way
-    # round
+    # Each has one kernel more than those before it: dA' of gathered dy, and dact_pass; that with sums; sort_rows of dy; of
+    # x; and the other way round
     "mlp ds": (mlp, "swiglu", ("weights_RK",)),
     "mlp db": (mlp, "swiglu", ("weights_RK", "gate_bias", "up_bias", "down_bias")),
     "mlp dw2": (mlp, "swiglu", ("down",)),

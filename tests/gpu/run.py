@@ -59,7 +59,7 @@ OPS = [
 PRODUCTS = ["gemm", "expert"]       # what MOE_SM90=0 changes
 LAYERS = ["layers", "model", "compile"]
 KERNELS = [  # the checks of hopper.py
-    "rows 128x256", "rows 128x192", "rows 128x128", "sums 128x256", "sums 128x128", "mlp gathered", "mlp gated",
+    "rows 128x256", "rows 128x192", "rows 128x128", "sums 128x256", "sums 128x128", "mlp plain", "mlp gated",
     "mlp ds", "mlp db", "mlp dw2", "mlp dw13", "mlp dx", "mlp all",
 ]  # fmt: skip
 FIRST = ["qwen3-30b-32k", "olmoe", "mixtral", "seed"]       # shapes of bench; more has the others

@@ -378,6 +378,8 @@ BUGS = [
     Bug("cuda/pipe_sm90.cuh", "case 3: multiply<3>", "case 3: multiply<2>",
         "the third 16 rows of a last stage are not multiplied", "tests/test_direct.py -k every_rest", sm=90,
         unit="gemm_sums_sm90"),
+    Bug("cuda/gemm.cuh", "rows = m - first < group ? m - first : group", "rows = m - first < 8 ? m - first : 8",
+        "groups of row tiles overlap", "tests/test_direct.py -k 'groups and 3'", sm=90, unit="gemm_rows_sm90"),
     # ---- cuda/gemm_rows_sm90.cu --------------------------------------------------------------------------------------
     Bug("cuda/gemm_rows_sm90.cu", "            mbarrier_wait(ring.turn(group), lap);\n", "",
         "by turns: a stage's older lap is taken for its own", "tests/test_direct.py -k 'test_rows and 2-True'",
@@ -404,6 +406,10 @@ BUGS = [
     Bug("cuda/gemm_rows_sm90.cu", "min32(16, (K - k) * 2)", "16",
         "gathered: what lies behind the end of the sum is multiplied",
         "tests/test_direct.py -k 'gathered_rows and True'", timing="late", sm=90),
+    Bug("cuda/gemm_rows_sm90.cu", "x[v] = gate[i + v];", "x[v] = to_float(from_float<T>(gate[i + v]));",
+        "act sees h rounded", "tests/test_direct.py -k 'test_act and gelu-2'", sm=90),
+    Bug("cuda/gemm_rows_sm90.cu", "width = 2 * n / parts;", "width = n;",
+        "without a gate half the columns do not leave", "tests/test_direct.py -k 'test_act and gelu-2'", sm=90),
     Bug("cuda/gemm_rows_sm90.cu", "parts == 2 ? q : term", "term",
         "up is gate", "tests/test_expert.py -k 'tiles and w13 and bfloat16'", sm=90),
     # ---- cuda/gemm_sums_sm90.cu --------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ verdict verdict_in(uint64_t *word) {
 }
 }  // namespace
 
-// The way of products from now on, a moe_way; -1: as the policy says.
-DIRECT direct_force(int way) {
-    moe_cuda_table()->force(way);
+// The way of products from now on, a moe_way, and their group of row tiles; -1 and 0: as the policy says.
+DIRECT direct_force(int way, int group) {
+    moe_cuda_table()->force(way, group);
     return MOE_OK;
 }
 // dw[e] = a^T b of rows of `stride_a` and `stride_b` elements. -1: it does not take them.
@@ -52,6 +52,29 @@ DIRECT direct_rows(int64_t dtype, int64_t R, int64_t E, int64_t N, int64_t K, in
         const T *const added = static_cast<const T *>(bias);
         T *const to = static_cast<T *>(y);
         return rows_sm90_takes(g, added, to, stride) ? rows_sm90(g, added, bias_se, to, stride, nullptr) : -1;
+    });
+}
+// The first product of the expert MLP, of gathered rows of K elements: w and bias of the gate, then of up, if it has one.
+DIRECT direct_act(int64_t dtype, int64_t act_, int64_t N, int64_t E, int64_t F, int64_t K, const void *x_RK,
+                  const int32_t *index_N, int64_t index_div, int64_t index_rows, const void *w_2EFK,
+                  const int32_t *bins_E, const void *bias_2EF, void *h_NU, void *a_NF, int64_t row_F, uint64_t *word) {
+    const int act = static_cast<int>(act_);
+    TRY(moe_cuda_table()->ready(0));
+    return by_half(dtype, [&]<class T>(T) {
+        const T *const w = static_cast<const T *>(w_2EFK), *const bias = static_cast<const T *>(bias_2EF);
+        const gemm_product<T> g = {
+            .R = N, .E = E, .N = F, .K = K, .bins_E = bins_E,
+            .a = {{.p = static_cast<const T *>(x_RK), .se = 0, .si = K, .sk = 1, .index = index_N,
+                   .index_div = static_cast<int32_t>(index_div), .index_rows = index_rows}},
+            .b = {{.p = w, .se = F * K, .si = K, .sk = 1}, {.p = w + E * F * K, .se = F * K, .si = K, .sk = 1}},
+            .bad = verdict_in(word),
+        };
+        const act_out<T> out = {act_plain(act), bias, bias + E * F, F, F, static_cast<T *>(h_NU),
+                                static_cast<T *>(a_NF), row_F};
+        const auto run = [&]<int parts>() {
+            return act_sm90_takes<parts>(g, out) ? act_sm90<parts>(g, out, nullptr) : -1;
+        };
+        return gated_act(act) ? run.template operator()<2>() : run.template operator()<1>();
     });
 }
 DIRECT direct_sort_rows(int64_t dtype, int64_t R, int64_t K, int64_t D, int64_t N, const void *from_RD,

@@ -16,9 +16,6 @@ void wake(int thread);
 
 // ---- twins.cpp: cp.async --------------------------------------------------------------------------------------------
 void forget_copies();                       // a new block: none is under way
-uint64_t copies_so_far(int thread);         // issued
-uint64_t copies_landed(int thread);         // the first so many have landed
-void land_copies(int thread, uint64_t upto);
 
 // ---- sm90.cpp: what simt.cpp tells it -------------------------------------------------------------------------------
 void block_begins(int threads);
@@ -28,7 +25,6 @@ void thread_ends();
 bool async_step(bool anything);             // no thread is ready: something asynchronous that one waits for, if there
                                             // is any
 std::string waits_for(int thread);          // more of where it waits
-void copies_waited_for(int thread);
 bool in_flight(const void *p, size_t bytes);        // an accumulator of the running thread
 }  // namespace simt
 #endif

@@ -10,9 +10,9 @@
 //   mbarriers       what a thread did before an arrival, and who waits for the end of that phase after the wait; named
 //                   barriers likewise among those who meet;
 //   TMA, wgmma      touch shared memory from their issue until a wait says that they are done: the mbarrier's,
-//                   bulk_wait*, wgmma_wait. They come through another proxy: what a thread wrote is ordered before what
-//                   they read or overwrite only if it called fence_async() in between, or, for cp.async, if who issues
-//                   them has seen the copies arrive and called it. wgmma comes after what all 128 threads come after;
+//                   wgmma_wait. They come through another proxy: what a thread wrote or copied is ordered before what
+//                   they read or overwrite only if it called fence_async() in between. wgmma comes after what all 128
+//                   threads come after;
 //   blocks          of one launch are never ordered.
 // A clock ticks at every such event, and each place keeps the time of its last write, of its last reads and atomics by
 // two warps, and of its last reads by three units. A thread knows, of each other and of each unit, until when it comes
@@ -41,7 +41,7 @@ constexpr int THREADS = 1024, BARRIERS = UNITS - LOADS;
 // Of instants: 0: never. Actors are the units, then the threads.
 typedef int actor;
 actor of(int thread) { return UNITS + thread; }
-struct write_mark { instant time; uint32_t pc; uint16_t by; bool under_way, copied; };      // copied: by cp.async
+struct write_mark { instant time; uint32_t pc; uint16_t by; bool under_way; };
 struct unit_mark { instant time; uint32_t pc; int unit; };              // a read
 struct piece { unit_mark reads[3]; };
 struct group_mark { instant time; uint32_t lanes, pc; int warp; };      // accesses of one warp, the newest at `time`
@@ -57,10 +57,9 @@ struct knowledge {                              // of one thread, or of all who 
     instant seen[UNITS + THREADS];              // of each actor: all until then is before
     instant fenced[UNITS + THREADS];            // of each thread: and fence_async came between
 } threads[THREADS], arrived[BARRIERS], ended[BARRIERS];
-struct { instant barrier_time, seen[UNITS + THREADS]; } at_fence[THREADS];      // by its last fence_async
 bool spread;                                    // threads know, since the last barrier of the block, what others do not
 int actors;                                     // units and threads of the block
-struct group_view { bool valid; knowledge all; instant at_fence[UNITS + THREADS]; } views[THREADS / GROUP];
+struct group_view { bool valid; knowledge all; } views[THREADS / GROUP];
 piece pieces[ROOM_PIECES];                      // of shared memory and its surroundings
 std::vector<std::pair<const char *, unsigned>> lines;
 std::vector<instant> block_starts;
@@ -171,7 +170,7 @@ int block_of(instant time) {                    // in the order in which blocks 
 // "a write by thread 3", or the unit that did it.
 std::string who(const char *what, actor a) {
     if (a >= UNITS) return std::string(what) + " by thread " + std::to_string(a - UNITS);
-    return a >= LOADS ? "a TMA load" : a >= STORES ? "a TMA store" : "a wgmma of warpgroup " + std::to_string(a);
+    return a >= LOADS ? "a TMA load" : "a wgmma of warpgroup " + std::to_string(a);
 }
 [[noreturn]] void report(const char *p, const std::string &mine, const void *pc, const char *theirs, actor a,
                          instant time, uint32_t their_pc, const char *more = "") {
@@ -205,7 +204,7 @@ void check(cell &c, const char *p, const void *pc, actor as) {
             if (const int t = unordered(m); t >= 0) report(p, mine(), pc, "an atomic", of(t), m.time, m.pc);
     if (what == READ) add(c.reads, offset_of(pc));
     else if (what == ATOMIC) add(c.atomics, offset_of(pc));
-    else c.write = {now, offset_of(pc), static_cast<uint16_t>(of(me)), false, false};
+    else c.write = {now, offset_of(pc), static_cast<uint16_t>(of(me)), false};
 }
 
 template <class F>
@@ -258,13 +257,11 @@ const group_view &view_of(int group) {
     group_view &v = views[group];
     if (v.valid) return v;
     memset(&v.all, 0xff, sizeof v.all);
-    memset(v.at_fence, 0xff, sizeof v.at_fence);
     for (int t = group * GROUP; t < (group + 1) * GROUP; t++) {
         const knowledge &k = known(t);
         for (actor a = 0; a < actors; a++) {
             if (a != of(t)) v.all.seen[a] = std::min(v.all.seen[a], k.seen[a]);
             v.all.fenced[a] = std::min(v.all.fenced[a], k.fenced[a]);
-            v.at_fence[a] = std::min(v.at_fence[a], std::max(at_fence[t].barrier_time, at_fence[t].seen[a]));
         }
     }
     v.valid = true;
@@ -292,28 +289,21 @@ void async_begin(const void *p, size_t bytes, const void *pc) {
 }
 void async_end(const void *p, size_t bytes, int thread) {
     for_cells(p, bytes, [&](cell &c, const char *) {
-        c.write = {now, c.write.pc, static_cast<uint16_t>(of(thread)), false, true};
+        c.write = {now, c.write.pc, static_cast<uint16_t>(of(thread)), false};
     });
 }
 void unit_reads(const void *at, size_t bytes, int unit, const void *pc) {
     if (!active) return;
     horizon = block_start;
-    const int me = simt::self->linear;
-    const bool by_group = unit < STORES;
-    const group_view *view = by_group ? &view_of(unit) : nullptr;
-    const knowledge &k = by_group ? view->all : known(me);
+    const knowledge &k = view_of(unit).all;
     for_cells(at, bytes, [&](cell &c, const char *p) {
         const write_mark &w = c.write;
         if (w.time <= horizon) return;
         const auto mine = [=] { return who("", unit); };
         if (w.under_way) report(p, mine(), pc, "a cp.async under way", w.by, w.time, w.pc);
-        const bool own = !by_group && w.by == of(me);
-        if (!own && w.time > k.seen[w.by] && (w.by < UNITS || w.time > barrier_time))
+        if (w.time > k.seen[w.by] && (w.by < UNITS || w.time > barrier_time))
             report(p, mine(), pc, "a write", w.by, w.time, w.pc);
         if (w.by < UNITS || w.time <= k.fenced[w.by]) return;
-        const auto &mine_at_fence = at_fence[me];
-        if (w.copied && w.time <= (by_group ? view->at_fence[w.by] : std::max(mine_at_fence.barrier_time,
-                                                                              mine_at_fence.seen[w.by]))) return;
         report(p, mine(), pc, "a write", w.by, w.time, w.pc, NO_FENCE);
     });
     for_pieces(at, bytes, [&](piece &x) {
@@ -333,7 +323,7 @@ void unit_writes(const void *at, size_t bytes, int unit, const void *pc) {
         if (w.time > horizon && !w.under_way && w.by >= UNITS && before(w.time, w.by) && w.time > k.fenced[w.by])
             report(p, mine(), pc, "a write", w.by, w.time, w.pc, NO_FENCE);
         check<WRITE>(c, p, pc, unit);
-        c.write = {now, offset_of(pc), static_cast<uint16_t>(unit), false, false};
+        c.write = {now, offset_of(pc), static_cast<uint16_t>(unit), false};
     });
     check_units(static_cast<const char *>(at), bytes, who("", unit), pc);
 }
@@ -343,8 +333,6 @@ void unit_done(int unit, instant upto, int thread) {
 }
 void fence_async() {
     const int me = simt::self->linear;
-    memcpy(at_fence[me].seen, known(me).seen, sizeof(instant) * static_cast<size_t>(actors));
-    at_fence[me].barrier_time = barrier_time;
     threads[me].fenced[of(me)] = now++;
     learns(me);
 }
@@ -352,7 +340,6 @@ void arrive(int barrier, int thread) {
     join(arrived[barrier], known(thread));
     arrived[barrier].seen[of(thread)] = now++;
 }
-void copies_arrive(int barrier, int thread) { arrived[barrier].seen[of(thread)] = now++; }
 void end_phase(int barrier, instant upto) {
     arrived[barrier].seen[LOADS + barrier] = upto;
     memcpy(&ended[barrier], &arrived[barrier], sizeof(knowledge));
@@ -375,7 +362,7 @@ void begin_launch(const void *first_stack, size_t stack_bytes) {
     if (now > UINT32_MAX / 2) {                 // what threads knew is of the past
         forget();
         now = 1;
-        memset(threads, 0, sizeof threads), memset(arrived, 0, sizeof arrived), memset(at_fence, 0, sizeof at_fence);
+        memset(threads, 0, sizeof threads), memset(arrived, 0, sizeof arrived);
         memset(pieces, 0, sizeof pieces);
     }
     stacks = static_cast<const char *>(first_stack), stacks_end = stacks + stack_bytes;

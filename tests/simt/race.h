@@ -7,9 +7,9 @@
 #include <cstdint>
 
 namespace race {
-// Not only threads touch shared memory: so do a warpgroup's wgmma, a warp's TMA stores and an mbarrier's TMA loads.
+// Not only threads touch shared memory: so do a warpgroup's wgmma and an mbarrier's TMA loads.
 // What such a unit does begins at an instant, and others come after it once they are told so.
-enum : int { WGMMA = 0, STORES = 8, LOADS = 40, UNITS = 104 };              // units: + warpgroup, + warp, + mbarrier
+enum : int { WGMMA = 0, LOADS = 8, UNITS = 72 };                            // units: + warpgroup, + mbarrier
 typedef uint32_t instant;
 #ifdef SIMT_RACE
 enum kind { READ, WRITE, ATOMIC };
@@ -18,13 +18,12 @@ instant time();                                                           // of 
 void access(kind what, const void *p, size_t bytes, const void *pc);      // by the running thread, now
 void async_begin(const void *p, size_t bytes, const void *pc);            // a copy to p is under way from now on
 void async_end(const void *p, size_t bytes, int thread);                  // it has landed
-void unit_reads(const void *p, size_t bytes, int unit, const void *pc);   // multiples of 16
+void unit_reads(const void *p, size_t bytes, int unit, const void *pc);   // by wgmma; multiples of 16
 void unit_writes(const void *p, size_t bytes, int unit, const void *pc);
 void unit_done(int unit, instant upto, int thread);                       // with what began until then, as the thread
                                                                           // is told
 void fence_async();                                                       // by the running thread
 void arrive(int barrier, int thread);                                     // an mbarrier orders arrivals before waits
-void copies_arrive(int barrier, int thread);                              // the same, of a thread's cp.async alone
 void end_phase(int barrier, instant upto);                                // upto: of its loads, which have landed
 void told(int barrier);
 void meet(const int *threads, int n);                                     // at a named barrier

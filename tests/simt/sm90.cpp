@@ -3,7 +3,7 @@
 //
 // What is asynchronous is in a list here from its issue until it is done, which by SIMT_ASYNC happens
 //   early    at once;
-//   late     when somebody waits for it and no thread can run: loads and cp.async arrivals; at its wait: stores, wgmma;
+//   late     when somebody waits for it and no thread can run: loads; at its wait: wgmma;
 //   random   at a moment in between that the seed picks.
 // Until then the target of a load, and the accumulators of wgmma up to their wait whatever the timing, are NaN.
 #include <cuda.h>
@@ -122,18 +122,6 @@ bool has_ended(const mbarrier &b, uint32_t parity, place at) {
     return (b.phase & 1) != parity;
 }
 
-// ---- cp.async at an mbarrier ----------------------------------------------------------------------------------------
-struct landing { mbarrier *b; int thread; uint64_t copies; place at; };
-std::deque<landing> landings;                   // arrivals that wait for copies
-
-void land(size_t i) {
-    const landing l = landings[i];
-    landings.erase(landings.begin() + static_cast<ptrdiff_t>(i));
-    land_copies(l.thread, l.copies);
-    RACE(copies_arrive(l.b->number, l.thread));
-    arrive(*l.b, "cp_async_arrive", l.at);
-}
-
 // ---- tensor maps ----------------------------------------------------------------------------------------------------
 struct tensor {                                 // what the 128 bytes hold
     uint32_t magic, rank;
@@ -211,34 +199,6 @@ void land_load(size_t i) {
     l.b->loads--;
     l.b->bytes -= box_bytes(l.t);
     settle(*l.b);
-}
-
-// ---- TMA stores -----------------------------------------------------------------------------------------------------
-struct store {
-    tensor   t;
-    uint32_t from;
-    int      c[5], thread, group;
-    place    at;
-    bool     read, waited;                      // shared memory has been read; and bulk_wait* has said so
-    race::instant time;
-    std::vector<unsigned char> data;
-};
-std::deque<store> stores;                       // that have not written
-int bulk_groups[THREADS];                       // committed, by thread
-
-void read_store(store &s) {
-    if (s.read) return;
-    s.read = true;
-    s.data.resize(static_cast<size_t>(box_bytes(s.t)));
-    for (size_t at = 0; at < s.data.size(); at += 16)
-        memcpy(&s.data[at], shared_at(swizzled(s.from + static_cast<uint32_t>(at)), 16, 16), 16);
-}
-void write_store(store &s) {
-    read_store(s);
-    for_lines(s.t, 0, s.c, [&](uint32_t at, unsigned char *to, int first, int n) {
-        if (n) memcpy(to, &s.data[at + static_cast<uint32_t>(2 * first)], static_cast<size_t>(2 * n));
-    });
-    s.data.clear();
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
@@ -458,12 +418,9 @@ struct named { int threads = 0; std::vector<int> here; } named_barriers[16];
 void tick() {
     if (!random_turn()) return;
     const size_t i = random_number();
-    switch (random_number() % 4) {
+    switch (random_number() % 4) {              // or neither: what is slow shows more
     case 0: if (!loads.empty()) land_load(i % loads.size()); break;
-    case 1: if (!landings.empty()) land(i % landings.size()); break;
-    case 2: if (!stores.empty()) (random_number() % 2 ? read_store : write_store)(stores[i % stores.size()]); break;
-    default:
-        if (warpgroup &g = warpgroups[i % 8]; !g.products.empty()) run_product(g);
+    case 3: if (warpgroup &g = warpgroups[i % 8]; !g.products.empty()) run_product(g);
     }
 }
 // The first of the list that `is_wanted` names, or a random one, happens.
@@ -480,18 +437,12 @@ bool step(const List &list, F is_wanted, G happen) {
 
 bool async_step(bool anything) {
     const auto wanted = [=](const auto &x) { return anything || !x.b->waiters.empty(); };
-    return step(loads, wanted, land_load) || step(landings, wanted, [](size_t i) { land(i); });
+    return step(loads, wanted, land_load);
 }
-void copies_waited_for(int thread) {
-    const auto done = [=](const landing &l) { return l.thread == thread && copies_landed(thread) >= l.copies; };
-    while (step(landings, done, [](size_t i) { land(i); })) {}
-}
-
 void block_begins(int n) {
     threads = n;
     if (!barriers.empty()) memset(barrier_at, 0, sizeof barrier_at);
-    barriers.clear(), landings.clear(), loads.clear(), stores.clear();
-    memset(bulk_groups, 0, sizeof bulk_groups);
+    barriers.clear(), loads.clear();
     for (warpgroup &g : warpgroups) g = {}, g.registers = std::min(REGISTERS / n / 8 * 8, 248);
     for (named &b : named_barriers) b = {};
 }
@@ -509,13 +460,9 @@ void block_ends() {
         check_mark(b);
         if (b.unseen) fail("the block has ended, but nobody waited for the TMA load of %s", line(b.load));
     }
-    for (store &s : stores) write_store(s);
 }
 void thread_ends() {
     const int me = self->linear;
-    for (const store &s : stores)
-        if (s.thread == me && !s.waited)
-            fail("a thread ends without bulk_wait_read for its TMA store of %s", line(s.at));
     for (const auto &d : warpgroups[me / GROUP].in_flight)
         if (d->d[me % GROUP]) fail("a thread ends without wgmma_wait for what is in flight");
 }
@@ -559,20 +506,6 @@ void tma_load(uint32_t to, const void *map, uint32_t barrier, int rank, const in
     l.b->loads++, l.b->load = at, l.b->unseen = true;
     loads.push_back(l);
     if (async_timing() == EARLY) land_load(loads.size() - 1);
-}
-void bulk_wait(int pending, bool read, place) {
-    tick();
-    const int me = self->linear, done = bulk_groups[me] - pending;
-    for (size_t i = 0; i < stores.size();) {
-        store &s = stores[i];
-        if (s.thread != me || s.group >= done) { i++; continue; }
-        read_store(s);
-        RACE(unit_done(race::STORES + me / 32, s.time, me));
-        s.waited = true;
-        if (read) { i++; continue; }
-        write_store(s);
-        stores.erase(stores.begin() + static_cast<ptrdiff_t>(i));
-    }
 }
 void set_registers(bool more, int registers, place at) {
     if (registers % 8 || registers < 24 || registers > 256) fail("setmaxnreg (%s) to %d", line(at), registers);
@@ -676,12 +609,6 @@ void mbarrier_arrive_expect(uint32_t barrier, int bytes, place at) {
     RACE(arrive(b.number, simt::self->linear));
     arrive(b, "mbarrier_arrive_expect", at);
 }
-void cp_async_arrive(uint32_t barrier, place at) {
-    simt::tick();
-    const int me = simt::self->linear;
-    simt::landings.push_back({&simt::barrier_of(barrier, "cp_async_arrive", at), me, simt::copies_so_far(me), at});
-    simt::copies_waited_for(me);
-}
 bool mbarrier_try_wait(uint32_t barrier, uint32_t parity, place at) {
     simt::tick();
     simt::mbarrier &b = simt::barrier_of(barrier, "mbarrier_try_wait", at);
@@ -711,22 +638,6 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity, place at) {
     tell(b);
 }
 
-void prefetch_tensor_map(const tensor_map *map) { simt::tensor_of(map, "prefetch_tensor_map", 0); }
-void tma_store(const tensor_map *map, uint32_t from, int x, int y, int z, place at) {
-    simt::tick();
-    const int me = simt::self->linear;
-    simt::store s = {simt::tensor_of(map, "tma_store", 3), from, {x, y, z}, me, simt::bulk_groups[me], at, false, false,
-                     0, {}};
-    [[maybe_unused]] const unsigned char *source = simt::shared_at(from, box_bytes(s.t), 128);
-    RACE(unit_reads(source, static_cast<size_t>(box_bytes(s.t)), race::STORES + me / 32, LINE(at)));
-    s.time = race::time();
-    for_lines(s.t, 0, s.c, [&](uint32_t, [[maybe_unused]] const void *to, int, [[maybe_unused]] int n) {
-        RACE(access(race::WRITE, to, static_cast<size_t>(2 * n), LINE(at)));
-    });
-    simt::stores.push_back(s);
-    if (simt::async_timing() == simt::EARLY) write_store(simt::stores.back());
-}
-void bulk_commit() { simt::bulk_groups[simt::self->linear]++; }
 void fence_async() {
     simt::tick();
     RACE(fence_async());

@@ -6,7 +6,6 @@
 #define AT simt::place at = simt::place::current()
 namespace simt {
 void tma_load(uint32_t to, const void *map, uint32_t barrier, int rank, const int *coordinates, place at);
-void bulk_wait(int pending, bool read, place at);
 void set_registers(bool more, int registers, place at);
 void wgmma(const char *type, int columns, bool a_along_k, bool b_along_k, float *d, uint64_t a, uint64_t b, bool add,
            place at);
@@ -19,15 +18,12 @@ void mbarrier_init(uint32_t barrier, int arrivals, AT);
 void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t barrier, AT);
 void mbarrier_arrive_expect(uint32_t barrier, int bytes, AT);
-void cp_async_arrive(uint32_t barrier, AT);
 bool mbarrier_try_wait(uint32_t barrier, uint32_t parity, AT);
 void mbarrier_wait(uint32_t barrier, uint32_t parity, AT);
 
-inline void sync_threads(int barrier, int threads, AT) { simt::sync_threads(barrier, threads, at); }
 template <int barrier, int threads>
 inline void sync_threads(AT) { simt::sync_threads(barrier, threads, at); }
 
-void prefetch_tensor_map(const tensor_map *map);
 inline void tma_load(uint32_t to, const tensor_map *map, uint32_t barrier, int x, int y, AT) {
     const int c[] = {x, y};
     simt::tma_load(to, map, barrier, 2, c, at);
@@ -36,14 +32,6 @@ inline void tma_load(uint32_t to, const tensor_map *map, uint32_t barrier, int x
     const int c[] = {x, y, z};
     simt::tma_load(to, map, barrier, 3, c, at);
 }
-inline void tma_load(uint32_t to, const tensor_map *map, uint32_t barrier, int x, int y, int z, int w, AT) {
-    const int c[] = {x, y, z, w};
-    simt::tma_load(to, map, barrier, 4, c, at);
-}
-void tma_store(const tensor_map *map, uint32_t from, int x, int y, int z, AT);
-void bulk_commit();
-template <int pending> inline void bulk_wait_read(AT) { simt::bulk_wait(pending, true, at); }
-template <int pending> inline void bulk_wait(AT) { simt::bulk_wait(pending, false, at); }
 void fence_async();
 
 template <int registers> inline void fewer_registers(AT) { simt::set_registers(false, registers, at); }

@@ -65,10 +65,6 @@ SM90_TOYS = {
     "no_map": ("plain", "no tensor map"),
     "load_left_alone": ("plain", "nobody waited for the TMA load"),
     "refilled_early": ("race", "a TMA load .* and a read by thread|a read by thread .* and a TMA load"),
-    "store_without_fence": ("race", "a TMA store .* and a write by thread .* no fence_async"),
-    "store_without_barrier": ("race", "a TMA store"),
-    "store_overwritten": ("race", "a write by thread .* and a TMA store"),
-    "store_not_awaited": ("plain", "ends without bulk_wait_read"),
     "wgmma_without_fence": ("plain", "uses d without a wgmma_fence"),
     "second_fence_missing": ("plain", "uses d without a wgmma_fence"),
     "used_before_wait": ("race", "touches accumulators"),
@@ -87,7 +83,6 @@ SM90_TOYS = {
     "a_warp_missing": ("plain", "deadlock; 96 wait at wgmma_wait .* for its warpgroup"),
     "stored_without_fence": ("race", "a wgmma of warpgroup 0 .* and a write by thread .* no fence_async"),
     "copied_without_fence": ("race", "a wgmma of warpgroup 0 .* and a write by thread .* no fence_async"),
-    "arrived_without_fence": ("race", "a wgmma of warpgroup 0 .* and a write by thread .* no fence_async"),
     "load_over_stores": ("race", "a TMA load .* and a write by thread .* no fence_async"),
     "half_a_block": ("race", "race on shared memory"),
     "counts_differ": ("plain", r"sync_threads \(.*\) of (64|128) threads at barrier 1, where thread"),
@@ -122,12 +117,8 @@ def run(toys, name, wrong, schedule, timing):
         said = toys.run_toy(name.encode(), wrong, *map(_pointer, (x, y)))
         return said and said.decode(), torch.equal(x, y)
     x_RC = ((5 * torch.arange(70)[:, None] + 3 * torch.arange(128)) % 7 - 3).bfloat16()
-    stored = torch.zeros(32, 128, dtype=torch.int16)
-    said = toys.run_toy_sm90(name.encode(), wrong, *map(_pointer, (x_RC, y, stored)))
-    expected = torch.zeros_like(stored)
-    if name.startswith("store_"):  # pieces of 16 rows, the second of which leaves the tensor
-        expected[:16, 64:], expected[20:, 64:] = torch.arange(16)[:, None], torch.arange(100, 112)[:, None]
-    return said and said.decode(), torch.equal(x, y) and torch.equal(stored, expected)
+    said = toys.run_toy_sm90(name.encode(), wrong, *map(_pointer, (x_RC, y)))
+    return said and said.decode(), torch.equal(x, y)
 
 
 def _pointer(x):
@@ -161,8 +152,7 @@ def test_a_race_is_found_under_every_schedule(toys, name):
 
 
 SHOWN = ["no_barrier", "no_wait", "short_wait", "early_refill", "wait_missing", "copies_not_awaited", "refilled_early",
-         "store_without_barrier", "store_overwritten", "used_before_wait", "wait_too_short", "operands_overwritten",
-         "released_early", "half_a_block"]  # fmt: skip
+         "used_before_wait", "wait_too_short", "operands_overwritten", "released_early", "half_a_block"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -21,12 +21,10 @@ struct copy {
     const void    *from;
     int            bytes, group;
     bool           done;
-    uint64_t       number;                  // among those of its thread
 };
 struct agent {                              // of one thread
     std::vector<copy> copies;               // not waited for
     int               groups = 0;           // committed
-    uint64_t          issued = 0;
 };
 agent agents[1024];
 
@@ -39,20 +37,13 @@ void finish(copy &c) {
 }  // namespace
 
 void forget_copies() {
-    for (agent &a : agents) a.copies.clear(), a.groups = 0, a.issued = 0;
+    for (agent &a : agents) a.copies.clear(), a.groups = 0;
 }
-uint64_t copies_so_far(int thread) { return agents[thread].issued; }
-uint64_t copies_landed(int thread) {
-    const agent &a = agents[thread];
-    for (const copy &c : a.copies) if (!c.done) return c.number;
-    return a.issued;
-}
-
 void cp_async_16(uint32_t to, const void *from, int bytes, [[maybe_unused]] place at) {
     if (bytes < 0 || bytes > 16) fail("cp.async of %d bytes", bytes);
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async from an address that is not a multiple of 16");
     agent &me = agents[self->linear];
-    copy c = {shared_at(to, 16, 16), from, bytes, me.groups, false, me.issued++};
+    copy c = {shared_at(to, 16, 16), from, bytes, me.groups, false};
     RACE(async_begin(c.to, 16, LINE(at)));
     if (bytes) RACE(access(race::READ, from, static_cast<size_t>(bytes), LINE(at)));
     memset(c.to, 0xff, 16);
@@ -61,26 +52,15 @@ void cp_async_16(uint32_t to, const void *from, int bytes, [[maybe_unused]] plac
     if (async_timing() == RANDOM) finish(me.copies[random_number() % me.copies.size()]);
 }
 void cp_async_commit() { agents[self->linear].groups++; }
-namespace {
-// Those that `which` names land and are waited for.
-template <class F> void land(int thread, F which) {
-    agent &a = agents[thread];
+void cp_async_wait(int pending) {
+    agent &a = agents[self->linear];
     size_t kept = 0;
     for (copy &c : a.copies) {
-        if (!which(c)) { a.copies[kept++] = c; continue; }
+        if (c.group >= a.groups - pending) { a.copies[kept++] = c; continue; }
         finish(c);
-        RACE(async_end(c.to, 16, thread));
+        RACE(async_end(c.to, 16, self->linear));
     }
     a.copies.resize(kept);
-}
-}  // namespace
-void land_copies(int thread, uint64_t upto) {
-    land(thread, [=](const copy &c) { return c.number < upto; });
-}
-void cp_async_wait(int pending) {
-    const int me = self->linear;
-    land(me, [=, groups = agents[me].groups](const copy &c) { return c.group < groups - pending; });
-    copies_waited_for(me);
 }
 }  // namespace simt
 
@@ -245,6 +225,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount: *value = getenv("SIMT_SMS") ? atoi(getenv("SIMT_SMS")) : 2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = sm / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = sm % 10; break;
+    case cudaDevAttrL2CacheSize: *value = 60 << 20; break;
     default: *value = 227 * 1024;
     }
     return cudaSuccess;
