@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_ext.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from moe_ext.halves import halves
 from moe_ext.layers.fused import Draws
-from moe_ext.model import GPT, parameter_dtype, precision
+from moe_ext.model import GPT, half_dtype, parameter_dtype, precision
 from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
 from moe_ext.parallel.shard import build
@@ -104,7 +105,6 @@ class Saved(contextlib.AbstractContextManager):
 def forward(config, model, mesh):
     c, generator = config.model, torch.Generator().manual_seed(1)
     tokens = torch.randint(c.vocab_size, (config.train.micro_batch, c.seq_len), generator=generator)
-    known = [p.to_local() if hasattr(p, "to_local") else p for p in (*model.parameters(), *model.buffers())]
     documents, place = {}, torch.arange(c.seq_len).expand_as(tokens)
     if config.data.reset_attention:     # halves, whose windows the plan has; or one in a row, in the others two
         cut = torch.full((len(tokens), 1), c.seq_len // 2 if c.window else c.seq_len * 3 // 4)
@@ -113,9 +113,17 @@ def forward(config, model, mesh):
     if config.data.reset_positions:
         documents["positions_BS"] = torch.where(place < cut, place, place - cut)
     draws = Draws(1, 1) if mesh is None else mesh.draws(1, 1, 0, c.seq_len)
-    with Saved([*known, tokens]) as saved, precision(config, torch.device("cpu")):
-        out = model(tokens, tokens, draws, **documents)
+    with halves(model, config):
+        known = [p.to_local() if hasattr(p, "to_local") else p for p in (*model.parameters(), *model.buffers())]
+        with Saved([*known, tokens]) as saved, precision(config, torch.device("cpu")):
+            out = model(tokens, tokens, draws, **documents)
     return out, saved.bytes
+
+
+def halved(config, model):
+    """Bytes of the weights that a step casts once."""
+    with halves(model, config):
+        return sum(p.nbytes for p in model.parameters() if p.dtype == half_dtype(config))
 
 
 def near(got, want, within=0.01):
@@ -128,7 +136,7 @@ def test_activations(name):
     model = GPT(config.model, dtype=parameter_dtype(config))
     _, saved = forward(config, model, None)
     held = memory(config, "cpu")
-    assert near(held.activations + held.cast, saved)
+    assert near(held.activations, saved) and held.cast == halved(config, model)
     assert held.exchange == held.fsdp == 0
 
 
@@ -147,7 +155,7 @@ def test_recomputation(name):
     model.recompute = True
     _, inputs = forward(config, model, None)
     held = memory(replace(config, train=replace(config.train, recompute=True)), "cpu")
-    assert near(held.activations + held.cast, inputs + max(each), within=0.05)
+    assert near(held.activations, inputs + max(each), within=0.05) and held.cast == halved(config, model)
 
 
 def test_state():
@@ -249,7 +257,9 @@ def test_activations_and_messages_of_ranks(name):
 
 def test_a_head_has_a_chunk_of_logits_as_its_op_has():
     config = case(DENSE, dtype="bf16", seq_len=5000, micro_batch=1)
-    matrix = 512 * 64 * (4 + 2 + 2)     # the sum of its gradient, a chunk's part, its cast
+    matrix = 512 * 64 * (4 + 2)     # the sum of its gradient, a chunk's part
     assert memory(config, "cpu").head == 512 * 1024 * 2 + matrix
     assert memory(config, "cuda").head == 512 * 4096 * 2 + matrix
     assert memory(case(DENSE, dtype="bf16"), "cuda").head == 512 * 256 * 2 + matrix     # two sequences of 128 tokens
+    ranks = case(DENSE, dtype="bf16", mesh=dict(fsdp=2))
+    assert memory(ranks).head == 512 * 256 * 2 + matrix + 512 * 64 * 2      # which autocast casts
