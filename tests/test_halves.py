@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_plan_memory import halved
 from test_train import assert_same_checkpoint, data, records, run  # noqa: F401
 from test_train_mesh import fit
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,7 @@ from moe_ext.halves import cast_once, half_of, halves
 from moe_ext.layers.fused import Draws
 from moe_ext.model import GPT, half_dtype, precision, set_recomputation
 from moe_ext.optim import build_optimizer
+from moe_ext.plan import memory
 
 pytestmark = pytest.mark.c_core
 SEQUENCES, S = 2, 16
@@ -155,6 +157,11 @@ def test_halves_are_of_what_autocast_would_cast(name):
             loss_of(model, config).backward()
     assert at_once.names == autocast.names - {None} and len(at_once.names) > 10
     assert later.names <= {None}        # activations alone
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_counts_them(name):
+    assert memory(CASES[name]).cast == halved(CASES[name], made(CASES[name])) > 0
 
 
 def test_outside_everybody_sees_the_parameters(monkeypatch):
