@@ -38,7 +38,6 @@ from moe_ext import ops, private
 from moe_ext.config import TYPES, Config, MeshConfig, as_type, parse, plain, require
 from moe_ext.data import IndexedDataset, Loader
 from moe_ext.evaluate import evaluate
-from moe_ext.halves import halves
 from moe_ext.layers.fused import MLP
 from moe_ext.log.draw import centred_mean, draw_load_map
 from moe_ext.model import GPT, precision
@@ -157,10 +156,9 @@ class Trainee:
         copies per MoE layer and expert, and how many of them were dropped."""
         config = self.config
         draws = self.mesh.draws(config.train.seed, step, batch.row0, config.model.seq_len)
-        with halves(self.model, config):
-            with precision(config, self.mesh.device):
-                out = self.model(batch.tokens, batch.targets, draws)
-            loss, aux = backward(self.model, out, self.mesh, tokens=config.tokens_per_step)
+        with precision(config, self.mesh.device):
+            out = self.model(batch.tokens, batch.targets, draws)
+        loss, aux = backward(self.model, out, self.mesh, tokens=config.tokens_per_step)
         balance = aux / (config.model.moe.balance_weight or 1)
         return {"loss": loss, "balance": balance, "counts_LE": out.counts_LE, "dropped": out.dropped_L.sum()}
 

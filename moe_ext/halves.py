@@ -28,9 +28,9 @@ from moe_ext.model import half_dtype
 
 
 def cast_once(config: Config) -> bool:
-    """Whether a run has halves: in 16 bits, where no ranks share the weights. Those of fsdp, tp and ep have casts and
-    sums of their own."""
-    return half_dtype(config) is not None and config.mesh.stage == 1
+    """Whether a run has halves: in 16 bits, with several micro-batches, for one has nothing to save and casts weights
+    shortly before their use; and where no ranks share weights, for those cast and sum in ways of their own."""
+    return half_dtype(config) is not None and config.train.accumulation > 1 and config.mesh.stage == 1
 
 
 @contextmanager

@@ -37,7 +37,6 @@ def case(*, dtype="bf16", micros=3, recompute=False, recompute_attention=False, 
 LORA = TuneConfig(train="norm", lora_rank=2)
 CASES = {
     "moe": case(),
-    "one micro-batch": case(micros=1),
     "fp16": case(dtype="fp16"),
     "dense, biases": case(moe=MoEConfig(), bias=True, norm="layernorm", position="learned"),
     "moe, biases, gelu": case(bias=True, act="gelu"),
@@ -47,9 +46,11 @@ CASES = {
     "frozen experts and head": case(tune=TuneConfig(freeze="experts, lm_head")),
     "lora": case(tune=LORA, bias=True),
     "lora, recompute": case(tune=LORA, recompute=True),
-    "tied, one micro-batch": case(tied=True, micros=1),
     "tied, frozen": case(tied=True, tune=TuneConfig(freeze="embed_tokens")),
 }  # fmt: skip
+
+
+TIED = case(tied=True, bias=True)
 
 
 def made(config):
@@ -118,10 +119,9 @@ def test_a_half_that_is_not_renewed_is_found(monkeypatch):
 
 def test_a_tied_table_sums_its_two_parts_in_another_order(monkeypatch):
     """Of M micro-batches 2 M parts are added in either order, each sum rounded to 2^-24 of the largest at worst."""
-    config = case(tied=True)
-    losses, gradients, _ = trained(config, steps=1)
+    losses, gradients, _ = trained(TIED, steps=1)
     by_autocast(monkeypatch)
-    want_losses, want, _ = trained(config, steps=1)
+    want_losses, want, _ = trained(TIED, steps=1)
     assert torch.equal(losses, want_losses)
     got, table = gradients.pop("embed_tokens.weight"), want.pop("embed_tokens.weight")
     assert_same(gradients, want)
@@ -142,10 +142,9 @@ class Casts(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["moe", "fp16", "dense, biases", "moe, biases, gelu", "lora", "tied, one micro-batch",
-                                  "recompute"])  # fmt: skip
-def test_halves_are_of_what_autocast_would_cast(name):
-    config = CASES[name]
+@pytest.mark.parametrize("config", [TIED, *(CASES[name] for name in (
+    "moe", "fp16", "dense, biases", "moe, biases, gelu", "lora", "recompute"))])  # fmt: skip
+def test_halves_are_of_what_autocast_would_cast(config):
     model = made(config)
     with Casts(model) as autocast:
         loss_of(model, config).backward()
@@ -159,14 +158,13 @@ def test_halves_are_of_what_autocast_would_cast(name):
     assert later.names <= {None}        # activations alone
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_plan_counts_them(name):
-    assert memory(CASES[name]).cast == halved(CASES[name], made(CASES[name])) > 0
+@pytest.mark.parametrize("config", [TIED, *CASES.values()])
+def test_the_plan_counts_them(config):
+    assert memory(config).cast == halved(config, made(config)) > 0
 
 
 def test_outside_everybody_sees_the_parameters(monkeypatch):
-    config = case(tied=True, bias=True)
-    model = made(config)
+    config, model = TIED, made(TIED)
     named, state = dict(model.named_parameters(remove_duplicate=False)), model.state_dict()
     optimizer = build_optimizer(model, config.optim)
     with halves(model, config):
@@ -231,10 +229,10 @@ def test_a_graph_may_be_walked_twice():
 
 
 def test_other_runs_have_none():
-    """In 32 and 64 bits nothing is cast; ranks that share weights sum gradients in ways of their own."""
+    """Nothing is cast in 32 and 64 bits; one micro-batch casts once anyway; ranks that share weights by themselves."""
     config = case()
     assert cast_once(config) and cast_once(replace(config, mesh=MeshConfig(pp=2)))
-    others = [case(dtype="fp32"), case(dtype="fp64")]
+    others = [case(dtype="fp32"), case(dtype="fp64"), case(micros=1)]
     others += [replace(config, mesh=MeshConfig(**{axis: 2})) for axis in ("fsdp", "rep", "tp", "sp")]
     model = made(config)
     for other in others:
