@@ -36,6 +36,7 @@ from moe_ext.data import Loader, open_data
 from moe_ext.data.loader import sent
 from moe_ext.evaluate import evaluate, held_out, load_run, not_finite
 from moe_ext.generate import complete, load_tokenizer
+from moe_ext.halves import halves
 from moe_ext.log import Log, Memory, Silence, Spending, Timers, peak_flops, plot
 from moe_ext.model import GPT, parameter_dtype, precision
 from moe_ext.optim import LossScaler, build_optimizer, count_zeros, learning_rate, parameter_norm, set_learning_rate
@@ -192,8 +193,9 @@ def fit(config: Config, mesh: Mesh, resume: str, weights: str = "") -> tuple[Log
                 borders = batch.borders(device)
                 return tokens, targets, draws, None, borders.get("documents_BS"), borders.get("positions_BS")
 
-            totals = pipeline.step(feed, sequences // (t.micro_batch * config.mesh.dp), tokens=loader.targets,
-                                   scale=scaler.scale, around=around)
+            with halves(model, config):
+                totals = pipeline.step(feed, sequences // (t.micro_batch * config.mesh.dp), tokens=loader.targets,
+                                       scale=scaler.scale, around=around)
             wishes = sent(torch.tensor([float(bool(stop.asked)), float(saver.failed())]), device)
             loss, aux, balance, counts_LE, dropped_L, bad_L, wishes = pipeline.sum(*totals, wishes)
             # here, where clipping waits for the gradients anyway; behind optimizer.step() a read would wait for that

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_ext.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from moe_ext.halves import halves
 from moe_ext.layers.fused import Draws
-from moe_ext.model import GPT, parameter_dtype, precision
+from moe_ext.model import GPT, half_dtype, parameter_dtype, precision
 from moe_ext.ops import logits
 from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
@@ -32,9 +33,10 @@ MODEL = ModelConfig(vocab_size=512, seq_len=128, layers=2, dim=64, heads=4, hidd
 DENSE = MoEConfig()
 
 
-def case(moe=MOE, *, dtype="fp32", micro_batch=2, mesh=None, data=None, recompute_attention=False, **model):
+def case(moe=MOE, *, dtype="fp32", micro_batch=2, micros=1, mesh=None, data=None, recompute_attention=False, **model):
     return Config(model=replace(MODEL, moe=moe, **model), data=DataConfig(**data or {}), mesh=MeshConfig(**mesh or {}),
-                  train=TrainConfig(micro_batch=micro_batch, dtype=dtype, recompute_attention=recompute_attention))
+                  train=TrainConfig(micro_batch=micro_batch, accumulation=micros, dtype=dtype,
+                                    recompute_attention=recompute_attention))
 
 
 CASES = {
@@ -61,6 +63,8 @@ CASES = {
     "documents, positions": case(DENSE, data=dict(reset_attention=True, reset_positions=True), dtype="bf16"),
     "moe": case(),
     "moe bf16": case(dtype="bf16"),
+    "moe bf16, cast once": case(dtype="bf16", micros=2),
+    "biases fp16, tied, cast once": case(dtype="fp16", micros=3, bias=True, tied=True),
     "moe top-1": case(replace(MOE, top_k=1)),
     "shared expert": case(replace(MOE, shared_hidden=48)),
     "shared expert bf16": case(replace(MOE, shared_hidden=48), dtype="bf16"),
@@ -105,7 +109,6 @@ class Saved(contextlib.AbstractContextManager):
 def forward(config, model, mesh):
     c, generator = config.model, torch.Generator().manual_seed(1)
     tokens = torch.randint(c.vocab_size, (config.train.micro_batch, c.seq_len), generator=generator)
-    known = [p.to_local() if hasattr(p, "to_local") else p for p in (*model.parameters(), *model.buffers())]
     documents, place = {}, torch.arange(c.seq_len).expand_as(tokens)
     if config.data.reset_attention:     # halves, whose windows the plan has; or one in a row, in the others two
         cut = torch.full((len(tokens), 1), c.seq_len // 2 if c.window else c.seq_len * 3 // 4)
@@ -114,9 +117,17 @@ def forward(config, model, mesh):
     if config.data.reset_positions:
         documents["positions_BS"] = torch.where(place < cut, place, place - cut)
     draws = Draws(1, 1) if mesh is None else mesh.draws(1, 1, 0, c.seq_len)
-    with Saved([*known, tokens]) as saved, precision(config, torch.device("cpu")):
-        out = model(tokens, tokens, draws, **documents)
+    with halves(model, config):
+        known = [p.to_local() if hasattr(p, "to_local") else p for p in (*model.parameters(), *model.buffers())]
+        with Saved([*known, tokens]) as saved, precision(config, torch.device("cpu")):
+            out = model(tokens, tokens, draws, **documents)
     return out, saved.bytes
+
+
+def halved(config, model):
+    """Bytes of the weights that a step casts once."""
+    with halves(model, config):
+        return sum(p.nbytes for p in model.parameters() if p.dtype == half_dtype(config))
 
 
 def near(got, want, within=0.01):
@@ -129,7 +140,7 @@ def test_activations(name):
     model = GPT(config.model, dtype=parameter_dtype(config))
     _, saved = forward(config, model, None)
     held = memory(config, "cpu")
-    assert near(held.activations + held.cast, saved)
+    assert near(held.activations + held.cast, saved + halved(config, model))
     assert held.exchange == held.fsdp == 0
 
 
@@ -144,7 +155,7 @@ def test_a_gpu_s_router_shares_the_experts_input(options, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dense fp64", "qk norm", "window, sinks, every other block", "moe bf16",
-                                  "dense layers, relu, biases"])  # fmt: skip
+                                  "moe bf16, cast once", "dense layers, relu, biases"])  # fmt: skip
 def test_recomputation(name):
     """Every block's input is kept, and in the backward all that a block saves: of the kind that saves most."""
     config = CASES[name]
@@ -158,7 +169,7 @@ def test_recomputation(name):
     model.recompute = True
     _, inputs = forward(config, model, None)
     held = memory(replace(config, train=replace(config.train, recompute=True)), "cpu")
-    assert near(held.activations + held.cast, inputs + max(each), within=0.05)
+    assert near(held.activations + held.cast, inputs + max(each) + halved(config, model), within=0.05)
 
 
 def test_state():
@@ -264,3 +275,5 @@ def test_a_head_has_a_chunk_of_logits_as_its_op_has():
     assert memory(config, "cpu").head == 512 * 1024 * 2 + matrix
     assert memory(config, "cuda").head == 512 * 4096 * 2 + matrix
     assert memory(case(DENSE, dtype="bf16"), "cuda").head == 512 * 256 * 2 + matrix     # two sequences of 128 tokens
+    once = case(DENSE, dtype="bf16", micros=2)      # all of them
+    assert memory(once, "cuda").head == 512 * 256 * 2 + matrix - 512 * 64 * 2

@@ -10,10 +10,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_plan import Meter
-from test_plan_memory import DENSE, MOE, TURNS, near
+from test_plan_memory import DENSE, MOE, TURNS, halved, near
 from test_plan_memory import MODEL as WIDE
 
 from moe_ext.config import Config, MeshConfig, ModelConfig, PipelineConfig, TrainConfig
+from moe_ext.halves import halves
 from moe_ext.model import GPT, precision
 from moe_ext.optim import build_optimizer
 from moe_ext.parallel.mesh import Mesh
@@ -88,7 +89,8 @@ class Peak(torch.autograd.graph.saved_tensors_hooks):
 
 @functools.cache
 def measured(world):
-    """Per case, of each rank: (most bytes saved, bytes of state, bytes sent by group, the groups by axis)."""
+    """Per case, of each rank: (most bytes saved, bytes of weights cast once, of state, bytes sent by group, the groups
+    by axis)."""
 
     def body(rank):
         result = {}
@@ -109,10 +111,11 @@ def measured(world):
 
             sent, send = [], pipeline.links.send
             pipeline.links.send = lambda action, x, sent=sent, send=send: (sent.append(x.nbytes), send(action, x))
-            known = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
-            with Peak([*known, inputs, targets]) as peak, Meter() as meter:
-                pipeline.step(feed, t.accumulation, tokens=config.tokens_per_step,
-                              around=lambda kind, config=config, mesh=mesh: precision(config, mesh.device))
+            with halves(model, config):
+                known = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+                with Peak([*known, inputs, targets]) as peak, Meter() as meter:
+                    pipeline.step(feed, t.accumulation, tokens=config.tokens_per_step,
+                                  around=lambda kind, config=config, mesh=mesh: precision(config, mesh.device))
             optimizer.step()
             held = [t for p in model.parameters() for t in (p, p.grad, *(optimizer.state[p][m] for m in (
                 "exp_avg", "exp_avg_sq")))]
@@ -124,7 +127,7 @@ def measured(world):
             groups |= {"world": mesh.pipe.get_group("stage")}
             groups = {axis: tuple(torch.distributed.get_process_group_ranks(g)) for axis, g in groups.items()}
             meter.sent[groups["pp"]] += sum(sent)
-            result[name] = peak.most, state, meter.sent, groups
+            result[name] = peak.most, halved(config, model), state, meter.sent, groups
             pipeline.close()
         return result
 
@@ -137,9 +140,9 @@ def test_memory_of_each_stage(name):
     """State to the byte; activations of all chunks that live at the worst moment, but for those made again."""
     config = CASES[name]
     for stage, rank in enumerate(measured(2)):
-        held, (saved, state, _, _) = memory(config, "cpu", stage), rank[name]
-        assert held.state == state
-        assert near(held.activations + held.cast - sum(again(config, "cpu", stages(config)[stage])), saved)
+        held, (saved, cast, state, _, _) = memory(config, "cpu", stage), rank[name]
+        assert held.state == state and held.cast == cast
+        assert near(held.activations - again(config, "cpu", stages(config)[stage]).activations, saved)
     assert memory(config, "cpu") == memory(config, "cpu", fullest(config, "cpu"))
 
 
@@ -147,7 +150,7 @@ def test_memory_of_each_stage(name):
 def test_traffic_and_state_of_each_stage(name):
     config = MESHES[name]
     for rank in (0, 2):
-        _, state, sent, groups = measured(4)[rank][name]
+        _, _, state, sent, groups = measured(4)[rank][name]
         want = collections.Counter()
         for axis, size in traffic(config, rank // 2).items():
             if size:

@@ -51,7 +51,7 @@ def describe(config: Config, model: GPT) -> str:
                   f"activations{' per rank' if mesh.world > 1 else ''}{most}; the device has {mib(available)}",
     }
     passing = {"logits and gradient of the head": held.head, "parameters and gradients whole in FSDP": held.fsdp,
-               "weights cast by autocast": held.cast, "messages of the exchange": held.exchange,
+               "weights cast to 16 bits": held.cast, "messages of the exchange": held.exchange,
                "messages between the ranks of a sequence": held.sequence, "tensors between the stages": held.links,
                "the optimizer while it steps": held.step}
     rows["buffers"] = "about " + ", ".join(f"{mib(size)} {what}" for what, size in passing.items() if size)

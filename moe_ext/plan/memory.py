@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import collections
 import functools
+import re
 from typing import NamedTuple
 
 import torch
 
 from moe_ext.attention import computed_in
 from moe_ext.config import Config, MeshConfig, ModelConfig
+from moe_ext.halves import cast_once
 from moe_ext.model import half_dtype
 from moe_ext.ops import logits
 from moe_ext.ops.enums import GATED
@@ -37,6 +39,9 @@ from moe_ext.plan.shares import (
     widths,
 )
 
+# The parameters of Linear and Experts, but for a tied head's, which goes by the table's name.
+HALVED = re.compile(r"_proj\.|\.experts\.|\.shared_gate\.|^lm_head\.")
+
 
 class Memory(NamedTuple):
     """Bytes of a rank, each part at its own peak, so that their sum is an upper bound."""
@@ -46,7 +51,7 @@ class Memory(NamedTuple):
     activations: int    # saved for the backward; with recompute every block's input, and all of one block
     head: int           # logits of a chunk of tokens, and the gradient of the head's matrix while it is summed up
     fsdp: int           # parameters and gradients whole in FSDP: the root's, two blocks' parameters, one's gradients
-    cast: int           # weights of the blocks cast by autocast, which their backward reads
+    cast: int           # weights in 16 bits: cast once (moe_ext.halves), or by autocast those that backwards will read
     exchange: int       # at balance, one message to all ranks and one from all
     sequence: int       # of attention between the ranks of a sequence: one message to all of them and one from all
     links: int = 0      # tensors between the stages of a pipeline
@@ -71,7 +76,7 @@ def memory(config: Config, device: str = "cuda", stage: int | None = None) -> Me
     live = alive(config, stage, [sum(size) for size in each])
     activations, cast = (sum(n * size for n, size in zip(live, sizes, strict=True)) + more
                          for sizes, more in zip(zip(*each, strict=True), work, strict=True))
-    moves = cost(config, stage)
+    cast, moves = cast + halves(config, pieces), cost(config, stage)
     return Memory(share.parameters * real, share.trained * real, moves.state + moves.host * (device == "cpu"),
                   activations, head(config, device) if ends(config.model, pieces)[1] else 0, whole(config, pieces),
                   cast, exchange(config, pieces), sequence(config), links(config, device, pieces), moves.work)
@@ -85,7 +90,7 @@ def fullest(config: Config, device: str = "cuda") -> int:
 class Saved(NamedTuple):
     """Bytes of a micro-batch between the forward and the backward of a piece of the model."""
     activations: int
-    cast: int       # weights in a copy of its own: autocast makes one in every forward
+    cast: int       # weights in a copy of its own, where autocast makes one in every forward
 
 
 def saved(config: Config, device: str, piece: range) -> Saved:
@@ -255,11 +260,11 @@ def head_moves(model: ModelConfig) -> bool:
 
 def head(config: Config, device: str) -> int:
     """While it works: logits of a chunk; the sum of its matrix's gradient over chunks, in fp32, and the next term; its
-    matrix as autocast casts it."""
+    matrix as autocast casts it, if it does."""
     c = config.model
     real, half = widths(config)
     rows = -(-c.vocab_size // config.mesh.tp)
-    width = c.dim * ((real + half) * head_moves(c) + (half if half < real else 0))
+    width = c.dim * ((real + half) * head_moves(c) + (half if half < real and not cast_once(config) else 0))
     return rows * (half * min(chunk_on(device), tokens(config)[1]) + width)
 
 
@@ -289,7 +294,7 @@ def mixed(mesh: MeshConfig, box: Box) -> bool:
 def casts(config: Config, pieces: Pieces) -> list[tuple[int, int]]:
     """Of each kind of block: (what autocast casts of one, how many there are)."""
     real, half = widths(config)
-    return _casts(config.model, config.mesh, half, pieces) if half < real else []
+    return _casts(config.model, config.mesh, half, pieces) if half < real and not cast_once(config) else []
 
 
 @functools.lru_cache(maxsize=256)
@@ -300,6 +305,17 @@ def _casts(model: ModelConfig, mesh: MeshConfig, half: int, pieces: Pieces) -> l
             sizes[box.block] += box.whole * half
             counts[box.block] = box.count
     return [(sizes[block], counts[block]) for block in sizes]
+
+
+def halves(config: Config, pieces: Pieces) -> int:
+    """Of the weights that are cast once, of all parameters that moe_ext.halves takes."""
+    c = config.model
+    if not cast_once(config):
+        return 0
+    size = sum(box.count * box.whole for box in boxes_of(c, config.mesh, pieces) if HALVED.search(box.name))
+    if c.tied and ends(c, pieces)[1]:
+        size += c.vocab_size * c.dim
+    return size * widths(config)[1]
 
 
 def exchange(config: Config, pieces: Pieces) -> int:

@@ -16,7 +16,7 @@ from moe_ext.plan.traffic import traffic
 PARTS = {
     "weights": "weights", "gradients": "gradients",
     "activations": "activations that the backward reads", "head": "logits and gradient of the head",
-    "fsdp": "parameters and gradients whole in FSDP", "cast": "weights cast by autocast",
+    "fsdp": "parameters and gradients whole in FSDP", "cast": "weights cast to 16 bits",
     "exchange": "messages of the token exchange", "sequence": "messages between the ranks of a sequence",
     "links": "tensors between the stages", "step": "the optimizer while it steps",
 }

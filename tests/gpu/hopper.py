@@ -178,8 +178,8 @@ CHECKS = {
     **{f"sums {tile}": (sums, f"sm90 {tile}") for tile in ("128x256", "128x128")},
     "mlp plain": (mlp, "gelu", ()),
     "mlp gated": (mlp, "swiglu", ()),
-    # Each has one kernel more than those before it: dA' of gathered dy, and dact_pass; that with sums; sort_rows of dy; of
-    # x; and the other way round
+    # Each has one kernel more than those before it: dA' of gathered dy, and dact_pass; that with sums; sort_rows of
+    # dy; of x; and the other way round
     "mlp ds": (mlp, "swiglu", ("weights_RK",)),
     "mlp db": (mlp, "swiglu", ("weights_RK", "gate_bias", "up_bias", "down_bias")),
     "mlp dw2": (mlp, "swiglu", ("down",)),
