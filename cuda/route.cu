@@ -19,8 +19,8 @@
 // -1 nor in [0,E), or that repeats one of its row, is MOE_BAD_INDEX and becomes -1. In the backward an id outside [-1,E)
 // is MOE_BAD_INDEX and its row's gradient zero; a row's ids are distinct.
 //
-// Forward: up to E = 512 and K = 32 a group of 8 or 32 lanes per row, all in registers; beyond, a block per row, which
-// sorts. Backward: a warp per row.
+// Forward: up to E = 512 and K = 32 a group of 8 or 32 lanes per row, its keys in registers; beyond, a block per row,
+// which sorts. Backward: a warp per row.
 #include <cmath>
 #include <type_traits>
 
@@ -82,12 +82,14 @@ static __device__ uint64_t group_max(uint64_t x) {
 template <int W, class F>
 static __device__ float sum_over(int K, F f) {
     float sum = 0;
+#pragma unroll 1
     for (int k = group_lane<W>(); k < K; k += W) sum += f(k);
     return group_sum<W>(sum);
 }
 template <int W, class F>
 static __device__ float max_over(int K, F f) {
     float top = -INFINITY;
+#pragma unroll 1
     for (int k = group_lane<W>(); k < K; k += W) top = fmaxf(top, f(k));
     return group_max<W>(top);
 }
@@ -107,13 +109,11 @@ static __device__ Real sigmoid(float x) {
 
 // The larger is chosen. Masked experts lose to all others, whatever their bias. float is enough without a bias. Where
 // sigmoid is 1 or 0 even in double, the C core sees equal scores.
-static __device__ float choice(int form, float x, float score) {
+template <bool biased, class Real = std::conditional_t<biased, double, float>>
+static __device__ Real choice(int form, float x, float score, float bias) {
     if (form == MOE_TOPK_SOFTMAX || x == -INFINITY) return x;
-    return form == MOE_SIGMOID ? fmaxf(fminf(x, 36.7368f), -709.78f) : score;
-}
-static __device__ double choice(int form, float x, float score, float bias) {
-    if (form == MOE_TOPK_SOFTMAX || x == -INFINITY) return x;
-    return (form == MOE_SIGMOID ? sigmoid<double>(x) : double(score)) + bias;
+    if constexpr (biased) return (form == MOE_SIGMOID ? sigmoid<Real>(x) : Real{score}) + bias;
+    else                  return form == MOE_SIGMOID ? fmaxf(fminf(x, 36.7368f), -709.78f) : score;
 }
 
 // Integers in the order of x, above 0, which is the key of nothing; -0 and 0 are equal.
@@ -157,6 +157,7 @@ template <int W, class T, class Value>
 static __device__ void store_weights(const router_rule &rule, bool live, Value value, T *weights_K) {
     const auto u = kept_weights<W>(rule, value);
     const float norm = p_norm<W>(rule.p, rule.K, u);
+#pragma unroll 1
     for (int k = group_lane<W>(); k < rule.K && live; k += W)
         weights_K[k] = from_float<T>(norm > 0 ? rule.scale * u(k) / norm : 0 * u(k));      // NaN stays NaN
 }
@@ -236,7 +237,7 @@ static __device__ float sum_of_row(const float (&p)[V], float *row_E) {
 
 // Falling keys; equal ones stay in the order of their ids.
 template <class Key, int V>
-static __device__ void sort(Key (&key)[V], int (&id)[V]) {
+static __device__ void sort_run(Key (&key)[V], int (&id)[V]) {
 #pragma unroll
     for (int n = 1; n < V; n++) {
 #pragma unroll
@@ -250,8 +251,8 @@ static __device__ void sort(Key (&key)[V], int (&id)[V]) {
     }
 }
 
-// chosen_K = the ids of the K largest keys of the group, the lowest first among equals. Every lane offers the largest of
-// its own that is left.
+// chosen_K = the ids of the group's K largest keys, the lowest first among equals. A lane offers the largest of its
+// own that is left.
 template <int W, class Key, int V>
 static __device__ void choose(int K, Key (&key)[V], int *chosen_K) {
     const int lane = group_lane<W>();
@@ -259,7 +260,7 @@ static __device__ void choose(int K, Key (&key)[V], int *chosen_K) {
     int id[V];
 #pragma unroll
     for (int i = 0; i < V; i++) id[i] = lane * V + i;
-    sort(key, id);
+    sort_run(key, id);
 #pragma unroll 1
     for (int k = 0; k < K; k++) {
         const bool largest = key[0] == group_max<W>(key[0]);
@@ -294,15 +295,14 @@ router_kernel(router_rule rule, bool vectors, const T *logits_TE, const float *b
         bias[i] = biased && first + i < E ? bias_E[first + i] : 0;
         finite &= fabsf(x[i]) < INFINITY && fabsf(bias[i]) < INFINITY;
     }
-    bool bad = false;
     if (!__all_sync(0xffffffffu, finite)) {
         int open = 0;
 #pragma unroll
         for (int i = 0; i < V; i++) open += unmasked(x[i]) + finite_bias(bias[i]);
-        bad = group_sum<W>(open) < (rule.balanced ? E : K);
+        const bool bad = group_sum<W>(open) < (rule.balanced ? E : K);
         if (bad && live && lane == 0) complain(MOE_BAD_VALUE, t * E);
 #pragma unroll
-        for (int i = 0; i < V; i++) x[i] = bad ? NAN : x[i];
+        for (int i = 0; i < V; i++) x[i] = bad ? NAN : x[i], bias[i] = bad ? 0 : bias[i];
     }
 
     if (rule.score == MOE_SIGMOID) {
@@ -332,13 +332,9 @@ router_kernel(router_rule rule, bool vectors, const T *logits_TE, const float *b
     } else if (rule.balanced) {
         if (lane < K) chosen_K[lane] = static_cast<int>((t * K + lane) % E);
     } else {
-        Key key[V];                                         // experts beyond E have the key of a masked one, or of a
-#pragma unroll                                              // row that is bad, and larger ids: none is chosen
-        for (int i = 0; i < V; i++) {
-            if constexpr (biased) key[i] = ordered(choice(rule.score, x[i], score[i], bias[i]));
-            else                  key[i] = ordered(choice(rule.score, x[i], score[i]));
-            key[i] = bad ? 1 : key[i];
-        }
+        Key key[V];         // those beyond E have the key of a masked expert, in a bad row that of all, and larger ids
+#pragma unroll
+        for (int i = 0; i < V; i++) key[i] = ordered(choice<biased>(rule.score, x[i], score[i], bias[i]));
         choose<W>(K, key, chosen_K);
     }
     __syncwarp();
@@ -425,7 +421,8 @@ router_sort_kernel(router_rule rule, int P, const T *logits_TE, const float *bia
         if (e >= E) continue;
         const float x = logit(e), score = row.value[e] / sum;
         scores_TE[t * E + e] = from_float<T>(score);
-        row.key[e] = ordered(bias_E ? choice(rule.score, x, score, bias_E[e]) : double{choice(rule.score, x, score)});
+        row.key[e] = ordered(bias_E ? choice<true>(rule.score, x, score, bias_E[e])
+                                    : double{choice<false>(rule.score, x, score, 0)});
         row.value[e] = rule.score == MOE_TOPK_SOFTMAX ? x : score;
     }
     if (forced_TK) {
@@ -521,7 +518,7 @@ router_backward_kernel(router_rule rule, const T *logits_TE, const T *scores_TE,
     const float p = rule.p, n = p_norm<32>(p, K, u);
     const float factor = n > 0 && n < INFINITY ? rule.scale / n : 0;
     const float S = p > 0 && factor != 0 ? sum_over<32>(K, [=](int k) { return dweight(k) * (u(k) / n); }) : 0;
-    const float maxima = sum_over<32>(K, [=](int k) { return u(k) == n ? 1.0f : 0.0f; });
+    const float maxima = p == INFINITY ? sum_over<32>(K, [=](int k) { return u(k) == n ? 1.0f : 0.0f; }) : 1;
     const auto du = [=](int k) {
         const float u_k = u(k);
         float dn = 0;
