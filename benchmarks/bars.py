@@ -36,7 +36,7 @@ def layers(report):
 
 
 def figures(reports):
-    """{name: (value, its text)} of all that the reports hold: shares of a peer's speed, TFLOP/s, shares of a copy."""
+    """{name: (value, its text)} of all that the reports hold: speed over a peer, TFLOP/s, shares of a copy, ms."""
     found = {}
 
     def add(name, value, form="{:.2f}"):
@@ -55,6 +55,9 @@ def figures(reports):
                 more = line["peak"]["ours"] - line["peak"]["mma.sync"]
                 add(f"{line['shape']} {line['pass']} {line['routing']}, sorted copies more memory than mma.sync",
                     more / (2 * T * K * D))  # fmt: skip
+        for line in report.get("other", []):        # of the widest shape: LAYER
+            if "ours" in line["ms"]:
+                add(f"{LAYER} {line['op']}, ms", line["ms"]["ours"], "{:.3f}")
         kernels = report.get("kernels", [])
         for line in kernels:
             if line["roofline"]:

@@ -19,9 +19,10 @@
 // -1 nor in [0,E), or that repeats one of its row, is MOE_BAD_INDEX and becomes -1. In the backward an id outside [-1,E)
 // is MOE_BAD_INDEX and its row's gradient zero; a row's ids are distinct.
 //
-// Forward: up to E = 512 and K = 32 a group of 8 or 32 lanes per row, all in registers; beyond, a block per row, which
-// sorts. Backward: a warp per row.
+// Forward: up to E = 512 and K = 32 a group of 8 or 32 lanes per row, its keys in registers; beyond, a block per row,
+// which sorts. Backward: a warp per row.
 #include <cmath>
+#include <type_traits>
 
 #include "../csrc/vmath.h"
 #include "common.cuh"
@@ -81,12 +82,14 @@ static __device__ uint64_t group_max(uint64_t x) {
 template <int W, class F>
 static __device__ float sum_over(int K, F f) {
     float sum = 0;
+#pragma unroll 1
     for (int k = group_lane<W>(); k < K; k += W) sum += f(k);
     return group_sum<W>(sum);
 }
 template <int W, class F>
 static __device__ float max_over(int K, F f) {
     float top = -INFINITY;
+#pragma unroll 1
     for (int k = group_lane<W>(); k < K; k += W) top = fmaxf(top, f(k));
     return group_max<W>(top);
 }
@@ -95,7 +98,7 @@ static __device__ float max_over(int K, F f) {
 
 // Summed over a row: the number of unmasked logits, negative if one is NaN or +inf.
 static __device__ int unmasked(float x) { return x < INFINITY ? x > -INFINITY : -MOE_MAX_EXPERTS; }
-static __device__ int finite_bias(const float *bias) { return !bias || fabsf(*bias) < INFINITY ? 0 : -MOE_MAX_EXPERTS; }
+static __device__ int finite_bias(float bias) { return fabsf(bias) < INFINITY ? 0 : -MOE_MAX_EXPERTS; }
 
 // Near 1 the double keeps what is missing to it.
 template <class Real>
@@ -106,12 +109,11 @@ static __device__ Real sigmoid(float x) {
 
 // The larger is chosen. Masked experts lose to all others, whatever their bias. float is enough without a bias. Where
 // sigmoid is 1 or 0 even in double, the C core sees equal scores.
-template <class Real>
-static __device__ Real choice(int form, float x, float score, const float *bias) {
+template <bool biased, class Real = std::conditional_t<biased, double, float>>
+static __device__ Real choice(int form, float x, float score, float bias) {
     if (form == MOE_TOPK_SOFTMAX || x == -INFINITY) return x;
-    if (form == MOE_SIGMOID && !bias) return fmaxf(fminf(x, 36.7368f), -709.78f);
-    const Real b = bias ? *bias : 0;
-    return (form == MOE_SIGMOID ? sigmoid<Real>(x) : Real(score)) + b;
+    if constexpr (biased) return (form == MOE_SIGMOID ? sigmoid<Real>(x) : Real{score}) + bias;
+    else                  return form == MOE_SIGMOID ? fmaxf(fminf(x, 36.7368f), -709.78f) : score;
 }
 
 // Integers in the order of x, above 0, which is the key of nothing; -0 and 0 are equal.
@@ -119,13 +121,13 @@ static __device__ uint32_t ordered(float x) {
     uint32_t u;
     x += 0.0f;
     memcpy(&u, &x, sizeof u);
-    return u >> 31 ? ~u : u | 1u << 31;
+    return u ^ (static_cast<uint32_t>(static_cast<int32_t>(u) >> 31) | 1u << 31);
 }
 static __device__ uint64_t ordered(double x) {
     uint64_t u;
     x += 0.0;
     memcpy(&u, &x, sizeof u);
-    return u >> 63 ? ~u : u | 1ull << 63;
+    return u ^ (static_cast<uint64_t>(static_cast<int64_t>(u) >> 63) | 1ull << 63);
 }
 
 // ---- weights of the chosen ------------------------------------------------------------------------------------------
@@ -155,6 +157,7 @@ template <int W, class T, class Value>
 static __device__ void store_weights(const router_rule &rule, bool live, Value value, T *weights_K) {
     const auto u = kept_weights<W>(rule, value);
     const float norm = p_norm<W>(rule.p, rule.K, u);
+#pragma unroll 1
     for (int k = group_lane<W>(); k < rule.K && live; k += W)
         weights_K[k] = from_float<T>(norm > 0 ? rule.scale * u(k) / norm : 0 * u(k));      // NaN stays NaN
 }
@@ -169,46 +172,137 @@ static __device__ bool bad_choice(const int32_t *ids_K, int k, int E) {
 
 // ---- forward, in registers ------------------------------------------------------------------------------------------
 
-// Lane l of a group holds experts l, W + l, 2W + l, ... in i = 0, 1, 2, ..., and the l-th choice. Loops over i are
-// unrolled, so that these are registers.
+// Lane l of a group holds experts l*V .. l*V + V-1, so that of equal keys the lowest lane has the lowest id. Loops over
+// i are unrolled, so that arrays of V are registers.
 
-// In the order of csrc/softmax.inc: 16 parts by e mod 16, each in the order of e, then the parts in theirs.
-template <int W, int V>
-static __device__ float sum_of_row(const float (&p)[V]) {
-    float part = 0, sum = 0;
+// 16 bytes at once, or V elements if they are fewer.
+template <class T, int V>
+struct alignas(V < vec16<T>::n ? V * sizeof(T) : 16) vec {
+    static constexpr int n = V < vec16<T>::n ? V : vec16<T>::n;
+    T v[n];
+};
+
+// x = the n <= V elements at `from`, then -inf; in vectors if n is 0 or V and `from` is aligned.
+template <int V, class T>
+static __device__ void load_run(const T *from, int n, bool vectors, float (&x)[V]) {
+    using piece = vec<T, V>;
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-        part += p[i];
-        if (W == 32) part += __shfl_xor_sync(0xffffffffu, p[i], 16);       // the lower 16 lanes have the parts
+    for (int i = 0; i < V; i++) x[i] = -INFINITY;
+    if (vectors && n > 0) {
+#pragma unroll
+        for (int i = 0; i < V; i += piece::n) {
+            const piece some = *reinterpret_cast<const piece *>(from + i);
+#pragma unroll
+            for (int j = 0; j < piece::n; j++) x[i + j] = to_float(some.v[j]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            if (i < n) x[i] = to_float(from[i]);
     }
-    for (int l = 0; l < (W < 16 ? W : 16); l++)
-        sum += __shfl_sync(0xffffffffu, part, lane_id() - group_lane<W>() + l);
+}
+template <int V, class T>
+static __device__ void store_run(T *to, int n, bool vectors, const float (&x)[V]) {
+    using piece = vec<T, V>;
+    if (vectors && n > 0) {
+#pragma unroll
+        for (int i = 0; i < V; i += piece::n) {
+            piece some;
+#pragma unroll
+            for (int j = 0; j < piece::n; j++) some.v[j] = from_float<T>(x[i + j]);
+            *reinterpret_cast<piece *>(to + i) = some;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            if (i < n) to[i] = from_float<T>(x[i]);
+    }
+}
+
+// In the order of csrc/softmax.inc: 16 parts by e mod 16, each in the order of e, then the parts in theirs. row_E: of
+// the group, W*V floats.
+template <int W, int V>
+static __device__ float sum_of_row(const float (&p)[V], float *row_E) {
+    const int lane = group_lane<W>();
+    float part = 0, sum = 0;
+    store_run(row_E + lane * V, V, true, p);
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < W * V; e += 16) part += row_E[e + lane % 16];
+#pragma unroll
+    for (int l = 0; l < (W < 16 ? W : 16); l++) sum += __shfl_sync(0xffffffffu, part, lane_id() - lane + l);
+    __syncwarp();                                           // the row may be overwritten
     return sum;
 }
 
-template <class T, class Real, int W, int V>
+// Falling keys; equal ones stay in the order of their ids.
+template <class Key, int V>
+static __device__ void sort_run(Key (&key)[V], int (&id)[V]) {
+#pragma unroll
+    for (int n = 1; n < V; n++) {
+#pragma unroll
+        for (int i = n; i > 0; i--) {
+            const Key left = key[i - 1], right = key[i];
+            const int left_id = id[i - 1], right_id = id[i];
+            const bool swap = left < right;
+            key[i - 1] = swap ? right : left, key[i] = swap ? left : right;
+            id[i - 1] = swap ? right_id : left_id, id[i] = swap ? left_id : right_id;
+        }
+    }
+}
+
+// chosen_K = the ids of the group's K largest keys, the lowest first among equals. A lane offers the largest of its
+// own that is left.
+template <int W, class Key, int V>
+static __device__ void choose(int K, Key (&key)[V], int *chosen_K) {
+    const int lane = group_lane<W>();
+    const uint32_t before = (1u << lane_id()) - (1u << (lane_id() - lane));
+    int id[V];
+#pragma unroll
+    for (int i = 0; i < V; i++) id[i] = lane * V + i;
+    sort_run(key, id);
+#pragma unroll 1
+    for (int k = 0; k < K; k++) {
+        const bool largest = key[0] == group_max<W>(key[0]);
+        const bool wins = !(__ballot_sync(0xffffffffu, largest) & before) && largest;
+        if (wins) chosen_K[k] = id[0];
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            key[i] = !wins ? key[i] : i + 1 < V ? key[i + 1] : 0;
+            id[i] = wins && i + 1 < V ? id[i + 1] : id[i];
+        }
+    }
+}
+
+// Shared memory: per group W*V floats, then W ids.
+template <class T, bool biased, int W, int V>
 __global__ void __launch_bounds__(128)
-router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, const int32_t *forced_TK, T *weights_TK,
-              int32_t *ids_TK, T *scores_TE, verdict complain) {
-    using Key = decltype(ordered(Real()));
-    const int E = rule.E, K = rule.K, lane = group_lane<W>();
+router_kernel(router_rule rule, bool vectors, const T *logits_TE, const float *bias_E, const int32_t *forced_TK,
+              T *weights_TK, int32_t *ids_TK, T *scores_TE, verdict complain) {
+    using Key = std::conditional_t<biased, uint64_t, uint32_t>;
+    const int E = rule.E, K = rule.K, lane = group_lane<W>(), first = lane * V;
     const int64_t group = static_cast<int64_t>(blockIdx.x) * (blockDim.x / W) + threadIdx.x / W;
     const bool live = group < rule.T;                       // a group too many repeats the last row: it writes nothing
     const int64_t t = live ? group : rule.T - 1;
-    const auto bias_of = [=](int e) { return bias_E ? bias_E + e : nullptr; };
+    float *row_E = reinterpret_cast<float *>(shared_memory()) + threadIdx.x / W * (W * (V + 1));
+    int *chosen_K = reinterpret_cast<int *>(row_E + W * V);
 
-    float x[V], score[V];
-    int open = 0;
+    float x[V], bias[V], score[V];
+    load_run(logits_TE + t * E + first, E - first, vectors, x);
+    bool finite = true;
 #pragma unroll
     for (int i = 0; i < V; i++) {
-        const int e = i * W + lane;
-        x[i] = e < E ? to_float(logits_TE[t * E + e]) : -INFINITY;
-        open += unmasked(x[i]) + (e < E ? finite_bias(bias_of(e)) : 0);
+        bias[i] = biased && first + i < E ? bias_E[first + i] : 0;
+        finite &= fabsf(x[i]) < INFINITY && fabsf(bias[i]) < INFINITY;
     }
-    if (group_sum<W>(open) < (rule.balanced ? E : K)) {
-        if (live && lane == 0) complain(MOE_BAD_VALUE, t * E);
+    if (!__all_sync(0xffffffffu, finite)) {
+        int open = 0;
 #pragma unroll
-        for (int i = 0; i < V; i++) x[i] = NAN;
+        for (int i = 0; i < V; i++) open += unmasked(x[i]) + finite_bias(bias[i]);
+        const bool bad = group_sum<W>(open) < (rule.balanced ? E : K);
+        if (bad && live && lane == 0) complain(MOE_BAD_VALUE, t * E);
+#pragma unroll
+        for (int i = 0; i < V; i++) x[i] = bad ? NAN : x[i], bias[i] = bad ? 0 : bias[i];
     }
 
     if (rule.score == MOE_SIGMOID) {
@@ -221,45 +315,32 @@ router_kernel(router_rule rule, const T *logits_TE, const float *bias_E, const i
         top = group_max<W>(top);
 #pragma unroll
         for (int i = 0; i < V; i++) score[i] = vexp_f32(x[i] - top);
-        const float sum = sum_of_row<W>(score);
+        const float sum = sum_of_row<W>(score, row_E);
 #pragma unroll
         for (int i = 0; i < V; i++) score[i] /= sum;
     }
+    if (live) store_run(scores_TE + t * E + first, E - first, vectors, score);
+    if (rule.score == MOE_TOPK_SOFTMAX) store_run(row_E + first, V, true, x);
+    else                                store_run(row_E + first, V, true, score);
 
-    Key key[V];
+    if (forced_TK) {
+        if (lane < K) {
+            const bool absent = bad_choice(forced_TK + t * K, lane, E);
+            if (absent && live) complain(MOE_BAD_INDEX, t * K + lane);
+            chosen_K[lane] = absent ? -1 : forced_TK[t * K + lane];
+        }
+    } else if (rule.balanced) {
+        if (lane < K) chosen_K[lane] = static_cast<int>((t * K + lane) % E);
+    } else {
+        Key key[V];         // those beyond E have the key of a masked expert, in a bad row that of all, and larger ids
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-        const int e = i * W + lane;
-        key[i] = e < E ? ordered(choice<Real>(rule.score, x[i], score[i], bias_of(e))) : 0;
-        if (live && e < E) scores_TE[t * E + e] = from_float<T>(score[i]);
+        for (int i = 0; i < V; i++) key[i] = ordered(choice<biased>(rule.score, x[i], score[i], bias[i]));
+        choose<W>(K, key, chosen_K);
     }
-    uint32_t mine = static_cast<uint32_t>((t * K + lane) % E);          // UINT32_MAX, no expert: absent
-    if (forced_TK && lane < K) {
-        const bool bad = bad_choice(forced_TK + t * K, lane, E);
-        if (bad && live) complain(MOE_BAD_INDEX, t * K + lane);
-        mine = bad ? UINT32_MAX : static_cast<uint32_t>(forced_TK[t * K + lane]);
-    }
-    for (int k = 0; k < K && !rule.balanced && !forced_TK; k++) {
-        Key best = 0;
-        uint32_t e = 0;
-#pragma unroll
-        for (int i = 0; i < V; i++)
-            if (key[i] > best) best = key[i], e = i * W + lane;
-        const bool wins = group_max<W>(best) == best;
-        e = ~group_max<W>(wins ? ~e : 0u);                  // the lowest of equals
-#pragma unroll
-        for (int i = 0; i < V; i++) key[i] = e == static_cast<uint32_t>(i * W + lane) ? 0 : key[i];
-        mine = lane == k ? e : mine;
-    }
-    if (live && lane < K) ids_TK[t * K + lane] = static_cast<int32_t>(mine);
-
-    float value = rule.score == MOE_TOPK_SOFTMAX ? -INFINITY : 0;
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-        const float candidate = rule.score == MOE_TOPK_SOFTMAX ? x[i] : score[i];
-        const float theirs = __shfl_sync(0xffffffffu, candidate, lane_id() - lane + static_cast<int>(mine % W));
-        value = mine / W == static_cast<uint32_t>(i) ? theirs : value;
-    }
+    __syncwarp();
+    const int id = lane < K ? chosen_K[lane] : -1;
+    const float value = id >= 0 ? row_E[id] : rule.score == MOE_TOPK_SOFTMAX ? -INFINITY : 0;
+    if (live && lane < K) ids_TK[t * K + lane] = id;
     store_weights<W>(rule, live, [=](int) { return value; }, weights_TK + t * K);
 }
 
@@ -304,7 +385,7 @@ router_sort_kernel(router_rule rule, int P, const T *logits_TE, const float *bia
     const int E = rule.E, K = rule.K;
     const int64_t t = blockIdx.x;
     int32_t *ids_K = ids_TK + t * K;
-    const auto bias_of = [=](int e) { return bias_E ? bias_E + e : nullptr; };
+    const auto bias_of = [=](int e) { return bias_E ? bias_E[e] : 0.0f; };
 
     int open = 0;
     float top = -INFINITY;
@@ -340,7 +421,8 @@ router_sort_kernel(router_rule rule, int P, const T *logits_TE, const float *bia
         if (e >= E) continue;
         const float x = logit(e), score = row.value[e] / sum;
         scores_TE[t * E + e] = from_float<T>(score);
-        row.key[e] = ordered(choice<double>(rule.score, x, score, bias_of(e)));
+        row.key[e] = ordered(bias_E ? choice<true>(rule.score, x, score, bias_E[e])
+                                    : double{choice<false>(rule.score, x, score, 0)});
         row.value[e] = rule.score == MOE_TOPK_SOFTMAX ? x : score;
     }
     if (forced_TK) {
@@ -391,10 +473,11 @@ int moe_router(const moe_router_args *a, const void *logits_TE, const float *sel
                           select_bias_E, forced_TK, weights, ids_TK, scores, complain);
         }
         return by_tile(rule.E, [&]<class Tile>(Tile) {
-            const auto kernel = select_bias_E ? router_kernel<T, double, Tile::W, Tile::V>
-                                              : router_kernel<T, float, Tile::W, Tile::V>;
-            return launch(kernel, ceil_div(rule.T, 128 / Tile::W), 128, 0, stream, rule, logits, select_bias_E,
-                          forced_TK, weights, ids_TK, scores, complain);
+            constexpr int W = Tile::W, V = Tile::V, rows = 128 / W;
+            const auto kernel = select_bias_E ? router_kernel<T, true, W, V> : router_kernel<T, false, W, V>;
+            const bool vectors = rule.E % V == 0 && aligned16(logits) && aligned16(scores);
+            return launch(kernel, ceil_div(rule.T, rows), 128, rows * W * (V + 1) * sizeof(float), stream, rule,
+                          vectors, logits, select_bias_E, forced_TK, weights, ids_TK, scores, complain);
         });
     });
 }
@@ -435,7 +518,7 @@ router_backward_kernel(router_rule rule, const T *logits_TE, const T *scores_TE,
     const float p = rule.p, n = p_norm<32>(p, K, u);
     const float factor = n > 0 && n < INFINITY ? rule.scale / n : 0;
     const float S = p > 0 && factor != 0 ? sum_over<32>(K, [=](int k) { return dweight(k) * (u(k) / n); }) : 0;
-    const float maxima = sum_over<32>(K, [=](int k) { return u(k) == n ? 1.0f : 0.0f; });
+    const float maxima = p == INFINITY ? sum_over<32>(K, [=](int k) { return u(k) == n ? 1.0f : 0.0f; }) : 1;
     const auto du = [=](int k) {
         const float u_k = u(k);
         float dn = 0;

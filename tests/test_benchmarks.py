@@ -111,6 +111,7 @@ REPORT = {  # of benchmarks.gpu, what bars read
             ("sort_rows_kernel", 0.05, 1.4), ("dact_kernel", 0.04, 0.96),
         )
     ],
+    "other": [dict(op="router", T=32768, D=2048, K=8, E=128, ms={"ours": 0.0804, "torch": 0.2})],
 }  # fmt: skip
 DRIVER = {"recipe": "r", "commit": "abc",
           "lines": [{"tree": "ours", "tokens/s": 180.0}, {"tree": "before", "tokens/s": 90.0}]}  # fmt: skip
@@ -121,6 +122,7 @@ LOG = """| version | what | why | predicted | outcome |
 | abc | two up wgrad balanced, x bmm | arithmetic | 1.0 | |
 | abc | one up wgrad balanced, x bmm | arithmetic | 1.0 | 0.5 (before) |
 | abc | another | arithmetic | 1.0 | |
+| abc | qwen3-30b-32k router, ms | arithmetic | 0.1 | |
 """
 
 
@@ -141,7 +143,8 @@ def test_bars():
     }
     filled = bars.fill(LOG, bars.figures([REPORT]), "abc").splitlines()
     assert filled[4] == "| abc | two up wgrad balanced, x bmm | arithmetic | 1.0 | 0.96 (abc) |"
-    assert filled[:4] + filled[5:] == LOG.splitlines()[:4] + LOG.splitlines()[5:]
+    assert filled[7] == "| abc | qwen3-30b-32k router, ms | arithmetic | 0.1 | 0.080 (abc) |"
+    assert filled[:4] + filled[5:7] == LOG.splitlines()[:4] + LOG.splitlines()[5:7]
 
 
 def test_every_prediction_is_of_something_measured():

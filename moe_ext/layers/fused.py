@@ -394,7 +394,8 @@ class FusedMoE(nn.Module):
         loss, kept_TK, dropped = logits_TE.new_zeros(()), ids_TK, ids_TK.new_zeros(())
         balance = loss
         if self.training:
-            tokens_G = self.tokens(x_BSD, mask_BS, counts_GE.shape[0])
+            plain = mask_BS is None and self.peers is None and not self.capacity_factor
+            tokens_G = None if plain else self.tokens(x_BSD, mask_BS, counts_GE.shape[0])
             if self.balance_weight:
                 balance = self.balance_loss(scores_TE, counts_GE, mask_BS, tokens_G)
                 loss = loss + self.balance_weight * balance
