@@ -12,9 +12,11 @@ import pytest
 import torch
 from test_train import data  # noqa: F401
 
-from benchmarks import bars, gpu, ops, optimizers, sequence, step
+from benchmarks import bars, gpu, ledger, ops, optimizers, sequence, step
 from benchmarks import load as busy
 from moe_ext.config import MeshConfig, dumps, load
+from moe_ext.layers.fused import Experts, Linear
+from moe_ext.model import GPT
 from tests import cublas
 from tests.cases import Shape
 
@@ -330,3 +332,21 @@ def test_load(capsys):
     lines = busy.main(("tiny",), (2,), tokens=8, rounds=1)
     assert [(line["shape"], line["threads"]) for line in lines] == [("tiny", 2)] and lines[0]["ratio"] > 0
     assert "| tiny | 2 | " in capsys.readouterr().out
+
+
+def test_ledger_counts_what_weights_take():
+    """A step of three micro-batches casts a weight once (4 + 2 bytes), widens its first gradient (2 + 4) and adds the
+    other two (2 + 4 + 4 each)."""
+    config = load(ROOT / "recipes" / "moe_gpt2_8e.toml")
+    config = replace(config, train=replace(config.train, accumulation=3))
+    weights = sum(p.numel() for module in GPT(config.model, device="meta").modules()
+                  if isinstance(module, (Linear, Experts)) for p in module.parameters(recurse=False))  # fmt: skip
+    calls, moved = ledger.step(config)
+
+    def size(part, name, came=""):
+        return sum(size for line, size in moved.items() if line[:2] == (part, name) and came in line[2])
+
+    assert size("cast", "_to_copy") == 6 * weights
+    assert size("backward", "_to_copy", "bfloat16") == 6 * weights
+    assert size("backward", "add_", "bfloat16") == 2 * 10 * weights
+    assert sum(n for line, n in calls.items() if line[1] == "embedding") == 3
