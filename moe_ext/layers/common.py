@@ -1,7 +1,5 @@
 """dtypes of parameters and activations; router logits that are not finite."""
 
-import math
-
 import torch
 
 from moe_ext.layers.arguments import Arguments
@@ -26,6 +24,5 @@ def finite(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     What a router makes of it becomes NaN, as in torch: the op would raise, on one rank of a mesh, on CUDA at some later
     call, and where a loss scaler would skip the step.
     """
-    # The largest magnitude, NaN if there is one: one pass, where isfinite().all() is five.
-    bad_T1 = ~(torch.linalg.vector_norm(logits_TE.detach(), math.inf, dim=-1, keepdim=True) < math.inf)
+    bad_T1 = (logits_TE.detach() * 0).sum(-1, keepdim=True) != 0     # NaN; isfinite().all() is twice the passes
     return logits_TE.masked_fill(bad_T1, 0), bad_T1
