@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_halves import case
+from test_plan_memory import halved
 from test_train import data  # noqa: F401
 
-from benchmarks import bars, gpu, ops, optimizers, sequence, step
+from benchmarks import bars, gpu, ledger, ops, optimizers, sequence, step
 from benchmarks import load as busy
 from moe_ext.config import MeshConfig, dumps, load
+from moe_ext.model import GPT
 from tests import cublas
 from tests.cases import Shape
 
@@ -91,6 +94,17 @@ def test_what_rests_on_a_broken_kernel_is_left_out(tmp_path, capsys):
     assert {line["form"] for line in report["gemm"]} == {"forward", "dgrad"} and not report["kernels"]
     assert [line["pass"] for line in report["layer"]] == ["F", "F"]
     assert "gemm dry balanced up wgrad (without sums 128x128)" in report["left out"]
+
+
+@pytest.mark.parametrize("micros", [1, 3])
+def test_the_ledger_counts_a_step_s_casts_and_sums_of_halves(micros):
+    """Each weight is read in 4 bytes and written in 2, once; each later gradient of 2 is added to one of 4."""
+    config, casts, sums = case(micros=micros), 0, 0
+    for (part, name, tensors), (_, moved) in ledger.step(config).items():
+        casts += moved * (part == "casts")
+        sums += moved * (name == "add_" and "bfloat16" in tensors)
+    weights = halved(case(), GPT(config.model)) // 2
+    assert (casts, sums) == (6 * weights * (micros > 1), 10 * weights * (micros - 1))
 
 
 REPORT = {  # of benchmarks.gpu, what bars read
