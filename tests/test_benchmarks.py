@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_halves import case
+from test_plan_memory import halved
 from test_train import data  # noqa: F401
 
 from benchmarks import bars, gpu, ledger, ops, optimizers, sequence, step
 from benchmarks import load as busy
 from moe_ext.config import MeshConfig, dumps, load
-from moe_ext.layers.fused import Experts, Linear
 from moe_ext.model import GPT
 from tests import cublas
 from tests.cases import Shape
@@ -93,6 +94,17 @@ def test_what_rests_on_a_broken_kernel_is_left_out(tmp_path, capsys):
     assert {line["form"] for line in report["gemm"]} == {"forward", "dgrad"} and not report["kernels"]
     assert [line["pass"] for line in report["layer"]] == ["F", "F"]
     assert "gemm dry balanced up wgrad (without sums 128x128)" in report["left out"]
+
+
+@pytest.mark.parametrize("micros", [1, 3])
+def test_the_ledger_counts_a_step_s_casts_and_sums_of_halves(micros):
+    """Each weight is read in 4 bytes and written in 2, once; each later gradient of 2 is added to one of 4."""
+    config, casts, sums = case(micros=micros), 0, 0
+    for (part, name, tensors), (_, moved) in ledger.step(config).items():
+        casts += moved * (part == "casts")
+        sums += moved * (name == "add_" and "bfloat16" in tensors)
+    weights = halved(case(), GPT(config.model)) // 2
+    assert (casts, sums) == (6 * weights * (micros > 1), 10 * weights * (micros - 1))
 
 
 REPORT = {  # of benchmarks.gpu, what bars read
@@ -332,21 +344,3 @@ def test_load(capsys):
     lines = busy.main(("tiny",), (2,), tokens=8, rounds=1)
     assert [(line["shape"], line["threads"]) for line in lines] == [("tiny", 2)] and lines[0]["ratio"] > 0
     assert "| tiny | 2 | " in capsys.readouterr().out
-
-
-def test_ledger_counts_what_weights_take():
-    """A step of three micro-batches casts a weight once (4 + 2 bytes), widens its first gradient (2 + 4) and adds the
-    other two (2 + 4 + 4 each)."""
-    config = load(ROOT / "recipes" / "moe_gpt2_8e.toml")
-    config = replace(config, train=replace(config.train, accumulation=3))
-    weights = sum(p.numel() for module in GPT(config.model, device="meta").modules()
-                  if isinstance(module, (Linear, Experts)) for p in module.parameters(recurse=False))  # fmt: skip
-    calls, moved = ledger.step(config)
-
-    def size(part, name, came=""):
-        return sum(size for line, size in moved.items() if line[:2] == (part, name) and came in line[2])
-
-    assert size("cast", "_to_copy") == 6 * weights
-    assert size("backward", "_to_copy", "bfloat16") == 6 * weights
-    assert size("backward", "add_", "bfloat16") == 2 * 10 * weights
-    assert sum(n for line, n in calls.items() if line[1] == "embedding") == 3
