@@ -24,7 +24,8 @@
 // will, which is made after them: with dx wanted no byte more is lent, without it one copy's.
 //
 // N is the host's word, which the grids need; bins[E-1] that is another: MOE_BAD_BINS. A flat id or a position out of
-// range: MOE_BAD_INDEX, and that copy counts as zeros.
+// range: MOE_BAD_INDEX, and that copy counts as zeros. A forward finds all of these. A backward has the forward's index:
+// dx finds all again, other gradients what their products come across, and what nobody finds leads to nothing outside.
 #include "dact.cuh"
 #include "sm90.cuh"
 
