@@ -86,13 +86,15 @@ _router_logits = define(
     backward=_backward_router_logits,
     kernel=_router_logits_kernel,
 )
-# Without w there is no dx, without x no dw.
+# Without w there is no dx, without x no dw. A region that a backward is called in changes nothing.
 _router_logits_backward = define(
     "router_logits_backward(Tensor dlogits, Tensor? x, Tensor? w) -> (Tensor, Tensor)",
     fake=lambda dlogits, x, w: (
         dlogits.new_empty(0 if w is None else (dlogits.shape[0], w.shape[1]), dtype=HALF),
         dlogits.new_empty(0 if x is None else (dlogits.shape[1], x.shape[1])),
     ),
+    autocast=(0,),
+    autocast_dtype=torch.float32,
     kernel=_router_logits_backward_kernel,
 )
 
