@@ -44,6 +44,10 @@ def _float_product(a, b):
 
 
 def _router_logits_kernel(x_TD, w_ED):
+    if (x_TD.dim(), w_ED.dim()) != (2, 2) or x_TD.shape[1] != w_ED.shape[1]:
+        raise RuntimeError(
+            f"moe_ext::router_logits: x has shape {list(x_TD.shape)}, w {list(w_ED.shape)}, wanted [T, D] and [E, D]"
+        )
     E, D = w_ED.shape
     w_3ED = w_ED.new_empty(3, E, D, dtype=HALF)
     _cut(w_ED, *w_3ED)
