@@ -294,6 +294,34 @@ def test_any_number_of_batch_dimensions(scope, device):
         assert layer(torch.empty(empty, device=device))[0].shape == empty
 
 
+class Wrapped(torch.nn.Module):
+    """A linear layer as those who adapt it wrap it."""
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.in_features, self.weight, self.bias = base, base.in_features, base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def test_a_gate_may_be_wrapped(device):
+    layer, x_BSD = make(jitter=0.1, noise=True, select_bias=True, device=device), tokens(device=device)
+    torch.manual_seed(1)
+    want = layer(x_BSD)[0]
+    layer.gate = Wrapped(layer.gate)
+    torch.manual_seed(1)
+    assert torch.equal(layer(x_BSD)[0], want)
+
+
+def test_what_stands_for_a_gate_gets_x_in_the_routers_dtype(device):
+    layer, x_BSD = make(device=device), tokens(device=device).bfloat16()
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        want = layer(x_BSD)[0]
+        gate, layer.gate = layer.gate, torch.nn.Linear(*reversed(layer.gate.weight.shape), bias=False, device=device)
+        layer.gate.weight = gate.weight
+        assert torch.equal(layer(x_BSD)[0], want)
+
+
 def test_what_is_no_input_is_named():
     layer = make()
     for x, words in [

@@ -91,6 +91,17 @@ def test_a_region_of_autocast_rounds(as_on_a_gpu):
     assert dtypes == [torch.float32, HALF]
 
 
+@pytest.mark.parametrize("region", [HALF, torch.float16], ids=str)
+def test_a_backward_in_a_region_is_the_same(region, device):
+    x_TD, w_ED, dlogits_TE = drawn(device)
+    leaves = x_TD.requires_grad_(), w_ED.requires_grad_()
+    y_TE = of_halves(*leaves)
+    want = torch.autograd.grad(y_TE, leaves, dlogits_TE, retain_graph=True)
+    with torch.autocast(device, region):
+        for got, outside in zip(torch.autograd.grad(y_TE, leaves, dlogits_TE), want, strict=True):
+            same(got, outside)
+
+
 def test_one_graph_for_any_number_of_rows(as_on_a_gpu):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -73,6 +73,19 @@ def test_lowest_id_wins_a_tie(score, E, dtype, device):
         assert ids == sorted(range(E), key=lambda e: (-row[e], e))[:4]
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("E", [8, 32, 64, 124, 200, 256, 300, 512])
+def test_a_row_of_any_width_at_any_address(E, biased, dtype, device):
+    """Kernels move it in vectors where it is whole and aligned, and one by one elsewhere."""
+    logits_TE, bias_E = logits_of(19, E, dtype, device), torch.randn(E, device=device) / E if biased else None
+    elsewhere_TE = logits_TE.new_empty(19 * E + 1)[1:].view(19, E).copy_(logits_TE)
+    want = ops.router(logits_TE, 6, select_bias_E=bias_E)
+    same(want[1], reference.router(logits_TE, 6, select_bias_E=bias_E)[1], "ids")
+    torch.testing.assert_close(want[2], logits_TE.softmax(1))
+    for got, aligned in zip(ops.router(elsewhere_TE, 6, select_bias_E=bias_E), want, strict=True):
+        same(got, aligned)
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_masked_experts_are_never_chosen(score, dtype, device):
     logits_TE = logits_of(37, 8, dtype, device)

@@ -181,16 +181,12 @@ class MLP(nn.Module):
 
 class Gate(nn.Linear):
     """x_TD -> logits_TE in fp32, fp64 for fp64 parameters, whatever the dtype of x."""
-    @property
-    def real(self):
-        return torch.promote_types(self.weight.dtype, torch.float32)
-
     def forward(self, x_TD):
         if x_TD.device != self.weight.device:
             raise ValueError(f"FusedMoE: x is on {x_TD.device}, the parameters on {self.weight.device}. Hint: "
                              f"x.to(\"{self.weight.device}\")")
-        bias_E = None if self.bias is None else self.bias.to(self.real)
-        return ops.router_logits(x_TD, self.weight.to(self.real), bias_E)
+        real = torch.promote_types(self.weight.dtype, torch.float32)
+        return ops.router_logits(x_TD, self.weight.to(real), None if self.bias is None else self.bias.to(real))
 
 
 class Experts(nn.Module):
@@ -307,7 +303,7 @@ class FusedMoE(nn.Module):
     @property
     def real(self):
         """The dtype of the router: fp64 for fp64, else fp32."""
-        return self.gate.real
+        return torch.promote_types(self.gate.weight.dtype, torch.float32)
 
     def reset_parameters(self):
         """All anew: matrices as in nn.Linear; biases, noise and selection bias zero. The GPT draws its own."""
@@ -371,8 +367,10 @@ class FusedMoE(nn.Module):
         """-> weights_TK, ids_TK (-1 where dropped or not real), Routing."""
         B, S, _ = x_BSD.shape
         x_TD = x_BSD.flatten(0, 1)
+        if (self.jitter and self.training) or not isinstance(self.gate, Gate):      # or what stands for one
+            x_TD = x_TD.to(self.real)
         if self.jitter and self.training:
-            x_TD = jitter(x_TD.to(self.real), self.jitter, draws and draws.at(self.name + ".jitter"))
+            x_TD = jitter(x_TD, self.jitter, draws and draws.at(self.name + ".jitter"))
         logits_TE = self.gate(x_TD)
         if self.noise_E is not None and self.training:
             logits_TE = noisy(logits_TE, self.noise_E.to(self.real), draws and draws.at(self.name + ".noise"))

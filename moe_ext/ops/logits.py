@@ -44,6 +44,10 @@ def _float_product(a, b):
 
 
 def _router_logits_kernel(x_TD, w_ED):
+    if (x_TD.dim(), w_ED.dim()) != (2, 2) or x_TD.shape[1] != w_ED.shape[1]:
+        raise RuntimeError(
+            f"moe_ext::router_logits: x has shape {list(x_TD.shape)}, w {list(w_ED.shape)}, wanted [T, D] and [E, D]"
+        )
     E, D = w_ED.shape
     w_3ED = w_ED.new_empty(3, E, D, dtype=HALF)
     _cut(w_ED, *w_3ED)
@@ -86,13 +90,15 @@ _router_logits = define(
     backward=_backward_router_logits,
     kernel=_router_logits_kernel,
 )
-# Without w there is no dx, without x no dw.
+# Without w there is no dx, without x no dw. A region that a backward is called in changes nothing.
 _router_logits_backward = define(
     "router_logits_backward(Tensor dlogits, Tensor? x, Tensor? w) -> (Tensor, Tensor)",
     fake=lambda dlogits, x, w: (
         dlogits.new_empty(0 if w is None else (dlogits.shape[0], w.shape[1]), dtype=HALF),
         dlogits.new_empty(0 if x is None else (dlogits.shape[1], x.shape[1])),
     ),
+    autocast=(0,),
+    autocast_dtype=torch.float32,
     kernel=_router_logits_backward_kernel,
 )
 

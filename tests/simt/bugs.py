@@ -203,6 +203,8 @@ BUGS = [
     Bug("cuda/route.cu", "const bool wins = !(__ballot_sync(0xffffffffu, largest) & before) && largest;",
         "const bool wins = largest;", "all lanes with an equal key win, and all but one are lost",
         "tests/test_route.py -k 'test_lowest_id and float32 and softmax_topk and 33'"),
+    Bug("cuda/route.cu", "x[i + j] = to_float(some.v[j]);", "x[j] = to_float(some.v[j]);",
+        "of a lane's logits the last 16 bytes are all", "tests/test_route.py -k 'any_width and 512 and float32'"),
     Bug("cuda/route.cu", "__syncwarp();                                           // the row may", "// the row may",
         "scores overwrite a row that other lanes still add up",
         "tests/test_route.py -k 'test_router and 128 and float32 and softmax_topk'", variant="race"),
