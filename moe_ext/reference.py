@@ -268,8 +268,13 @@ _gated = {
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "geglu": lambda gate, up: F.gelu(gate) * up,
     "geglu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
-    "swiglu_oai": lambda gate, up: _clamped_swiglu(gate.clamp(max=7), up.clamp(-7, 7)),
+    "swiglu_oai": lambda gate, up: _clamped_swiglu(_below(7, gate), -_below(7, -_below(7, up))),
 }
+
+
+def _below(most, x):
+    """min(x, most), with a slope of 1 at most: that of torch.clamp up to torch 2.13; from 2.14 on it is 0 there."""
+    return torch.where(x > most, most, x)
 
 
 def _clamped_swiglu(gate, up):
