@@ -29,6 +29,7 @@ from moe_ext.halves import halves
 from moe_ext.layers.fused import Draws
 from moe_ext.model import GPT, precision, set_recomputation
 from moe_ext.ops import logits
+from moe_ext.ops.head import chunk_on
 
 ROOT = Path(__file__).parent.parent
 PRODUCTS = "mm", "addmm", "bmm", "expert_mlp", "linear_cross_entropy", "router_logits"
@@ -92,8 +93,8 @@ def step_of(config):
 def step(config):
     """The lines of a step of the recipe in one process, on a GPU, but for its optimizer."""
     config = replace(config, mesh=MeshConfig(), pipeline=PipelineConfig())
-    on_a_gpu = functools.partial(logits.from_halves, torch.device("cuda"))
-    with (patch("moe_ext.ops.dense.SLOW", ()), patch("moe_ext.ops.head.chunk_on", lambda device: 4096),
+    on_a_gpu, chunk = functools.partial(logits.from_halves, torch.device("cuda")), chunk_on("cuda")
+    with (patch("moe_ext.ops.dense.SLOW", ()), patch("moe_ext.ops.head.chunk_on", lambda device: chunk),
           patch("moe_ext.ops.logits.from_halves", lambda device, *given: on_a_gpu(*given))):  # fmt: skip
         one, two = (step_of(replace(config, model=replace(config.model, layers=layers))) for layers in (1, 2))
     more = config.model.layers - 1

@@ -34,6 +34,7 @@ from torch import nn
 
 from moe_ext import ops
 from moe_ext.layers.common import finite
+from moe_ext.ops.define import real
 from moe_ext.ops.enums import ACTS, BALANCES, GATED, SCORES
 
 
@@ -185,8 +186,8 @@ class Gate(nn.Linear):
         if x_TD.device != self.weight.device:
             raise ValueError(f"FusedMoE: x is on {x_TD.device}, the parameters on {self.weight.device}. Hint: "
                              f"x.to(\"{self.weight.device}\")")
-        real = torch.promote_types(self.weight.dtype, torch.float32)
-        return ops.router_logits(x_TD, self.weight.to(real), None if self.bias is None else self.bias.to(real))
+        dtype = real(self.weight.dtype)
+        return ops.router_logits(x_TD, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 class Experts(nn.Module):
@@ -303,7 +304,7 @@ class FusedMoE(nn.Module):
     @property
     def real(self):
         """The dtype of the router: fp64 for fp64, else fp32."""
-        return torch.promote_types(self.gate.weight.dtype, torch.float32)
+        return real(self.gate.weight.dtype)
 
     def reset_parameters(self):
         """All anew: matrices as in nn.Linear; biases, noise and selection bias zero. The GPT draws its own."""
